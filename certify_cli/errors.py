@@ -1,0 +1,35 @@
+"""Errors meant for the user: one sentence that says what is wrong, where, and what to do.
+
+Each class carries the exit code of the command line (see the README's table). Anything else that
+escapes is a bug of ours and ends with exit code 4.
+"""
+
+
+class CurvcertError(Exception):
+    """Base of every error whose message is written for the user."""
+
+    exit_code = 4
+
+
+class UsageError(CurvcertError):
+    """An option, argument or configuration value that cannot be used (exit 2)."""
+
+    exit_code = 2
+
+
+class ModelError(CurvcertError):
+    """A model file that is missing, unreadable, or holds something that cannot be certified (exit 3)."""
+
+    exit_code = 3
+
+
+class DataError(CurvcertError):
+    """A data set that is missing, unreadable or does not fit the model (exit 3)."""
+
+    exit_code = 3
+
+
+class MethodError(CurvcertError):
+    """A method asked for by name that cannot apply to this model (exit 3)."""
+
+    exit_code = 3

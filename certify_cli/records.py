@@ -1,0 +1,195 @@
+"""What a run says: frozen records, their dictionaries, and the name of their schema.
+
+`Sample` is one certified sample, `Run` says how it came about, `Summary` adds the samples up. They are plain
+data: no tensor, no device, nothing to import but the standard library. The JSON schema that describes the
+dictionaries is `certify_cli/schema/curvcert-1.json`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from statistics import fmean, median
+from typing import Any
+
+from certify_cli.errors import UsageError
+
+SCHEMA = "curvcert/1"
+
+CERTIFIED = "certified"
+NOT_CERTIFIED = "not_certified"
+ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample. Radii are Euclidean norms in data units.
+
+    `certified_radius` is rounded down and positive, or None with a `reason`; `attack_radius` is rounded up, or
+    None. `rival` is the class that decides the certified radius: `gradient_norm`, `curvature_lower` (a bound of
+    -lambda_min of the margin's Hessian), `curvature_upper` (of lambda_max) and `lipschitz` belong to its margin.
+    """
+
+    index: int
+    label: int | None
+    prediction: int | None
+    correct: bool | None
+    margin: float | None
+    runner_up: int | None
+    rival: int | None
+    gradient_norm: float | None
+    curvature_lower: float | None
+    curvature_upper: float | None
+    lipschitz: float | None
+    certified_radius: float | None
+    attack_radius: float | None
+    attack_kind: str | None
+    attack_in_range: bool | None
+    method: str | None
+    status: str
+    reason: str | None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"sample {self.index}: {item.name} is {value}; records hold finite numbers only")
+        if self.certified_radius is None and not self.reason:
+            raise ValueError(f"sample {self.index}: a record without a radius needs a reason")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sample:
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where the model came from: `sha256` runs over the file and its external data."""
+
+    path: str
+    sha256: str
+    format: str
+    opset: int | None
+    classes: int
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Which samples: `sha256` runs over them as float32 NCHW before mean and std, then the labels."""
+
+    name: str
+    samples: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the samples came about; enough to repeat the run."""
+
+    tool: str
+    version: str
+    libraries: dict[str, str]
+    arguments: dict[str, Any]
+    method: str
+    effort: str
+    attack: str
+    device: str
+    dtype: str
+    threads: int
+    batch_size: int
+    seed: int | None
+    started: str
+    model: ModelInfo
+    data: DataInfo
+    preprocessing: dict[str, Any]
+    classes: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Run:
+        known = {item.name for item in fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        values["model"] = ModelInfo(**values["model"])
+        values["data"] = DataInfo(**values["data"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The samples added up; fractions lie in [0, 1].
+
+    Mean and median radius run over all samples, misclassified and uncertified ones as 0 (without labels: over the
+    radii as they are); `mean_certified_radius_correct` runs over the correct samples only (the papers' figure).
+    `certified_accuracy` and `attack_accuracy` are keyed by the text of each `--eps`; without labels
+    `certified_share` takes the place of `certified_accuracy`.
+    """
+
+    samples: int
+    accuracy: float | None
+    mean_certified_radius: float | None
+    median_certified_radius: float | None
+    mean_certified_radius_correct: float | None
+    certified_accuracy: dict[str, float] | None
+    certified_share: dict[str, float] | None
+    attack_accuracy: dict[str, float] | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Summary:
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+def parse_eps(text: str) -> float:
+    """The radius that an `--eps` text stands for: a number or a fraction such as 36/255. Raises UsageError."""
+    numerator, slash, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"--eps {text!r} is not a positive number or fraction such as 0.5 or 36/255")
+    return value
+
+
+def summarise(samples: Iterable[Sample], eps: Sequence[str], seconds: float) -> Summary:
+    """Add the samples up; `eps` are the texts typed, in order."""
+    rows = list(samples)
+    labelled = bool(rows) and all(row.label is not None for row in rows)
+    radius = [row.certified_radius or 0.0 for row in rows]
+    counted = [r if row.correct or not labelled else 0.0 for row, r in zip(rows, radius, strict=True)]
+    correct = [r for row, r in zip(rows, radius, strict=True) if row.correct]
+
+    def certified(level: float) -> float:
+        return fmean(float(r > level) for r in counted) if rows else 0.0
+
+    def unattacked(level: float) -> float:
+        return fmean(
+            float((row.correct or not labelled) and (row.attack_radius is None or row.attack_radius > level))
+            for row in rows
+        ) if rows else 0.0
+
+    levels = {text: parse_eps(text) for text in eps}
+    certified_levels = {text: certified(level) for text, level in levels.items()}
+    return Summary(
+        samples=len(rows),
+        accuracy=fmean(float(bool(row.correct)) for row in rows) if labelled else None,
+        mean_certified_radius=fmean(counted) if rows else None,
+        median_certified_radius=median(counted) if rows else None,
+        mean_certified_radius_correct=fmean(correct) if correct else None,
+        certified_accuracy=certified_levels if labelled else None,
+        certified_share=None if labelled else certified_levels,
+        attack_accuracy={text: unattacked(level) for text, level in levels.items()} if labelled else None,
+        seconds=seconds,
+    )
