@@ -1,0 +1,159 @@
+"""Network: the one form that every bound, certificate and command sees.
+
+A network is a list of nodes in topological order. Node 0 is the input, the last node holds the logits. A node is
+
+- an affine operation (`affine.AffineOp`) of one earlier node,
+- a join (`Add`, `Concat`) of several earlier nodes, which is affine too, or
+- a nonlinear node: an elementwise `Activation`, or a group map such as `MaxPool`.
+
+Tensors carry the batch in front; shapes in here never mention it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Op(Protocol):
+    """What every node's operation can do: say what it is, and map values (batch first) to a value."""
+
+    @property
+    def title(self) -> str: ...
+
+    def output_shape(self, *shapes: Shape) -> Shape: ...
+
+    def apply(self, *values: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Input:
+    """Node 0."""
+
+    title: str = "input"
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        raise AssertionError("the input's shape is given, not derived")
+
+    def apply(self, *values: Tensor) -> Tensor:
+        raise AssertionError("the input's value is given, not computed")
+
+
+@dataclass(frozen=True)
+class Add:
+    """Sum of two or more values of one shape."""
+
+    title: str = "add"
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        if len(set(shapes)) != 1:
+            raise ValueError(f"cannot add values of shapes {', '.join(map(str, shapes))}")
+        return shapes[0]
+
+    def apply(self, *values: Tensor) -> Tensor:
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return total
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Concatenation along `axis` (counted without the batch, never negative)."""
+
+    axis: int
+    title: str = "concat"
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        rest = {shape[: self.axis] + shape[self.axis + 1 :] for shape in shapes}
+        if len(rest) != 1:
+            raise ValueError(f"cannot concatenate values of shapes {', '.join(map(str, shapes))}")
+        length = sum(shape[self.axis] for shape in shapes)
+        return shapes[0][: self.axis] + (length,) + shapes[0][self.axis + 1 :]
+
+    def apply(self, *values: Tensor) -> Tensor:
+        return torch.cat(values, dim=self.axis + 1)
+
+    def split(self, value: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
+        """The parts that belong to the inputs (the transpose of the concatenation)."""
+        return torch.split(value, [shape[self.axis] for shape in shapes], dim=self.axis + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One node: `inputs` are indices of earlier nodes, `shape` is its value's shape without the batch."""
+
+    name: str
+    op: Op
+    inputs: tuple[int, ...]
+    shape: Shape
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A classifier: `nodes[0]` is the input, `nodes[-1]` the logits of shape (classes,). float64 throughout."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def input_shape(self) -> Shape:
+        return self.nodes[0].shape
+
+    @property
+    def classes(self) -> int:
+        return self.nodes[-1].shape[0]
+
+    def values(self, x: Tensor) -> list[Tensor]:
+        """The value of every node at x (batch, *input_shape)."""
+        values = [x]
+        for node in self.nodes[1:]:
+            values.append(node.op.apply(*(values[i] for i in node.inputs)))
+        return values
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (batch, classes)."""
+        return self.values(x)[-1]
+
+
+class Builder:
+    """Grows a network node by node; shapes are derived, names made unique."""
+
+    def __init__(self, input_shape: Shape, name: str = "input") -> None:
+        self._nodes: list[Node] = [Node(name, Input(), (), tuple(input_shape))]
+
+    def shape(self, index: int) -> Shape:
+        return self._nodes[index].shape
+
+    def add(self, name: str, op: Op, *inputs: int) -> int:
+        """Append a node and return its index. ValueError if the shapes do not fit."""
+        shape = op.output_shape(*(self._nodes[i].shape for i in inputs))
+        taken = {node.name for node in self._nodes}
+        unique, count = name, 1
+        while unique in taken:
+            count += 1
+            unique = f"{name}.{count}"
+        self._nodes.append(Node(unique, op, inputs, shape))
+        return len(self._nodes) - 1
+
+    def build(self, output: int) -> Network:
+        """The network that ends in node `output`; nodes that do not lead there are left out."""
+        needed = {0, output}
+        for index in range(output, 0, -1):
+            if index in needed:
+                needed.update(self._nodes[index].inputs)
+        order = {old: new for new, old in enumerate(sorted(needed))}
+        nodes = tuple(
+            Node(node.name, node.op, tuple(order[i] for i in node.inputs), node.shape)
+            for node in (self._nodes[old] for old in sorted(needed))
+        )
+        return Network(nodes)
