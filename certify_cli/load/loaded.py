@@ -1,0 +1,24 @@
+"""What loading a model file gives, whatever the format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from certify_cli.network.graph import Network
+from certify_cli.records import ModelInfo
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier in the one form, and where it came from.
+
+    `input_shape` is the file's own input without the batch (the network's, before `fit` puts preprocessing in front);
+    `stored_dtype` names the type of the weights in the file ("float32", "float16", ...; they are upcast exactly);
+    `notes` are sentences for the user (an upcast, a dropped softmax).
+    """
+
+    network: Network
+    info: ModelInfo
+    input_shape: tuple[int, ...]
+    stored_dtype: str
+    notes: tuple[str, ...]
