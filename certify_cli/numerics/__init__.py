@@ -1,0 +1,1 @@
+"""Arithmetic that may be trusted: directed rounding, verified eigenvalues, verified norms. Imports torch only."""

@@ -1,0 +1,130 @@
+"""Verified upper bounds of operator norms (theory section 2): never estimates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from certify_cli.numerics.eigen import largest_eigenvalue
+from certify_cli.numerics.rounding import UNIT, gamma, up, vector_norm_up
+
+CHUNK_ENTRIES = 2**22
+"""Symbol matrices are built in chunks of at most this many complex entries (64 MiB)."""
+
+
+def frobenius_norm(matrix: Tensor) -> float:
+    """Upper bound of the Frobenius norm of a real tensor."""
+    return float(vector_norm_up(matrix.flatten())) if matrix.numel() else 0.0
+
+
+def gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A A^T of (batch, m, n) and, per matrix, a bound of its rounding error: gamma_(n+2) ||A||_F^2."""
+    size = vector_norm_up(matrix.flatten(1))
+    return matrix @ matrix.mT, up(gamma(matrix.shape[-1] + 2) * size.square(), 3)
+
+
+def matrix_norm(matrix: Tensor) -> float:
+    """Upper bound of the spectral norm of a real (m, n) matrix, a relative 1e-9 or so above it.
+
+    The Gram matrix of the smaller side, its largest eigenvalue proved by Cholesky; the product's rounding error is
+    added before the root. inf if an entry is not finite.
+    """
+    if matrix.numel() == 0:
+        return 0.0
+    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    if rows.shape[0] == 1:
+        return float(vector_norm_up(rows[0]))
+    scale = float(rows.abs().max())
+    if scale == 0.0 or not math.isfinite(scale):
+        return scale if scale == 0.0 else math.inf
+    scale = 2.0 ** math.frexp(scale)[1]  # a power of two: exact, and squares neither overflow nor vanish
+    product_, slack = gram((rows / scale).unsqueeze(0))
+    return up(math.sqrt(float(largest_eigenvalue(product_, slack))) * scale, 2)
+
+
+def conv_symbol_norm(
+    weight: Tensor,
+    sizes: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> float:
+    """Upper bound of the norm of a zero-padded convolution on inputs of the given spatial sizes.
+
+    The convolution is a compression of a circulant one on any torus so large that nothing wraps around, and that one's
+    norm is the largest singular value of its symbol, a (channels out x channels in * phases) matrix per frequency. A
+    strided convolution is a sum over input phases: tap a reads phase (a dil - pad) mod s at offset
+    floor((a dil - pad) / s). Tap sums are explicit, so their rounding error is a plain dot product's.
+    """
+    axes = [
+        _Axis(n, k, s, p, d)
+        for n, k, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
+    taps = weight.reshape(groups, out_channels, in_channels, -1)
+    tap_phase = [tuple(a.phase[t] for a, t in zip(axes, index, strict=True)) for index in _indices(weight.shape[2:])]
+    phases = sorted(set(tap_phase))
+    members = [[t for t, phase in enumerate(tap_phase) if phase == wanted] for wanted in phases]
+
+    # entrywise: |computed - exact| <= (rounding of the dot product, of exp(i omega offset), of omega) * sum |w|
+    entry_error = (gamma(4 * (taps.shape[-1] + 2)) + 64 * UNIT) * taps.abs().sum(-1)
+    slack = up(float(entry_error.square().sum((1, 2)).max().sqrt()) * math.sqrt(len(phases)), 8)
+
+    frequencies = _frequencies(axes)
+    entries = groups * out_channels * in_channels * len(phases)
+    chunk = max(1, CHUNK_ENTRIES // entries)
+    best = 0.0
+    for start in range(0, frequencies.shape[0], chunk):
+        wave = _waves(axes, frequencies[start : start + chunk], weight.shape[2:]).to(weight.device)
+        parts = [torch.einsum("ft,goit->fgoi", wave[:, m], taps[..., m].to(wave.dtype)) for m in members]
+        symbol = torch.cat(parts, dim=-1).flatten(0, 1)
+        best = max(best, _largest_singular_value(symbol))
+    return up(best + slack, 2)
+
+
+def _largest_singular_value(matrices: Tensor) -> float:
+    """Upper bound of the largest norm in a batch of complex (m, n) matrices."""
+    rows = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mH
+    size = vector_norm_up(torch.view_as_real(rows.resolve_conj()).flatten(1))
+    slack = up(gamma(4 * (rows.shape[-1] + 2)) * size.square(), 3)
+    if rows.shape[1] > 1:
+        return up(math.sqrt(float(largest_eigenvalue(rows @ rows.mH, slack).max())), 2)
+    return float(size.max())
+
+
+class _Axis:
+    """One spatial axis of a convolution: where each tap reads, and a torus on which nothing wraps around."""
+
+    def __init__(self, n: int, k: int, s: int, p: int, d: int) -> None:
+        reads = [a * d - p for a in range(k)]
+        self.offset = [r // s for r in reads]
+        self.phase = [r % s for r in reads]
+        outputs = (n + 2 * p - d * (k - 1) - 1) // s + 1
+        inputs = -(-n // s)
+        # output j reads j + offset; it must not reach a true input by wrapping, from either end
+        self.torus = max(outputs + max(self.offset), inputs - min(self.offset), 1)
+
+
+def _indices(kernel: Sequence[int]) -> list[tuple[int, ...]]:
+    return list(product(*(range(k) for k in kernel)))
+
+
+def _frequencies(axes: Sequence[_Axis]) -> Tensor:
+    """Integer frequencies (count, axes); half of them suffice on the last axis, for the weights are real."""
+    spans = [torch.arange(a.torus) for a in axes[:-1]] + [torch.arange(axes[-1].torus // 2 + 1)]
+    return torch.cartesian_prod(*spans).reshape(-1, len(axes))
+
+
+def _waves(axes: Sequence[_Axis], frequencies: Tensor, kernel: Sequence[int]) -> Tensor:
+    """exp(2 pi i <frequency, offset> / torus), (count, taps); the angle is reduced in integers first."""
+    angle = torch.zeros(frequencies.shape[0], math.prod(kernel), dtype=torch.float64)
+    offsets = [[a.offset[t] for a, t in zip(axes, index, strict=True)] for index in _indices(kernel)]
+    for number, axis in enumerate(axes):
+        steps = torch.tensor([o[number] for o in offsets])
+        angle += torch.remainder(frequencies[:, number : number + 1] * steps, axis.torus) / axis.torus
+    return torch.polar(torch.ones_like(angle), 2 * math.pi * angle)

@@ -1,0 +1,52 @@
+"""Directed rounding in float64, by inflation (theory section 10).
+
+A quantity computed from non-negative numbers by k additions, products, quotients and roots has a relative error of at
+most gamma_k = k u / (1 - k u); `up` and `down` turn the computed value into a bound. Terms of mixed sign cancel and
+need an error bound of their own: these two functions are not for them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-53
+"""The unit roundoff u of float64."""
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def gamma(k: int) -> float:
+    """Upper bound of k u / (1 - k u), the relative error of k roundings (Higham)."""
+    if k == 0:
+        return 0.0
+    if k * UNIT > 0.25:
+        raise ValueError(f"{k} roundings are too many for a relative error bound in float64")
+    return math.nextafter(k * UNIT / (1.0 - k * UNIT) * (1.0 + 4 * UNIT), math.inf)
+
+
+def up(value: Number, operations: int = 1) -> Number:
+    """At least the exact value of a non-negative expression that took `operations` roundings to compute."""
+    factor = 1.0 + 2 * (operations + 1) * UNIT
+    if isinstance(value, Tensor):
+        return torch.nextafter(value * factor, torch.full_like(value, math.inf))
+    return math.nextafter(value * factor, math.inf)
+
+
+def down(value: Number, operations: int = 1) -> Number:
+    """At most the exact value of a non-negative expression that took `operations` roundings; never below 0."""
+    factor = 1.0 - 2 * (operations + 1) * UNIT
+    if isinstance(value, Tensor):
+        return torch.nextafter(value * factor, torch.full_like(value, -math.inf)).clamp(min=0.0)
+    return max(0.0, math.nextafter(value * factor, -math.inf))
+
+
+def vector_norm_up(rows: Tensor) -> Tensor:
+    """Upper bound of the Euclidean norm along the last axis, free of overflow and underflow."""
+    scale = rows.abs().amax(dim=-1, keepdim=True)
+    safe = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
+    norm = (rows / safe).square().sum(dim=-1).sqrt() * safe.squeeze(-1)
+    return up(norm, rows.shape[-1] + 6)
