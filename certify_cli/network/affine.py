@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -70,21 +70,37 @@ class AffineOp(ABC):
     def terms(self) -> int:
         """k: gamma_k bounds the relative rounding error of one application."""
 
-    @abstractmethod
     def norm(self, shape: Shape) -> float:
         """Upper bound of the spectral norm of W on inputs of `shape`."""
+        return self._remember("norm", shape, self._norm)
 
-    @abstractmethod
     def row_norm(self, shape: Shape) -> float:
         """Upper bound of max_i ||W_i|| (the 2 -> infinity norm)."""
+        return self._remember("row", shape, self._row_norm)
 
-    @abstractmethod
     def infinity_norm(self, shape: Shape) -> float:
         """Upper bound of max_i ||W_i||_1 (the infinity -> infinity norm)."""
+        return self._remember("infinity", shape, self._infinity_norm)
 
     def frobenius_norm(self, shape: Shape) -> float:
         """Upper bound of ||W||_F: every row at most the longest."""
         return up(math.sqrt(math.prod(self.output_shape(shape))) * self.row_norm(shape), 4)
+
+    @abstractmethod
+    def _norm(self, shape: Shape) -> float: ...
+
+    @abstractmethod
+    def _row_norm(self, shape: Shape) -> float: ...
+
+    @abstractmethod
+    def _infinity_norm(self, shape: Shape) -> float: ...
+
+    def _remember(self, kind: str, shape: Shape, rule: Callable[[Shape], float]) -> float:
+        """Each norm is computed once; the weights never change."""
+        memo: dict[tuple[str, Shape], float] = self.__dict__.setdefault("_memo", {})
+        if (kind, shape) not in memo:
+            memo[kind, shape] = rule(shape)
+        return memo[kind, shape]
 
 
 def _adjoint(function: Callable[[Tensor], Tensor], y: Tensor, shape: Shape) -> Tensor:
@@ -111,7 +127,6 @@ class Dense(AffineOp):
     offset: Tensor | None = None
     weight_error: int = 0
     title: str = "dense"
-    _cache: dict[str, float] = field(default_factory=dict, repr=False)
 
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
@@ -139,15 +154,13 @@ class Dense(AffineOp):
         # the transpose sums over the outputs instead
         return max(self.weight.shape) + 1 + self.weight_error
 
-    def norm(self, shape: Shape) -> float:
-        if "norm" not in self._cache:
-            self._cache["norm"] = up(matrix_norm(self.weight), self.weight_error)
-        return self._cache["norm"]
+    def _norm(self, shape: Shape) -> float:
+        return up(matrix_norm(self.weight), self.weight_error)
 
-    def row_norm(self, shape: Shape) -> float:
+    def _row_norm(self, shape: Shape) -> float:
         return up(_longest_row(self.weight), self.weight_error)
 
-    def infinity_norm(self, shape: Shape) -> float:
+    def _infinity_norm(self, shape: Shape) -> float:
         return up(_largest_row_sum(self.weight), self.weight_error)
 
 
@@ -163,7 +176,6 @@ class Conv(AffineOp):
     groups: int = 1
     weight_error: int = 0
     title: str = "conv"
-    _cache: dict[Any, float] = field(default_factory=dict, repr=False)
 
     @property
     def dimensions(self) -> int:
@@ -204,20 +216,18 @@ class Conv(AffineOp):
         taps = math.prod(self.weight.shape[2:])
         return taps * max(self.weight.shape[1], self.weight.shape[0] // self.groups) + 1 + self.weight_error
 
-    def norm(self, shape: Shape) -> float:
+    def _norm(self, shape: Shape) -> float:
         """The least of the FFT-symbol bound and, where affordable, the verified norm of the whole matrix."""
-        if shape not in self._cache:
-            symbol = conv_symbol_norm(self.weight, shape[1:], self.stride, self.padding, self.dilation, self.groups)
-            columns, rows = math.prod(shape), math.prod(self.output_shape(shape))
-            flops = min(rows, columns) ** 2 * float(max(rows, columns))
-            best = symbol if flops > MATERIALISE_FLOPS else min(symbol, matrix_norm(materialise(self, shape)))
-            self._cache[shape] = up(best, self.weight_error)
-        return self._cache[shape]
+        symbol = conv_symbol_norm(self.weight, shape[1:], self.stride, self.padding, self.dilation, self.groups)
+        columns, rows = math.prod(shape), math.prod(self.output_shape(shape))
+        flops = min(rows, columns) ** 2 * float(max(rows, columns))
+        best = symbol if flops > MATERIALISE_FLOPS else min(symbol, matrix_norm(materialise(self, shape)))
+        return up(best, self.weight_error)
 
-    def row_norm(self, shape: Shape) -> float:
+    def _row_norm(self, shape: Shape) -> float:
         return up(_longest_row(self.weight.flatten(1)), self.weight_error)
 
-    def infinity_norm(self, shape: Shape) -> float:
+    def _infinity_norm(self, shape: Shape) -> float:
         return up(_largest_row_sum(self.weight.flatten(1)), self.weight_error)
 
 
@@ -275,13 +285,13 @@ class ConvTranspose(AffineOp):
     def terms(self) -> int:
         return self._forward.terms
 
-    def norm(self, shape: Shape) -> float:
+    def _norm(self, shape: Shape) -> float:
         return self._forward.norm(self.output_shape(shape))
 
-    def row_norm(self, shape: Shape) -> float:
+    def _row_norm(self, shape: Shape) -> float:
         return up(_longest_row(self._rows()), 1)
 
-    def infinity_norm(self, shape: Shape) -> float:
+    def _infinity_norm(self, shape: Shape) -> float:
         return up(_largest_row_sum(self._rows()), 1)
 
     def _rows(self) -> Tensor:
@@ -317,11 +327,11 @@ class Scale(AffineOp):
     def terms(self) -> int:
         return 1 + self.weight_error
 
-    def norm(self, shape: Shape) -> float:
+    def _norm(self, shape: Shape) -> float:
         return up(float(self.weight.abs().max()), self.weight_error)
 
-    row_norm = norm
-    infinity_norm = norm
+    _row_norm = _norm
+    _infinity_norm = _norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,11 +361,11 @@ class Shift(AffineOp):
     def terms(self) -> int:
         return 1
 
-    def norm(self, shape: Shape) -> float:
+    def _norm(self, shape: Shape) -> float:
         return 1.0
 
-    row_norm = norm
-    infinity_norm = norm
+    _row_norm = _norm
+    _infinity_norm = _norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,11 +394,11 @@ class Reshape(AffineOp):
     def terms(self) -> int:
         return 0
 
-    def norm(self, shape: Shape) -> float:
+    def _norm(self, shape: Shape) -> float:
         return 1.0
 
-    row_norm = norm
-    infinity_norm = norm
+    _row_norm = _norm
+    _infinity_norm = _norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,7 +412,6 @@ class Select(AffineOp):
     index: Tensor
     size: int
     title: str = "select"
-    _cache: dict[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, function: Callable[[Tensor], Tensor], shape: Shape, title: str = "select") -> Select:
@@ -434,25 +443,23 @@ class Select(AffineOp):
 
     absolute_transpose = transpose
 
-    @property
+    @cached_property
     def copies(self) -> int:
         """The largest number of times one input entry is used."""
-        if "copies" not in self._cache:
-            index = self.index[self.index >= 0]
-            self._cache["copies"] = int(torch.bincount(index, minlength=1).max()) if index.numel() else 0
-        return int(self._cache["copies"])
+        index = self.index[self.index >= 0]
+        return int(torch.bincount(index, minlength=1).max()) if index.numel() else 0
 
     @property
     def terms(self) -> int:
-        return self.copies  # the transpose sums copies
+        return self.copies if self.copies > 1 else 0  # the transpose sums copies
 
-    def norm(self, shape: Shape) -> float:
+    def _norm(self, shape: Shape) -> float:
         return math.sqrt(self.copies) if math.isqrt(self.copies) ** 2 == self.copies else up(math.sqrt(self.copies), 1)
 
-    def row_norm(self, shape: Shape) -> float:
+    def _row_norm(self, shape: Shape) -> float:
         return 1.0
 
-    infinity_norm = row_norm
+    _infinity_norm = _row_norm
 
 
 def _broadcast_within(shape: Shape, constant: Tensor, what: str) -> Shape:

@@ -1,0 +1,225 @@
+"""A network whose nonlinear nodes are replaced by slopes: tangents pushed forward, cotangents pulled back.
+
+With slopes s_l at the nonlinear nodes the network is linear; `push` sends vectors from one node to every later
+pre-activation (columns of A_l and B_lk in theory's notation), `pull` sends vectors from the logits back to every
+nonlinear node's output and to the input (rows v_l and g). A nonlinear node without a slope is cut: nothing passes.
+
+Each vector carries a bound of the Euclidean norm of its rounding error (theory section 10, rule 1):
+E <- ||W|| E + gamma_k ||W||_F ||vector|| through an affine node, s E + ||slope error o vector|| through a slope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certify_cli.network.affine import AffineOp
+from certify_cli.network.graph import Add, Concat, Network, Node
+from certify_cli.numerics.rounding import gamma, up, vector_norm_up
+
+
+@dataclass(frozen=True, eq=False)
+class Slope:
+    """One node's slopes: `value` (batch or 1, *shape) and an entrywise bound `error` of |value - intended| (or 0)."""
+
+    value: Tensor | float
+    error: Tensor | float = 0.0
+
+    @property
+    def largest(self) -> float:
+        values = self.value.abs().max() if isinstance(self.value, Tensor) else abs(self.value)
+        errors = self.error.max() if isinstance(self.error, Tensor) else self.error
+        return up(float(values) + float(errors), 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """`value` (*batch, *shape) and `error` (*batch): a bound of the Euclidean error of each vector."""
+
+    value: Tensor
+    error: Tensor
+
+    def __add__(self, other: Vectors) -> Vectors:
+        value = self.value + other.value
+        rounding = 2.0**-53 * vector_norm_up(value.flatten(self.error.dim()))
+        return Vectors(value, up(self.error + other.error + rounding, 4))
+
+
+Slopes = Mapping[int, Slope]
+
+
+def is_nonlinear(node: Node) -> bool:
+    """Whether a node is an activation or a group map."""
+    return bool(node.inputs) and not isinstance(node.op, AffineOp | Add | Concat)
+
+
+def nonlinear_nodes(network: Network) -> tuple[int, ...]:
+    """Indices of the nonlinear nodes, in topological order."""
+    return tuple(i for i, node in enumerate(network.nodes) if is_nonlinear(node))
+
+
+def head(network: Network, index: int) -> int:
+    """The node that holds the pre-activation of nonlinear node `index`."""
+    return network.nodes[index].inputs[0]
+
+
+def heads(network: Network) -> tuple[int, ...]:
+    """Every nonlinear node's pre-activation, then the logits, in topological order and without repetition."""
+    found = {head(network, i) for i in nonlinear_nodes(network)} | {len(network.nodes) - 1}
+    return tuple(sorted(found))
+
+
+def push(network: Network, source: int, tangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
+    """Images of tangents (batch, *shape of node `source`) at every later head that they reach."""
+    wanted = set(heads(network))
+    last_use = {i: n for n, node in enumerate(network.nodes) for i in node.inputs}
+    live = {source: Vectors(tangents, torch.zeros(tangents.shape[0], dtype=tangents.dtype, device=tangents.device))}
+    found = {source: live[source]} if source in wanted else {}
+    for index in range(source + 1, len(network.nodes)):
+        node = network.nodes[index]
+        inputs = [live.get(i) for i in node.inputs]
+        image = _forward(network, node, inputs, slopes.get(index))
+        if image is not None:
+            live[index] = image
+            if index in wanted:
+                found[index] = image
+        for i in node.inputs:
+            if last_use[i] == index:
+                live.pop(i, None)
+    return found
+
+
+def _forward(network: Network, node: Node, inputs: list[Vectors | None], slope: Slope | None) -> Vectors | None:
+    present = [v for v in inputs if v is not None]
+    if not present:
+        return None
+    op = node.op
+    if isinstance(op, AffineOp):
+        shape = network.nodes[node.inputs[0]].shape
+        return _through(op, present[0], shape, op.linear(present[0].value))
+    if isinstance(op, Add):
+        total = present[0]
+        for other in present[1:]:
+            total = total + other
+        return total
+    if isinstance(op, Concat):
+        batch = present[0].value.shape[0]
+        shapes = [network.nodes[i].shape for i in node.inputs]
+        parts = [present[0].value.new_zeros(batch, *s) if v is None else v.value for v, s in zip(inputs, shapes, strict=True)]
+        return Vectors(op.apply(*parts), up(torch.stack([v.error for v in present]).sum(0), len(present)))
+    return None if slope is None else _scaled(present[0], slope)
+
+
+def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tensor) -> Vectors:
+    """Error of a linear map or its transpose (their norms agree)."""
+    size = vector_norm_up(vectors.value.flatten(vectors.error.dim()))
+    rounding = gamma(op.terms) * op.frobenius_norm(shape) if op.terms else 0.0
+    return Vectors(image, up(op.norm(shape) * vectors.error + rounding * size, 4))
+
+
+def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
+    value = vectors.value * slope.value
+    dims = vectors.error.dim()
+    rounding = 2.0**-53 * vector_norm_up(value.flatten(dims))
+    if isinstance(slope.error, Tensor) or slope.error > 0:
+        rounding = rounding + vector_norm_up((vectors.value * slope.error).flatten(dims))
+    return Vectors(value, up(slope.largest * vectors.error + rounding, 4))
+
+
+def pull(network: Network, cotangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
+    """Cotangents (batch, rows, classes) of the logits, pulled back to every nonlinear node's output and the input.
+
+    Slope tensors are (batch or 1, *shape). Returns vectors of shape (batch, rows, *shape), keyed by node; node 0 is
+    always there (zeros if nothing arrives).
+    """
+    batch, rows = cotangents.shape[:2]
+    zero = torch.zeros(batch, rows, dtype=cotangents.dtype, device=cotangents.device)
+    live = {len(network.nodes) - 1: Vectors(cotangents, zero)}
+    found: dict[int, Vectors] = {}
+    for index in range(len(network.nodes) - 1, 0, -1):
+        vectors = live.pop(index, None)
+        if vectors is None:
+            continue
+        node = network.nodes[index]
+        if is_nonlinear(node):
+            found[index] = vectors
+        for i, image in zip(node.inputs, _backward(network, node, vectors, slopes.get(index)), strict=True):
+            if image is not None:
+                live[i] = live[i] + image if i in live else image
+    shape = network.input_shape
+    found[0] = live.get(0, Vectors(cotangents.new_zeros(batch, rows, *shape), zero))
+    return found
+
+
+def _backward(network: Network, node: Node, vectors: Vectors, slope: Slope | None) -> list[Vectors | None]:
+    op, (batch, rows) = node.op, vectors.error.shape
+    if isinstance(op, AffineOp):
+        shape = network.nodes[node.inputs[0]].shape
+        image = op.transpose(vectors.value.flatten(0, 1), shape).reshape(batch, rows, *shape)
+        return [_through(op, vectors, shape, image)]
+    if isinstance(op, Add):
+        return [vectors for _ in node.inputs]
+    if isinstance(op, Concat):
+        shapes = [network.nodes[i].shape for i in node.inputs]
+        parts = op.split(vectors.value.flatten(0, 1), shapes)
+        return [Vectors(p.reshape(batch, rows, *s), vectors.error) for p, s in zip(parts, shapes, strict=True)]
+    if slope is None:
+        return [None]
+    value = slope.value.unsqueeze(1) if isinstance(slope.value, Tensor) else slope.value
+    error = slope.error.unsqueeze(1) if isinstance(slope.error, Tensor) else slope.error
+    return [_scaled(vectors, Slope(value, error))]
+
+
+def interval_pull(
+    network: Network, cotangents: Tensor, ranges: Mapping[int, tuple[float, float]]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Bounds, outward, of the adjoints v_l at every nonlinear node, for any slopes within `ranges` (theory section 3).
+
+    cotangents (rows, classes); ranges[l] = (lowest, highest slope) of node l, and a node without one is cut. Returns
+    (low, high), each (rows, *shape), keyed by nonlinear node.
+    """
+    last = len(network.nodes) - 1
+    live = {last: (cotangents, torch.zeros_like(cotangents))}  # midpoint and radius
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for index in range(last, 0, -1):
+        if index not in live:
+            continue
+        middle, radius = live.pop(index)
+        node, op = network.nodes[index], network.nodes[index].op
+        shapes = [network.nodes[i].shape for i in node.inputs]
+        images: list[tuple[Tensor, Tensor] | None]
+        if isinstance(op, AffineOp):
+            size = op.absolute_transpose(middle.abs(), shapes[0])
+            spread = op.absolute_transpose(radius, shapes[0])
+            rounding = gamma(op.terms + 2)
+            images = [(op.transpose(middle, shapes[0]), up(spread * (1 + rounding) + rounding * size, 4))]
+        elif isinstance(op, Add):
+            images = [(middle, radius) for _ in node.inputs]
+        elif isinstance(op, Concat):
+            images = list(zip(op.split(middle, shapes), op.split(radius, shapes), strict=True))
+        else:
+            low = torch.nextafter(middle - radius, torch.full_like(middle, -torch.inf))
+            high = torch.nextafter(middle + radius, torch.full_like(middle, torch.inf))
+            found[index] = (low, high)
+            images = [_interval_product(low, high, *ranges[index]) if index in ranges else None]
+        for i, image in zip(node.inputs, images, strict=True):
+            if image is None:
+                continue
+            if i in live:
+                other = live[i]
+                total = image[0] + other[0]
+                live[i] = (total, up(image[1] + other[1] + 2.0**-53 * total.abs(), 4))
+            else:
+                live[i] = image
+    return found
+
+
+def _interval_product(low: Tensor, high: Tensor, least: float, most: float) -> tuple[Tensor, Tensor]:
+    """[least, most] * [low, high] as midpoint and radius, the radius rounded up."""
+    corners = torch.stack([low * least, low * most, high * least, high * most])
+    bottom, top = corners.amin(0), corners.amax(0)
+    middle = 0.5 * (bottom + top)
+    return middle, up(torch.maximum(top - middle, middle - bottom) + 2.0**-52 * corners.abs().amax(0), 4)
