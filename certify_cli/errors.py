@@ -33,3 +33,8 @@ class MethodError(CurvcertError):
     """A method asked for by name that cannot apply to this model (exit 3)."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, cut to one line without its full stop, to stand inside a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")

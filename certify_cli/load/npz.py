@@ -1,0 +1,112 @@
+"""FILE.npz: arrays x (N, ...) and, with labels, y (N,). Sizes are checked before anything is read; no pickle."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from certify_cli.errors import DataError, UsageError, first_line
+from certify_cli.load.source import Source, Taken, unit_range
+
+MAX_BYTES = 16 * 2**30
+"""An array larger than this is refused unread."""
+
+DEFLATE_RATIO = 1040
+"""Deflate cannot shrink data more than 1032 times: a header that claims more lies."""
+
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError, NotImplementedError)
+
+
+def open_npz(path: Path, layout: str) -> Source:
+    """The data set in an .npz file. Raises DataError for a file that breaks the convention."""
+    try:
+        shapes = _declared(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            x = arrays["x"]
+            y = arrays["y"] if "y" in shapes else None
+    except MemoryError as error:
+        raise DataError(f"{path}: its arrays do not fit into memory; split the file") from error
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: not a readable .npz file ({first_line(error)})") from error
+
+    if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
+        raise DataError(f"{path}: x has type {x.dtype}; integers or floats of up to 64 bits are expected")
+    notes = []
+    if x.ndim == 3:
+        x = x[:, None]
+    elif layout == "nhwc" and x.ndim == 4:
+        x = x.transpose(0, 3, 1, 2)
+    elif layout == "nhwc":
+        raise UsageError(f"--data-layout nhwc: {path} holds x of shape {x.shape}, which has no channels to move")
+    elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        notes.append(f"{path.name}: x of shape {x.shape} looks like NHWC; if it is, say --data-layout nhwc")
+
+    def take(indices: Sequence[int]) -> Taken:
+        chosen = x[list(indices)]
+        floats = unit_range(chosen)
+        exact = x.dtype.kind != "f" or x.dtype.itemsize <= 4 or np.array_equal(floats, chosen, equal_nan=True)
+        return Taken(floats, () if exact else (f"{path.name}: float64 values of x are rounded to float32",))
+
+    return Source(path.name, len(x), take, _labels(path, y, len(x)), image=x.ndim == 4, notes=tuple(notes))
+
+
+def _declared(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by key, from the headers alone; DataError for other keys, objects, and sizes that lie or are too large."""
+    shapes = {}
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        keys = sorted(entry.filename.removesuffix(".npy") for entry in entries)
+        if keys not in (["x"], ["x", "y"]):
+            raise DataError(
+                f"{path}: holds the arrays {', '.join(keys) or '(none)'}; rename them to x (samples) and y (labels)"
+            )
+        for entry in entries:
+            key = entry.filename.removesuffix(".npy")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DataError(
+                    f"{path}: {key} is compressed in a way that numpy does not write; save it with np.savez"
+                )
+            if entry.file_size > DEFLATE_RATIO * entry.compress_size + 1024:
+                raise DataError(f"{path}: {key} claims to unpack to an impossible {entry.file_size} bytes")
+            shape, dtype, header = _header(archive, entry)
+            if dtype.hasobject:
+                raise DataError(f"{path}: {key} holds Python objects, which are never unpickled; save numbers")
+            size = math.prod(shape) * dtype.itemsize
+            if size > MAX_BYTES:
+                raise DataError(f"{path}: {key} of shape {shape} would take {size} bytes; the limit is {MAX_BYTES}")
+            if header + size != entry.file_size:
+                raise DataError(f"{path}: {key} of shape {shape} does not match its {entry.file_size} bytes")
+            shapes[key] = shape
+    if len(shapes["x"]) < 2 or 0 in shapes["x"]:
+        raise DataError(f"{path}: x has shape {shapes['x']}; (N, ...) with at least one sample is expected")
+    return shapes
+
+
+def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, type and header length of one array."""
+    with archive.open(entry) as file:
+        version = npy.read_magic(file)
+        # versions 2 and 3 differ in the encoding of field names only, which a plain array has none of
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+        return shape, dtype, file.tell()
+
+
+def _labels(path: Path, y: NDArray[Any] | None, count: int) -> NDArray[np.int64] | None:
+    if y is None:
+        return None
+    if y.shape != (count,):
+        raise DataError(f"{path}: y has shape {y.shape}, but x holds {count} samples; ({count},) is expected")
+    if y.dtype.kind not in "iu":
+        raise DataError(f"{path}: y has type {y.dtype}; labels are integers")
+    if y.min() < 0 or y.max() >= 2**31:
+        raise DataError(f"{path}: y holds the label {y.min() if y.min() < 0 else y.max()}; classes count from 0")
+    return y.astype(np.int64)

@@ -1,0 +1,32 @@
+"""Import torchvision also where its compiled operators do not match the installed torch.
+
+torchvision registers shape functions for its operators at import. With a torch build that its binary was not made for
+(a CPU-only torch beside a CUDA torchvision) the operators are missing and the import fails, although nothing used here
+(data sets, and onnx2torch's module tree) needs any of them. Declaring their schemas lets the import pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+_declared: list[torch.library.Library] = []
+"""Kept alive: a library's declarations go with it."""
+
+
+def import_torchvision() -> None:
+    """Import torchvision, with the missing schemas declared where the plain import fails for want of them."""
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if _declared or "operator torchvision::nms does not exist" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in _SCHEMAS:
+            library.define(schema)
+        _declared.append(library)
+        import torchvision  # noqa: F401
