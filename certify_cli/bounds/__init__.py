@@ -1,0 +1,1 @@
+"""Bounds of a network: Lipschitz constants and curvature. Every number is proved and rounded outward."""

@@ -1,0 +1,1 @@
+"""Certificates: what a bound proves about one sample."""

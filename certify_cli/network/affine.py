@@ -121,7 +121,7 @@ def _largest_row_sum(rows: Tensor) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Dense(AffineOp):
-    """y = x W^T + b on the last axis; weight (out, in). `weight_error`: relative error of its entries, in units of u."""
+    """y = x W^T + b on the last axis; weight (out, in). `weight_error`: relative error of an entry, in units of u."""
 
     weight: Tensor
     offset: Tensor | None = None
@@ -470,7 +470,7 @@ def _broadcast_within(shape: Shape, constant: Tensor, what: str) -> Shape:
 
 
 def materialise(op: AffineOp, shape: Shape, chunk: int = 512) -> Tensor:
-    """The matrix W (outputs, inputs) of one operation: exact for a single primitive, as each entry is one product by 1."""
+    """The matrix W (outputs, inputs) of one operation: exact, as each entry is one product by 1."""
     size = math.prod(shape)
     device = next((t.device for t in vars(op).values() if isinstance(t, Tensor)), torch.device("cpu"))
     columns = []
@@ -480,5 +480,3 @@ def materialise(op: AffineOp, shape: Shape, chunk: int = 512) -> Tensor:
         basis[torch.arange(count), torch.arange(start, start + count)] = 1.0
         columns.append(op.linear(basis.reshape(count, *shape)).flatten(1))
     return torch.cat(columns).T.contiguous()
-
-

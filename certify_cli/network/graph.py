@@ -12,7 +12,7 @@ Tensors carry the batch in front; shapes in here never mention it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -113,6 +113,16 @@ class Network:
     def classes(self) -> int:
         return self.nodes[-1].shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are (CPU for a network without any)."""
+        tensors = (t for node in self.nodes for t in vars(node.op).values() if isinstance(t, Tensor))
+        return next((t.device for t in tensors), torch.device("cpu"))
+
+    def to(self, device: torch.device | str) -> Network:
+        """The same network with its weights on `device`."""
+        return Network(tuple(replace(node, op=_moved(node.op, device)) for node in self.nodes))
+
     def values(self, x: Tensor) -> list[Tensor]:
         """The value of every node at x (batch, *input_shape)."""
         values = [x]
@@ -123,6 +133,11 @@ class Network:
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (batch, classes)."""
         return self.values(x)[-1]
+
+
+def _moved(op: Op, device: torch.device | str) -> Op:
+    tensors = {f.name: value.to(device) for f in fields(op) if isinstance(value := getattr(op, f.name), Tensor)}  # type: ignore[arg-type]
+    return replace(op, **tensors) if tensors else op  # type: ignore[type-var]
 
 
 class Builder:

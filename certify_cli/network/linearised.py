@@ -108,7 +108,9 @@ def _forward(network: Network, node: Node, inputs: list[Vectors | None], slope: 
     if isinstance(op, Concat):
         batch = present[0].value.shape[0]
         shapes = [network.nodes[i].shape for i in node.inputs]
-        parts = [present[0].value.new_zeros(batch, *s) if v is None else v.value for v, s in zip(inputs, shapes, strict=True)]
+        parts = [
+            present[0].value.new_zeros(batch, *s) if v is None else v.value for v, s in zip(inputs, shapes, strict=True)
+        ]
         return Vectors(op.apply(*parts), up(torch.stack([v.error for v in present]).sum(0), len(present)))
     return None if slope is None else _scaled(present[0], slope)
 

@@ -62,8 +62,7 @@ def conv_symbol_norm(
     floor((a dil - pad) / s). Tap sums are explicit, so their rounding error is a plain dot product's.
     """
     axes = [
-        _Axis(n, k, s, p, d)
-        for n, k, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True)
+        _Axis(n, k, s, p, d) for n, k, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True)
     ]
     out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
     taps = weight.reshape(groups, out_channels, in_channels, -1)

@@ -1,0 +1,1 @@
+"""Runs: samples in, records out, in order and as they are done."""

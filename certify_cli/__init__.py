@@ -1,0 +1,37 @@
+"""curvcert: certified robustness radii of image classifiers, with proof.
+
+    from certify_cli import load_model, load_data, certify
+
+    result = certify(load_model("model.onnx"), load_data("mnist", samples="100"), eps=("0.5",))
+    print(result.summary.certified_accuracy, result.samples[0].certified_radius)
+
+Nothing heavy is imported before one of these names is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from certify_cli.version import __version__
+
+if TYPE_CHECKING:
+    from certify_cli.bounds.layers import bound
+    from certify_cli.load.data import load_data
+    from certify_cli.load.model import load_model
+    from certify_cli.run.engine import certify
+
+__all__ = ["__version__", "bound", "certify", "load_data", "load_model"]
+
+_HOMES = {
+    "bound": "certify_cli.bounds.layers",
+    "certify": "certify_cli.run.engine",
+    "load_data": "certify_cli.load.data",
+    "load_model": "certify_cli.load.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'certify_cli' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,76 @@
+"""Layer by layer: where a network's Lipschitz constant and curvature come from (`curvcert bounds`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from certify_cli.bounds.curvature import why_no_curvature
+from certify_cli.bounds.lipschitz import gain
+from certify_cli.certificates.analysis import Analysis
+from certify_cli.load.loaded import LoadedModel
+from certify_cli.network.graph import Network
+from certify_cli.network.linearised import head, nonlinear_nodes
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One nonlinear layer, or the logits at the end. Every number is an upper bound.
+
+    `norm`: of the weights that feed the layer; `slope`: the largest of the nonlinearity; `lipschitz`: of input ->
+    the layer's value (logits: of the worst margin); `curvature`: this and all earlier layers' part of the worst
+    margin's Hessian norm; `share`: that part over the whole, up to 1. None where the network has no curvature.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    norm: float | None
+    slope: float | None
+    lipschitz: float
+    curvature: float | None
+    share: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def layer_table(network: Network, effort: str = "normal") -> list[LayerRow]:
+    """The rows of `curvcert bounds`, first layer first; the last row is the worst pair of classes at the logits."""
+    analysis = Analysis(network, effort)
+    lipschitz, weights = analysis.lipschitz, analysis.weights
+    pairs = (1 - torch.eye(network.classes)).nonzero().to(network.device)
+    layers = nonlinear_nodes(network)
+    parts = None
+    if why_no_curvature(network) is None:
+        terms = analysis.curvature.terms(pairs)
+        parts = terms[int(terms.sum(1).argmax())].cumsum(0).tolist()
+
+    def norm_into(target: int) -> float:
+        return sum(block.norm**2 for (t, _), block in weights.items() if t == target) ** 0.5
+
+    rows = []
+    for position, k in enumerate(layers):
+        node, target = network.nodes[k], head(network, k)
+        slope = gain(network, k)
+        curvature = parts[position] if parts else None
+        share = curvature / parts[-1] if parts and curvature is not None and parts[-1] > 0 else None
+        rows.append(
+            LayerRow(node.name, node.op.title, node.shape, norm_into(target), slope,
+                     lipschitz.to_output(k), curvature, share)
+        )  # fmt: skip
+    last = network.nodes[-1]
+    worst = float(lipschitz.of_margins(pairs).max())
+    total = parts[-1] if parts else None
+    share = 1.0 if total else None
+    rows.append(
+        LayerRow(last.name, "logits", last.shape, norm_into(len(network.nodes) - 1), None, worst, total, share)
+    )
+    return rows
+
+
+def bound(model: LoadedModel, effort: str = "normal") -> list[LayerRow]:
+    """Layer-by-layer bounds of a loaded model, over its own input (before mean and std of `fit`)."""
+    return layer_table(model.network, effort)

@@ -1,0 +1,80 @@
+"""lambda_max(T^T diag(w) T) for many weight vectors w >= 0 at once, rounded up (theory sections 2 and 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.blocks import Budget
+from certify_cli.numerics.eigen import largest_eigenvalue
+from certify_cli.numerics.rounding import UNIT, gamma, up, vector_norm_up
+
+CHUNK_ENTRIES = 2**24
+"""Matrices are proved in chunks of at most this many entries (128 MiB, and a few times that while proving)."""
+PERRON_STEPS = 30
+
+
+def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: float = 0.0) -> Tensor:
+    """Upper bounds (count,) of lambda_max(T^T diag(w) T) for w (count, rows) >= 0.
+
+    matrix: T (rows, columns), within `error` of the exact one in the Frobenius norm. Proved eigenvalues where the
+    budget allows, on the smaller of three sides: the rows with a positive weight, all rows, the columns. Beyond it a
+    Perron bound, which needs one matrix product a step: every positive vector p gives
+    lambda_max(D G D) <= max_i (|G| w o p)_i / p_i with G = T T^T, D = diag(sqrt(w)) (Collatz and Wielandt).
+    """
+    count, (rows, columns) = len(weights), matrix.shape
+    active = int((weights > 0).sum(1).max()) if count else 0
+    if active == 0:
+        return torch.zeros(count, dtype=torch.float64, device=weights.device)
+    side = min(active, columns)
+    forming = 2.0 * rows * columns**2 if columns < active else 0.0
+    if count * (3.0 * side**3 + forming) <= budget.eigenvalues:
+        value = _proved(matrix, weights, side, columns < active)
+    else:
+        value = _perron(matrix, weights)
+    largest = weights.amax(1)
+    # (sqrt(lambda) + sqrt(max w) error)^2 covers a matrix that is not exact
+    return value if error == 0.0 else up((value.sqrt() + largest.sqrt() * error).square(), 6)
+
+
+def _proved(matrix: Tensor, weights: Tensor, side: int, by_columns: bool) -> Tensor:
+    rows, columns = matrix.shape
+    squares = up(matrix.square().sum(1), columns + 2)
+    size = up(weights @ squares, rows + 2)  # >= ||diag(sqrt w) T||_F^2
+    gram = None if by_columns else matrix @ matrix.T
+    chunk = max(1, CHUNK_ENTRIES // side**2)
+    bounds = []
+    for start in range(0, len(weights), chunk):
+        w = weights[start : start + chunk]
+        slack_size = size[start : start + chunk]
+        if gram is None:
+            scaled = matrix.T.unsqueeze(0) * w.unsqueeze(1)
+            product = scaled @ matrix
+            slack = gamma(rows + 3) * slack_size
+        else:
+            root = w.sqrt()
+            index = root.argsort(dim=1, descending=True)[:, :side]
+            root = root.gather(1, index)
+            product = gram[index.unsqueeze(2), index.unsqueeze(1)] * root.unsqueeze(2) * root.unsqueeze(1)
+            # the product's own rounding, and two square roots and two scalings an entry
+            slack = (gamma(columns + 2) + 8 * UNIT) * slack_size
+        bounds.append(largest_eigenvalue(product, up(slack, 4)))
+    return torch.cat(bounds)
+
+
+def _perron(matrix: Tensor, weights: Tensor) -> Tensor:
+    rows, columns = matrix.shape
+    squares = up(matrix.square().sum(1), columns + 2)
+    trace = up(weights @ squares, rows + 2)
+    if rows * rows > 2 * CHUNK_ENTRIES:
+        return trace
+    length = vector_norm_up(matrix)
+    gram = (matrix @ matrix.T).abs()
+    gram += (gamma(columns + 2) * length).unsqueeze(1) * length.unsqueeze(0)  # now at least |G|, entry by entry
+    p = torch.ones_like(weights)
+    best = trace
+    for _ in range(PERRON_STEPS):
+        image = (weights * p) @ gram
+        best = torch.minimum(best, up((image / p).amax(1), rows + 6))
+        p = image / image.amax(1, keepdim=True).clamp(min=1e-300) + 1e-12  # any positive vector will do
+    return best

@@ -1,0 +1,43 @@
+"""Certificates of a batch: what every method returns, and how two of them are combined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Certificates:
+    """One row a sample (batch,). NaN stands for "this method has none".
+
+    `radius` is certified for the prediction: rounded down, 0 where nothing is certified, inf where nothing can flip
+    it. `rival` is the class that decides it, and `gradient`, `curvature_lower`, `curvature_upper` and `lipschitz`
+    (upper bounds) belong to the margin towards it. `attack` is the distance, rounded up, from the sample to the row of
+    `witness` (batch, *input shape), whose replay changed the prediction; NaN and the sample itself where there is none.
+    """
+
+    radius: Tensor
+    rival: Tensor
+    gradient: Tensor
+    curvature_lower: Tensor
+    curvature_upper: Tensor
+    lipschitz: Tensor
+    attack: Tensor
+    witness: Tensor
+    method: Tensor
+    """Index of the method that gave the radius, in the order of the table of methods."""
+
+    ATTACK_FIELDS = ("attack", "witness")
+
+    def best_of(self, other: Certificates) -> Certificates:
+        """The larger certified radius and the smaller attack, sample by sample; ties go to self."""
+        better = other.radius > self.radius
+        nearer = other.attack < torch.nan_to_num(self.attack, nan=torch.inf)
+        values = {}
+        for item in fields(self):
+            choice = nearer if item.name in self.ATTACK_FIELDS else better
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            values[item.name] = torch.where(choice.reshape(-1, *[1] * (mine.dim() - 1)), theirs, mine)
+        return Certificates(**values)

@@ -1,0 +1,213 @@
+"""The engine: one record a sample, in order, as batches finish. Progress bars and writers are consumers of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from certify_cli.certificates.analysis import Analysis
+from certify_cli.certificates.certificates import Certificates
+from certify_cli.certificates.methods import certify_batch, method_name, select
+from certify_cli.certificates.point import Point
+from certify_cli.errors import DataError, UsageError
+from certify_cli.load.data import Dataset
+from certify_cli.load.fit import fit
+from certify_cli.load.loaded import LoadedModel
+from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.graph import Network
+from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Run, Sample, Summary, summarise
+from certify_cli.run.provenance import describe
+from certify_cli.run.settings import Settings
+
+DEFAULT_MEMORY = 2**29
+"""Bytes for the tensors of one batch on a CPU, unless `--memory` says otherwise."""
+LARGEST_BATCH = 512
+
+TIED = "the two largest logits are equal up to rounding error"
+NOT_FINITE = "a logit is not a finite number"
+NO_BOUND = "the bound on this network is too large for a positive radius"
+NEVER = "no perturbation changes the prediction: no margin depends on the input"
+
+
+@dataclass(frozen=True, eq=False)
+class Witness:
+    """A replayed attack on sample `index`: x + d as rounded is `moved`; all of the data's shape, float64."""
+
+    index: int
+    x: Tensor
+    moved: Tensor
+
+    @property
+    def d(self) -> Tensor:
+        return self.moved - self.x
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    run: Run
+    samples: tuple[Sample, ...]
+    summary: Summary
+
+
+class Job:
+    """A run made ready: `run` is known before the first sample, `samples()` does the work."""
+
+    def __init__(self, network: Network, data: Dataset, settings: Settings, run: Run) -> None:
+        self.run = run
+        self.total = len(data.x)
+        self.eps = settings.eps
+        self.witnesses: list[Witness] = []
+        self._network, self._data, self._settings = network, data, settings
+        self._methods = select(settings.method, network)
+        self._analysis = Analysis(network, settings.effort)
+
+    def samples(self) -> Iterator[Sample]:
+        """Records in the data's order, a batch at a time."""
+        for start in range(0, self.total, self.run.batch_size):
+            part = slice(start, min(start + self.run.batch_size, self.total))
+            with exact_kernels():
+                x = self._data.x[part].to(self._network.device, torch.float64)
+                point = Point(self._network, x)
+                found = certify_batch(self._methods, self._analysis, point, self._settings.attack != "none")
+                records = self._records(part, point, found)
+            yield from records
+
+    def _records(self, part: slice, point: Point, found: Certificates) -> list[Sample]:
+        data = self._data
+        labels = data.y[part].tolist() if data.y is not None else [None] * len(point.x)
+        margin, runner_up = point.margin.min(1)
+        inside = ((found.witness >= 0) & (found.witness <= 1)).flatten(1).all(1).tolist()
+        columns = {
+            name: getattr(found, name).tolist()
+            for name in (
+                "radius", "rival", "gradient", "curvature_lower", "curvature_upper", "lipschitz", "attack", "method",
+            )
+        }  # fmt: skip
+        columns |= {
+            "margin": margin.tolist(),
+            "runner_up": runner_up.tolist(),
+            "prediction": point.prediction.tolist(),
+            "finite": point.finite.tolist(),
+            "safe": (point.margin_low.min(1).values > 0).tolist(),
+        }
+        records = []
+        for row, label in enumerate(labels):
+            values = {name: column[row] for name, column in columns.items()}
+            index = data.indices[part.start + row]
+            record = _record(index, label, values, inside[row] if data.image else None)
+            if record.attack_radius is not None:
+                self.witnesses.append(Witness(index, point.x[row].cpu(), found.witness[row].cpu()))
+            records.append(record)
+        return records
+
+
+def _record(index: int, label: int | None, values: dict[str, Any], inside: bool | None) -> Sample:
+    finite = values["finite"]
+    radius = values["radius"]
+    reason = None
+    if not finite:
+        status, reason = ERROR, NOT_FINITE
+    elif radius == float("inf"):
+        status, reason = CERTIFIED, NEVER
+    elif radius > 0:
+        status = CERTIFIED
+    else:
+        status, reason = NOT_CERTIFIED, NO_BOUND if values["safe"] else TIED
+    attack = _number(values["attack"]) if finite else None
+    prediction = values["prediction"] if finite else None
+    return Sample(
+        index=index,
+        label=label,
+        prediction=prediction,
+        correct=None if label is None else prediction == label,
+        margin=_number(values["margin"]) if finite else None,
+        runner_up=values["runner_up"] if finite else None,
+        rival=values["rival"] if finite else None,
+        gradient_norm=_number(values["gradient"]),
+        curvature_lower=_number(values["curvature_lower"]),
+        curvature_upper=_number(values["curvature_upper"]),
+        lipschitz=_number(values["lipschitz"]),
+        certified_radius=radius if reason is None else None,
+        attack_radius=attack,
+        attack_kind=None if attack is None else "certificate",
+        attack_in_range=None if attack is None else inside,
+        method=method_name(values["method"]) if status == CERTIFIED else None,
+        status=status,
+        reason=reason,
+    )
+
+
+def _number(value: float) -> float | None:
+    """Records hold finite numbers: what is not one (a bound that a method lacks, an infinite bound) is null."""
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def prepare(model: LoadedModel, data: Dataset, settings: Settings, arguments: dict[str, Any] | None = None) -> Job:
+    """Fit the model to the data, choose device and batch size, and refuse what cannot run.
+
+    `arguments` goes into the run record as it is. Raises UsageError, DataError or MethodError.
+    """
+    if not len(data.x):
+        raise DataError(f"{data.name}: no sample selected")
+    network = fit(
+        model.network, tuple(data.x.shape[1:]), mean=settings.mean, std=settings.std, layout=settings.layout
+    )
+    if data.y is not None and int(data.y.max()) >= network.classes:
+        raise DataError(
+            f"{data.name} has the label {int(data.y.max())}, but the model has {network.classes} classes (0 to "
+            f"{network.classes - 1}); is this the data set the model was trained on?"
+        )
+    device = _device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    batch_size = settings.batch_size or min(len(data.x), _batch_size(network, device, settings.memory))
+    run = describe(
+        model,
+        data,
+        settings,
+        arguments=arguments or {},
+        device=str(device),
+        threads=torch.get_num_threads(),
+        batch_size=batch_size,
+        notes=(*model.notes, *data.notes),
+    )
+    return Job(network.to(device), data, settings, run)
+
+
+def certify(model: LoadedModel, data: Dataset, **options: Any) -> Result:
+    """Certify every sample of `data`; options are the fields of `Settings` (method="auto", eps=("0.5",), ...).
+
+    The same records as the command line's. Raises CurvcertError for what cannot run.
+    """
+    job = prepare(model, data, Settings(**options), dict(options))
+    start = time.perf_counter()
+    samples = tuple(job.samples())
+    return Result(job.run, samples, summarise(samples, job.eps, time.perf_counter() - start))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UsageError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _batch_size(network: Network, device: torch.device, memory: int | None) -> int:
+    """Samples a batch such that its tensors fit: values, errors and one cotangent per class at the widest nodes."""
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_MEMORY
+    every = sum(node.size for node in network.nodes)
+    widest = max(node.size for node in network.nodes)
+    sample = 8 * (4 * every + 8 * network.classes * widest)
+    return max(1, min(LARGEST_BATCH, memory // sample))

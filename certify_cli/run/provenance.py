@@ -1,0 +1,66 @@
+"""How a run came about: versions, device, hashes. Enough to repeat it."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from certify_cli.load.data import Dataset
+from certify_cli.load.loaded import LoadedModel
+from certify_cli.records import DataInfo, Run
+from certify_cli.run.settings import Settings
+from certify_cli.version import __version__
+
+LIBRARIES = ("torch", "numpy", "onnx", "onnx2torch", "safetensors", "torchvision")
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe(
+    model: LoadedModel,
+    data: Dataset,
+    settings: Settings,
+    *,
+    arguments: dict[str, Any],
+    device: str,
+    threads: int,
+    batch_size: int,
+    notes: tuple[str, ...],
+) -> Run:
+    """The run record, complete before the first sample."""
+    return Run(
+        tool="curvcert",
+        version=__version__,
+        libraries=library_versions(),
+        arguments=arguments,
+        method=settings.method,
+        effort=settings.effort,
+        attack=settings.attack,
+        device=device,
+        dtype="float64",
+        threads=threads,
+        batch_size=batch_size,
+        seed=settings.seed,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=model.info,
+        data=DataInfo(data.name, len(data.x), data.sha256),
+        preprocessing={
+            "mean": list(settings.mean) or None,
+            "std": list(settings.std) or None,
+            "layout": settings.layout,
+            "stored_dtype": model.stored_dtype,
+        },
+        classes=list(data.classes) if data.classes else None,
+        notes=list(notes),
+    )

@@ -1,0 +1,53 @@
+"""What a run is asked to do. Plain data, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from certify_cli.errors import UsageError
+from certify_cli.records import parse_eps
+
+EFFORTS = ("fast", "normal", "max")
+ATTACKS = ("certificate", "none")
+LAYOUTS = ("nchw", "nhwc", "flat")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of a run; None and "auto" leave the choice to the engine. `memory` is in bytes.
+
+    Raises UsageError, naming the option, for a value that cannot be used.
+    """
+
+    method: str = "auto"
+    effort: str = "normal"
+    attack: str = "certificate"
+    eps: tuple[str, ...] = ()
+    device: str = "auto"
+    batch_size: int | None = None
+    threads: int | None = None
+    memory: int | None = None
+    seed: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        _among("--effort", self.effort, EFFORTS)
+        _among("--attack", self.attack, ATTACKS)
+        if self.layout is not None:
+            _among("--layout", self.layout, LAYOUTS)
+        for option, value in (
+            ("--batch-size", self.batch_size),
+            ("--threads", self.threads),
+            ("--memory", self.memory),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{option} {value} must be at least 1")
+        for text in self.eps:
+            parse_eps(text)
+
+
+def _among(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option} {value!r} is not one of {', '.join(choices)}")
