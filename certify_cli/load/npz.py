@@ -85,7 +85,7 @@ def _declared(path: Path) -> dict[str, tuple[int, ...]]:
             if header + size != entry.file_size:
                 raise DataError(f"{path}: {key} of shape {shape} does not match its {entry.file_size} bytes")
             shapes[key] = shape
-    if len(shapes["x"]) < 2 or 0 in shapes["x"]:
+    if len(shapes["x"]) < 2 or min(shapes["x"]) < 1:
         raise DataError(f"{path}: x has shape {shapes['x']}; (N, ...) with at least one sample is expected")
     return shapes
 
@@ -96,7 +96,10 @@ def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int
         version = npy.read_magic(file)
         # versions 2 and 3 differ in the encoding of field names only, which a plain array has none of
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(file)
+        try:
+            shape, _, dtype = read(file)
+        except Exception as error:  # numpy evaluates a literal here: a garbled one fails in a dozen ways
+            raise ValueError(f"garbled header of {entry.filename}: {first_line(error)}") from error
         return shape, dtype, file.tell()
 
 

@@ -1,0 +1,106 @@
+"""Fit a network to a data set: mean, std and the layout become its first nodes, so that it takes data units, NCHW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from certify_cli.errors import DataError, UsageError
+from certify_cli.network.affine import AffineOp, Reshape, Scale, Select, Shift
+from certify_cli.network.graph import Builder, Network, Shape
+
+LAYOUTS = ("nchw", "nhwc", "flat")
+
+
+def fit(
+    network: Network,
+    data_shape: Sequence[int],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    layout: str | None = None,
+) -> Network:
+    """The network of x -> network(layout((x - mean) / std)) for x of `data_shape`.
+
+    `mean` and `std` hold one value, or one a channel of the data. `layout` is the order in which the model reads an
+    image, inferred if None: (H, W, C) is NHWC, any other shape of as many entries the row-major flattening of NCHW.
+    With "nhwc" a flat model input is the flattening of NHWC. Raises UsageError for an option, DataError naming both
+    shapes where the model cannot take the data.
+    """
+    shape = tuple(data_shape)
+    steps = [*_normalisation(shape, mean, std), *_layout(shape, network.input_shape, layout)]
+    return prepend(network, shape, steps) if steps else network
+
+
+def prepend(network: Network, input_shape: Shape, steps: Sequence[tuple[str, AffineOp]]) -> Network:
+    """The network behind a chain of named operations on inputs of `input_shape`."""
+    builder = Builder(input_shape, network.nodes[0].name)
+    last = 0
+    for name, op in steps:
+        last = builder.add(name, op, last)
+    place = [last]
+    for node in network.nodes[1:]:
+        place.append(builder.add(node.name, node.op, *(place[i] for i in node.inputs)))
+    return builder.build(place[-1])
+
+
+def _normalisation(
+    shape: Shape, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> list[tuple[str, AffineOp]]:
+    steps: list[tuple[str, AffineOp]] = []
+    if mean is not None:
+        steps.append(("mean", Shift(-_per_channel("--mean", mean, shape))))
+    if std is not None:
+        values = _per_channel("--std", std, shape)
+        if not bool((values > 0).all()):
+            raise UsageError(f"--std {_shown(std)}: every value must be positive")
+        steps.append(("std", Scale(1 / values, weight_error=1)))
+    return steps
+
+
+def _per_channel(option: str, values: Sequence[float], shape: Shape) -> Tensor:
+    """The values in a form that broadcasts with one sample."""
+    if not values or not all(math.isfinite(value) for value in values):
+        raise UsageError(f"{option} {_shown(values)}: one finite number, or one a channel, is expected")
+    channels = shape[0] if len(shape) > 1 else 1
+    if len(values) not in (1, channels):
+        raise UsageError(
+            f"{option} {_shown(values)} holds {len(values)} values; data of shape {shape} takes one, or one each for "
+            f"its {channels} channel(s)"
+        )
+    return torch.tensor(values, dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _shown(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def _layout(data: Shape, model: Shape, layout: str | None) -> list[tuple[str, AffineOp]]:
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"--layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if math.prod(data) != math.prod(model):
+        raise DataError(
+            f"the data's shape {data} does not fit the model's input {model}: "
+            f"{math.prod(data)} values a sample against {math.prod(model)}"
+        )
+    last = (*data[1:], data[0])
+    flat = sum(n > 1 for n in model) <= 1
+    channels_last = len(data) == 3 and model == last
+    if layout is None:
+        layout = "nhwc" if channels_last and model != data else "flat"
+    elif layout == "nhwc":
+        if not (channels_last or (len(data) == 3 and flat)):
+            raise DataError(f"--layout nhwc: the model's input {model} is not {last}, the data's shape channels last")
+    elif not (model == data if layout == "nchw" else flat):
+        raise DataError(f"--layout {layout}: the model's input {model} is not that of the data's shape {data}")
+    if layout == "nhwc" and data[0] > 1:
+        moved = Select.of(lambda x: x.movedim(1, -1), data, "channels last")
+        return [("layout", moved), *_reshaped("flatten", last, model)]
+    return _reshaped("layout", data, model)
+
+
+def _reshaped(name: str, shape: Shape, target: Shape) -> list[tuple[str, AffineOp]]:
+    return [] if shape == target else [(name, Reshape(target))]

@@ -1,0 +1,104 @@
+"""Preprocessing in front of a network: values, inference of the layout, and the errors for what cannot fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from certify_cli.errors import DataError, UsageError
+from certify_cli.load.fit import fit
+from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.graph import Builder, Network, Shape
+
+IMAGE = (3, 4, 5)
+
+
+def flatten_then_dense(shape: Shape) -> tuple[Network, Tensor]:
+    """A network that flattens its input row-major, and its weight."""
+    size = torch.Size(shape).numel()
+    weight = torch.arange(2.0 * size, dtype=torch.float64).reshape(2, size).sin()
+    builder = Builder(shape)
+    flat = builder.add("flatten", Reshape((size,)), 0)
+    return builder.build(builder.add("fc", Dense(weight), flat)), weight
+
+
+def images(shape: Shape = IMAGE) -> Tensor:
+    return torch.rand(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_same_shape_and_no_normalisation_is_the_network_itself() -> None:
+    network, _ = flatten_then_dense(IMAGE)
+    assert fit(network, IMAGE) is network
+
+
+@pytest.mark.parametrize("model", [(60,), (60, 1), (1, 60, 1), (4, 3, 5)])
+def test_any_other_shape_is_the_row_major_flattening_of_nchw(model: Shape) -> None:
+    network, weight = flatten_then_dense(model)
+    fitted = fit(network, IMAGE)
+    assert fitted.input_shape == IMAGE
+    torch.testing.assert_close(fitted(images()), images().flatten(1) @ weight.T)
+
+
+@pytest.mark.parametrize(("model", "layout"), [((4, 5, 3), None), ((4, 5, 3), "nhwc"), ((60,), "nhwc")])
+def test_channels_last(model: Shape, layout: str | None) -> None:
+    network, weight = flatten_then_dense(model)
+    fitted = fit(network, IMAGE, layout=layout)
+    torch.testing.assert_close(fitted(images()), images().permute(0, 2, 3, 1).flatten(1) @ weight.T)
+    assert fitted.nodes[1].op.norm(IMAGE) == 1.0
+
+
+def test_one_grey_channel_needs_no_permutation() -> None:
+    network, weight = flatten_then_dense((4, 5, 1))
+    fitted = fit(network, (1, 4, 5))
+    torch.testing.assert_close(fitted(images((1, 4, 5))), images((1, 4, 5)).flatten(1) @ weight.T)
+    assert len(fitted.nodes) == len(network.nodes) + 1
+
+
+def test_normalisation_is_per_channel_of_the_data_whatever_the_models_layout() -> None:
+    network, weight = flatten_then_dense((4, 5, 3))
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 2.0]
+    fitted = fit(network, IMAGE, mean=mean, std=std)
+    columns = [torch.tensor(v, dtype=torch.float64).reshape(3, 1, 1) for v in (mean, std)]
+    expected = ((images() - columns[0]) / columns[1]).permute(0, 2, 3, 1).flatten(1) @ weight.T
+    torch.testing.assert_close(fitted(images()), expected)
+    assert [node.name for node in fitted.nodes[:4]] == ["input", "mean", "std", "layout"]
+
+
+def test_one_value_serves_every_channel_and_flat_data() -> None:
+    for shape in (IMAGE, (60,)):
+        network, weight = flatten_then_dense((60,))
+        fitted = fit(network, shape, mean=[0.5], std=[0.25])
+        torch.testing.assert_close(fitted(images(shape)), ((images(shape) - 0.5) / 0.25).flatten(1) @ weight.T)
+
+
+def test_a_shape_that_cannot_fit_names_both_shapes() -> None:
+    network, _ = flatten_then_dense((784,))
+    with pytest.raises(DataError, match=r"\(3, 4, 5\).*\(784,\).*60 values.*784"):
+        fit(network, IMAGE)
+
+
+@pytest.mark.parametrize(("model", "layout"), [((60,), "nchw"), ((3, 4, 5), "nhwc"), ((3, 4, 5), "flat")])
+def test_a_layout_that_contradicts_the_shape(model: Shape, layout: str) -> None:
+    with pytest.raises(DataError, match=f"--layout {layout}"):
+        fit(flatten_then_dense(model)[0], IMAGE, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "what"),
+    [
+        ([0.1, 0.2], None, "2 values"),
+        (None, [0.0], "positive"),
+        (None, [1.0, -1.0, 1.0], "positive"),
+        ([float("nan")], None, "finite"),
+        (None, [float("inf")], "finite"),
+    ],
+)
+def test_bad_mean_or_std(mean: list[float] | None, std: list[float] | None, what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        fit(flatten_then_dense(IMAGE)[0], IMAGE, mean=mean, std=std)
+
+
+def test_an_unknown_layout() -> None:
+    with pytest.raises(UsageError, match="chwn"):
+        fit(flatten_then_dense(IMAGE)[0], IMAGE, layout="chwn")
