@@ -1,0 +1,171 @@
+"""The command line: `main` runs one command and turns whatever happens into an exit code and one sentence.
+
+Heavy libraries are imported inside the commands, so that `--help`, `--version` and completion answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from certify_cli.cli.bounds import bounds
+from certify_cli.cli.certify import certify
+from certify_cli.cli.convert import convert
+from certify_cli.cli.doctor import doctor
+from certify_cli.cli.inspect import inspect
+from certify_cli.errors import CurvcertError
+from certify_cli.output.console import printable
+from certify_cli.version import __version__
+
+DONE, USAGE, INTERNAL = 0, 2, 4
+DEBUG_VARIABLE = "CURVCERT_DEBUG"
+
+EXIT_CODES = """
+Exit codes: 0 done; 1 doctor found a fault; 2 wrong option; 3 model or data missing, unreadable or refused, or method
+not applicable; 4 internal error; 130 or 143 stopped by SIGINT or SIGTERM.
+"""
+
+# plain help and plain errors: the last line of stderr is a sentence, not the edge of a box
+app = typer.Typer(
+    name="curvcert",
+    help="Certify the robustness of image classifiers: radii with proof, sample by sample.",
+    epilog=EXIT_CODES,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+for command in (certify, bounds, inspect, convert, doctor):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"curvcert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception: nothing but `main` may catch it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit code.
+
+    Errors meant for the user become one sentence on stderr; anything else that escapes is a bug of ours (exit 4),
+    with its traceback only where CURVCERT_DEBUG is set.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _signals(), _library_warnings_off():
+            code = _run(words or ["--help"])
+            sys.stdout.flush()
+            return code
+    except Stopped as stop:
+        _complain(f"curvcert: stopped by {signal.Signals(stop.number).name}")
+        return 128 + stop.number
+    except BrokenPipeError:
+        _abandon_stdout()
+        return DONE
+    except CurvcertError as error:
+        return _fail(str(error), error.exit_code)
+    except Exception as error:
+        kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return _fail(
+            f"internal error ({kind}); please report it with the command, and the traceback that {DEBUG_VARIABLE}=1 "
+            "shows",
+            INTERNAL,
+        )
+
+
+def _run(words: list[str]) -> int:
+    """Typer's part: parse and call. Typer returns the code of `typer.Exit`, or what the command returns."""
+    usage_error: Any = typer.BadParameter.__base__  # the base of every complaint of Typer's about a command line
+    try:
+        code = typer.main.get_command(app).main(words, prog_name="curvcert", standalone_mode=False)
+    except usage_error as error:
+        where = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        return _fail(f"{_sentence(error.format_message())}{where}", USAGE)
+    return code if isinstance(code, int) else DONE
+
+
+def _sentence(text: str) -> str:
+    """Typer's message as the rest of a sentence: "Missing option '--data'." becomes "missing option '--data'"."""
+    text = " ".join(text.split()).rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get(DEBUG_VARIABLE) and sys.exc_info()[0] is not None:
+        _complain(traceback.format_exc().rstrip(), lines=True)
+    _complain(f"curvcert: error: {message}")
+    return code
+
+
+def _complain(text: str, lines: bool = False) -> None:
+    """To stderr; where nobody reads it any more the exit code still tells."""
+    try:
+        print(text if lines else printable(text), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _redirect_to_null(sys.stderr)
+
+
+def _abandon_stdout() -> None:
+    """After a closed pipe: what is left in the buffer goes nowhere, so that the interpreter's last flush is silent."""
+    _redirect_to_null(sys.stdout)
+
+
+def _redirect_to_null(stream: Any) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `Stopped`; a second one ends the process at once. Ignored signals stay ignored."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _library_warnings_off() -> Iterator[None]:
+    """Warnings of libraries are for developers; -W and CURVCERT_DEBUG bring them back."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions and not os.environ.get(DEBUG_VARIABLE):
+            warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,63 @@
+"""`curvcert bounds`: where a model's Lipschitz and curvature bounds come from, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from certify_cli.cli import options as opt
+from certify_cli.cli.inspect import shape_text
+from certify_cli.cli.reporter import Reporter
+from certify_cli.cli.sink import sink
+from certify_cli.output.console import Column, grid
+from certify_cli.output.json import pretty
+from certify_cli.output.numbers import UP, number
+from certify_cli.records import SCHEMA
+
+COLUMNS = (
+    Column("layer"),
+    Column("kind"),
+    Column("shape"),
+    Column("norm", right=True),
+    Column("slope", right=True),
+    Column("Lipschitz so far", right=True),
+    Column("curvature so far", right=True),
+    Column("share", right=True),
+)
+
+
+def bounds(
+    model: opt.ModelFile,
+    activation: opt.ActivationName = None,
+    format: opt.PlainFormat = "table",
+    output: opt.OutputFile = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Show Lipschitz and curvature bounds, layer by layer.
+
+    All figures are upper bounds; the table shows them rounded up.
+    """
+    opt.one_of("--format", format, opt.PLAIN_FORMATS)
+    with sink(output) as out, Reporter(quiet) as reporter:
+        from certify_cli import load_model
+        from certify_cli.bounds.layers import layer_table
+
+        loaded = load_model(model, activation=activation)
+        for note in loaded.notes:
+            reporter.note(note)
+        reporter.stage("bounding the network")
+        rows = layer_table(loaded.network)
+        if format == "json":
+            layers = [asdict(row) for row in rows]
+            out.write(pretty({"schema": SCHEMA, "model": asdict(loaded.info), "layers": layers}) + "\n")
+            return
+        cells = [
+            (
+                row.name,
+                row.kind,
+                shape_text(row.shape),
+                *(number(value, UP) for value in (row.norm, row.slope, row.lipschitz, row.curvature)),
+                "-" if row.share is None else f"{100 * row.share:.1f} %",
+            )
+            for row in rows
+        ]
+        out.write(grid(COLUMNS, cells, out.view))

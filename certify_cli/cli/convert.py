@@ -1,0 +1,38 @@
+"""`curvcert convert`: ONNX to safetensors with the architecture declared beside the weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from certify_cli.cli import options as opt
+from certify_cli.cli.reporter import Reporter
+from certify_cli.cli.sink import sink
+from certify_cli.output.console import pairs
+from certify_cli.output.json import pretty
+from certify_cli.records import SCHEMA
+
+
+def convert(
+    source: opt.SourceFile,
+    target: opt.TargetFile,
+    format: opt.PlainFormat = "table",
+    quiet: opt.Quiet = False,
+) -> None:
+    """Convert ONNX to safetensors.
+
+    The architecture is declared in the file, which is loaded again before success is claimed.
+    """
+    opt.one_of("--format", format, opt.PLAIN_FORMATS)
+    with sink(None) as out, Reporter(quiet) as reporter:
+        from certify_cli import load_model
+        from certify_cli.load.convert import convert as write
+
+        write(source, target)
+        written = load_model(target)
+        for note in written.notes:
+            reporter.note(note)
+        if format == "json":
+            out.write(pretty({"schema": SCHEMA, "source": source, "model": asdict(written.info)}) + "\n")
+        else:
+            rows = [("read", source), ("wrote", target), ("sha256", written.info.sha256)]
+            out.write(pairs([*rows, ("classes", str(written.info.classes))]))

@@ -1,0 +1,132 @@
+"""`curvcert inspect`: what was loaded, and which methods apply to it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from certify_cli.cli import options as opt
+from certify_cli.cli.reporter import Reporter
+from certify_cli.cli.sink import sink
+from certify_cli.output.console import Column, grid, pairs
+from certify_cli.output.document import View
+from certify_cli.output.json import pretty
+from certify_cli.records import SCHEMA
+
+if TYPE_CHECKING:
+    from certify_cli.load.loaded import LoadedModel
+    from certify_cli.network.graph import Op
+
+
+def inspect(
+    model: opt.ModelFile,
+    activation: opt.ActivationName = None,
+    format: opt.PlainFormat = "table",
+    output: opt.OutputFile = None,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Show what a model file holds and which methods apply."""
+    opt.one_of("--format", format, opt.PLAIN_FORMATS)
+    with sink(output) as out, Reporter(quiet) as reporter:
+        from certify_cli import load_model
+
+        loaded = load_model(model, activation=activation)
+        found = describe(loaded)
+        if format == "json":
+            out.write(pretty(found) + "\n")
+        else:
+            for note in loaded.notes:
+                reporter.note(note)
+            out.write(as_text(found, out.view))
+
+
+def describe(loaded: LoadedModel) -> dict[str, Any]:
+    """The model, its nodes in order and every method with the reason where it does not apply."""
+    from certify_cli.certificates.methods import METHODS
+
+    nodes = loaded.network.nodes
+    reasons = {name: method.applies(loaded.network) for name, method in METHODS.items()}
+    return {
+        "schema": SCHEMA,
+        "model": asdict(loaded.info),
+        "input_shape": list(loaded.input_shape),
+        "stored_dtype": loaded.stored_dtype,
+        "parameters": sum(parameter_count(node.op) for node in nodes),
+        "notes": list(loaded.notes),
+        "nodes": [
+            {
+                "name": node.name,
+                "operation": operation(node.op),
+                "inputs": [nodes[i].name for i in node.inputs],
+                "shape": list(node.shape),
+                "parameters": parameter_count(node.op),
+            }
+            for node in nodes
+        ],
+        "methods": [
+            {"name": name, "summary": METHODS[name].summary, "applies": reason is None, "reason": reason}
+            for name, reason in reasons.items()
+        ],
+    }
+
+
+def parameter_count(op: Op) -> int:
+    """Real numbers that the operation holds; index maps are data movement, not parameters."""
+    from torch import Tensor
+
+    if not is_dataclass(op):
+        return 0
+    values = (getattr(op, item.name) for item in fields(op))
+    return sum(value.numel() for value in values if isinstance(value, Tensor) and value.is_floating_point())
+
+
+def operation(op: Op) -> str:
+    """The operation's title, with the parameters of an activation: softplus(beta=10)."""
+    parameters = getattr(op, "parameters", {})
+    given = ", ".join(f"{name}={value:g}" for name, value in parameters.items() if isinstance(value, int | float))
+    return f"{op.title}({given})" if given else op.title
+
+
+def shape_text(shape: list[int] | tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+NODE_COLUMNS = (
+    Column("node"),
+    Column("operation"),
+    Column("inputs"),
+    Column("shape"),
+    Column("parameters", right=True),
+)
+
+
+def as_text(found: dict[str, Any], view: View) -> str:
+    model = found["model"]
+    opset = f", opset {model['opset']}" if model["opset"] is not None else ""
+    head = pairs(
+        [
+            ("model", model["path"]),
+            ("format", f"{model['format']}{opset}"),
+            ("sha256", model["sha256"]),
+            ("input shape", shape_text(found["input_shape"])),
+            ("classes", str(model["classes"])),
+            ("stored as", found["stored_dtype"]),
+            ("parameters", str(found["parameters"])),
+        ]
+    )
+    nodes = [
+        (
+            node["name"],
+            node["operation"],
+            ", ".join(node["inputs"]),
+            shape_text(node["shape"]),
+            str(node["parameters"] or "-"),
+        )
+        for node in found["nodes"]
+    ]
+    methods = [
+        (method["name"], "applies" if method["applies"] else "does not apply", method["reason"] or method["summary"])
+        for method in found["methods"]
+    ]
+    method_columns = (Column("method"), Column("to this model"), Column("what it does, or why not", wraps=True))
+    return f"{head}\n{grid(NODE_COLUMNS, nodes, view)}\n{grid(method_columns, methods, view)}"

@@ -1,0 +1,208 @@
+"""Every option, declared once, and the small parsers of their texts.
+
+Nothing here imports torch: `--help` and completion read this file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from certify_cli.errors import UsageError
+from certify_cli.output.formats import FORMATS
+
+METHOD_NAMES = ("auto", "lipschitz", "curvature")
+"""For help and completion only, which must not load torch; `certificates.methods.METHODS` decides what is valid."""
+
+EFFORTS = ("fast", "normal", "max")
+ATTACKS = ("certificate", "none")
+LAYOUTS = ("nchw", "nhwc", "flat")
+DATA_LAYOUTS = ("nchw", "nhwc")
+SPLITS = ("test", "train")
+PLAIN_FORMATS = ("table", "json")
+
+AUTO = "auto"
+
+Number = TypeVar("Number", int, float)
+
+
+def _choice(flag: str, names: Sequence[str], help: str, *more: str) -> Any:
+    """An option with named values; they are checked by `one_of`, whose message lists them."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return typer.Option(flag, *more, metavar="|".join(names), help=help, autocompletion=complete)
+
+
+ModelFile = Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX or safetensors file.", show_default=False)]
+SourceFile = Annotated[str, typer.Argument(metavar="IN", help="The ONNX file to read.", show_default=False)]
+TargetFile = Annotated[str, typer.Argument(metavar="OUT", help="The safetensors file to write.", show_default=False)]
+ActivationName = Annotated[
+    str | None,
+    typer.Option(
+        "--activation",
+        metavar="NAME[:PARAMETER]",
+        help="Activation between the layers of a safetensors file that declares none, such as softplus:10.",
+        show_default=False,
+    ),
+]
+
+DataSource = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="SOURCE",
+        help="digits, mnist, fashion-mnist, kmnist, cifar10, cifar100, svhn, a FILE.npz with x and y, or a folder of "
+        "images with one folder a class.",
+        show_default=False,
+    ),
+]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(
+        "--data-root",
+        metavar="FOLDER",
+        envvar="CURVCERT_DATA",
+        help="Where named data sets lie and are downloaded to.",
+        show_default="the user cache",
+    ),
+]
+Split = Annotated[str, _choice("--split", SPLITS, "Which part of a named data set.")]
+Samples = Annotated[
+    str | None,
+    typer.Option(
+        "--samples", metavar="N|A:B", help="The first N samples, or those from A up to B.", show_default="all"
+    ),
+]
+Shuffle = Annotated[bool, typer.Option("--shuffle", help="Draw the samples in the random order of --seed.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of --shuffle and of every random start.")]
+DataLayout = Annotated[str, _choice("--data-layout", DATA_LAYOUTS, "How an npz file holds its images.")]
+Resize = Annotated[
+    tuple[int, int] | None,
+    typer.Option("--resize", metavar="H W", help="Resize the images of a folder.", show_default=False),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
+
+Mean = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mean",
+        metavar="M",
+        help="Mean that the model expects subtracted: one value, or one a channel (repeat, or separate by commas).",
+        show_default=False,
+    ),
+]
+Std = Annotated[
+    list[str] | None,
+    typer.Option("--std", metavar="S", help="Standard deviation to divide by, given like --mean.", show_default=False),
+]
+Layout = Annotated[
+    str | None, _choice("--layout", LAYOUTS, "How the model takes its input, where its shape does not say.")
+]
+
+Method = Annotated[
+    str, _choice("--method", METHOD_NAMES, "How to certify; auto takes the best of what applies, sample by sample.")
+]
+Effort = Annotated[str, _choice("--effort", EFFORTS, "How much time to spend on tighter bounds.")]
+Attack = Annotated[
+    str, _choice("--attack", ATTACKS, "certificate: the attacks that the certificates promise, each replayed.")
+]
+Eps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--eps",
+        metavar="R",
+        help="Report the accuracy certified at this radius, such as 0.5 or 36/255 (may be repeated).",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute; results do not depend on it.")
+]
+BatchSize = Annotated[str, typer.Option("--batch-size", metavar="N|auto", help="Samples computed together.")]
+Threads = Annotated[str, typer.Option("--threads", metavar="N|auto", help="Processor threads.")]
+Memory = Annotated[
+    str, typer.Option("--memory", metavar="SIZE|auto", help="Memory to stay within, such as 2GB or 512MB.")
+]
+
+RecordFormat = Annotated[
+    str,
+    _choice("--format", tuple(FORMATS), "; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items()) + "."),
+]
+PlainFormat = Annotated[str, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.")]
+OutputFile = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write to FILE, whole or not at all.", show_default="stdout"),
+]
+AllRows = Annotated[bool, typer.Option("--all", help="Show every sample in the table, not only the first.")]
+Witnesses = Annotated[
+    str | None,
+    typer.Option(
+        "--witnesses",
+        metavar="FILE.npz",
+        help="Write index, x and perturbation d of every replayed attack.",
+        show_default=False,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or warnings on stderr.")]
+
+
+def one_of(flag: str, value: str, names: Iterable[str]) -> str:
+    """`value`, if it is one of `names`; UsageError listing them otherwise."""
+    listed = list(names)
+    if value not in listed:
+        raise UsageError(f"{flag} {value!r} is not one of {', '.join(listed)}")
+    return value
+
+
+def optional_one_of(flag: str, value: str | None, names: Iterable[str]) -> str | None:
+    return None if value is None else one_of(flag, value, names)
+
+
+def numbers(flag: str, texts: Sequence[str] | None) -> tuple[float, ...]:
+    """The values of a repeated or comma-separated option, finite numbers only."""
+    pieces = [piece.strip() for text in texts or () for piece in text.split(",")]
+    return tuple(_parse(flag, piece, float, "a number", lambda value: abs(value) < float("inf")) for piece in pieces)
+
+
+def count_or_auto(flag: str, text: str) -> int | None:
+    """A positive integer, or None for `auto`."""
+    if text == AUTO:
+        return None
+    return _parse(flag, text, int, "a positive integer or auto", lambda value: value > 0)
+
+
+UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base ** (power + 1)
+    for power, prefix in enumerate("KMGT")
+    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+
+
+def memory_size(flag: str, text: str) -> int | None:
+    """Bytes of a size such as 2GB (10^9), 2GiB (2^30) or 512MB; None for `auto`."""
+    if text == AUTO:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get(found[2].upper()) if found else None
+    size = int(float(found[1]) * unit) if found and unit else 0
+    if size < 1:
+        raise UsageError(f"{flag} {text!r} is not a size such as 2GB or 512MB, nor auto")
+    return size
+
+
+def _parse(
+    flag: str, text: str, convert: Callable[[str], Number], expected: str, accept: Callable[[Number], bool]
+) -> Number:
+    refusal = UsageError(f"{flag} {text!r} is not {expected}")
+    try:
+        value = convert(text)
+    except ValueError as error:
+        raise refusal from error
+    if not accept(value):
+        raise refusal
+    return value

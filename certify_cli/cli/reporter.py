@@ -1,0 +1,101 @@
+"""What a person sees on stderr while a command works: stages, progress, notes, warnings. Never data, never errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from certify_cli.output.console import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+T = TypeVar("T")
+
+
+class Reporter:
+    """One a command, as a context manager. `quiet` silences it wholly; a bar is drawn on terminals only."""
+
+    def __init__(self, quiet: bool, bar: bool = True) -> None:
+        self.quiet = quiet
+        self._bar = bar and not quiet and sys.stderr.isatty()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._said: set[str] = set()
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def stage(self, text: str) -> None:
+        """What is being done now. The first stage brings the bar up: until then a download may draw its own."""
+        if self._bar and self._progress is None:
+            self._progress = _progress()
+            self._task = self._progress.add_task(text, total=None)
+            self._progress.start()
+        elif self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text)
+
+    def track(self, items: Iterable[T], total: int, text: str) -> Iterator[T]:
+        """The items, counted by the bar with rate and time left; the bar goes when they end."""
+        self.stage(text)
+        if self._progress is not None and self._task is not None:
+            self._progress.reset(self._task, total=total, description=text)
+        for item in items:
+            yield item
+            if self._progress is not None and self._task is not None:
+                self._progress.advance(self._task)
+        self._close()
+
+    def note(self, text: str) -> None:
+        """Something worth knowing; each sentence is said once."""
+        self._say(f"note: {text}")
+
+    def warning(self, text: str) -> None:
+        """Something that probably needs doing."""
+        self._say(f"warning: {text}")
+
+    def _say(self, text: str) -> None:
+        if self.quiet or text in self._said:
+            return
+        self._said.add(text)
+        if self._progress is not None:
+            self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
+
+    # stdout is for data: Rich must not draw it through the bar's console
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeLeft(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )

@@ -1,0 +1,25 @@
+"""The file of replayed attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from certify_cli.run.engine import Witness
+
+
+def save_witnesses(stream: IO[bytes], witnesses: Sequence[Witness], shape: tuple[int, ...]) -> None:
+    """Write arrays `index` (K,), `x` and `d` (K, *shape) as npz: x + d is predicted differently from x.
+
+    float64 throughout, in data units, for a replay must add exactly what the run added.
+    """
+    import numpy as np
+
+    count = len(witnesses)
+    np.savez_compressed(
+        stream,
+        index=np.array([witness.index for witness in witnesses], dtype=np.int64),
+        x=np.array([np.asarray(witness.x) for witness in witnesses], dtype=np.float64).reshape(count, *shape),
+        d=np.array([np.asarray(witness.d) for witness in witnesses], dtype=np.float64).reshape(count, *shape),
+    )

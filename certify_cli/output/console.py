@@ -1,0 +1,150 @@
+"""Tables for people. Plain text in, plain or coloured text out; Rich is loaded when a table is drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from certify_cli.output.document import Document, Record, View, collect
+from certify_cli.output.numbers import DOWN, NEAREST, UP, number, seconds, share
+from certify_cli.records import ERROR, NOT_CERTIFIED, Run, Sample
+
+FIRST_ROWS = 20
+"""Samples shown unless every row is asked for."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: numbers stand to the right and are never broken; `wraps` allows line breaks in narrow terminals."""
+
+    title: str
+    right: bool = False
+    wraps: bool = False
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without control characters: names come out of files and must not steer a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def grid(
+    columns: Sequence[Column], rows: Iterable[Sequence[str]], view: View, styles: Sequence[str | None] = ()
+) -> str:
+    """A table as text, one line a row. Never narrower than its content: a cut number would be a false one."""
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD if view.unicode else box.ASCII2, show_edge=False, pad_edge=False)
+    for column in columns:
+        drawn.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=not column.wraps,
+            overflow="fold",
+            header_style="bold",
+        )
+    for position, row in enumerate(rows):
+        style = styles[position] if position < len(styles) else None
+        drawn.add_row(*(Text(printable(cell)) for cell in row), style=style)
+
+    unlimited = 10_000
+    text = io.StringIO()
+    console = Console(
+        file=text,
+        width=unlimited,
+        force_terminal=view.color,
+        color_system="standard" if view.color else None,
+        no_color=not view.color,
+        force_jupyter=False,
+        legacy_windows=False,
+    )
+    if view.width is not None:
+        console.width = max(view.width, Measurement.get(console, console.options, drawn).minimum)
+    console.print(drawn)
+    return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values in two aligned columns."""
+    listed = [(name, printable(value)) for name, value in rows]
+    width = max((len(name) for name, _ in listed), default=0)
+    return "".join(f"{name:<{width}}  {value}".rstrip() + "\n" for name, value in listed)
+
+
+SAMPLE_COLUMNS = (
+    Column("index", right=True),
+    Column("label", right=True),
+    Column("prediction", right=True),
+    Column("margin", right=True),
+    Column("certified radius", right=True),
+    Column("attack radius", right=True),
+    Column("method"),
+    Column("note", wraps=True),
+)
+
+
+def table(records: Iterable[Record], view: View) -> Iterator[str]:
+    """The first samples (or all), then the summary."""
+    whole = collect(records)
+    shown = whole.samples if view.all_rows else whole.samples[:FIRST_ROWS]
+    styles = ["red" if row.status == ERROR else "yellow" if row.correct is False else None for row in shown]
+    yield grid(SAMPLE_COLUMNS, [sample_row(row, whole.run) for row in shown], view, styles)
+    hidden = len(whole.samples) - len(shown)
+    if hidden:
+        yield f"{hidden} more samples (--all shows every row)\n"
+    yield "\n" + summary_block(whole)
+
+
+def sample_row(sample: Sample, run: Run) -> tuple[str, ...]:
+    """The cells of one sample; a certified radius is rounded down to the digits shown, an attack radius up."""
+    notes = ["misclassified"] if sample.correct is False else []
+    if sample.reason:
+        notes.append(sample.reason)
+    return (
+        str(sample.index),
+        class_name(sample.label, run),
+        class_name(sample.prediction, run),
+        number(sample.margin, NEAREST),
+        number(sample.certified_radius, DOWN),
+        number(sample.attack_radius, UP),
+        sample.method or "-",
+        "; ".join(notes),
+    )
+
+
+def class_name(label: int | None, run: Run) -> str:
+    """The class's name where the run has names, else its number."""
+    if label is None:
+        return "-"
+    return run.classes[label] if run.classes and 0 <= label < len(run.classes) else str(label)
+
+
+def summary_block(whole: Document) -> str:
+    """The summary as lines of name and value."""
+    summary = whole.summary
+    count = summary.samples
+    rows = [("samples", str(count))]
+    for status, name in ((NOT_CERTIFIED, "not certified"), (ERROR, "errors")):
+        found = sum(sample.status == status for sample in whole.samples)
+        if found:
+            rows.append((name, str(found)))
+    if summary.accuracy is not None:
+        rows.append(("accuracy", share(summary.accuracy, count)))
+    rows += [
+        ("mean certified radius", number(summary.mean_certified_radius, DOWN)),
+        ("median certified radius", number(summary.median_certified_radius, DOWN)),
+    ]
+    if summary.mean_certified_radius_correct is not None:
+        rows.append(("mean certified radius, correct samples", number(summary.mean_certified_radius_correct, DOWN)))
+    for name, levels, rounding in (
+        ("certified accuracy", summary.certified_accuracy, DOWN),
+        ("certified share", summary.certified_share, DOWN),
+        ("accuracy under attack", summary.attack_accuracy, UP),
+    ):
+        rows += [(f"{name} at {eps}", share(value, count, rounding)) for eps, value in (levels or {}).items()]
+    rows.append(("time", seconds(summary.seconds)))
+    return pairs(rows)
