@@ -9,7 +9,7 @@ import torch
 
 from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.bounds.lipschitz import gain
-from certify_cli.certificates.analysis import Analysis
+from certify_cli.bounds.analysis import Analysis
 from certify_cli.load.loaded import LoadedModel
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes

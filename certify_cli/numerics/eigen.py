@@ -19,6 +19,7 @@ from torch import Tensor
 from certify_cli.numerics.rounding import UNIT, gamma, up
 
 LANCZOS_STEPS = 40
+BREAKDOWN = 1e-10
 FIRST_GAP = 1e-9
 """The first t lies this much (relative) above the estimate; each failed factorisation takes a tenfold step."""
 
@@ -43,7 +44,10 @@ def ritz_estimate(matrices: Tensor, steps: int = LANCZOS_STEPS) -> tuple[Tensor,
         beta = w.norm(dim=-1)
         betas.append(beta)
         if step + 1 < steps:
-            q = torch.where((beta > 0).unsqueeze(-1), w / beta.clamp(min=1e-300).unsqueeze(-1), torch.zeros_like(w))
+            # an invariant subspace is found: what is left of w is rounding, and would be no direction at all
+            alive = beta > BREAKDOWN * torch.stack(alphas).abs().amax(0)
+            betas[-1] = beta = torch.where(alive, beta, torch.zeros_like(beta))
+            q = torch.where(alive.unsqueeze(-1), w / beta.clamp(min=1e-300).unsqueeze(-1), torch.zeros_like(w))
             basis.append(q)
     diagonal = torch.diag_embed(torch.stack(alphas, dim=1))
     if steps > 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify_cli.certificates.analysis import Analysis
+from certify_cli.bounds.analysis import Analysis
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import certify_batch, method_name, select
 from certify_cli.certificates.point import Point

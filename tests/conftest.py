@@ -1,0 +1,23 @@
+"""Shared ground of the tests: float64, one thread, and where the large files are, if they are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _steady() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models and data that are not part of the project; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the folder shared/ beside the checkout, with models and data that are not shipped")
+    return SHARED
