@@ -464,7 +464,8 @@ class Select(AffineOp):
 
 def _broadcast_within(shape: Shape, constant: Tensor, what: str) -> Shape:
     """The value's own shape, provided that the constant does not enlarge it."""
-    if torch.broadcast_shapes(shape, tuple(constant.shape)) != torch.Size(shape):
+    padded = (1,) * (len(shape) - constant.dim()) + tuple(constant.shape)
+    if len(padded) != len(shape) or any(c not in (1, n) for c, n in zip(padded, shape, strict=True)):
         raise ValueError(f"a {what} constant of shape {tuple(constant.shape)} does not fit a value of shape {shape}")
     return shape
 

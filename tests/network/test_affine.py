@@ -1,0 +1,132 @@
+"""Every affine primitive against the matrix it stands for: values, transpose, |W| and the four norms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from certify_cli.network.affine import AffineOp, Conv, ConvTranspose, Dense, Reshape, Scale, Select, Shift, materialise
+from certify_cli.network.graph import Add, Builder, Concat, Shape
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+CASES: dict[str, tuple[AffineOp, Shape]] = {
+    "dense": (Dense(_randn(4, 7), _randn(4)), (7,)),
+    "dense on the last axis": (Dense(_randn(4, 7)), (3, 7)),
+    "dense with rounded weights": (Dense(_randn(2, 9), _randn(2), weight_error=5), (9,)),
+    "conv 1d": (Conv(_randn(3, 2, 3), _randn(3), (2,), (1,), (1,)), (2, 9)),
+    "conv": (Conv(_randn(3, 2, 3, 3), _randn(3), (1, 1), (1, 1), (1, 1)), (2, 6, 5)),
+    "conv strided and dilated": (Conv(_randn(3, 2, 3, 2), None, (2, 1), (1, 0), (2, 1)), (2, 8, 5)),
+    "conv grouped": (Conv(_randn(4, 1, 3, 3), _randn(4), (1, 1), (0, 0), (1, 1), 2), (2, 5, 5)),
+    "conv 3d": (Conv(_randn(2, 1, 2, 2, 2), None, (1, 1, 1), (0, 1, 0), (1, 1, 1)), (1, 3, 3, 4)),
+    "transposed conv": (ConvTranspose(_randn(2, 3, 3, 3), _randn(3), (2, 2), (1, 1), (1, 1), (1, 1)), (2, 4, 4)),
+    "transposed conv grouped": (
+        ConvTranspose(_randn(4, 1, 3, 3), None, (1, 1), (0, 0), (0, 0), (1, 1), 2),
+        (4, 3, 3),
+    ),
+    "scale": (Scale(_randn(3, 1, 1)), (3, 2, 2)),
+    "shift": (Shift(_randn(3, 1, 1)), (3, 2, 2)),
+    "reshape": (Reshape((12,)), (3, 2, 2)),
+    "transpose": (Select.of(lambda t: t.permute(0, 3, 1, 2), (4, 3, 2)), (4, 3, 2)),
+    "slice": (Select.of(lambda t: t[:, 1:3, ::2], (4, 5)), (4, 5)),
+    "zero padding": (Select.of(lambda t: F.pad(t, (1, 2, 0, 1)), (1, 3, 3)), (1, 3, 3)),
+    "reflection": (Select.of(lambda t: F.pad(t, (2, 2, 1, 1), mode="reflect"), (1, 6, 4)), (1, 6, 4)),
+    "replication": (Select.of(lambda t: F.pad(t, (2, 1, 2, 1), mode="replicate"), (1, 3, 3)), (1, 3, 3)),
+    "one-pixel replication": (Select.of(lambda t: F.pad(t, (1, 2), mode="replicate"), (2, 1)), (2, 1)),
+    "circular": (Select.of(lambda t: F.pad(t, (2, 1, 2, 1), mode="circular"), (1, 3, 3)), (1, 3, 3)),
+    "expansion": (Select.of(lambda t: t.expand(-1, 3, 4), (1, 4)), (1, 4)),
+    "nearest upsampling": (Select.of(lambda t: F.interpolate(t, scale_factor=2), (2, 3, 3)), (2, 3, 3)),
+}
+
+
+@pytest.fixture(params=CASES, name="case")
+def _case(request: pytest.FixtureRequest) -> tuple[AffineOp, Shape, Tensor]:
+    op, shape = CASES[request.param]
+    basis = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
+    return op, shape, op.linear(basis).flatten(1).T
+
+
+def test_apply_is_linear_plus_bias_and_batches(case: tuple[AffineOp, Shape, Tensor]) -> None:
+    op, shape, matrix = case
+    x = _randn(3, *shape)
+    out = op.apply(x)
+    assert tuple(out.shape[1:]) == op.output_shape(shape)
+    zero = op.apply(torch.zeros(1, *shape, dtype=torch.float64)).flatten(1)
+    assert torch.allclose(out.flatten(1), x.flatten(1) @ matrix.T + zero, atol=1e-12)
+    bias = op.bias()
+    expected = torch.zeros_like(out[0]) if bias is None else bias.expand_as(out[0])
+    assert torch.equal(zero[0], expected.flatten())
+
+
+def test_transpose_and_absolute_value(case: tuple[AffineOp, Shape, Tensor]) -> None:
+    op, shape, matrix = case
+    y = _randn(2, *op.output_shape(shape))
+    x = _randn(2, *shape)
+    assert torch.allclose(op.transpose(y, shape).flatten(1), y.flatten(1) @ matrix, atol=1e-12)
+    assert torch.allclose(op.absolute(x).flatten(1), x.flatten(1) @ matrix.abs().T, atol=1e-12)
+    assert torch.allclose(op.absolute_transpose(y, shape).flatten(1), y.flatten(1) @ matrix.abs(), atol=1e-12)
+    assert torch.equal(materialise(op, shape, chunk=5), matrix)
+
+
+def test_norms_bound_the_matrix(case: tuple[AffineOp, Shape, Tensor]) -> None:
+    op, shape, matrix = case
+    spectral = float(torch.linalg.svdvals(matrix)[0])
+    bounds = {
+        "norm": (op.norm(shape), spectral),
+        "row": (op.row_norm(shape), float(matrix.norm(dim=1).max())),
+        "infinity": (op.infinity_norm(shape), float(matrix.abs().sum(1).max())),
+        "frobenius": (op.frobenius_norm(shape), float(matrix.norm())),
+    }
+    for name, (bound, oracle) in bounds.items():
+        assert bound >= oracle * (1 - 1e-14), name
+    assert op.norm(shape) <= spectral * (1 + 1e-6) + 1e-12
+
+
+def test_padding_multiplicities_are_theorys() -> None:
+    """Replicate: pad + 1 an axis (one-pixel axis: all copies); reflect: 2 an axis; zero padding: 1."""
+    assert CASES["zero padding"][0].norm((1, 3, 3)) == 1.0
+    assert CASES["replication"][0].norm((1, 3, 3)) == pytest.approx(math.sqrt(3 * 3))
+    assert CASES["one-pixel replication"][0].norm((2, 1)) == pytest.approx(math.sqrt(1 + 2 + 1))
+    # six rows padded by 1: twice at most; four columns padded by 2: the reflections meet, three times
+    assert CASES["reflection"][0].norm((1, 6, 4)) == pytest.approx(math.sqrt(2 * 3))
+    assert CASES["circular"][0].norm((1, 3, 3)) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (CASES["dense"][0], (6,)),
+        (CASES["conv"][0], (3, 6, 6)),
+        (CASES["conv"][0], (2, 6)),
+        (Conv(_randn(1, 1, 5, 5), None, (1, 1), (0, 0), (1, 1)), (1, 3, 3)),
+        (CASES["transposed conv"][0], (3, 4, 4)),
+        (CASES["scale"][0], (4, 2, 2)),
+        (CASES["shift"][0], (2, 2)),
+        (CASES["reshape"][0], (13,)),
+        (CASES["slice"][0], (5, 5)),
+        (Add(), (3,)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(op: AffineOp, shape: Shape) -> None:
+    builder = Builder(shape)
+    with pytest.raises(ValueError, match="cannot|does not fit|larger"):
+        other = builder.add("pad", Select.of(lambda t: F.pad(t, (0, 1)), shape), 0)
+        builder.add("node", op, *((0, other) if isinstance(op, Add) else (0,)))
+
+
+def test_builder_drops_what_does_not_lead_to_the_output_and_keeps_names_unique() -> None:
+    builder = Builder((4,))
+    left = builder.add("fc", Dense(_randn(3, 4)), 0)
+    builder.add("unused", Dense(_randn(2, 4)), 0)
+    right = builder.add("fc", Dense(_randn(2, 4)), 0)
+    network = builder.build(builder.add("join", Concat(0), left, right))
+    assert [node.name for node in network.nodes] == ["input", "fc", "fc.2", "join"]
+    assert network.classes == 5
+    assert network(_randn(2, 4)).shape == (2, 5)
