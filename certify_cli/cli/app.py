@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with its traceback only where CURVCERT_DEBUG is set.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _replace_missing_streams()
     try:
         with _signals(), _library_warnings_off():
             code = _run(words or ["--help"])
@@ -107,6 +108,10 @@ def _run(words: list[str]) -> int:
     except usage_error as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
         return _fail(f"{_sentence(error.format_message())}{where}", USAGE)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # Typer makes exit code 1 of a closed pipe
+            raise stop.__context__ from None
+        raise
     return code if isinstance(code, int) else DONE
 
 
@@ -129,6 +134,13 @@ def _complain(text: str, lines: bool = False) -> None:
         print(text if lines else printable(text), file=sys.stderr, flush=True)
     except BrokenPipeError:
         _redirect_to_null(sys.stderr)
+
+
+def _replace_missing_streams() -> None:
+    """A process started with stdout or stderr closed has None there: what goes to it is lost, but nothing breaks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (lives as long as the process)
 
 
 def _abandon_stdout() -> None:

@@ -42,12 +42,11 @@ def bounds(
         from certify_cli.bounds.layers import layer_table
 
         loaded = load_model(model, activation=activation)
-        for note in loaded.notes:
-            reporter.note(note)
+        reporter.notes(loaded.notes)
         reporter.stage("bounding the network")
         rows = layer_table(loaded.network)
         if format == "json":
-            layers = [asdict(row) for row in rows]
+            layers = [row.to_dict() for row in rows]
             out.write(pretty({"schema": SCHEMA, "model": asdict(loaded.info), "layers": layers}) + "\n")
             return
         cells = [

@@ -11,11 +11,12 @@ import typer
 
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
-from certify_cli.cli.sink import atomic, sink
+from certify_cli.cli.sink import atomic, refusing, sink
 from certify_cli.cli.witnesses import save_witnesses
 from certify_cli.output.document import Record
 from certify_cli.output.formats import FORMATS
-from certify_cli.records import Sample, Summary, parse_eps, summarise
+from certify_cli.records import Sample, Summary, summarise
+from certify_cli.run.settings import Settings
 
 if TYPE_CHECKING:
     from certify_cli.run.engine import Job
@@ -58,17 +59,14 @@ def certify(
 
     No perturbation of a smaller Euclidean norm changes the model's prediction: this is proved, not tested.
     """
-    from certify_cli.run.settings import Settings
-
     form = FORMATS[opt.one_of("--format", format, FORMATS)]
-    levels = tuple(eps or ())
-    for text in levels:
-        parse_eps(text)
+    opt.one_of("--split", split, opt.SPLITS)
+    opt.one_of("--data-layout", data_layout, opt.DATA_LAYOUTS)
     settings = Settings(
         method=method,
-        effort=opt.one_of("--effort", effort, opt.EFFORTS),
-        attack=opt.one_of("--attack", attack, opt.ATTACKS),
-        eps=levels,
+        effort=effort,
+        attack=attack,
+        eps=tuple(eps or ()),
         device=device,
         batch_size=opt.count_or_auto("--batch-size", batch_size),
         threads=opt.count_or_auto("--threads", threads),
@@ -76,7 +74,7 @@ def certify(
         seed=seed,
         mean=opt.numbers("--mean", mean),
         std=opt.numbers("--std", std),
-        layout=opt.optional_one_of("--layout", layout, opt.LAYOUTS),
+        layout=layout,
     )
 
     # both files are opened before the work, so that a wrong path costs nothing
@@ -91,27 +89,29 @@ def certify(
 
         opt.one_of("--method", method, dict.fromkeys(["auto", *METHODS]))
         loaded = load_model(model, activation=activation)
+        reporter.notes(loaded.notes)
         chosen = load_data(
             data,
             root=data_root,
-            split=opt.one_of("--split", split, opt.SPLITS),
+            split=split,
             samples=samples,
             shuffle=shuffle,
             seed=seed,
-            data_layout=opt.one_of("--data-layout", data_layout, opt.DATA_LAYOUTS),
+            data_layout=data_layout,
             resize=resize,
             offline=offline,
             notify=None if quiet else reporter.note,
         )
+        reporter.notes(chosen.notes)
         started = time.perf_counter()
         reporter.stage("bounding the network")
         job = prepare(loaded, chosen, settings, _arguments(context))
-        for note in dict.fromkeys([*loaded.notes, *chosen.notes, *job.run.notes]):
-            reporter.note(note)
-        for text in form.render(_records(job, levels, started, reporter), out.view):
+        reporter.notes(job.run.notes)
+        for text in form.render(_records(job, settings.eps, started, reporter), out.view):
             out.write(text)
         if witness_file is not None:
-            save_witnesses(witness_file, job.witnesses, tuple(chosen.x.shape[1:]))
+            with refusing("--witnesses"):
+                save_witnesses(witness_file, job.witnesses, tuple(chosen.x.shape[1:]))
 
 
 def _arguments(context: typer.Context) -> dict[str, Any]:

@@ -29,8 +29,7 @@ def convert(
 
         write(source, target)
         written = load_model(target)
-        for note in written.notes:
-            reporter.note(note)
+        reporter.notes(written.notes)
         if format == "json":
             out.write(pretty({"schema": SCHEMA, "source": source, "model": asdict(written.info)}) + "\n")
         else:

@@ -35,8 +35,7 @@ def inspect(
         if format == "json":
             out.write(pretty(found) + "\n")
         else:
-            for note in loaded.notes:
-                reporter.note(note)
+            reporter.notes(loaded.notes)
             out.write(as_text(found, out.view))
 
 

@@ -13,13 +13,11 @@ import typer
 
 from certify_cli.errors import UsageError
 from certify_cli.output.formats import FORMATS
+from certify_cli.run.settings import ATTACKS, EFFORTS, LAYOUTS
 
 METHOD_NAMES = ("auto", "lipschitz", "curvature")
 """For help and completion only, which must not load torch; `certificates.methods.METHODS` decides what is valid."""
 
-EFFORTS = ("fast", "normal", "max")
-ATTACKS = ("certificate", "none")
-LAYOUTS = ("nchw", "nhwc", "flat")
 DATA_LAYOUTS = ("nchw", "nhwc")
 SPLITS = ("test", "train")
 PLAIN_FORMATS = ("table", "json")
@@ -157,10 +155,6 @@ def one_of(flag: str, value: str, names: Iterable[str]) -> str:
     if value not in listed:
         raise UsageError(f"{flag} {value!r} is not one of {', '.join(listed)}")
     return value
-
-
-def optional_one_of(flag: str, value: str | None, names: Iterable[str]) -> str | None:
-    return None if value is None else one_of(flag, value, names)
 
 
 def numbers(flag: str, texts: Sequence[str] | None) -> tuple[float, ...]:

@@ -62,6 +62,10 @@ class Reporter:
         """Something worth knowing; each sentence is said once."""
         self._say(f"note: {text}")
 
+    def notes(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.note(text)
+
     def warning(self, text: str) -> None:
         """Something that probably needs doing."""
         self._say(f"warning: {text}")
@@ -72,8 +76,11 @@ class Reporter:
         self._said.add(text)
         if self._progress is not None:
             self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-        else:
+            return
+        try:
             print(printable(text), file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            self.quiet = True  # whoever read stderr has gone; the data on stdout is still wanted
 
 
 def _progress() -> Progress:

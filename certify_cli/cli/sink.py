@@ -6,9 +6,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 from certify_cli.errors import UsageError
 from certify_cli.output.document import View
@@ -27,44 +27,54 @@ def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
         target = target.resolve()  # a link stays a link: what it points to is replaced
     written = target if device else target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    try:
-        stream = written.open(mode, **text)
-    except OSError as error:
-        raise UsageError(f"{option} {path!r} cannot be written: {error.strerror or error}") from error
-    if device:
-        with stream:
-            yield stream
-        return
-    try:
-        with stream:
-            yield stream
+    with ExitStack() as undo:
+        with refusing(f"{option} {path!r}"):
+            stream = written.open(mode, **text)
+        undo.callback(_discard, stream, None if device else written)
+        yield stream
+        with refusing(f"{option} {path!r}"):
             stream.flush()
-            os.fsync(stream.fileno())
-        if target.exists():
-            shutil.copymode(target, written)
-        os.replace(written, target)
-    except BaseException:
+            if not device:
+                os.fsync(stream.fileno())
+            stream.close()
+            if not device:
+                if target.exists():
+                    shutil.copymode(target, written)
+                os.replace(written, target)
+        undo.pop_all()
+
+
+def _discard(stream: IO[Any], written: Path | None) -> None:
+    with suppress(OSError):  # what ended the block is told; that the rest cannot be flushed either is no news
+        stream.close()
+    if written is not None:
         written.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """An OSError of the operating system as a sentence; a closed pipe is no error and passes."""
+    try:
+        yield
+    except BrokenPipeError:
         raise
+    except OSError as error:
+        raise UsageError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
 class Sink:
     """Data out, and the view of whoever reads it."""
 
-    def __init__(self, stream: TextIO, view: View, terminal: bool) -> None:
+    def __init__(self, stream: IO[str], view: View, terminal: bool) -> None:
         self._stream = stream
         self.view = view
         self.terminal = terminal
 
     def write(self, text: str) -> None:
         """Write and flush: a reader of a stream sees a record when it is done."""
-        try:
+        with refusing("the output"):
             self._stream.write(text)
             self._stream.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise UsageError(f"the output cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def save_witnesses(stream: IO[bytes], witnesses: Sequence[Witness], shape: tuple[int, ...]) -> None:
     """Write arrays `index` (K,), `x` and `d` (K, *shape) as npz: x + d is predicted differently from x.
 
-    float64 throughout, in data units, for a replay must add exactly what the run added.
+    float64 and in data units, as the run replayed them.
     """
     import numpy as np
 

@@ -111,7 +111,6 @@ def modules() -> dict[str, ModuleType]:
     """The replaced modules by name."""
     made = {
         "certify_cli.run.engine": {"prepare": prepare},
-        "certify_cli.run.settings": {"Settings": SimpleNamespace},
         "certify_cli.certificates.methods": {"METHODS": {"lipschitz": None, "curvature": None}},
     }
     result = {}
