@@ -13,6 +13,9 @@ from torch import Tensor
 
 from certify_cli.numerics.rounding import UNIT, down, up
 
+TINY = 1e-150
+"""Added to gradient norms (a sound direction), so that no square or product below them can vanish by underflow."""
+
 
 def lipschitz_radius(margin: Tensor, lipschitz: Tensor) -> Tensor:
     """f / L: no smaller perturbation brings the margin to 0. inf where L = 0 (the rival cannot flip)."""
@@ -24,8 +27,9 @@ def curvature_radius(margin: Tensor, gradient: Tensor, curvature: Tensor) -> Ten
 
     The form without cancellation: the textbook one over-claims without limit as M f / ||g||^2 approaches u.
     """
-    root = (gradient.square() + 2.0 * curvature * margin).sqrt()
-    return _positive(margin, down(2.0 * margin / (gradient + root), 10), (gradient == 0) & (curvature == 0))
+    steep = gradient + TINY
+    root = (steep.square() + 2.0 * curvature * margin).sqrt()
+    return _positive(margin, down(2.0 * margin / (steep + root), 11), (gradient == 0) & (curvature == 0))
 
 
 def hybrid_radius(margin: Tensor, gradient: Tensor, curvature: Tensor, lipschitz: Tensor) -> Tensor:

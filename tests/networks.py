@@ -1,0 +1,120 @@
+"""Small networks for tests, built node by node: every topology the bounds claim to cover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from certify_cli.network.activations import from_name
+from certify_cli.network.affine import Conv, Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.graph import Add, Builder, Concat, Network
+
+
+def _weights(generator: torch.Generator, *shape: int, gain: float = 1.0) -> Tensor:
+    fan = math.prod(shape[1:])
+    return gain * torch.randn(*shape, dtype=torch.float64, generator=generator) / math.sqrt(fan)
+
+
+def mlp(widths: Sequence[int], activation: str = "tanh", seed: int = 0, gain: float = 1.5) -> Network:
+    """widths = (inputs, hidden, ..., classes)."""
+    g = torch.Generator().manual_seed(seed)
+    builder, last = Builder((widths[0],)), 0
+    for number, (n, m) in enumerate(zip(widths, widths[1:], strict=False)):
+        weight, bias = _weights(g, m, n, gain=gain), 0.3 * _weights(g, m, 1)[:, 0]
+        last = builder.add(f"fc{number}", Dense(weight, bias), last)
+        if number < len(widths) - 2:
+            last = builder.add(f"act{number}", from_name(activation), last)
+    return builder.build(last)
+
+
+def conv_net(activation: str = "sigmoid", seed: int = 0, classes: int = 4) -> Network:
+    """Normalisation, strided convolution, activation, padding, convolution, scale, activation, dense."""
+    g = torch.Generator().manual_seed(seed)
+    b = Builder((1, 8, 8))
+    last = b.add("mean", Shift(torch.full((1, 1, 1), -0.4, dtype=torch.float64)), 0)
+    last = b.add("std", Scale(torch.full((1, 1, 1), 2.5, dtype=torch.float64), 2), last)
+    last = b.add("conv0", Conv(_weights(g, 3, 1, 3, 3), _weights(g, 3, 1)[:, 0], (2, 2), (1, 1), (1, 1)), last)
+    last = b.add("act0", from_name(activation), last)
+    pad = Select.of(lambda t: torch.nn.functional.pad(t, (1, 1, 1, 1), mode="replicate"), (3, 4, 4))
+    last = b.add("pad", pad, last)
+    last = b.add("conv1", Conv(_weights(g, 4, 3, 3, 3), None, (2, 2), (0, 0), (1, 1)), last)
+    last = b.add("bn", Scale(0.5 + _weights(g, 4, 1)[:, 0].abs().reshape(4, 1, 1), 4), last)
+    last = b.add("act1", from_name(activation), last)
+    last = b.add("flatten", Reshape((16,)), last)
+    return b.build(b.add("fc", Dense(_weights(g, classes, 16), _weights(g, classes, 1)[:, 0]), last))
+
+
+def residual_net(activation: str = "tanh", seed: int = 0, classes: int = 3) -> Network:
+    """x -> relation of two residual blocks, the second with a linear map on its skip."""
+    g = torch.Generator().manual_seed(seed)
+    b = Builder((6,))
+    stem = b.add("stem", Dense(_weights(g, 5, 6), _weights(g, 5, 1)[:, 0]), 0)
+    hidden = b.add("act0", from_name(activation), b.add("in0", Dense(_weights(g, 7, 5)), stem))
+    first = b.add("add0", Add(), stem, b.add("out0", Dense(_weights(g, 5, 7)), hidden))
+    hidden = b.add("act1", from_name(activation), b.add("in1", Dense(_weights(g, 6, 5)), first))
+    skip = b.add("skip1", Dense(_weights(g, 4, 5)), first)
+    second = b.add("add1", Add(), skip, b.add("out1", Dense(_weights(g, 4, 6)), hidden))
+    top = b.add("act2", from_name(activation), second)
+    return b.build(b.add("fc", Dense(_weights(g, classes, 4)), top))
+
+
+def concat_net(activation: str = "softplus", seed: int = 0, classes: int = 3) -> Network:
+    """Input, first and second layer concatenated (dense-net style); one activation feeds two readers."""
+    g = torch.Generator().manual_seed(seed)
+    b = Builder((5,))
+    first = b.add("act0", from_name(activation), b.add("fc0", Dense(_weights(g, 4, 5), _weights(g, 4, 1)[:, 0]), 0))
+    joined = b.add("cat0", Concat(0), 0, first)
+    second = b.add("act1", from_name(activation), b.add("fc1", Dense(_weights(g, 6, 9)), joined))
+    again = b.add("act2", from_name(activation), b.add("fc2", Dense(_weights(g, 3, 4)), first))
+    joined = b.add("cat1", Concat(0), joined, second, again)
+    return b.build(b.add("fc", Dense(_weights(g, classes, 18)), joined))
+
+
+SMOOTH: dict[str, Network] = {
+    "two layers, tanh": mlp((6, 9, 3), "tanh"),
+    "two layers, softplus": mlp((6, 9, 3), "softplus:3"),
+    "three layers, softplus": mlp((5, 7, 6, 3), "softplus:2", seed=1),
+    "four layers, sigmoid": mlp((5, 8, 7, 6, 4), "sigmoid", seed=2, gain=3.0),
+    "three layers, gelu": mlp((5, 7, 6, 3), "gelu", seed=3),
+    "three layers, silu": mlp((5, 7, 6, 3), "silu", seed=4),
+    "three layers, elu": mlp((5, 7, 6, 3), "elu", seed=5),
+    "three layers, sin": mlp((4, 6, 5, 3), "sin", seed=6),
+    "convolutional": conv_net(),
+    "convolutional, mish": conv_net("mish", seed=1),
+    "residual": residual_net(),
+    "residual, gelu": residual_net("gelu", seed=1),
+    "concatenating": concat_net(),
+    "concatenating, softsign": concat_net("softsign", seed=1),
+    "linear": mlp((5, 3)),
+    "residual around an activation": None,  # type: ignore[dict-item]
+}
+
+
+def _skip_activation() -> Network:
+    """z + phi(z) directly, and an activation right behind another."""
+    g = torch.Generator().manual_seed(9)
+    b = Builder((5,))
+    z = b.add("fc0", Dense(_weights(g, 5, 5)), 0)
+    h = b.add("act0", from_name("tanh"), z)
+    h = b.add("act1", from_name("sigmoid"), b.add("add", Add(), z, h))
+    h = b.add("act2", from_name("tanh"), h)
+    return b.build(b.add("fc", Dense(_weights(g, 3, 5)), h))
+
+
+SMOOTH["residual around an activation"] = _skip_activation()
+
+PIECEWISE: dict[str, Network] = {
+    "relu": mlp((5, 8, 7, 3), "relu"),
+    "leaky relu, residual": residual_net("leaky_relu:0.2"),
+    "relu, concatenating": concat_net("relu"),
+    "relu, convolutional": conv_net("relu"),
+    "relu6": mlp((5, 8, 3), "clip:0,6"),
+}
+
+
+def points(network: Network, count: int, seed: int = 0, spread: float = 2.0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(count, *network.input_shape, dtype=torch.float64, generator=g)
