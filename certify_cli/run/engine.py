@@ -157,7 +157,11 @@ def prepare(model: LoadedModel, data: Dataset, settings: Settings, arguments: di
     if not len(data.x):
         raise DataError(f"{data.name}: no sample selected")
     network = fit(
-        model.network, tuple(data.x.shape[1:]), mean=settings.mean or None, std=settings.std or None, layout=settings.layout
+        model.network,
+        tuple(data.x.shape[1:]),
+        mean=settings.mean or None,
+        std=settings.std or None,
+        layout=settings.layout,
     )
     if data.y is not None and int(data.y.max()) >= network.classes:
         raise DataError(
