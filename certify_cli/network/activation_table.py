@@ -24,8 +24,9 @@ class Activation:
     """An elementwise function phi with everything the bounds need of it. Ranges are rounded outward.
 
     `value`, `slope` and `curvature` are phi, phi' and phi''; each maps a tensor entrywise, in any float dtype (errors
-    are stated for float64). `curvature` is None where phi' jumps (ReLU and its kin): such a node has a Lipschitz
-    constant but no curvature. Where only phi'' jumps (ELU, softsign) its ranges hold both sides.
+    are stated for float64). Take derivatives from `slope`: autograd through the |z| of the safe formulas goes wrong at
+    z = 0. `curvature` is None where phi' jumps (ReLU and its kin): such a node has a Lipschitz constant but no
+    curvature. Where only phi'' jumps (ELU, softsign) its ranges hold both sides.
 
     `third` is at least sup |phi'''| on the open pieces between jumps. `deviation` is at least sup |deployed - phi|,
     where the deployed operator is known to differ from phi.

@@ -422,7 +422,7 @@ def relu() -> Activation:
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
     left = -math.copysign(INF, negative_slope) if negative_slope else 0.0
     value = Curve(
-        lambda z: torch.where(z > 0, z, negative_slope * z), (*_limits(left, INF), exactly(0.0, 0.0)), relative=1
+        lambda z: torch.where(z > 0, z, negative_slope * z), (*_limits(left, INF), exactly(0.0, 0.0)), relative=2
     )
     return _piecewise(value, (exactly(0.0, negative_slope, 1.0),), (negative_slope, 1.0))
 

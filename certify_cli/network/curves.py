@@ -63,7 +63,7 @@ class Curve:
 
     `function` maps a tensor of any shape entrywise. In float64 its error at z is at most
     `u (relative |computed| + absolute)`, u = 2^-53, provided that the library's elementary functions are within 4 ulp
-    (torch states 1 ulp for its CPU kernels, CUDA at most 5 for erfc and less for the rest; the tests measure it).
+    (5 for erfc): SLEEF's kernels on the CPU claim 1 (1.5 for erfc), CUDA's guide states at most 2 (5 for erfc).
     `turns` must hold a turn at -inf and one at +inf, unless the curve is periodic.
     """
 
