@@ -21,7 +21,7 @@ COLUMNS = (
     Column("slope", right=True),
     Column("Lipschitz so far", right=True),
     Column("curvature so far", right=True),
-    Column("share", right=True),
+    Column("share so far", right=True),
 )
 
 

@@ -1,4 +1,4 @@
-"""`curvcert doctor`: versions, devices, and a self-test on a network whose radius is known."""
+"""`curvcert doctor`: versions, devices, and a self-test on networks whose radius is known."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
+from certify_cli.cli.selftest import PROBLEMS, Known
 from certify_cli.cli.sink import sink
+from certify_cli.errors import CurvcertError, UsageError, first_line
 from certify_cli.output.console import Column, grid, pairs
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
-from certify_cli.records import SCHEMA, Sample
+from certify_cli.records import SCHEMA
+from certify_cli.run.settings import Settings
 from certify_cli.version import __version__
-
-if TYPE_CHECKING:
-    from certify_cli.load.data import Dataset
-    from certify_cli.load.loaded import LoadedModel
 
 LIBRARIES = {
     "numpy": "numpy",
@@ -39,13 +37,9 @@ LIBRARIES = {
 }
 """Distribution and module of everything that the package stands on."""
 
+NEED_TORCHVISION = {"torchvision", "onnx2torch"}
+
 FAULT = 1
-
-WEIGHT, POINT = (3.0, 4.0), (1.0, 1.0)
-"""Logits (3 a + 4 b, 0) at (1, 1): margin 7, gradient of norm 5, so the exact radius is 7/5."""
-
-EXACT_RADIUS = Fraction(7, 5)
-TIGHTNESS = Fraction(1, 10**6)
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ def doctor(
     output: opt.OutputFile = None,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Check the installation with a network of known radius.
+    """Check the installation with networks of known radius.
 
     Exit code 1 if there is a fault.
     """
@@ -72,7 +66,7 @@ def doctor(
         reporter.stage("checking")
         checks = [check_library(name, module) for name, module in LIBRARIES.items()]
         if all(check.ok for check in checks):
-            checks.append(self_test(device))
+            checks += [self_test(known, device) for known in PROBLEMS]
         found = {
             "schema": SCHEMA,
             "version": __version__,
@@ -92,10 +86,16 @@ def doctor(
 def check_library(name: str, module: str) -> Check:
     """Import it for real: an installed library may still fail to load."""
     try:
+        if module in NEED_TORCHVISION:
+            from certify_cli.load.torchvision_schemas import import_torchvision
+
+            import_torchvision()
         importlib.import_module(module)
         return Check(name, True, importlib.metadata.version(name))
-    except (ImportError, OSError, importlib.metadata.PackageNotFoundError) as error:
-        return Check(name, False, f"cannot be imported ({error}); install curvcert again in a fresh environment")
+    except Exception as error:  # whatever a broken library raises is its fault, and is told
+        return Check(
+            name, False, f"cannot be imported ({first_line(error)}); install curvcert again in a fresh environment"
+        )
 
 
 def machine() -> dict[str, Any]:
@@ -111,67 +111,20 @@ def machine() -> dict[str, Any]:
     return {"devices": ["cpu", *cuda], "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
-def self_test(device: str) -> Check:
-    """Certify a linear network whose radius is known exactly, through the whole engine."""
-    from certify_cli.errors import CurvcertError
+def self_test(known: Known, device: str) -> Check:
+    """Certify a network whose radius is known, through the whole engine."""
     from certify_cli.run.engine import prepare
-    from certify_cli.run.settings import Settings
 
-    name = f"self-test ({device})"
+    name = f"self-test: {known.name}, {device}"
     try:
-        job = prepare(*known_problem(), Settings(device=device), {})
-        (sample,) = job.samples()
-    except CurvcertError as error:
-        return Check(name, False, str(error))
-    fault = fault_of(sample)
-    found = f"a radius of exactly {float(EXACT_RADIUS)}: certified {sample.certified_radius!r}"
-    return Check(name, fault is None, fault or f"{found}, attacked at {sample.attack_radius!r}")
-
-
-def known_problem() -> tuple[LoadedModel, Dataset]:
-    """The linear two-class network and its one sample, built in code."""
-    import torch
-
-    from certify_cli.load.data import Dataset
-    from certify_cli.load.loaded import LoadedModel
-    from certify_cli.network.affine import Dense
-    from certify_cli.network.graph import Builder
-    from certify_cli.records import ModelInfo
-
-    builder = Builder((2,))
-    output = builder.add("logits", Dense(torch.tensor([WEIGHT, (0.0, 0.0)], dtype=torch.float64)), 0)
-    info = ModelInfo(path="self-test", sha256="", format="built in code", opset=None, classes=2)
-    model = LoadedModel(builder.build(output), info, (2,), "float64", ())
-    data = Dataset(
-        name="self-test",
-        x=torch.tensor([POINT], dtype=torch.float32),
-        y=torch.tensor([0]),
-        indices=(0,),
-        classes=None,
-        image=False,
-        sha256="",
-        notes=(),
-    )
-    return model, data
-
-
-def fault_of(sample: Sample) -> str | None:
-    """What is wrong with the self-test's sample, compared in exact arithmetic; None if nothing is."""
-    if sample.prediction != 0:
-        return f"predicted class {sample.prediction} where class 0 is right"
-    if sample.certified_radius is None:
-        return f"certified nothing ({sample.reason})"
-    certified = Fraction(sample.certified_radius)
-    if certified > EXACT_RADIUS:
-        return f"certified {sample.certified_radius!r}, more than the exact {float(EXACT_RADIUS)}: do not trust results"
-    if certified < EXACT_RADIUS * (1 - TIGHTNESS):
-        return f"certified {sample.certified_radius!r}, less than the exact {float(EXACT_RADIUS)}"
-    if sample.attack_radius is None:
-        return "found no attack on a linear network"
-    attacked = Fraction(sample.attack_radius)
-    if not EXACT_RADIUS <= attacked <= EXACT_RADIUS * (1 + 1000 * TIGHTNESS):
-        return f"claims an attack at {sample.attack_radius!r} where the exact radius is {float(EXACT_RADIUS)}"
-    return None
+        (sample,) = prepare(*known.problem(), Settings(device=device), {}).samples()
+    except UsageError:
+        raise  # the device asked for does not exist: no fault of the installation
+    except (CurvcertError, RuntimeError) as error:  # torch tells of broken kernels by RuntimeError
+        return Check(name, False, first_line(error))
+    fault = known.fault(sample)
+    figures = f"certified {sample.certified_radius!r}, attacked {sample.attack_radius!r}, exact {float(known.exact)}"
+    return Check(name, fault is None, fault or figures)
 
 
 def as_text(found: dict[str, Any], checks: list[Check], view: View) -> str:

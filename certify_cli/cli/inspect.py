@@ -55,7 +55,7 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
         "nodes": [
             {
                 "name": node.name,
-                "operation": operation(node.op),
+                "operation": node.op.title,
                 "inputs": [nodes[i].name for i in node.inputs],
                 "shape": list(node.shape),
                 "parameters": parameter_count(node.op),
@@ -77,13 +77,6 @@ def parameter_count(op: Op) -> int:
         return 0
     values = (getattr(op, item.name) for item in fields(op))
     return sum(value.numel() for value in values if isinstance(value, Tensor) and value.is_floating_point())
-
-
-def operation(op: Op) -> str:
-    """The operation's title, with the parameters of an activation: softplus(beta=10)."""
-    parameters = getattr(op, "parameters", {})
-    given = ", ".join(f"{name}={value:g}" for name, value in parameters.items() if isinstance(value, int | float))
-    return f"{op.title}({given})" if given else op.title
 
 
 def shape_text(shape: list[int] | tuple[int, ...]) -> str:

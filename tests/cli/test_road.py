@@ -1,0 +1,123 @@
+"""The real road behind the command line: digits, the engine and its records; only the model is built in code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+import certify_cli
+from certify_cli.load.loaded import LoadedModel
+from certify_cli.network import activations
+from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.graph import Builder, Network
+from certify_cli.records import ModelInfo
+from tests.cli.conftest import Outcome
+from tests.output.test_formats import SCHEMA
+
+Curvcert = Callable[..., Outcome]
+
+
+def digits_network() -> Network:
+    """64 -> 12 softplus -> 10 with fixed weights of no merit: what is tested is the road, not the model."""
+    made = torch.Generator().manual_seed(0)
+
+    def dense(out: int, inputs: int) -> Dense:
+        weight = torch.randn(out, inputs, generator=made, dtype=torch.float64) / inputs**0.5
+        return Dense(weight, torch.randn(out, generator=made, dtype=torch.float64) / 10)
+
+    builder = Builder((1, 8, 8))
+    flat = builder.add("flatten", Reshape((64,)), 0)
+    hidden = builder.add("softplus", activations.softplus(5.0), builder.add("fc1", dense(12, 64), flat))
+    return builder.build(builder.add("fc2", dense(10, 12), hidden))
+
+
+@pytest.fixture(autouse=True)
+def _model(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = ModelInfo("digits.onnx", "ab" * 32, "onnx", 18, 10)
+    loaded = LoadedModel(digits_network(), info, (1, 8, 8), "float32", ())
+    monkeypatch.setitem(vars(certify_cli), "load_model", lambda path, *, activation=None: loaded)
+
+
+WORDS = ("certify", "digits.onnx", "--data", "digits", "--samples", "30", "--eps", "0.01", "--device", "cpu")
+
+
+def document(curvcert: Curvcert, *more: str) -> dict[str, Any]:
+    done = curvcert(*WORDS, "--format", "json", *more)
+    assert done.code == 0, done.err
+    found: dict[str, Any] = json.loads(done.out)
+    jsonschema.Draft202012Validator(SCHEMA).validate(found)
+    return found
+
+
+def test_real_records_fit_the_schema_and_make_sense(curvcert: Curvcert) -> None:
+    found = document(curvcert)
+    assert [row["index"] for row in found["samples"]] == list(range(30))
+    assert found["summary"]["samples"] == found["run"]["data"]["samples"] == 30
+    assert found["run"]["arguments"]["samples"] == "30"
+    for row in found["samples"]:
+        assert row["status"] == "certified"
+        assert 0 < row["certified_radius"] < row["attack_radius"]
+        assert row["attack_kind"] == "certificate"
+
+
+def test_every_format_tells_the_same(curvcert: Curvcert) -> None:
+    rows = document(curvcert)["samples"]
+    lines = [json.loads(line) for line in curvcert(*WORDS, "--format", "jsonl").out.splitlines()]
+    for line in lines:
+        jsonschema.Draft202012Validator({"$ref": "#/$defs/line", "$defs": SCHEMA["$defs"]}).validate(line)
+    assert [line for line in lines if line.pop("type") == "sample"] == rows
+    table = csv.DictReader(io.StringIO(curvcert(*WORDS, "--format", "csv").out))
+    assert [float(row["certified_radius"]) for row in table] == [row["certified_radius"] for row in rows]
+
+
+def test_methods_and_attacks_can_be_chosen(curvcert: Curvcert) -> None:
+    rows = document(curvcert, "--method", "lipschitz", "--attack", "none")["samples"]
+    assert {row["method"] for row in rows} == {"lipschitz"}
+    assert {row["attack_radius"] for row in rows} == {None}
+
+
+def test_witnesses_change_the_prediction_at_the_radius_told(curvcert: Curvcert, tmp_path: Path) -> None:
+    rows = {row["index"]: row for row in document(curvcert, "--witnesses", str(tmp_path / "w.npz"))["samples"]}
+    network = digits_network()
+    with np.load(tmp_path / "w.npz", allow_pickle=False) as file:
+        index, x, d = file["index"], torch.from_numpy(file["x"]), torch.from_numpy(file["d"])
+    assert index.tolist() == list(rows)
+    moved = network(x + d).argmax(1).tolist()
+    for i, step, prediction in zip(index.tolist(), d.flatten(1).norm(dim=1).tolist(), moved, strict=True):
+        assert prediction != rows[i]["prediction"]
+        assert step <= rows[i]["attack_radius"] * (1 + 1e-12)
+        assert rows[i]["certified_radius"] < step
+
+
+def test_the_table_of_a_real_run(curvcert: Curvcert) -> None:
+    done = curvcert(*WORDS)
+    assert done.code == 0
+    assert "10 more samples (--all shows every row)" in done.out
+    assert "certified accuracy at 0.01" in done.out
+    assert "warning: accuracy" in done.err  # random weights guess
+
+
+def test_data_that_do_not_fit_name_both_shapes(curvcert: Curvcert, tmp_path: Path) -> None:
+    np.savez(tmp_path / "wide.npz", x=np.zeros((2, 3, 9, 9), dtype=np.float32), y=np.zeros(2, dtype=np.int64))
+    done = curvcert("certify", "digits.onnx", "--data", tmp_path / "wide.npz")
+    assert (done.code, done.out) == (3, "")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "option"),
+    [("--samples x", 2, "--samples"), ("--device abacus", 2, "--device"), ("--std 0", 2, "--std")],
+)
+def test_options_refused_further_down_the_road(curvcert: Curvcert, words: str, code: int, option: str) -> None:
+    done = curvcert("certify", "digits.onnx", "--data", "digits", *words.split())
+    assert (done.code, done.out) == (code, "")
+    assert option in done.last
