@@ -65,8 +65,11 @@ def test_real_records_fit_the_schema_and_make_sense(curvcert: Curvcert) -> None:
     assert found["run"]["arguments"]["samples"] == "30"
     for row in found["samples"]:
         assert row["status"] == "certified"
-        assert 0 < row["certified_radius"] < row["attack_radius"]
-        assert row["attack_kind"] == "certificate"
+        assert row["certified_radius"] > 0
+        if row["attack_radius"] is not None:
+            assert row["certified_radius"] < row["attack_radius"]
+            assert row["attack_kind"] == "certificate"
+    assert sum(row["attack_radius"] is not None for row in found["samples"]) > 10
 
 
 def test_every_format_tells_the_same(curvcert: Curvcert) -> None:
@@ -90,7 +93,8 @@ def test_witnesses_change_the_prediction_at_the_radius_told(curvcert: Curvcert, 
     network = digits_network()
     with np.load(tmp_path / "w.npz", allow_pickle=False) as file:
         index, x, d = file["index"], torch.from_numpy(file["x"]), torch.from_numpy(file["d"])
-    assert index.tolist() == list(rows)
+    assert index.tolist() == [i for i, row in rows.items() if row["attack_radius"] is not None]
+    assert len(index) > 10
     moved = network(x + d).argmax(1).tolist()
     for i, step, prediction in zip(index.tolist(), d.flatten(1).norm(dim=1).tolist(), moved, strict=True):
         assert prediction != rows[i]["prediction"]
