@@ -31,7 +31,7 @@ def fit(
     shapes where the model cannot take the data.
     """
     shape = tuple(data_shape)
-    steps = [*_normalisation(shape, mean, std), *_layout(shape, network.input_shape, layout)]
+    steps = [*normalisation(shape, mean, std), *_layout(shape, network.input_shape, layout)]
     return prepend(network, shape, steps) if steps else network
 
 
@@ -47,9 +47,10 @@ def prepend(network: Network, input_shape: Shape, steps: Sequence[tuple[str, Aff
     return builder.build(place[-1])
 
 
-def _normalisation(
+def normalisation(
     shape: Shape, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> list[tuple[str, AffineOp]]:
+    """(x - mean) / std for x of `shape`, channels first: up to two named operations. Raises UsageError."""
     steps: list[tuple[str, AffineOp]] = []
     if mean is not None:
         steps.append(("mean", Shift(-_per_channel("--mean", mean, shape))))

@@ -51,6 +51,11 @@ def lower(module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | No
         output = output[0]
     if not isinstance(output, Data):
         raise ModelError("the model must have exactly one output, computed from its input: the logits")
+    return classifier(builder, output)
+
+
+def classifier(builder: Builder, output: Data) -> Network:
+    """The network that ends in `output`; ModelError unless that is a vector of at least two logits."""
     network = builder.build(output.index)
     shape = network.nodes[-1].shape
     if len(shape) != 1 or shape[0] < 2:

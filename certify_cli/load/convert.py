@@ -1,0 +1,68 @@
+"""Write a model as safetensors with its architecture declared, from any format that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from certify_cli.errors import ModelError, UsageError
+from certify_cli.load.architecture import build, declare
+from certify_cli.load.model import load_model
+from certify_cli.load.safetensors import METADATA_KEY
+
+
+def convert(source: str | Path, target: str | Path) -> None:
+    """Write the model in `source` to `target` (.safetensors): the network as it was lowered, weight for weight.
+
+    A weight is stored in the source's type or float32 where that is exact, else in float64. The file replaces `target`
+    whole or not at all. Raises ModelError for the source, UsageError for the target.
+    """
+    path = Path(target)
+    if path.suffix.lower() != ".safetensors":
+        raise UsageError(f"{target}: the converted file's name must end in .safetensors")
+    loaded = load_model(source)
+    spec, exact = declare(loaded.network)
+    narrow = [getattr(torch, loaded.stored_dtype, torch.float32), torch.float32]
+    tensors = {name: _narrowed(tensor, narrow) for name, tensor in exact.items()}
+    build(spec, tensors)  # what is written must load
+    write_safetensors(path, spec, tensors)
+
+
+def write_safetensors(path: Path, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Tensors and spec in one file, written beside `path` and moved there when it is whole."""
+    from safetensors.torch import save
+
+    # one metadata key: with more, their order (and so the file's digest) would change from run to run
+    content = save({name: t.clone().contiguous() for name, t in tensors.items()}, {METADATA_KEY: json.dumps(spec)})
+    _write_atomically(path, content)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _narrowed(tensor: Tensor, narrow: list[torch.dtype]) -> Tensor:
+    """The tensor in the first of these types that holds it exactly; integers as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError("a weight is not finite and cannot be written")
+    for dtype in narrow:
+        narrowed = tensor.to(dtype)
+        if torch.equal(narrowed.to(torch.float64), tensor):
+            return narrowed
+    return tensor

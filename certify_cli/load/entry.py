@@ -1,0 +1,183 @@
+"""Typed reading of one declared layer: every field is checked, every tensor used is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from certify_cli.errors import ModelError
+
+_FIXED = ("type", "name", "inputs", "title")
+
+
+class Tensors:
+    """The tensors of a file: floats as exact float64, integers as they are; `left` are those that no layer took."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._taken: set[str] = set()
+        for name, tensor in tensors.items():
+            if tensor.is_complex():
+                raise ModelError(f"tensor {name!r} is complex; a classifier's weights are real")
+            value = tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+            if not bool(torch.isfinite(value).all()):
+                raise ModelError(f"tensor {name!r} holds a NaN or an infinite value")
+            self._tensors[name] = value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def take(self, name: str) -> Tensor:
+        self._taken.add(name)
+        return self._tensors[name]
+
+    @property
+    def left(self) -> list[str]:
+        return sorted(set(self._tensors) - self._taken)
+
+
+class Entry:
+    """One layer of a spec. Its readers return a field's checked value; `finish` refuses fields that nothing read."""
+
+    def __init__(self, raw: Any, position: int, tensors: Tensors) -> None:
+        self._where = f"layer {position}"
+        if not isinstance(raw, dict):
+            self.fail(f"a JSON object is expected, not {_shown(raw)}")
+        self._raw: dict[str, Any] = raw
+        self._tensors = tensors
+        self._read = set(_FIXED)
+        self.type = self._text("type")
+        self.name = self._text("name", f"{self.type}_{position}")
+        self._where = f"layer {self.name!r} ({self.type})"
+        self.title = self._text("title", "")
+
+    def fail(self, message: str) -> NoReturn:
+        raise ModelError(f"{self._where}: {message}")
+
+    def inputs(self, previous: str) -> list[str]:
+        """The names of the layers it takes, by default the one before."""
+        names = self._raw.get("inputs", [previous])
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            self.fail(f"inputs must be a list of layer names, not {_shown(names)}")
+        return names
+
+    def finish(self) -> None:
+        if unknown := sorted(set(self._raw) - self._read):
+            known = sorted(self._read - set(_FIXED))
+            self.fail(f"unknown field {', '.join(unknown)}; it takes {', '.join(known) or 'none'}")
+
+    def _text(self, key: str, default: str | None = None) -> str:
+        value = self._raw.get(key, default)
+        if not isinstance(value, str):
+            self.fail(f"{key} must be a text, not {_shown(value)}" if key in self._raw else f"has no {key}")
+        return value
+
+    def _value(self, key: str, default: Any) -> Any:
+        self._read.add(key)
+        if key not in self._raw and default is ...:
+            self.fail(f"has no {key}")
+        return self._raw.get(key, default)
+
+    def integer(self, key: str, default: Any = ..., least: int = 0) -> int:
+        value = self._value(key, default)
+        if not _is_integer(value) or value < least:
+            self.fail(f"{key} must be an integer of at least {least}, not {_shown(value)}")
+        return value
+
+    def integers(self, key: str, count: int | None, default: Any = ..., least: int = 0) -> tuple[int, ...]:
+        """`count` integers (any positive number of them if None); one integer stands for all."""
+        value = self._value(key, default)
+        if count is not None and _is_integer(value):
+            value = [value] * count
+        fits = isinstance(value, (list, tuple)) and (len(value) == count if count is not None else len(value) > 0)
+        if not fits or not all(_is_integer(item) and item >= least for item in value):
+            how_many = "integers" if count is None else f"{count} integers"
+            self.fail(f"{key} must be {how_many} of at least {least}, not {_shown(value)}")
+        return tuple(value)
+
+    def number(self, key: str, default: Any = ...) -> float:
+        value = self._value(key, default)
+        if not _is_number(value):
+            self.fail(f"{key} must be a finite number, not {_shown(value)}")
+        return float(value)
+
+    def numbers(self, key: str, default: Any = ...) -> list[float] | None:
+        value = self._value(key, default)
+        if value is None:
+            return None
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(map(_is_number, items)):
+            self.fail(f"{key} must be a number or a list of numbers, not {_shown(value)}")
+        return [float(item) for item in items]
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            self.fail(f"{key} must be true or false, not {_shown(value)}")
+        return value
+
+    def choice(self, key: str, options: Sequence[str], default: str) -> str:
+        value = self._value(key, default)
+        if value not in options:
+            self.fail(f"{key} must be one of {', '.join(options)}, not {_shown(value)}")
+        return value
+
+    def parameters(self, accepted: Mapping[str, Any]) -> dict[str, float | None]:
+        """Numbers by name, absent ones left out; null is None."""
+        self._read.update(accepted)
+        given = [key for key in accepted if key in self._raw]
+        return {key: None if self._raw[key] is None else self.number(key) for key in given}
+
+    def tensor(self, key: str) -> Tensor:
+        """The float64 tensor that `key` names, by default NAME.key."""
+        tensor = self.optional_tensor(key)
+        if tensor is None:
+            self.fail(f"has no {key}: neither the field nor a tensor {f'{self.name}.{key}'!r}")
+        return tensor
+
+    def optional_tensor(self, key: str) -> Tensor | None:
+        default = f"{self.name}.{key}"
+        tensor = self._tensor(key, default if default in self._tensors else None)
+        if tensor is not None and not tensor.is_floating_point():
+            self.fail(f"{key} holds {tensor.dtype} numbers; quantised weights cannot be certified")
+        return tensor
+
+    def indices(self, key: str) -> Tensor:
+        """The int64 tensor that `key` names, by default NAME.key."""
+        tensor = self._tensor(key, f"{self.name}.{key}")
+        if tensor is None or tensor.dtype != torch.int64:
+            self.fail(f"{key} must be a tensor of int64 numbers")
+        return tensor
+
+    def discard(self, key: str) -> None:
+        """Count a tensor that the layer does not need, if it is there, as used."""
+        self._tensor(key, default if (default := f"{self.name}.{key}") in self._tensors else None)
+
+    def _tensor(self, key: str, default: str | None) -> Tensor | None:
+        name = self._value(key, default)
+        if name is None:
+            return None
+        if not isinstance(name, str):
+            self.fail(f"{key} must be the name of a tensor, not {_shown(name)}")
+        if name not in self._tensors:
+            self.fail(f"there is no tensor {name!r} for its {key}")
+        return self._tensors.take(name)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,57 @@
+"""One way in for model files: the format is told from the file, the rest is the format's own loader."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from certify_cli.errors import ModelError, UsageError
+from certify_cli.load.loaded import LoadedModel
+
+PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
+_ZIP, _PICKLE, _HDF5 = b"PK\x03\x04", b"\x80", b"\x89HDF"
+
+
+def load_model(path: str | Path, *, activation: str | None = None) -> LoadedModel:
+    """Load a classifier from an ONNX or a safetensors file.
+
+    `activation` (such as "softplus:5") stands between the layers of a safetensors file that declares none. Raises
+    ModelError where the file is missing, unreadable or cannot be certified, UsageError for `activation`.
+    """
+    file = Path(path)
+    if os.path.isdir(file):
+        raise ModelError(f"{file}: a folder; name the model file itself (.onnx or .safetensors)")
+    if not os.path.isfile(file):
+        raise ModelError(f"{file}: no such file")
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(16)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    if not start:
+        raise ModelError(f"{file}: the file is empty")
+    if _is_safetensors(file, start):
+        from certify_cli.load.safetensors import load_safetensors
+
+        return load_safetensors(file, activation=activation)
+    _refuse_pickle(file, start)
+    if start.startswith(_HDF5):
+        raise ModelError(f"{file}: an HDF5 file, which is not supported; export the model to ONNX")
+    if activation is not None:
+        raise UsageError(f"--activation is for safetensors files without a declared architecture; {file} is not one")
+    from certify_cli.load.onnx import load_onnx
+
+    return load_onnx(file)
+
+
+def _is_safetensors(file: Path, start: bytes) -> bool:
+    """By its name, or by the header: eight bytes of length, then a JSON object."""
+    return file.suffix.lower() == ".safetensors" or (file.suffix.lower() != ".onnx" and start[8:9] == b"{")
+
+
+def _refuse_pickle(file: Path, start: bytes) -> None:
+    if file.suffix.lower() in PICKLES or start.startswith((_ZIP, _PICKLE)):
+        raise ModelError(
+            f"{file}: pickles and archives of torch.save can run any code when they are opened and are never loaded; "
+            "write the model with torch.onnx.export, or its weights with safetensors"
+        )
