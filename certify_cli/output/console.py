@@ -13,6 +13,9 @@ from certify_cli.records import ERROR, NOT_CERTIFIED, Run, Sample
 FIRST_ROWS = 20
 """Samples shown unless every row is asked for."""
 
+GAP = "  "
+"""Between two columns."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -31,41 +34,75 @@ def printable(text: str) -> str:
 def grid(
     columns: Sequence[Column], rows: Iterable[Sequence[str]], view: View, styles: Sequence[str | None] = ()
 ) -> str:
-    """A table as text, one line a row. Never narrower than its content: a cut number would be a false one."""
+    """A table as text. In a narrow view titles are stacked word by word and wrapping columns are broken.
+
+    Never narrower than its numbers: a cut number would be a false one.
+    """
     from rich import box
     from rich.console import Console
-    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD if view.unicode else box.ASCII2, show_edge=False, pad_edge=False)
-    for column in columns:
-        drawn.add_column(
-            column.title,
+    cells = [[printable(cell) for cell in row] for row in rows]
+    titles = [column.title for column in columns]
+    widths = _widths(columns, titles, cells)
+    if view.width is not None and _total(widths) > view.width:
+        titles = [title.replace(" ", "\n") for title in titles]
+        widths = _widths(columns, titles, cells, fit=view.width)
+
+    table = Table(
+        box=box.SIMPLE_HEAD if view.unicode else box.ASCII2, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column, title, width in zip(columns, titles, widths, strict=True):
+        table.add_column(
+            title,
+            width=width,
             justify="right" if column.right else "left",
             no_wrap=not column.wraps,
-            overflow="fold",
             header_style="bold",
         )
-    for position, row in enumerate(rows):
-        style = styles[position] if position < len(styles) else None
-        drawn.add_row(*(Text(printable(cell)) for cell in row), style=style)
+    for position, row in enumerate(cells):
+        table.add_row(*map(Text, row), style=styles[position] if position < len(styles) else None)
 
-    unlimited = 10_000
     text = io.StringIO()
-    console = Console(
+    Console(
         file=text,
-        width=unlimited,
+        width=max(_total(widths), 1) + len(GAP),
         force_terminal=view.color,
         color_system="standard" if view.color else None,
         no_color=not view.color,
         force_jupyter=False,
         legacy_windows=False,
-    )
-    if view.width is not None:
-        console.width = max(view.width, Measurement.get(console, console.options, drawn).minimum)
-    console.print(drawn)
+    ).print(table)
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
+
+
+def _widths(
+    columns: Sequence[Column], titles: Sequence[str], cells: Sequence[Sequence[str]], fit: int | None = None
+) -> list[int]:
+    """The width of every column's content; with `fit`, wrapping columns give way until the table fits.
+
+    They keep their longest word whole, all others their content. Rich would find the widths itself, but would rather
+    cut a number than exceed the terminal, and takes as long for it as for drawing.
+    """
+    from rich.cells import cell_len
+
+    def widest(pieces: Iterable[str]) -> int:
+        return max(map(cell_len, pieces), default=0)
+
+    widths = []
+    for position, title in enumerate(titles):
+        widths.append(max(widest(title.split("\n")), widest({row[position] for row in cells})))
+    for position, column in enumerate(columns):
+        if fit is not None and column.wraps and _total(widths) > fit:
+            words = {word for row in cells for word in row[position].split()}
+            least = max(widest(titles[position].split("\n")), widest(words))
+            widths[position] = max(least, widths[position] - (_total(widths) - fit))
+    return widths
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(GAP) * (len(widths) - 1)
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> str:

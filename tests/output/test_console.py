@@ -131,6 +131,12 @@ def test_narrow_terminals_break_notes_and_wide_views_do_not() -> None:
     assert all(len(line) <= 90 for line in narrow.splitlines())
 
 
+def test_a_usual_run_fits_eighty_columns() -> None:
+    text = render("table", records(sample(1234), sample(1235, label=1)), View(width=80))
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("misclassified") == 1
+
+
 def test_colour_only_where_asked_for() -> None:
     assert "\x1b[" in render("table", records(), View(color=True))
     assert "\x1b" not in render("table", records(), View(color=False))
