@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.blocks import Budget
-from certify_cli.numerics.eigen import largest_eigenvalue
+from certify_cli.numerics.eigen import largest_eigenvalue, ritz_estimate, starting_vectors
 from certify_cli.numerics.rounding import UNIT, gamma, up, vector_norm_up
 
-CHUNK_ENTRIES = 2**24
-"""Matrices are proved in chunks of at most this many entries (128 MiB, and a few times that while proving)."""
+CHUNK_ENTRIES = 2**22
+"""Matrices are proved in chunks of at most this many entries (32 MiB, and a few times that while proving)."""
 PERRON_STEPS = 30
+PERRON_ENTRIES = 2**25
 
 
 def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: float = 0.0) -> Tensor:
@@ -41,24 +42,25 @@ def _proved(matrix: Tensor, weights: Tensor, side: int, by_columns: bool) -> Ten
     rows, columns = matrix.shape
     squares = up(matrix.square().sum(1), columns + 2)
     size = up(weights @ squares, rows + 2)  # >= ||diag(sqrt w) T||_F^2
+    # the product's own rounding; on the rows' side also two square roots and two scalings an entry
+    slack = up((gamma(rows + 3) if by_columns else gamma(columns + 2) + 8 * UNIT) * size, 4)
     gram = None if by_columns else matrix @ matrix.T
+    # one product for all weights, where a matrix each would be read again and again
+    start = starting_vectors(len(weights), columns, matrix)
+    estimate, residual = ritz_estimate(lambda q: (weights * (q @ matrix.T)) @ matrix, start)
     chunk = max(1, CHUNK_ENTRIES // side**2)
     bounds = []
-    for start in range(0, len(weights), chunk):
-        w = weights[start : start + chunk]
-        slack_size = size[start : start + chunk]
+    for part in (slice(i, i + chunk) for i in range(0, len(weights), chunk)):
+        w = weights[part]
         if gram is None:
-            scaled = matrix.T.unsqueeze(0) * w.unsqueeze(1)
-            product = scaled @ matrix
-            slack = gamma(rows + 3) * slack_size
+            product = (matrix.T.unsqueeze(0) * w.unsqueeze(1)) @ matrix
         else:
-            root = w.sqrt()
-            index = root.argsort(dim=1, descending=True)[:, :side]
-            root = root.gather(1, index)
-            product = gram[index.unsqueeze(2), index.unsqueeze(1)] * root.unsqueeze(2) * root.unsqueeze(1)
-            # the product's own rounding, and two square roots and two scalings an entry
-            slack = (gamma(columns + 2) + 8 * UNIT) * slack_size
-        bounds.append(largest_eigenvalue(product, up(slack, 4)))
+            index = w.argsort(dim=1, descending=True)[:, :side]
+            root = w.gather(1, index).sqrt()
+            product = gram[index.unsqueeze(2), index.unsqueeze(1)]
+            product *= root.unsqueeze(2)
+            product *= root.unsqueeze(1)
+        bounds.append(largest_eigenvalue(product, slack[part], (estimate[part], residual[part])))
     return torch.cat(bounds)
 
 
@@ -66,7 +68,7 @@ def _perron(matrix: Tensor, weights: Tensor) -> Tensor:
     rows, columns = matrix.shape
     squares = up(matrix.square().sum(1), columns + 2)
     trace = up(weights @ squares, rows + 2)
-    if rows * rows > 2 * CHUNK_ENTRIES:
+    if rows * rows > PERRON_ENTRIES:
         return trace
     length = vector_norm_up(matrix)
     gram = (matrix @ matrix.T).abs()

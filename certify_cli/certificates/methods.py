@@ -18,10 +18,13 @@ from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import attack_radius, hybrid_radius, lipschitz_radius
 from certify_cli.certificates.point import Point
+from certify_cli.certificates.tangent import sharpened
 from certify_cli.errors import MethodError, UsageError
 from certify_cli.network.graph import Network
 
 AUTO = "auto"
+TANGENTS = {"fast": 0, "normal": 1, "max": 4}
+"""By effort: at how many further points the closed form is taken, for each rival that can still be the nearest."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,15 @@ def by_lipschitz(analysis: Analysis, point: Point, attack: bool) -> Certificates
 
 
 def by_curvature(analysis: Analysis, point: Point, attack: bool) -> Certificates:
-    """The closed form with the global curvature bound, joined with the Lipschitz constant; attack along -g."""
+    """The closed form with the global curvature bound, joined with the Lipschitz constant, then at further points;
+    attack along -g."""
     predicted = point.prediction
     lipschitz = analysis.lipschitz_pairs.rows(predicted)
     lower = analysis.curvature_pairs.rows(predicted)
     upper = analysis.curvature_pairs.columns(predicted)
     gradient = point.gradient_norm
-    radius, rival = _weakest(point, hybrid_radius(point.margin_low, gradient, lower, lipschitz))
+    table = hybrid_radius(point.margin_low, gradient, lower, lipschitz)
+    radius, rival = _weakest(point, sharpened(point, table, lower, TANGENTS[analysis.effort]))
     norm, witness = torch.full_like(radius, torch.nan), point.x
     if attack:
         promised = attack_radius(point.margin_high, point.gradient_norm_low, upper)

@@ -12,6 +12,7 @@ so lambda_max(S) <= t + ||B - L L^T||_F (rounding of the residual and of the dia
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,19 +25,20 @@ FIRST_GAP = 1e-9
 """The first t lies this much (relative) above the estimate; each failed factorisation takes a tenfold step."""
 
 
-def ritz_estimate(matrices: Tensor, steps: int = LANCZOS_STEPS) -> tuple[Tensor, Tensor]:
-    """Lanczos estimate (from below) of the largest eigenvalue of each Hermitian matrix (batch, n, n).
+Product = Callable[[Tensor], Tensor]
+"""Matrix times vector for a whole batch: (batch, n) -> (batch, n)."""
+
+
+def ritz_estimate(product: Product, start: Tensor, steps: int = LANCZOS_STEPS) -> tuple[Tensor, Tensor]:
+    """Lanczos estimates (from below) of the largest eigenvalues of a batch of Hermitian matrices, from start (batch, n).
 
     Returns (estimate, residual), both (batch,). An estimate only: it never enters a bound unproved.
     """
-    batch, n, _ = matrices.shape
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(n, generator=generator, dtype=torch.float64).to(matrices.device, matrices.dtype)
-    q = (start / start.norm()).expand(batch, n)
+    q = start / start.norm(dim=-1, keepdim=True)
     basis, alphas, betas = [q], [], []
-    steps = min(steps, n)
+    steps = min(steps, start.shape[-1])
     for step in range(steps):
-        w = (matrices @ q.unsqueeze(-1)).squeeze(-1)
+        w = product(q)
         alphas.append((q.conj() * w).sum(-1).real)
         stacked = torch.stack(basis, dim=1)
         for _ in range(2):  # full reorthogonalisation, twice
@@ -57,12 +59,21 @@ def ritz_estimate(matrices: Tensor, steps: int = LANCZOS_STEPS) -> tuple[Tensor,
     return values[:, -1], (betas[-1] * vectors[:, -1, -1]).abs()
 
 
-def largest_eigenvalue(matrices: Tensor, slack: Tensor | float = 0.0) -> Tensor:
+def starting_vectors(batch: int, n: int, like: Tensor) -> Tensor:
+    """The same pseudo-random start for every matrix, run and device: (batch, n)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, generator=generator, dtype=torch.float64).to(like.device, like.dtype).expand(batch, n)
+
+
+def largest_eigenvalue(
+    matrices: Tensor, slack: Tensor | float = 0.0, guess: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Upper bounds, rounded up, of the largest eigenvalues of positive semidefinite matrices.
 
     matrices: (batch, n, n), real symmetric or complex Hermitian up to rounding, float64; each differs from the exact
-    matrix by at most `slack` (float or (batch,)) in the spectral norm. Returns (batch,), inf where the input is not
-    finite. Negative results are impossible: the bound is at least 0.
+    matrix by at most `slack` (float or (batch,)) in the spectral norm. `guess`: (estimate, residual) of `ritz_estimate`
+    where the caller has a cheaper product; it decides how sharp the bound is, never whether it holds. Returns
+    (batch,), inf where the input is not finite. Negative results are impossible: the bound is at least 0.
     """
     batch, n, _ = matrices.shape
     real = torch.float64
@@ -72,11 +83,16 @@ def largest_eigenvalue(matrices: Tensor, slack: Tensor | float = 0.0) -> Tensor:
     finite = frobenius.isfinite()
     open_ = (finite & (frobenius > 0)).nonzero().squeeze(1)
     if open_.numel():
-        estimate, residual = ritz_estimate(matrices[open_])
-        estimate = torch.maximum(estimate, frobenius[open_] / (n * math.sqrt(n)))
-        gap = torch.clamp(10 * (residual / estimate).square(), min=FIRST_GAP, max=1e-2)
+        if guess is None:
+            some = matrices[open_] if len(open_) < batch else matrices
+            start = starting_vectors(len(open_), n, matrices)
+            guess = ritz_estimate(lambda q: (some @ q.unsqueeze(-1)).squeeze(-1), start)
+        else:
+            guess = guess[0][open_], guess[1][open_]
+        estimate = torch.maximum(guess[0], frobenius[open_] / (n * math.sqrt(n)))
+        gap = torch.clamp(10 * (guess[1] / estimate).square(), min=FIRST_GAP, max=1e-2)
         while open_.numel():
-            proved, value = _prove(matrices[open_], estimate * (1 + gap))
+            proved, value = _prove(matrices[open_], estimate * (1 + gap))  # a copy: indexing
             bound[open_[proved]] = torch.minimum(bound[open_[proved]], up(value[proved] + slack[open_[proved]], 2))
             keep = ~proved & (estimate * (1 + 10 * gap) < bound[open_])
             open_, estimate, gap = open_[keep], estimate[keep], gap[keep] * 10
@@ -84,13 +100,13 @@ def largest_eigenvalue(matrices: Tensor, slack: Tensor | float = 0.0) -> Tensor:
 
 
 def _prove(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """For each matrix whether t I - S factorises, and then a proved upper bound of lambda_max(S)."""
+    """For each matrix whether t I - S factorises, and then a proved upper bound of lambda_max(S). Overwrites them."""
     n = matrices.shape[-1]
-    shifted = -matrices
+    shifted = matrices.neg_()
     shifted.diagonal(dim1=-2, dim2=-1).add_(t.unsqueeze(-1))
     factor, info = torch.linalg.cholesky_ex(shifted)
-    flaw = torch.linalg.matrix_norm(shifted - factor @ factor.mH)
     sizes = torch.linalg.matrix_norm(factor).square() + torch.linalg.matrix_norm(shifted)
+    flaw = torch.linalg.matrix_norm(torch.baddbmm(shifted, factor, factor.mH, alpha=-1))
     # complex products round up to four times as often; the last term is the rounding of t I - S itself
     terms = (n + 2) * (4 if matrices.is_complex() else 1)
     value = t + flaw * (1 + gamma(n * n + 8)) + (gamma(terms) + 2 * UNIT) * sizes

@@ -46,7 +46,9 @@ def down(value: Number, operations: int = 1) -> Number:
 
 def vector_norm_up(rows: Tensor) -> Tensor:
     """Upper bound of the Euclidean norm along the last axis, free of overflow and underflow."""
-    scale = rows.abs().amax(dim=-1, keepdim=True)
-    safe = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
-    norm = (rows / safe).square().sum(dim=-1).sqrt() * safe.squeeze(-1)
+    norm = torch.linalg.vector_norm(rows, dim=-1)
+    if bool(((norm < 1e-140) | (norm > 1e140)).any()):  # squares may have left the range: scale by the largest entry
+        scale = rows.abs().amax(dim=-1, keepdim=True)
+        safe = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
+        norm = torch.linalg.vector_norm(rows / safe, dim=-1) * safe.squeeze(-1)
     return up(norm, rows.shape[-1] + 6)

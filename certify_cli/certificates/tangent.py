@@ -1,0 +1,75 @@
+"""The closed form at another point than the sample: the dual certificate's building block (theory section 5).
+
+Where M bounds -lambda_min of the Hessian on the whole space, f + M/2 ||.||^2 is convex, and its tangent at any d0 gives
+
+    f(x+d) >= f~ + <p, d> - M ||d||^2 / 2     with  p = grad f(x+d0) + M d0,
+                                                    f~ = f(x+d0) - <grad f(x+d0), d0> - M ||d0||^2 / 2
+
+for all d. d0 = 0 is the closed form at the sample. Every d0 is a proof by itself; a good one lies where the bound at
+the sample is least, which is where a majorise-minimise step leads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from certify_cli.certificates.closed_form import curvature_radius
+from certify_cli.certificates.point import Point
+from certify_cli.network.linearised import pull
+from certify_cli.numerics.rounding import UNIT, down, gamma, up, vector_norm_up
+
+
+def tangent(point: Point, rival: Tensor, moved: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """Certified radii (batch,), down, of x against `rival` (batch,) by the tangent at the points `moved`, and p.
+
+    curvature (batch,): M of the margin towards the rival, valid everywhere. 0 where f~ is not positive.
+    """
+    there = Point(point.network, moved)
+    eye = torch.eye(point.network.classes, dtype=moved.dtype, device=moved.device)
+    cotangents = (eye[point.prediction] - eye[rival]).unsqueeze(1)
+    vectors = pull(point.network, cotangents, there.slopes)[0]
+    gradient, gradient_error = vectors.value[:, 0].flatten(1), vectors.error[:, 0]
+    step = (moved - point.x).flatten(1)
+    n = step.shape[1]
+    size = up(vector_norm_up(step))
+    # <g, d0> from above: the dot product's rounding, the gradient's error, and the rounding of d0 itself
+    inner = (gradient * step).sum(1)
+    inner = inner + 2 * UNIT * inner.abs() + up(gamma(n + 3) * (gradient * step).abs().sum(1) + gradient_error * size, n)
+    bend = up(0.5 * curvature * size.square(), 3)
+    margin, error = (t.gather(1, rival.unsqueeze(1)).squeeze(1) for t in there.margins_of(point.prediction))
+    level = margin - error - inner - bend
+    level = level - 4 * UNIT * (margin.abs() + error + inner.abs() + bend)
+    p = gradient + curvature.unsqueeze(1) * step
+    rounding = 4 * UNIT * (vector_norm_up(gradient) + curvature * size)
+    slope = up(vector_norm_up(p) + gradient_error + rounding, 3)
+    radius = curvature_radius(down(level.clamp(min=0.0)), slope, curvature)
+    return torch.where(there.finite, radius, torch.zeros_like(radius)), p.reshape(moved.shape)
+
+
+def sharpened(point: Point, radius: Tensor, curvature: Tensor, steps: int) -> Tensor:
+    """The table of radii (batch, classes) with its weakest entries improved by tangents at further points.
+
+    Only a rival that is a sample's weakest can matter, so the weakest one is improved until it has had its turn:
+    `steps` majorise-minimise steps, each from the last minorant's least point on its certified sphere.
+    """
+    radius, treated = radius.clone(), point.own.clone()
+    every = torch.arange(len(radius), device=radius.device)
+    for _ in range(point.network.classes - 1 if steps else 0):
+        weakest = radius.masked_fill(point.own, torch.inf).argmin(1)
+        found = radius[every, weakest]
+        todo = (~treated[every, weakest] & (found > 0) & found.isfinite()).nonzero().squeeze(1)
+        if not len(todo):
+            break
+        rival, part, least = weakest[todo], point.at(todo), found[todo]
+        treated[todo, rival] = True
+        m = curvature[todo, rival]
+        p, reach, best = point.gradients[0][todo, rival], least, least
+        for _ in range(steps):
+            size = vector_norm_up(p.flatten(1)).clamp(min=1e-300)
+            moved = part.x - p * (reach / size).reshape(-1, *[1] * (p.dim() - 1))
+            value, p = tangent(part, rival, moved, m)
+            best = torch.maximum(best, value)
+            reach = torch.maximum(value, least)
+        radius[todo, rival] = best
+    return radius
