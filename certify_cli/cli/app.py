@@ -23,6 +23,7 @@ from certify_cli.cli.certify import certify
 from certify_cli.cli.convert import convert
 from certify_cli.cli.doctor import doctor
 from certify_cli.cli.inspect import inspect
+from certify_cli.cli.sink import refusing
 from certify_cli.errors import CurvcertError
 from certify_cli.output.console import printable
 from certify_cli.version import __version__
@@ -78,16 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _replace_missing_streams()
+    code = _code_of(words or ["--help"])
+    _settle_stdout()
+    return code
+
+
+def _code_of(words: list[str]) -> int:
     try:
         with _signals(), _library_warnings_off():
-            code = _run(words or ["--help"])
-            sys.stdout.flush()
+            code = _run(words)
+            with refusing("the output"):
+                sys.stdout.flush()
             return code
     except Stopped as stop:
         _complain(f"curvcert: stopped by {signal.Signals(stop.number).name}")
         return 128 + stop.number
     except BrokenPipeError:
-        _abandon_stdout()
         return DONE
     except CurvcertError as error:
         return _fail(str(error), error.exit_code)
@@ -143,9 +150,12 @@ def _replace_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (lives as long as the process)
 
 
-def _abandon_stdout() -> None:
-    """After a closed pipe: what is left in the buffer goes nowhere, so that the interpreter's last flush is silent."""
-    _redirect_to_null(sys.stdout)
+def _settle_stdout() -> None:
+    """What cannot be written (closed pipe, full disk) goes nowhere: the interpreter would flush it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _redirect_to_null(sys.stdout)
 
 
 def _redirect_to_null(stream: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +99,31 @@ def test_bounds_table(curvcert: Curvcert) -> None:
     assert "100.0 %" in smooth.out
     rough = curvcert("bounds", "small.onnx", "--activation", "relu").out.splitlines()
     assert rough[-1].split()[-2:] == ["-", "-"]  # no curvature, no share
+
+
+def test_convert_writes_a_file_that_certifies_alike(
+    curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from certify_cli.load import convert as convert_module
+
+    source = model("softplus:5")
+    monkeypatch.setattr(convert_module, "load_model", lambda path: source)
+    target = tmp_path / "small.safetensors"
+    done = curvcert("convert", "small.onnx", target, "--format", "json")
+    found = json.loads(done.out)
+    assert done.code == 0
+    assert found["source"] == "small.onnx"
+    assert found["model"]["path"] == str(target)
+    assert found["model"]["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
+    x = torch.rand(3, 4, dtype=torch.float64)
+    assert torch.equal(certify_cli.load_model(target).network(x), source.network(x))
+    assert found["model"]["sha256"] in curvcert("convert", "small.onnx", target).out
+
+
+def test_convert_refuses_another_kind_of_target(curvcert: Curvcert, tmp_path: Path) -> None:
+    done = curvcert("convert", "small.onnx", tmp_path / "small.pt")
+    assert (done.code, done.out) == (2, "")
+    assert ".safetensors" in done.last
 
 
 @pytest.mark.parametrize("command", ["inspect", "bounds"])

@@ -130,6 +130,16 @@ def test_stdout_that_is_closed_breaks_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_a_full_disk_behind_stdout_is_one_sentence(form: str) -> None:
+    words = command("--data", "2", "--quiet", "--format", form)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = "curvcert: error: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_samples_stream_line_by_line() -> None:
     process = subprocess.Popen(
         command("--data", "slow:60", "--format", "jsonl", "--quiet"),

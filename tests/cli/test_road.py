@@ -82,6 +82,14 @@ def test_every_format_tells_the_same(curvcert: Curvcert) -> None:
     assert [float(row["certified_radius"]) for row in table] == [row["certified_radius"] for row in rows]
 
 
+def test_python_gives_the_same_records(curvcert: Curvcert) -> None:
+    model, data = certify_cli.load_model("digits.onnx"), certify_cli.load_data("digits", samples="30")
+    result = certify_cli.certify(model, data, eps=("0.01",), device="cpu")
+    found = document(curvcert)
+    assert [sample.to_dict() for sample in result.samples] == found["samples"]
+    assert result.summary.to_dict() | {"seconds": 0} == found["summary"] | {"seconds": 0}
+
+
 def test_methods_and_attacks_can_be_chosen(curvcert: Curvcert) -> None:
     rows = document(curvcert, "--method", "lipschitz", "--attack", "none")["samples"]
     assert {row["method"] for row in rows} == {"lipschitz"}
