@@ -1,0 +1,129 @@
+"""Global bounds side by side: mean certified radius by product of norms, LipLT and curvature, time and memory.
+
+    python benchmarks/global_bounds.py --models DIR --data-root DIR [--samples 100] [--effort normal]
+
+DIR holds ONNX files and an index.json that gives each one's data set, mean, std and public source. Every model runs in
+a process of its own, so that its peak memory is its own. Radii are means over the correctly classified ones of the
+first samples; a dash means that the method does not apply. The table is Markdown, as it stands in the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("model", "source", "correct", "product", "LipLT", "curvature", "ms a sample", "bounds, s", "peak MiB")
+
+
+def measure(path: Path, entry: dict[str, Any], root: str, samples: int, effort: str, threads: int) -> dict[str, Any]:
+    """One model's row. The time a sample is that of `--method auto` on the batch, once the global bounds are known."""
+    import torch
+
+    from certify_cli import load_data, load_model
+    from certify_cli.bounds.analysis import Analysis
+    from certify_cli.bounds.lipschitz import lipschitz_expansion, product_expansion
+    from certify_cli.certificates.closed_form import lipschitz_radius
+    from certify_cli.certificates.methods import METHODS, certify_batch, select
+    from certify_cli.certificates.point import Point
+    from certify_cli.load.fit import fit
+    from certify_cli.network.evaluate import exact_kernels
+
+    torch.set_num_threads(threads)
+    source = entry.get("data", entry["dataset"])
+    data = load_data(source, root=root, samples=samples, offline=True)
+    model = load_model(path)
+    network = fit(
+        model.network, tuple(data.x.shape[1:]), mean=entry["mean"], std=entry["std"],
+        layout="nhwc" if entry["layout"] == "NHWC" else None,
+    )  # fmt: skip
+    x = data.x.double()
+
+    with exact_kernels():
+        analysis = Analysis(network, effort)
+        start = time.perf_counter()
+        point = Point(network, x)
+        certify_batch(select("auto", network), analysis, point, attack=False)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        certify_batch(select("auto", network), analysis, Point(network, x), attack=False)
+        again = time.perf_counter() - start
+
+        right = point.prediction == data.y
+        pairs = (1 - torch.eye(network.classes)).nonzero()
+
+        def mean(radius: torch.Tensor) -> float:
+            return float(radius[right].clamp(max=1e6).mean()) if bool(right.any()) else 0.0
+
+        def by_constant(constants: torch.Tensor) -> float:
+            table = torch.zeros(network.classes, network.classes, dtype=torch.float64)
+            table[pairs[:, 0], pairs[:, 1]] = constants
+            radius = lipschitz_radius(point.margin_low, table[point.prediction])
+            return mean(radius.masked_fill(point.own, torch.inf).amin(1))
+
+        curvature = METHODS["curvature"]
+        applies = curvature.applies(network) is None
+        return {
+            "model": path.name,
+            "source": entry["source"],
+            "correct": f"{int(right.sum())}/{len(x)}",
+            "product": by_constant(product_expansion(network, analysis.weights).sensitivity(0, pairs)),
+            "LipLT": by_constant(lipschitz_expansion(network, analysis.budget).sensitivity(0, pairs)),
+            "curvature": mean(curvature.certify(analysis, point, False).radius) if applies else None,
+            "ms a sample": 1000 * again / len(x),
+            "bounds, s": first - again,
+            "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data-root", required=True)
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--effort", default="normal")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data", default=[], action="append", metavar="NAME=SOURCE", help="e.g. cifar10=FILE.npz")
+    parser.add_argument("--only", help="measure this model here, and print its row as JSON")
+    options = parser.parse_args()
+    index: dict[str, dict[str, Any]] = json.loads((options.models / "index.json").read_text())
+    sources = dict(item.split("=", 1) for item in options.data)
+    for entry in index.values():
+        entry["data"] = sources.get(entry["dataset"], entry["dataset"])
+
+    if options.only:
+        row = measure(
+            options.models / options.only, index[options.only], options.data_root,
+            options.samples, options.effort, options.threads,
+        )  # fmt: skip
+        print(json.dumps(row))
+        return
+
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|" + "|".join("---" if c in ("model", "source") else "---:" for c in COLUMNS) + "|")
+    for name in sorted(index):
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        row = json.loads(done.stdout)
+        print("| " + " | ".join(cell(row[c]) for c in COLUMNS) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
