@@ -124,6 +124,12 @@ SAMPLE_COLUMNS = (
 )
 
 
+LEGEND = """\
+certified radius: no perturbation of smaller norm changes the prediction
+attack radius:    a perturbation of this norm does (norms are Euclidean)
+"""
+
+
 def table(records: Iterable[Record], view: View) -> Iterator[str]:
     """The first samples (or all), then the summary."""
     whole = collect(records)
@@ -133,7 +139,7 @@ def table(records: Iterable[Record], view: View) -> Iterator[str]:
     hidden = len(whole.samples) - len(shown)
     if hidden:
         yield f"{hidden} more samples (--all shows every row)\n"
-    yield "\n" + summary_block(whole)
+    yield f"\n{LEGEND}\n{summary_block(whole)}"
 
 
 def sample_row(sample: Sample, run: Run) -> tuple[str, ...]:

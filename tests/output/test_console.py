@@ -74,7 +74,7 @@ def test_rows_say_what_the_records_say() -> None:
 
 
 def summary_of(text: str) -> dict[str, str]:
-    block = text.split("\n\n")[1]
+    block = text.split("\n\n")[2]
     return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in block.splitlines())  # type: ignore[misc]
 
 
