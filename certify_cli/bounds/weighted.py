@@ -46,8 +46,15 @@ def _proved(matrix: Tensor, weights: Tensor, side: int, by_columns: bool) -> Ten
     slack = up((gamma(rows + 3) if by_columns else gamma(columns + 2) + 8 * UNIT) * size, 4)
     gram = None if by_columns else matrix @ matrix.T
     # one product for all weights, where a matrix each would be read again and again
-    start = starting_vectors(len(weights), columns, matrix)
-    estimate, residual = ritz_estimate(lambda q: (weights * (q @ matrix.T)) @ matrix, start)
+    if gram is None:
+        estimate, residual = ritz_estimate(
+            lambda q: (weights * (q @ matrix.T)) @ matrix, starting_vectors(len(weights), columns, matrix)
+        )
+    else:
+        roots = weights.sqrt()
+        estimate, residual = ritz_estimate(
+            lambda q: roots * ((roots * q) @ gram), starting_vectors(len(weights), rows, matrix)
+        )
     chunk = max(1, CHUNK_ENTRIES // side**2)
     bounds = []
     for part in (slice(i, i + chunk) for i in range(0, len(weights), chunk)):

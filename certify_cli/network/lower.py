@@ -15,11 +15,16 @@ from certify_cli.network.activations import from_module
 from certify_cli.network.graph import Builder, Network, Shape
 from certify_cli.network.place import FUNCTIONS, MODULES, Data, Place
 
+SUPPORTED = (
+    "dense, convolution, batch norm, average and max pooling, padding, reshaping, slicing, adding and concatenating "
+    "layers, products with constants, and the activations of the table"
+)
+
 
 def lower(module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | None = None) -> Network:
     """The Network (float64) that `module` computes on samples of `input_shape` (batch not counted).
 
-    `names` maps fx node names to the names that users know (default: the module's own path). ModelError, naming layer
+    `names` maps a module's path to the name that users know it by (default: the path itself). ModelError, naming layer
     and type, for everything outside the tables, for layers in training mode and for shapes that do not fit.
     """
     module = copy.deepcopy(module).double()
@@ -28,7 +33,7 @@ def lower(module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | No
     reached: set[str] = set()
     output: Any = None
     for node in module.graph.nodes:
-        name = (names or {}).get(node.name) or (str(node.target) if node.op == "call_module" else node.name)
+        name = (names or {}).get(str(node.target), str(node.target)) if node.op == "call_module" else node.name
         args = fx.node.map_arg(node.args, values.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
         if node.op == "placeholder":
@@ -91,9 +96,7 @@ def _lower_call(
             raise
         place.refuse(str(error))
     if activation is None:
-        known = MODULES if layer is not None else FUNCTIONS
-        supported = ", ".join(sorted({getattr(key, "__name__", str(key)) for key in known}))
-        place.refuse(f"this operator is not supported: use {supported}, or an activation of the table")
+        place.refuse(f"this operator is not supported; supported are {SUPPORTED}")
     return place.add(activation, place.data(args[0]))
 
 

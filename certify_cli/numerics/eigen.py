@@ -35,14 +35,16 @@ def ritz_estimate(product: Product, start: Tensor, steps: int = LANCZOS_STEPS) -
     Returns (estimate, residual), both (batch,). An estimate only: it never enters a bound unproved.
     """
     q = start / start.norm(dim=-1, keepdim=True)
-    basis, alphas, betas = [q], [], []
     steps = min(steps, start.shape[-1])
+    basis = q.new_zeros(len(q), steps, q.shape[-1])
+    alphas, betas = [], []
     for step in range(steps):
+        basis[:, step] = q
         w = product(q)
         alphas.append((q.conj() * w).sum(-1).real)
-        stacked = torch.stack(basis, dim=1)
+        found = basis[:, : step + 1]
         for _ in range(2):  # full reorthogonalisation, twice
-            w = w - (stacked.transpose(1, 2) @ (stacked.conj() @ w.unsqueeze(-1))).squeeze(-1)
+            w = w - (found.mT @ (found.conj() @ w.unsqueeze(-1))).squeeze(-1)
         beta = w.norm(dim=-1)
         betas.append(beta)
         if step + 1 < steps:
@@ -50,7 +52,6 @@ def ritz_estimate(product: Product, start: Tensor, steps: int = LANCZOS_STEPS) -
             alive = beta > BREAKDOWN * torch.stack(alphas).abs().amax(0)
             betas[-1] = beta = torch.where(alive, beta, torch.zeros_like(beta))
             q = torch.where(alive.unsqueeze(-1), w / beta.clamp(min=1e-300).unsqueeze(-1), torch.zeros_like(w))
-            basis.append(q)
     diagonal = torch.diag_embed(torch.stack(alphas, dim=1))
     if steps > 1:
         off = torch.stack(betas[:-1], dim=1)
