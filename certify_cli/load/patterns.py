@@ -1,0 +1,270 @@
+"""Decomposed activations back into one node.
+
+Exporters write SiLU as `Sigmoid, Mul` and GELU as five to nine nodes. Left as products of two data branches they could
+not be bounded; as one node they are a row of the activation table. A pattern is the activation's formula. Products and
+sums are matched as such, in any order and grouping, with `Div` by a constant and `Pow` by a whole number as products
+and `Sub` of a constant as a sum, so that one formula covers every way of writing it down.
+
+Constants are compared exactly, except those that no float32 holds (`about`): these may be off by TOLERANCE, relative,
+and the pattern says what that can do to the activation's value: at most `effect` times the sum of the relative errors
+met. The result is carried as the activation's `deviation`, and so taken out of every margin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from certify_cli.network.activations import ACTIVATIONS, Activation
+from certify_cli.numerics.rounding import UNIT
+
+TOLERANCE = 1e-6
+"""float32 keeps 6e-8; exporters that write decimals keep seven digits."""
+
+DEPTH = 10
+"""How many nodes above its last one a pattern may reach for its argument."""
+
+
+@dataclass(frozen=True)
+class X:
+    """The activation's argument."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A constant: `value` within `tolerance`; or a parameter (`name`) that binds, or 1 over a bound one."""
+
+    value: float | None = None
+    tolerance: float = 0.0
+    name: str | None = None
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator with its operands in order and, optionally, attributes that it must have."""
+
+    operator: str
+    operands: tuple[Pattern, ...]
+    attributes: tuple[tuple[str, Number], ...] = ()
+
+
+@dataclass(frozen=True)
+class Product:
+    """constant * factors, in any order and grouping."""
+
+    constant: Number
+    factors: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """constant + terms, in any order and grouping."""
+
+    constant: Number
+    terms: tuple[Pattern, ...]
+
+
+Pattern = X | Number | Call | Product | Sum
+
+
+@dataclass(frozen=True)
+class Row:
+    """The formula of one activation; it binds the activation's parameters. `effect`: see the module's text."""
+
+    activation: str
+    formula: Pattern
+    effect: float = 0.0
+
+
+x = X()
+ONE = Number(1.0)
+ZERO = Number(0.0)
+HALF = Number(0.5)
+
+
+def about(value: float) -> Number:
+    return Number(value, TOLERANCE)
+
+
+_scaled = Product(Number(name="beta"), (x,))
+_softplus = Product(Number(name="beta", inverse=True), (Call("Softplus", (_scaled,)),))
+_tanh_argument = Sum(ZERO, (x, Product(about(0.044715), (x, x, x))))
+
+ROWS: tuple[Row, ...] = (
+    Row("silu", Product(ONE, (x, Call("Sigmoid", (x,))))),
+    Row("mish", Product(ONE, (x, Call("Tanh", (Call("Softplus", (x,)),))))),
+    Row("softsign", Call("Div", (x, Sum(ONE, (Call("Abs", (x,)),))))),
+    Row("log_sigmoid", Call("Log", (Call("Sigmoid", (x,)),))),
+    # |x phi'(x sqrt(1/2) (1 + e))| |e|: sup x^2 exp(-x^2/2) / sqrt(2 pi) = 0.2936
+    Row("gelu", Product(HALF, (x, Sum(ONE, (Call("Erf", (Product(about(math.sqrt(0.5)), (x,)),)),)))), effect=0.3),
+    # u the tanh's argument, |x| <= |u| / sqrt(2/pi): sup u^2 sech^2(u) / (2 sqrt(2/pi)) = 0.2753
+    Row(
+        "gelu_tanh",
+        Product(HALF, (x, Sum(ONE, (Call("Tanh", (Product(about(math.sqrt(2 / math.pi)), (_tanh_argument,)),)),)))),
+        effect=0.3,
+    ),
+    # torch's softplus: the argument itself above the threshold
+    Row("softplus", Call("Where", (Call("Greater", (_scaled, Number(name="threshold"))), x, _softplus))),
+    Row("softplus", _softplus),
+    # x * clip(a x + 1/2, 0, 1): the error of a enters as x^2 |a - 1/6| where |x| <= 3 (1 + 1e-6), and nowhere else
+    Row(
+        "hard_swish",
+        Product(ONE, (x, Call("HardSigmoid", (x,), (("alpha", about(1 / 6)), ("beta", HALF))))),
+        effect=1.6,
+    ),
+)
+
+
+def fuse(
+    node: NodeProto, makers: Mapping[str, NodeProto], constants: Mapping[str, Any]
+) -> tuple[Activation, str] | None:
+    """The activation that ends in `node`, and the name of its argument; None where no row matches.
+
+    `makers` maps each value to the node that computes it, `constants` each constant to its array.
+    """
+    graph = _Graph(makers, constants)
+    rows = [row for row in ROWS if _last_operators(row.formula) & {node.op_type}]
+    if not rows:
+        return None
+    candidates = graph.above(node)
+    for row in rows:
+        for argument in candidates:
+            match = _Match(graph, argument)
+            if match.matches(row.formula, node.output[0]):
+                activation = ACTIVATIONS[row.activation](**match.parameters)
+                # the second-order part of the effect is below TOLERANCE times the first
+                extra = row.effect * match.error * (1 + 4 * TOLERANCE)
+                return replace(activation, deviation=activation.deviation + extra), argument
+    return None
+
+
+def _last_operators(formula: Pattern) -> set[str]:
+    if isinstance(formula, Call):
+        return {formula.operator}
+    return {"Mul", "Div"} if isinstance(formula, Product) else {"Add", "Sub"}
+
+
+@dataclass(frozen=True)
+class _Graph:
+    makers: Mapping[str, NodeProto]
+    constants: Mapping[str, Any]
+
+    def scalar(self, name: str) -> float | None:
+        """The value of a constant of one entry."""
+        array = self.constants.get(name)
+        if array is None or np.size(array) != 1:
+            return None
+        return float(np.reshape(array, ()))
+
+    def above(self, node: NodeProto) -> list[str]:
+        """The values that are not constant, nearest first, within DEPTH nodes above `node`."""
+        seen: dict[str, None] = {}
+        layer = [node]
+        for _ in range(DEPTH):
+            names = [name for maker in layer for name in maker.input if name and name not in self.constants]
+            layer = [self.makers[name] for name in names if name in self.makers and name not in seen]
+            seen.update(dict.fromkeys(names))
+        return list(seen)
+
+
+class _Match:
+    """One attempt: the argument is fixed, parameters bind on the way, relative errors of constants add up."""
+
+    def __init__(self, graph: _Graph, argument: str) -> None:
+        self.graph, self.argument = graph, argument
+        self.parameters: dict[str, float] = {}
+        self.error = 0.0
+
+    def matches(self, pattern: Pattern, name: str) -> bool:
+        if isinstance(pattern, X):
+            return name == self.argument
+        if isinstance(pattern, Number):
+            value = self.graph.scalar(name)
+            return value is not None and self._number(pattern, value, 1.0)
+        if isinstance(pattern, Call):
+            return self._call(pattern, name)
+        if isinstance(pattern, Product):
+            above, below, factors = self._factors(name)
+            return self._number(pattern.constant, above, below) and self._parts(pattern.factors, factors)
+        constant, terms = self._terms(name)
+        return self._number(pattern.constant, constant, 1.0) and self._parts(pattern.terms, terms)
+
+    def _number(self, wanted: Number, above: float, below: float) -> bool:
+        """Is above/below the number wanted? Exactly, where no tolerance is given."""
+        if wanted.name is not None and wanted.inverse:
+            return above == 1.0 and below == self.parameters.get(wanted.name, below) and self._bind(wanted.name, below)
+        if wanted.name is not None:
+            return below == 1.0 and self._bind(wanted.name, above)
+        value = float(wanted.value or 0.0)
+        if wanted.tolerance == 0:
+            return above == value * below
+        error = abs(above / below - value) / abs(value)
+        self.error += error + 4 * UNIT
+        return error <= wanted.tolerance
+
+    def _bind(self, name: str, value: float) -> bool:
+        return self.parameters.setdefault(name, value) == value
+
+    def _call(self, pattern: Call, name: str) -> bool:
+        maker = self.graph.makers.get(name)
+        if name == self.argument or maker is None or maker.op_type != pattern.operator:
+            return False
+        attributes = {a.name: helper.get_attribute_value(a) for a in maker.attribute}
+        return (
+            len(maker.input) == len(pattern.operands)
+            and all(key in attributes and self._number(n, attributes[key], 1.0) for key, n in pattern.attributes)
+            and all(self.matches(p, value) for p, value in zip(pattern.operands, maker.input, strict=True))
+        )
+
+    def _parts(self, patterns: tuple[Pattern, ...], names: list[str]) -> bool:
+        """Do the values match the patterns one to one, in some order?"""
+        if len(patterns) != len(names):
+            return False
+        if not patterns:
+            return True
+        first, rest = patterns[0], patterns[1:]
+        for i, name in enumerate(names):
+            saved = dict(self.parameters), self.error
+            if self.matches(first, name) and self._parts(rest, names[:i] + names[i + 1 :]):
+                return True
+            self.parameters, self.error = saved
+        return False
+
+    def _factors(self, name: str) -> tuple[float, float, list[str]]:
+        """The value as above/below * factors, down to the argument and to anything that is not a product."""
+        scalar = self.graph.scalar(name)
+        if scalar is not None:
+            return scalar, 1.0, []
+        maker = None if name == self.argument else self.graph.makers.get(name)
+        if maker is not None and maker.op_type == "Mul":
+            left, right = (self._factors(value) for value in maker.input)
+            return left[0] * right[0], left[1] * right[1], left[2] + right[2]
+        if maker is not None and maker.op_type == "Div" and (divisor := self.graph.scalar(maker.input[1])):
+            above, below, factors = self._factors(maker.input[0])
+            return above, below * divisor, factors
+        if maker is not None and maker.op_type == "Pow":
+            power = self.graph.scalar(maker.input[1])
+            if power in (2.0, 3.0):
+                above, below, factors = self._factors(maker.input[0])
+                return above ** int(power), below ** int(power), factors * int(power)
+        return 1.0, 1.0, [name]
+
+    def _terms(self, name: str) -> tuple[float, list[str]]:
+        """The value as constant + terms, down to the argument and to anything that is not a sum."""
+        scalar = self.graph.scalar(name)
+        if scalar is not None:
+            return scalar, []
+        maker = None if name == self.argument else self.graph.makers.get(name)
+        if maker is not None and maker.op_type == "Add":
+            left, right = (self._terms(value) for value in maker.input)
+            return left[0] + right[0], left[1] + right[1]
+        if maker is not None and maker.op_type == "Sub" and (taken := self.graph.scalar(maker.input[1])) is not None:
+            constant, terms = self._terms(maker.input[0])
+            return constant - taken, terms
+        return 0.0, [name]
