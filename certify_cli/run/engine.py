@@ -31,7 +31,9 @@ LARGEST_BATCH = 512
 TIED = "the two largest logits are equal up to rounding error"
 NOT_FINITE = "a logit is not a finite number"
 NO_BOUND = "the bound on this network is too large for a positive radius"
-NEVER = "no perturbation changes the prediction: no margin depends on the input"
+HUGE = 1e100
+"""Radii above it are no distance any more: the margins do not depend on the input, but for rounding."""
+NEVER = f"no perturbation of norm below {HUGE:g} changes the prediction: its margins do not depend on the input"
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +116,7 @@ def _record(index: int, label: int | None, values: dict[str, Any], inside: bool 
     reason = None
     if not finite:
         status, reason = ERROR, NOT_FINITE
-    elif radius == float("inf"):
+    elif radius > HUGE:
         status, reason = CERTIFIED, NEVER
     elif radius > 0:
         status = CERTIFIED

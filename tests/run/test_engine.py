@@ -1,0 +1,171 @@
+"""The engine: one record a sample, in order, whatever the sample is like."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from certify_cli.errors import DataError, MethodError, UsageError
+from certify_cli.load.data import Dataset
+from certify_cli.load.loaded import LoadedModel
+from certify_cli.network.affine import Dense
+from certify_cli.network.graph import Builder, Network
+from certify_cli.records import ModelInfo
+from certify_cli.run.engine import NEVER, NOT_FINITE, TIED, certify, prepare
+from certify_cli.run.settings import Settings
+from tests.networks import PIECEWISE, SMOOTH, mlp, points
+
+
+def model_of(network: Network) -> LoadedModel:
+    return LoadedModel(
+        network, ModelInfo("m.onnx", "0" * 64, "onnx", 17, network.classes), network.input_shape, "float32", ()
+    )
+
+
+def data_of(x: torch.Tensor, y: torch.Tensor | None = None, image: bool = False) -> Dataset:
+    return Dataset("made", x.float(), y, tuple(range(10, 10 + len(x))), None, image, "0" * 64, ("a note",))
+
+
+def linear(weight: list[list[float]]) -> Network:
+    w = torch.tensor(weight, dtype=torch.float64)
+    builder = Builder((w.shape[1],))
+    return builder.build(builder.add("fc", Dense(w), 0))
+
+
+@pytest.mark.parametrize("name", ["three layers, softplus", "convolutional", "residual"])
+def test_records_do_not_depend_on_the_batch_size(name: str) -> None:
+    network = SMOOTH[name]
+    data = data_of(points(network, 11), torch.zeros(11, dtype=torch.int64))
+    whole = certify(model_of(network), data, batch_size=11).samples
+    for size in (1, 4):
+        parts = certify(model_of(network), data, batch_size=size).samples
+        assert [s.index for s in parts] == list(range(10, 21))
+        for a, b in zip(whole, parts, strict=True):
+            assert (a.prediction, a.rival, a.status) == (b.prediction, b.rival, b.status)
+            assert a.certified_radius == pytest.approx(b.certified_radius, rel=1e-9)
+            assert (a.attack_radius or 0.0) == pytest.approx(b.attack_radius or 0.0, rel=1e-6)
+
+
+def test_samples_arrive_batch_by_batch() -> None:
+    network = SMOOTH["residual"]
+    job = prepare(model_of(network), data_of(points(network, 9)), Settings(batch_size=4))
+    stream = job.samples()
+    assert next(stream).index == 10
+    assert job.run.batch_size == 4
+    assert job.run.notes == ["a note"]
+    assert len(list(stream)) == 8
+
+
+def test_a_known_radius_and_its_attack() -> None:
+    """Two classes, logits (3 x0, 4 x1): the boundary is 3 x0 = 4 x1."""
+    network = linear([[3.0, 0.0], [0.0, 4.0]])
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.25]])
+    found = certify(model_of(network), data_of(x, torch.tensor([0, 0, 1]), image=True))
+    for sample, distance in zip(found.samples, (3 / 5, 4 / 5, 0.5 / 5), strict=True):
+        assert sample.certified_radius is not None
+        assert sample.certified_radius <= distance
+        assert sample.certified_radius == pytest.approx(distance, rel=1e-9)
+        assert sample.attack_radius is not None
+        assert sample.attack_radius >= distance
+        assert sample.attack_radius == pytest.approx(distance, rel=1e-9)
+        assert sample.attack_kind == "certificate"
+    # the nearest points of the boundary: (0.64, 0.48), (0.48, 0.36), (0.44, 0.33)
+    assert [s.attack_in_range for s in found.samples] == [True, True, True]
+    assert [s.correct for s in found.samples] == [True, False, False]
+    assert found.summary.accuracy == pytest.approx(1 / 3)
+    assert found.summary.mean_certified_radius == pytest.approx(0.2, rel=1e-6)
+
+
+def test_ties_and_nan_are_records_with_a_reason() -> None:
+    network = linear([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [math.nan, 0.0]])
+    tied, fine, broken = certify(model_of(network), data_of(x)).samples
+    assert (tied.status, tied.reason, tied.certified_radius) == ("not_certified", TIED, None)
+    assert tied.margin == 0.0
+    assert fine.status == "certified"
+    assert (broken.status, broken.reason, broken.prediction) == ("error", NOT_FINITE, None)
+    assert broken.certified_radius is None
+    assert broken.attack_radius is None
+
+
+def test_a_constant_classifier_says_so() -> None:
+    builder = Builder((2,))
+    bias = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    network = builder.build(builder.add("fc", Dense(torch.zeros(2, 2, dtype=torch.float64), bias), 0))
+    (sample,) = certify(model_of(network), data_of(torch.zeros(1, 2))).samples
+    assert (sample.status, sample.reason) == ("certified", NEVER)
+    assert sample.certified_radius is None
+
+
+def test_one_rival_that_cannot_flip_leaves_the_minimum() -> None:
+    """Class 2's logit moves with class 0's: only class 1 decides."""
+    network = linear([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    object.__setattr__(network.nodes[1].op, "offset", torch.tensor([0.0, 0.0, -0.1], dtype=torch.float64))
+    (sample,) = certify(model_of(network), data_of(torch.tensor([[1.0, 0.0]]))).samples
+    assert sample.runner_up == 2
+    assert sample.rival == 1
+    assert sample.certified_radius == pytest.approx(1 / math.sqrt(2), rel=1e-9)
+
+
+def test_auto_is_never_below_a_single_method() -> None:
+    network = SMOOTH["four layers, sigmoid"]
+    data = data_of(points(network, 30))
+    best = certify(model_of(network), data, method="auto").samples
+    for method in ("lipschitz", "curvature"):
+        for a, b in zip(best, certify(model_of(network), data, method=method).samples, strict=True):
+            assert (a.certified_radius or 0.0) >= (b.certified_radius or 0.0)
+            assert b.method == method
+
+
+def test_effort_never_lowers_a_radius_by_more_than_rounding() -> None:
+    network = SMOOTH["three layers, gelu"]
+    data = data_of(points(network, 20))
+    radii = [
+        [s.certified_radius or 0.0 for s in certify(model_of(network), data, effort=effort).samples]
+        for effort in ("fast", "normal", "max")
+    ]
+    for less, more in zip(radii, radii[1:], strict=False):
+        assert all(b >= a * (1 - 1e-9) for a, b in zip(less, more, strict=True))
+
+
+def test_no_attack_when_none_is_asked_for() -> None:
+    network = SMOOTH["two layers, tanh"]
+    found = certify(model_of(network), data_of(points(network, 5)), attack="none")
+    assert all(s.attack_radius is None for s in found.samples)
+
+
+def test_a_piecewise_network_gets_the_lipschitz_radius() -> None:
+    network = PIECEWISE["relu"]
+    data = data_of(points(network, 5))
+    assert {s.method for s in certify(model_of(network), data).samples if s.certified_radius} == {"lipschitz"}
+    with pytest.raises(MethodError, match="act0"):
+        certify(model_of(network), data, method="curvature")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"method": "magic"}, "--method 'magic'"),
+        ({"effort": "huge"}, "--effort 'huge'"),
+        ({"attack": "search"}, "--attack 'search'"),
+        ({"device": "cuda:77"}, "--device 'cuda:77'"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"eps": ("zero",)}, "--eps 'zero'"),
+        ({"layout": "chwn"}, "--layout"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(options: dict[str, Any], error: str) -> None:
+    network = SMOOTH["linear"]
+    with pytest.raises(UsageError, match=error):
+        certify(model_of(network), data_of(points(network, 2)), **options)
+
+
+def test_data_that_cannot_belong_to_the_model_is_refused() -> None:
+    network = mlp((4, 5, 3))
+    with pytest.raises(DataError, match="label 7"):
+        certify(model_of(network), data_of(points(network, 1), torch.tensor([7])))
+    with pytest.raises(DataError, match="no sample"):
+        certify(model_of(network), data_of(torch.zeros(0, 4)))

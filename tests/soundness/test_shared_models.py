@@ -1,0 +1,113 @@
+"""Every shared model: loads, reaches its stated accuracy, and no attack gets inside a certified ball."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from certify_cli import load_data, load_model
+from certify_cli.bounds.analysis import Analysis
+from certify_cli.certificates.methods import certify_batch, select
+from certify_cli.certificates.point import Point
+from certify_cli.errors import ModelError
+from certify_cli.load.data import Dataset
+from certify_cli.load.fit import fit
+from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.graph import Network
+from tests.conftest import SHARED
+
+INDEX: dict[str, dict[str, Any]] = (
+    json.loads((SHARED / "models" / "index.json").read_text()) if (SHARED / "models").is_dir() else {}
+)
+REFUSED = "vnn23_cifar_vit_ibp_3_3_8.onnx"
+LOADABLE = sorted(set(INDEX) - {REFUSED}) or ["no shared models"]
+QUICK = {
+    "act_small_sigmoid_mnist_cnn.onnx",
+    "o4lc_mnist_tanh_200_100.onnx",
+    "marabou_mnist5x20_leaky_relu.onnx",
+    "vnn21_verivital_mnist_Convnet_maxpool.onnx",
+    "vnn21_marabou_cifar10_small.onnx",
+}
+MODELS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOADABLE]
+
+
+def load(shared: Path, name: str, samples: str) -> tuple[Network, Dataset, dict[str, Any]]:
+    entry = INDEX[name]
+    if entry["dataset"] == "mnist":
+        data = load_data("mnist", root=shared / "data", samples=samples, offline=True)
+    else:
+        data = load_data(str(shared / "data" / "cifar10_test_first761.npz"), samples=samples)
+    layout = "nhwc" if entry["layout"] == "NHWC" else None
+    model = load_model(shared / "models" / name)
+    network = fit(model.network, tuple(data.x.shape[1:]), mean=entry["mean"], std=entry["std"], layout=layout)
+    return network, data, entry
+
+
+def pgd(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, steps: int = 100) -> Tensor:
+    """Perturbations of norm at most `radius` after PGD on the smallest margin, from the sample's own point."""
+    shape = (-1, *[1] * (x.dim() - 1))
+    d = torch.zeros_like(x)
+    best, best_margin = d, torch.full((len(x),), torch.inf, dtype=x.dtype)
+    for step in range(steps + 1):
+        moved = (x + d).requires_grad_(True)
+        logits = network(moved)
+        own = torch.nn.functional.one_hot(prediction, network.classes).bool()
+        margin = logits.gather(1, prediction.unsqueeze(1)).squeeze(1) - logits.masked_fill(own, -torch.inf).amax(1)
+        better = margin.detach() < best_margin
+        best = torch.where(better.reshape(shape), d, best)
+        best_margin = torch.where(better, margin.detach(), best_margin)
+        if step == steps:
+            break
+        (gradient,) = torch.autograd.grad(margin.sum(), moved)
+        size = gradient.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(shape)
+        rate = (2.5 * radius / steps * (1 + 3 * (step < steps // 3))).reshape(shape)
+        d = d - rate * gradient / size
+        length = d.flatten(1).norm(dim=1).clamp(min=1e-30)
+        d = d * (radius / length).clamp(max=1.0).reshape(shape)
+    return best
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_attack_inside_a_certified_ball(shared: Path, name: str) -> None:
+    network, data, _ = load(shared, name, "100")
+    x = data.x.double()
+    with exact_kernels():
+        point = Point(network, x)
+        found = certify_batch(select("auto", network), Analysis(network), point, True)
+    radius, prediction = found.radius, point.prediction
+    tied = ~(point.margin_low.amin(1) > 0)
+    assert ((radius > 0) | tied).all()
+    assert (radius[tied] == 0).all()
+    attacked = found.attack.isfinite()
+    assert (found.attack[attacked] > radius[attacked]).all()
+    for factor in (1 - 1e-9, 1.3, 2.0, 4.0):
+        d = pgd(network, x, prediction, radius.clamp(min=1e-6) * factor)
+        norm = d.flatten(1).norm(dim=1)
+        with torch.no_grad():
+            flipped = network(x + d).argmax(1) != prediction
+        assert not (flipped & (norm < radius)).any(), factor
+
+
+ACCURACIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOADABLE]
+
+
+@pytest.mark.parametrize("name", ACCURACIES)
+def test_stated_accuracy_is_reached(shared: Path, name: str) -> None:
+    """index.json states it for the float32 model: a handful of samples near a tie may differ."""
+    count = "1000" if INDEX[name]["dataset"] == "mnist" else "761"
+    network, data, entry = load(shared, name, count)
+    with torch.no_grad():
+        prediction = torch.cat([network(part.double()).argmax(1) for part in data.x.split(250)])
+    assert data.y is not None
+    accuracy = float((prediction == data.y).double().mean())
+    assert accuracy == pytest.approx(entry["accuracy"], abs=0.0015)
+
+
+def test_the_vision_transformer_is_refused_by_name(shared: Path) -> None:
+    with pytest.raises(ModelError, match="Softmax|MatMul|Mul|ReduceMean|Slice"):
+        load_model(shared / "models" / REFUSED)
