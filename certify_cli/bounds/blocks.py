@@ -145,7 +145,7 @@ def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Comp
                 present[0]
                 if len(present) == 1
                 else _Composed(
-                    up(math.sqrt(sum(v.norm**2 for v in present)), len(present) + 2), max(v.row for v in present), 2
+                    up(math.hypot(*(v.norm for v in present)), len(present) + 2), max(v.row for v in present), 2
                 )
             )
         elif index in centres:

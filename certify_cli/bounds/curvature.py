@@ -28,8 +28,8 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, heads, interval_pull, nonlinear_nodes
 from certify_cli.numerics.eigen import largest_eigenvalue
-from certify_cli.numerics.norms import gram, matrix_norm
-from certify_cli.numerics.rounding import up, vector_norm_up
+from certify_cli.numerics.norms import frobenius_norm, gram, matrix_norm
+from certify_cli.numerics.rounding import UNDERFLOW, power_of_two, times, up, vector_norm_up
 
 
 def why_no_curvature(network: Network) -> str | None:
@@ -56,7 +56,7 @@ class Stack:
 class Term:
     """What the rules need of one layer, for a batch of pairs: w >= |needed part of v phi''| >= 0, V >= ||v_l||."""
 
-    curvature: "Curvature"
+    curvature: Curvature
     layer: int
     weights: Tensor
     adjoint: Tensor
@@ -81,28 +81,28 @@ def _activation(network: Network, layer: int) -> Activation:
 def largest_weight(term: Term) -> Tensor:
     """max_i w_i Lip_l^2."""
     lip = term.curvature.lipschitz.to_head(head(term.curvature.network, term.layer))
-    return up(term.weights.amax(1) * lip * lip, 3)
+    return times(term.weights.amax(1), lip, lip)
 
 
 def weighted_gram(term: Term) -> Tensor | None:
     """lambda_max(T^T diag(w) T) * parts: sharp for the first layer, whose T is the weight matrix itself."""
     stack = term.stack
     if stack.matrix is None:
-        return up(term.weights.amax(1) * stack.norm * stack.norm * stack.parts, 4)
+        return times(term.weights.amax(1), stack.norm, stack.norm, stack.parts)
     value = weighted_gram_norms(stack.matrix, term.weights, term.curvature.budget, stack.matrix_error)
-    return up(value * stack.parts, 1)
+    return times(value, stack.parts)
 
 
 def longest_row(term: Term) -> Tensor:
     """h V row_l Lip_l: the compositional bound with |A_l d| <= row_l in every entry."""
     lipschitz, target = term.curvature.lipschitz, head(term.curvature.network, term.layer)
-    return up(term.bend * term.adjoint * lipschitz.rows(target) * lipschitz.to_head(target), 4)
+    return times(term.adjoint, term.bend, lipschitz.rows(target), lipschitz.to_head(target))
 
 
 def scaled_rows(term: Term) -> Tensor | None:
     """h V ||diag(||T_1||, ..., ||T_q||) T|| * parts: the published J_k, with ||.|| verified."""
     norm = term.curvature.scaled_rows_norm(term.layer)
-    return None if norm is None else up(term.bend * term.adjoint * norm * term.stack.parts, 4)
+    return None if norm is None else times(term.adjoint, term.bend, norm, term.stack.parts)
 
 
 def two_layers(term: Term) -> Tensor | None:
@@ -114,7 +114,7 @@ def two_layers(term: Term) -> Tensor | None:
     if norm is None:
         return None
     outer = term.curvature.later_adjoint(term.layer, term.pairs)
-    return up(term.bend * outer * norm * term.stack.norm * term.stack.parts, 5)
+    return times(outer, term.bend, norm, term.stack.norm, term.stack.parts)
 
 
 RULES: dict[str, Callable[[Term], Tensor | None]] = {
@@ -178,8 +178,8 @@ class Curvature:
             spread = rows.error.unsqueeze(1)
             for k in nonlinear_nodes(self.network):
                 if (block := expansion.blocks.get((head(self.network, k), layer))) and k > layer:
-                    reach = expansion.radii[k] * self.lipschitz.sensitivity(k, pairs)
-                    spread = spread + block.columns.unsqueeze(0) * reach.unsqueeze(1)
+                    reach = times(self.lipschitz.sensitivity(k, pairs), expansion.radii[k])
+                    spread = spread + times(block.columns.unsqueeze(0), reach.unsqueeze(1))
             spread = up(spread + 2.0**-52 * rows.value.abs(), 2 * len(self.network.nodes))
             low, high = torch.maximum(low, rows.value - spread), torch.minimum(high, rows.value + spread)
         return low, high
@@ -194,15 +194,14 @@ class Curvature:
             target = head(self.network, layer)
             sources = sorted(s for t, s in self.weights if t == target)
             blocks = [(self.weights[target, s], self.lipschitz.to_output(s)) for s in sources]
-            norm = up(math.sqrt(sum((b.norm * lip) ** 2 for b, lip in blocks)), len(blocks) + 4)
+            norm = up(math.hypot(*(times(b.norm, lip) for b, lip in blocks)), len(blocks) + 2)
             size = self.network.nodes[target].size
-            squares = [(b.rows * lip).square().expand(size) for b, lip in blocks]
-            rows = up(torch.stack(squares).sum(0).sqrt(), len(blocks) + 4)
+            rows = vector_norm_up(torch.stack([times(b.rows, lip).expand(size) for b, lip in blocks], dim=1))
             matrix, error = None, 0.0
             if all(b.matrix is not None for b, _ in blocks):
                 matrix = torch.cat([b.matrix * lip for b, lip in blocks if b.matrix is not None], dim=1)
                 scaling = 2.0**-53 * float(vector_norm_up(matrix.flatten()))
-                error = up(sum(b.matrix_error * lip for b, lip in blocks) + scaling, len(blocks) + 4)
+                error = up(sum(times(b.matrix_error, lip) for b, lip in blocks) + scaling, len(blocks) + 2) + UNDERFLOW
                 if len(blocks) > 1:
                     norm = min(norm, up(matrix_norm(matrix) + error, 2))
             self._stacks[layer] = Stack(len(blocks), norm, rows, matrix, error)
@@ -218,9 +217,11 @@ class Curvature:
             stack = self.stack(layer)
             value = None
             if stack.matrix is not None:
-                scaled = matrix_norm(stack.matrix * stack.rows.unsqueeze(1))
-                scaling = 2.0**-53 * float(vector_norm_up((stack.matrix * stack.rows.unsqueeze(1)).flatten()))
-                value = up(scaled + scaling + float(stack.rows.max()) * stack.matrix_error, 4)
+                scale, height = power_of_two(stack.matrix), power_of_two(stack.rows)
+                scaled = (stack.matrix / scale) * (stack.rows / height).unsqueeze(1)
+                rounding = 2.0**-53 * frobenius_norm(scaled) + UNDERFLOW
+                value = times(up(matrix_norm(scaled) + rounding, 2), scale, height)
+                value = up(value + times(float(stack.rows.max()), stack.matrix_error))
             self._norms["rows", layer] = value
         return self._norms["rows", layer]
 
@@ -237,26 +238,30 @@ class Curvature:
         if stack.matrix is None or any(b.matrix is None for b in later) or size**3 > self.budget.norm:
             return None
         after = torch.cat([b.matrix for b in later if b.matrix is not None], dim=0)
-        error = up(math.sqrt(sum(b.matrix_error**2 for b in later)), len(later) + 3)
+        first, second = power_of_two(after), power_of_two(stack.matrix)
+        after, before = after / first, stack.matrix / second
+        error = up(math.hypot(*(b.matrix_error for b in later)) / first, len(later) + 3)
+        before_error = up(stack.matrix_error / second)
         (left,), (left_error,) = gram(after.T.unsqueeze(0))
-        (right,), (right_error,) = gram(stack.matrix.unsqueeze(0))
+        (right,), (right_error,) = gram(before.unsqueeze(0))
         # |P o Q - P' o Q'|_F <= |P - P'|_F max|Q'| + max|P| |Q - Q'|_F, the entries of P, Q at most their diagonals
         product = left * right
         most_left, most_right = float(left.diagonal().max()), float(right.diagonal().max())
-        norms = float(vector_norm_up(after.flatten())), float(vector_norm_up(stack.matrix.flatten()))
-        left_slack = float(left_error) + 2 * error * norms[0] + error**2
-        right_slack = float(right_error) + 2 * stack.matrix_error * norms[1] + stack.matrix_error**2
+        left_slack = float(left_error) + 2 * error * frobenius_norm(after) + error * error
+        right_slack = float(right_error) + 2 * before_error * frobenius_norm(before) + before_error * before_error
         slack = left_slack * (most_right + 2 * right_slack) + right_slack * (most_left + 2 * left_slack)
-        slack += 2.0**-53 * float(vector_norm_up(product.flatten()))
-        return up(math.sqrt(float(largest_eigenvalue(product.unsqueeze(0), up(slack, 12)))), 2)
+        slack += 2.0**-53 * frobenius_norm(product) + UNDERFLOW
+        scaled = up(math.sqrt(float(largest_eigenvalue(product.unsqueeze(0), up(slack, 12)))), 2)
+        return times(scaled, first, second)
 
     def later_adjoint(self, layer: int, pairs: Tensor) -> Tensor:
         """Bound (count,) of the norm of the adjoints at all heads that `layer` feeds, stacked."""
-        total = torch.zeros(len(pairs), dtype=torch.float64, device=pairs.device)
+        found = []
         last = len(self.network.nodes) - 1
         for target in (t for t in heads(self.network) if (t, layer) in self.weights):
-            here = torch.zeros_like(total) + (math.sqrt(2.0) * (1 + 2.0**-50) if target == last else 0.0)
+            own = math.sqrt(2.0) * (1 + 2.0**-50) if target == last else 0.0
+            here = torch.full((len(pairs),), own, dtype=torch.float64, device=pairs.device)
             for k in (k for k in nonlinear_nodes(self.network) if head(self.network, k) == target and k > layer):
-                here = here + gain(self.network, k) * self.lipschitz.sensitivity(k, pairs)
-            total = total + here.square()
-        return up(total.sqrt(), 4 * len(self.network.nodes))
+                here = up(here + times(self.lipschitz.sensitivity(k, pairs), gain(self.network, k)))
+            found.append(here)
+        return vector_norm_up(torch.stack(found, dim=1))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.bounds.lipschitz import gain
-from certify_cli.bounds.analysis import Analysis
 from certify_cli.load.loaded import LoadedModel
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes
@@ -49,7 +50,7 @@ def layer_table(network: Network, effort: str = "normal") -> list[LayerRow]:
         parts = terms[int(terms.sum(1).argmax())].cumsum(0).tolist()
 
     def norm_into(target: int) -> float:
-        return sum(block.norm**2 for (t, _), block in weights.items() if t == target) ** 0.5
+        return math.hypot(*(block.norm for (t, _), block in weights.items() if t == target))
 
     rows = []
     for position, k in enumerate(layers):
@@ -65,9 +66,7 @@ def layer_table(network: Network, effort: str = "normal") -> list[LayerRow]:
     worst = float(lipschitz.of_margins(pairs).max())
     total = parts[-1] if parts else None
     share = 1.0 if total else None
-    rows.append(
-        LayerRow(last.name, "logits", last.shape, norm_into(len(network.nodes) - 1), None, worst, total, share)
-    )
+    rows.append(LayerRow(last.name, "logits", last.shape, norm_into(len(network.nodes) - 1), None, worst, total, share))
     return rows
 
 

@@ -22,7 +22,7 @@ from certify_cli.bounds.blocks import Block, Budget, blocks
 from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slope, Slopes, Vectors, head, heads, nonlinear_nodes, pull
-from certify_cli.numerics.rounding import up, vector_norm_up
+from certify_cli.numerics.rounding import times, up, vector_norm_up
 
 
 def gain(network: Network, index: int) -> float:
@@ -54,9 +54,9 @@ class Expansion:
                 for k in nodes:
                     before = table.get((head(self.network, k), source), 0.0)
                     if source < k <= target and (target, k) in self.blocks and before:
-                        terms.append(self.blocks[target, k].norm * self.radii[k] * before)
+                        terms.append(times(self.blocks[target, k].norm, self.radii[k], before))
                 if terms:
-                    table[target, source] = up(sum(terms), len(terms) + 2)
+                    table[target, source] = up(sum(terms), len(terms))
         return table
 
     def change(self, target: int, source: int) -> float:
@@ -70,10 +70,9 @@ class Expansion:
         count = 1
         for k in nonlinear_nodes(self.network):
             if k <= target and (target, k) in self.blocks:
-                scale = self.radii[k] * self.change(head(self.network, k), 0)
-                total = total + self.blocks[target, k].rows * scale
-                count += 3
-        return up(total, count + 2)
+                total = total + times(self.blocks[target, k].rows, self.radii[k], self.change(head(self.network, k), 0))
+                count += 1
+        return up(total, count)
 
     @cached_property
     def _logit_rows(self) -> dict[int, Vectors]:
@@ -83,7 +82,7 @@ class Expansion:
 
     def adjoint_rows(self, source: int, pairs: Tensor) -> Vectors:
         """v_source for margins z_a - z_b, pairs (count, 2): value (count, size)."""
-        rows = self._logit_rows[source] if source in self._logit_rows else None
+        rows = self._logit_rows.get(source)
         if rows is None:
             size = self.network.nodes[source].size
             zero = torch.zeros(len(pairs), size, dtype=torch.float64, device=pairs.device)
@@ -104,11 +103,11 @@ class Expansion:
         count = 1
         for k in nonlinear_nodes(self.network):
             if k > source:
-                total = total + self.adjoint_norms(k, pairs) * self.radii[k] * self.change(
-                    head(self.network, k), source
+                total = total + times(
+                    self.adjoint_norms(k, pairs), self.radii[k], self.change(head(self.network, k), source)
                 )
-                count += 4
-        return up(total, count + 2)
+                count += 1
+        return up(total, count)
 
 
 def product_expansion(network: Network, weights: Mapping[tuple[int, int], Block]) -> Expansion:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from certify_cli.bounds.blocks import Budget
 from certify_cli.numerics.eigen import largest_eigenvalue, ritz_estimate, starting_vectors
-from certify_cli.numerics.rounding import UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, power_of_two, times, up, vector_norm_up
 
 CHUNK_ENTRIES = 2**22
 """Matrices are proved in chunks of at most this many entries (32 MiB, and a few times that while proving)."""
@@ -27,13 +27,17 @@ def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: 
     active = int((weights > 0).sum(1).max()) if count else 0
     if active == 0:
         return torch.zeros(count, dtype=torch.float64, device=weights.device)
+    if not bool(weights.isfinite().all()) or not bool(matrix.isfinite().all()):
+        return torch.full((count,), torch.inf, dtype=torch.float64, device=weights.device)
+    largest, scale, height = weights.amax(1), power_of_two(matrix), power_of_two(weights)
+    matrix, weights = matrix / scale, weights / height  # so that no square or product overflows, or vanishes
     side = min(active, columns)
     forming = 2.0 * rows * columns**2 if columns < active else 0.0
     if count * (3.0 * side**3 + forming) <= budget.eigenvalues:
         value = _proved(matrix, weights, side, columns < active)
     else:
         value = _perron(matrix, weights)
-    largest = weights.amax(1)
+    value = times(up(value + UNDERFLOW), height, scale, scale)
     # (sqrt(lambda) + sqrt(max w) error)^2 covers a matrix that is not exact
     return value if error == 0.0 else up((value.sqrt() + largest.sqrt() * error).square(), 6)
 

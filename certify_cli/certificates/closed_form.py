@@ -29,7 +29,7 @@ def curvature_radius(margin: Tensor, gradient: Tensor, curvature: Tensor) -> Ten
     """
     steep = gradient + TINY
     root = (steep.square() + 2.0 * curvature * margin).sqrt()
-    return _positive(margin, down(2.0 * margin / (steep + root), 11), (gradient == 0) & (curvature == 0))
+    return _positive(margin, down(margin / (0.5 * (steep + root)), 11), (gradient == 0) & (curvature == 0))
 
 
 def hybrid_radius(margin: Tensor, gradient: Tensor, curvature: Tensor, lipschitz: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def hybrid_radius(margin: Tensor, gradient: Tensor, curvature: Tensor, lipschitz
     split = ((lipschitz - gradient) / curvature).nan_to_num(nan=0.0, posinf=math.inf).clamp(min=0.0)
     split = torch.minimum(split, torch.where(ends.isfinite(), ends, torch.zeros_like(ends)))
     zero = torch.zeros_like(split)
-    used = torch.where(split > 0, gradient * split + 0.5 * curvature * split.square(), zero)
+    used = torch.where(split > 0, gradient * split + 0.5 * curvature * split * split, zero)
     left = margin - used - 8 * UNIT * (margin + used)
     beyond = down(left.clamp(min=0.0) / lipschitz, 2)
     mixed = torch.where(left > 0, down(split + beyond, 1), zero)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import attack_radius, hybrid_radius, lipschitz_radius

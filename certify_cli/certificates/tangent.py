@@ -35,8 +35,9 @@ def tangent(point: Point, rival: Tensor, moved: Tensor, curvature: Tensor) -> tu
     size = up(vector_norm_up(step))
     # <g, d0> from above: the dot product's rounding, the gradient's error, and the rounding of d0 itself
     inner = (gradient * step).sum(1)
-    inner = inner + 2 * UNIT * inner.abs() + up(gamma(n + 3) * (gradient * step).abs().sum(1) + gradient_error * size, n)
-    bend = up(0.5 * curvature * size.square(), 3)
+    flaw = up(gamma(n + 3) * (gradient * step).abs().sum(1) + gradient_error * size, n) + UNDERFLOW
+    inner = inner + 2 * UNIT * inner.abs() + flaw
+    bend = times(curvature, size, 0.5 * size)
     margin, error = (t.gather(1, rival.unsqueeze(1)).squeeze(1) for t in there.margins_of(point.prediction))
     level = margin - error - inner - bend
     level = level - 4 * UNIT * (margin.abs() + error + inner.abs() + bend)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certify_cli.network.graph import Shape
-from certify_cli.numerics.norms import conv_symbol_norm, matrix_norm
-from certify_cli.numerics.rounding import up
+from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, matrix_norm
+from certify_cli.numerics.rounding import gamma, times, up, vector_norm_up
 
 MATERIALISE_FLOPS = 2e10
 """A convolution's matrix is built and its norm proved directly when that costs no more than this."""
@@ -84,7 +84,7 @@ class AffineOp(ABC):
 
     def frobenius_norm(self, shape: Shape) -> float:
         """Upper bound of ||W||_F: every row at most the longest."""
-        return up(math.sqrt(math.prod(self.output_shape(shape))) * self.row_norm(shape), 4)
+        return times(up(math.sqrt(math.prod(self.output_shape(shape)))), self.row_norm(shape))
 
     @abstractmethod
     def _norm(self, shape: Shape) -> float: ...
@@ -112,7 +112,7 @@ def _adjoint(function: Callable[[Tensor], Tensor], y: Tensor, shape: Shape) -> T
 
 def _longest_row(rows: Tensor) -> float:
     """Upper bound of the largest Euclidean norm of the rows of a matrix."""
-    return up(float(rows.square().sum(dim=1).max().sqrt()), rows.shape[1] + 4)
+    return float(vector_norm_up(rows).max())
 
 
 def _largest_row_sum(rows: Tensor) -> float:
@@ -155,7 +155,8 @@ class Dense(AffineOp):
         return max(self.weight.shape) + 1 + self.weight_error
 
     def _norm(self, shape: Shape) -> float:
-        return up(matrix_norm(self.weight), self.weight_error)
+        # entries off by e |W| move the norm by up to e || |W| ||, which may be many times e ||W||
+        return up(matrix_norm(self.weight) + gamma(self.weight_error) * frobenius_norm(self.weight), 2)
 
     def _row_norm(self, shape: Shape) -> float:
         return up(_longest_row(self.weight), self.weight_error)
@@ -222,7 +223,11 @@ class Conv(AffineOp):
         columns, rows = math.prod(shape), math.prod(self.output_shape(shape))
         flops = min(rows, columns) ** 2 * float(max(rows, columns))
         best = symbol if flops > MATERIALISE_FLOPS else min(symbol, matrix_norm(materialise(self, shape)))
-        return up(best, self.weight_error)
+        if self.weight_error == 0:
+            return best
+        # weights off by e |w|: tap by tap, each a shift and a matrix (see Dense for why e times the norm is too little)
+        taps = sum(frobenius_norm(tap) for tap in self.weight.flatten(2).unbind(2))
+        return up(best + gamma(self.weight_error) * taps, self.weight[0, 0].numel() + 4)
 
     def _row_norm(self, shape: Shape) -> float:
         return up(_longest_row(self.weight.flatten(1)), self.weight_error)

@@ -18,12 +18,10 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Node
 from certify_cli.network.pooling import MaxPool
-from certify_cli.numerics.rounding import gamma, up
+from certify_cli.numerics.rounding import UNDERFLOW, gamma, up
 
 SAFETY = 1.001
 """Covers the rounding of the error bounds themselves: sums of non-negative terms, relative error far below 0.1 %."""
-UNDERFLOW = 1e-290
-"""More than the absolute error that underflowing products can add to any one entry."""
 
 
 @contextmanager
@@ -68,7 +66,7 @@ def evaluate(network: Network, x: Tensor) -> Evaluation:
 def deviation(network: Network) -> Tensor:
     """Bound (classes,) of |deployed logit - exact logit| at any input, up: how far the network as deployed may be from
     the functions that the bounds are about (torch's softplus returns z beyond its threshold; theory section 0)."""
-    errors = [torch.zeros(1, *network.input_shape, dtype=torch.float64)]
+    errors = [torch.zeros(1, *network.input_shape, dtype=torch.float64, device=network.device)]
     for node in network.nodes[1:]:
         inputs = [errors[i] for i in node.inputs]
         op = node.op

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Node
-from certify_cli.numerics.rounding import gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, gamma, up, vector_norm_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,8 @@ def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tens
     """Error of a linear map or its transpose (their norms agree)."""
     size = vector_norm_up(vectors.value.flatten(vectors.error.dim()))
     rounding = gamma(op.terms) * op.frobenius_norm(shape) if op.terms else 0.0
-    return Vectors(image, up(op.norm(shape) * vectors.error + rounding * size, 4))
+    error = up(op.norm(shape) * vectors.error + rounding * size, 4)
+    return Vectors(image, error + UNDERFLOW if op.terms else error)
 
 
 def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
@@ -128,7 +129,14 @@ def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
     rounding = 2.0**-53 * vector_norm_up(value.flatten(dims))
     if isinstance(slope.error, Tensor) or slope.error > 0:
         rounding = rounding + vector_norm_up((vectors.value * slope.error).flatten(dims))
-    return Vectors(value, up(slope.largest * vectors.error + rounding, 4))
+    return Vectors(value, up(_largest_slope(slope, dims) * vectors.error + rounding, 4) + UNDERFLOW)
+
+
+def _largest_slope(slope: Slope, dims: int) -> Tensor | float:
+    """Of each sample by itself: one that overflowed must not spoil its neighbours in the batch."""
+    if not isinstance(slope.value, Tensor):
+        return slope.largest
+    return up((slope.value.abs() + slope.error).flatten(dims).amax(-1), 1)
 
 
 def pull(network: Network, cotangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
@@ -197,7 +205,7 @@ def interval_pull(
             size = op.absolute_transpose(middle.abs(), shapes[0])
             spread = op.absolute_transpose(radius, shapes[0])
             rounding = gamma(op.terms + 2)
-            images = [(op.transpose(middle, shapes[0]), up(spread * (1 + rounding) + rounding * size, 4))]
+            images = [(op.transpose(middle, shapes[0]), up(spread * (1 + rounding) + rounding * size, 4) + UNDERFLOW)]
         elif isinstance(op, Add):
             images = [(middle, radius) for _ in node.inputs]
         elif isinstance(op, Concat):
@@ -224,4 +232,5 @@ def _interval_product(low: Tensor, high: Tensor, least: float, most: float) -> t
     corners = torch.stack([low * least, low * most, high * least, high * most])
     bottom, top = corners.amin(0), corners.amax(0)
     middle = 0.5 * (bottom + top)
-    return middle, up(torch.maximum(top - middle, middle - bottom) + 2.0**-52 * corners.abs().amax(0), 4)
+    radius = up(torch.maximum(top - middle, middle - bottom) + 2.0**-52 * corners.abs().amax(0), 4)
+    return middle, radius + UNDERFLOW

@@ -17,12 +17,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from certify_cli.numerics.rounding import UNIT, gamma, up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, powers_of_two, times, up
 
 LANCZOS_STEPS = 40
 BREAKDOWN = 1e-10
 FIRST_GAP = 1e-9
 """The first t lies this much (relative) above the estimate; each failed factorisation takes a tenfold step."""
+UNSCALED = (1e-50, 1e50)
+"""Largest entries within which squares, and sums of them, are far from underflow and overflow."""
 
 
 Product = Callable[[Tensor], Tensor]
@@ -30,9 +32,9 @@ Product = Callable[[Tensor], Tensor]
 
 
 def ritz_estimate(product: Product, start: Tensor, steps: int = LANCZOS_STEPS) -> tuple[Tensor, Tensor]:
-    """Lanczos estimates (from below) of the largest eigenvalues of a batch of Hermitian matrices, from start (batch, n).
+    """Lanczos estimates (from below) of the largest eigenvalues of a batch of Hermitian matrices.
 
-    Returns (estimate, residual), both (batch,). An estimate only: it never enters a bound unproved.
+    start: (batch, n), any non-zero vectors. Returns (estimate, residual), both (batch,). An estimate only: it never enters a bound unproved.
     """
     q = start / start.norm(dim=-1, keepdim=True)
     steps = min(steps, start.shape[-1])
@@ -79,6 +81,12 @@ def largest_eigenvalue(
     batch, n, _ = matrices.shape
     real = torch.float64
     slack = torch.as_tensor(slack, dtype=real, device=matrices.device).expand(batch)
+    entries = torch.view_as_real(matrices.resolve_conj()) if matrices.is_complex() else matrices
+    scale = powers_of_two(entries.flatten(1))
+    if bool(((scale < UNSCALED[0]) | (scale > UNSCALED[1])).any()):  # a Frobenius norm would be 0 or inf
+        guess = None if guess is None else (guess[0] / scale, guess[1] / scale)
+        scaled = matrices / scale.reshape(-1, 1, 1)
+        return times(largest_eigenvalue(scaled, up(slack / scale) + n * UNDERFLOW, guess), scale)
     frobenius = up(torch.linalg.matrix_norm(matrices).to(real), n * n + 4)
     bound = up(frobenius + slack, 2)  # always true; the proof below replaces it where it succeeds
     finite = frobenius.isfinite()

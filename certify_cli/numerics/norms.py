@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.numerics.eigen import largest_eigenvalue
-from certify_cli.numerics.rounding import UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNIT, gamma, power_of_two, times, up, vector_norm_up
 
 CHUNK_ENTRIES = 2**22
 """Symbol matrices are built in chunks of at most this many complex entries (64 MiB)."""
@@ -38,12 +38,13 @@ def matrix_norm(matrix: Tensor) -> float:
     rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if rows.shape[0] == 1:
         return float(vector_norm_up(rows[0]))
-    scale = float(rows.abs().max())
-    if scale == 0.0 or not math.isfinite(scale):
-        return scale if scale == 0.0 else math.inf
-    scale = 2.0 ** math.frexp(scale)[1]  # a power of two: exact, and squares neither overflow nor vanish
+    if not bool(rows.any()):
+        return 0.0
+    if not bool(rows.isfinite().all()):
+        return math.inf
+    scale = power_of_two(rows)
     product_, slack = gram((rows / scale).unsqueeze(0))
-    return up(math.sqrt(float(largest_eigenvalue(product_, slack))) * scale, 2)
+    return times(up(math.sqrt(float(largest_eigenvalue(product_, slack))), 2), scale)
 
 
 def conv_symbol_norm(
@@ -64,6 +65,8 @@ def conv_symbol_norm(
     axes = [
         _Axis(n, k, s, p, d) for n, k, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True)
     ]
+    scale = power_of_two(weight)
+    weight = weight / scale
     out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
     taps = weight.reshape(groups, out_channels, in_channels, -1)
     tap_phase = [tuple(a.phase[t] for a, t in zip(axes, index, strict=True)) for index in _indices(weight.shape[2:])]
@@ -83,7 +86,7 @@ def conv_symbol_norm(
         parts = [torch.einsum("ft,goit->fgoi", wave[:, m], taps[..., m].to(wave.dtype)) for m in members]
         symbol = torch.cat(parts, dim=-1).flatten(0, 1)
         best = max(best, _largest_singular_value(symbol))
-    return up(best + slack, 2)
+    return times(up(best + slack, 2), scale)
 
 
 def _largest_singular_value(matrices: Tensor) -> float:

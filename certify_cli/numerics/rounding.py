@@ -16,6 +16,9 @@ from torch import Tensor
 UNIT = 2.0**-53
 """The unit roundoff u of float64."""
 
+UNDERFLOW = 1e-290
+"""More than the absolute error that underflowing products can add to any one sum, or to the norm of any vector."""
+
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -42,6 +45,35 @@ def down(value: Number, operations: int = 1) -> Number:
     if isinstance(value, Tensor):
         return torch.nextafter(value * factor, torch.full_like(value, -math.inf)).clamp(min=0.0)
     return max(0.0, math.nextafter(value * factor, -math.inf))
+
+
+def times(first: Number, *others: Number | float) -> Number:
+    """Upper bound of a product of non-negative numbers, rounded up factor by factor.
+
+    Rounded once at the end, a product that vanishes half-way and is then multiplied by a large factor would be lost.
+    """
+    product = first
+    for factor in others:
+        product = up(product * factor)
+    return product
+
+
+def powers_of_two(rows: Tensor) -> Tensor:
+    """For each row of (batch, n) a power of two, no more than its largest |entry| and more than half of it: (batch,).
+
+    Dividing by it is exact, and squares then neither overflow nor vanish. 1 where no scaling can help: no entry, only
+    zeros, or one that is not finite.
+    """
+    if rows.shape[1] == 0:
+        return rows.new_ones(len(rows))
+    largest = rows.abs().amax(1)
+    mantissa, _ = torch.frexp(largest)
+    return torch.where((largest > 0) & largest.isfinite(), largest / (2 * mantissa), torch.ones_like(largest))
+
+
+def power_of_two(values: Tensor) -> float:
+    """`powers_of_two` of one tensor of any shape."""
+    return float(powers_of_two(values.reshape(1, -1)))
 
 
 def vector_norm_up(rows: Tensor) -> Tensor:
