@@ -17,7 +17,7 @@ from torch import Tensor
 from certify_cli.certificates.closed_form import curvature_radius
 from certify_cli.certificates.point import Point
 from certify_cli.network.linearised import pull
-from certify_cli.numerics.rounding import UNIT, down, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, up, vector_norm_up
 
 
 def tangent(point: Point, rival: Tensor, moved: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,8 @@ Product = Callable[[Tensor], Tensor]
 def ritz_estimate(product: Product, start: Tensor, steps: int = LANCZOS_STEPS) -> tuple[Tensor, Tensor]:
     """Lanczos estimates (from below) of the largest eigenvalues of a batch of Hermitian matrices.
 
-    start: (batch, n), any non-zero vectors. Returns (estimate, residual), both (batch,). An estimate only: it never enters a bound unproved.
+    start: (batch, n), any non-zero vectors. Returns (estimate, residual), both (batch,). An estimate only: it never
+    enters a bound unproved.
     """
     q = start / start.norm(dim=-1, keepdim=True)
     steps = min(steps, start.shape[-1])
