@@ -15,9 +15,30 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from certify_cli.errors import ModelError
 from certify_cli.load.onnx_file import describe, first_line
+
+
+class BatchNormalization(OpRun):
+    """Evaluation mode, as the standard defines it for a node of one output.
+
+    Below opset 14 onnx.reference mixes the batch's own statistics in; nodes in training mode are refused on reading.
+    """
+
+    op_domain = ""
+
+    def _run(
+        self, x: Any, gain: Any, shift: Any, mean: Any, variance: Any, epsilon: float = 1e-5, **unused: Any
+    ) -> Any:
+        axes = (-1, *[1] * (x.ndim - 2))
+        centred = (x - mean.reshape(axes)) / np.sqrt(variance.reshape(axes) + epsilon)
+        return ((gain.reshape(axes) * centred + shift.reshape(axes)).astype(x.dtype),)
+
+
+CORRECTED: list[type[OpRun]] = [BatchNormalization]
+"""Operators that onnx.reference gets wrong, for its `new_ops`."""
 
 MAX_ENTRIES = 2**28
 """The largest value (entries) that a graph may make: 2 GiB in float64."""
@@ -85,7 +106,7 @@ def evaluate(found: Interpretation, node: NodeProto, inputs: list[Any]) -> list[
             raise found.refuse(node, f"makes a value of {abs(entries)} entries, which is too large to certify")
     feeds = {value: array for value, array in zip(node.input, inputs, strict=True) if value}
     try:
-        evaluator = ReferenceEvaluator(_alone(node, feeds, found.opset))
+        evaluator = ReferenceEvaluator(_alone(node, feeds, found.opset), new_ops=CORRECTED)
         with np.errstate(all="ignore"):
             outputs = evaluator.run(None, feeds)
     except NotImplementedError as error:

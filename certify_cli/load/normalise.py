@@ -354,8 +354,10 @@ def _conv(normal: Normal, node: NodeProto) -> None:
 @rewrites("BatchNormalization")
 def _batch_norm(normal: Normal, node: NodeProto) -> None:
     found, attributes = normal.found, attributes_of(node)
-    if attributes.get("training_mode", 0) or len([value for value in node.output if value]) > 1:
-        raise found.refuse(node, "is in training mode; call model.eval() before exporting")
+    if attributes.get("spatial", 1) != 1:
+        raise found.refuse(
+            node, "normalises every pixel by itself, which is not supported; export with opset 9 or newer"
+        )
     if any(value not in found.constants for value in node.input[1:]):
         raise found.refuse(node, "has statistics that are computed from the input, which is not supported")
     epsilon = float(attributes.get("epsilon", np.float32(1e-5)))

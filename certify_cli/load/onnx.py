@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
 from certify_cli.errors import ModelError
-from certify_cli.load.interpret import MAX_ENTRIES, interpret
+from certify_cli.load.interpret import CORRECTED, MAX_ENTRIES, interpret
 from certify_cli.load.loaded import LoadedModel
 from certify_cli.load.normalise import attributes_of, normalise, to_model
 from certify_cli.load.onnx_file import FLOATS, OnnxFile, first_line, read_onnx
@@ -132,7 +132,7 @@ def _convert(path: Path, model: ModelProto) -> fx.GraphModule:
     from certify_cli.load import converters, onnx_layers  # noqa: F401  (register with onnx2torch and with the lowering)
 
     try:
-        return convert(model)
+        return convert(model).eval()  # a normalised model holds no layer in training mode
     except NotImplementedError as error:
         raise ModelError(f"cannot be converted: {first_line(error)}; replace the layer") from error
 
@@ -193,7 +193,7 @@ def _reference(path: Path, file: OnnxFile, source: str, logits: str, samples: np
     dtype = onnx.helper.tensor_dtype_to_np_dtype(declared.type.tensor_type.elem_type)
     batches = [samples] if free_batch else [sample[None] for sample in samples]
     try:
-        run: Any = ReferenceEvaluator(model).run
+        run: Any = ReferenceEvaluator(model, new_ops=CORRECTED).run
         with np.errstate(all="ignore"):
             outputs = [run([logits], {source: batch.astype(dtype)})[0] for batch in batches]
     except Exception as error:  # the evaluator raises whatever numpy does

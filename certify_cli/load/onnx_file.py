@@ -127,6 +127,8 @@ def _check_graph_free_of_refused(path: Path, model: ModelProto) -> None:
                 )
             if node.op_type in QUANTISED or "QLinear" in node.op_type:
                 raise ModelError(f"{path}: {describe(node)} is quantised; export the model in floating point")
+            if node.op_type == "BatchNormalization" and _is_training(node):
+                raise ModelError(f"{path}: {describe(node)} is in training mode; call model.eval() before exporting")
             if node.domain not in DEFAULT_DOMAINS and (node.domain, node.op_type) not in local:
                 raise ModelError(
                     f"{path}: {describe(node)} comes from the operator set {node.domain!r}, which is not supported; "
@@ -134,6 +136,12 @@ def _check_graph_free_of_refused(path: Path, model: ModelProto) -> None:
                 )
     if model.graph.sparse_initializer:
         raise ModelError(f"{path}: sparse weights are not supported; export dense ones")
+
+
+def _is_training(node: NodeProto) -> bool:
+    """A batch norm that takes its statistics from the batch says so, or (before opset 14) gives them as outputs."""
+    flagged = any(a.name == "training_mode" and a.i for a in node.attribute)
+    return flagged or len([name for name in node.output if name]) > 1
 
 
 def _check_opset(path: Path, model: ModelProto) -> int:

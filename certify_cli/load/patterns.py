@@ -47,11 +47,11 @@ class Number:
 
 @dataclass(frozen=True)
 class Call:
-    """One operator with its operands in order and, optionally, attributes that it must have."""
+    """One operator with its operands in order and attributes that it must have (name, number, ONNX's default)."""
 
     operator: str
     operands: tuple[Pattern, ...]
-    attributes: tuple[tuple[str, Number], ...] = ()
+    attributes: tuple[tuple[str, Number, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ ROWS: tuple[Row, ...] = (
     # x * clip(a x + 1/2, 0, 1): the error of a enters as x^2 |a - 1/6| where |x| <= 3 (1 + 1e-6), and nowhere else
     Row(
         "hard_swish",
-        Product(ONE, (x, Call("HardSigmoid", (x,), (("alpha", about(1 / 6)), ("beta", HALF))))),
+        Product(ONE, (x, Call("HardSigmoid", (x,), (("alpha", about(1 / 6), 0.2), ("beta", HALF, 0.5))))),
         effect=1.6,
     ),
 )
@@ -218,7 +218,7 @@ class _Match:
         attributes = {a.name: helper.get_attribute_value(a) for a in maker.attribute}
         return (
             len(maker.input) == len(pattern.operands)
-            and all(key in attributes and self._number(n, attributes[key], 1.0) for key, n in pattern.attributes)
+            and all(self._number(n, attributes.get(key, usual), 1.0) for key, n, usual in pattern.attributes)
             and all(self.matches(p, value) for p, value in zip(pattern.operands, maker.input, strict=True))
         )
 
