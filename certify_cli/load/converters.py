@@ -14,7 +14,7 @@ from onnx2torch.onnx_node import OnnxNode
 from onnx2torch.utils.common import OnnxMapping, OperationConverterResult
 from torch import Tensor, nn
 
-from certify_cli.load.normalise import DOMAIN
+from certify_cli.load.normal import DOMAIN
 from certify_cli.network.activations import ACTIVATIONS, Activation
 
 
