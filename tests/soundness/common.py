@@ -1,0 +1,45 @@
+"""What the soundness tests share: certify a batch, flip it, and write down small networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.analysis import Analysis
+from certify_cli.certificates.certificates import Certificates
+from certify_cli.certificates.methods import certify_batch, select
+from certify_cli.certificates.point import Point
+from certify_cli.network.affine import Dense
+from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.graph import Builder, Network
+
+
+def certify(
+    network: Network, x: Tensor, method: str = "auto", effort: str = "normal", attack: bool = True
+) -> Certificates:
+    """Certificates of the samples x (batch, *input shape)."""
+    with exact_kernels():
+        return certify_batch(select(method, network), Analysis(network, effort), Point(network, x), attack)
+
+
+def tensor(*values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def dense_stack(*parts: object) -> Network:
+    """A network from (weight, bias or None) pairs and activations, in order; the first pair sets the input size."""
+    first = parts[0]
+    assert isinstance(first, tuple)
+    builder, last = Builder((first[0].shape[1],)), 0
+    for number, part in enumerate(parts):
+        op = Dense(*part) if isinstance(part, tuple) else part
+        last = builder.add(f"n{number}", op, last)  # type: ignore[arg-type]
+    return builder.build(last)
+
+
+def margins(network: Network, x: Tensor, prediction: Tensor) -> Tensor:
+    """z_y - z_i (batch, classes), +inf at y; differentiable."""
+    logits = network(x)
+    value = logits.gather(1, prediction.unsqueeze(1)) - logits
+    own = torch.nn.functional.one_hot(prediction, network.classes).bool()
+    return value.masked_fill(own, torch.inf)
