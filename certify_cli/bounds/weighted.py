@@ -11,6 +11,7 @@ from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, power_of_two, 
 
 CHUNK_ENTRIES = 2**22
 """Matrices are proved in chunks of at most this many entries (32 MiB, and a few times that while proving)."""
+SLIGHT = 1e-100
 PERRON_STEPS = 30
 PERRON_ENTRIES = 2**25
 
@@ -24,20 +25,24 @@ def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: 
     lambda_max(D G D) <= max_i (|G| w o p)_i / p_i with G = T T^T, D = diag(sqrt(w)) (Collatz and Wielandt).
     """
     count, (rows, columns) = len(weights), matrix.shape
-    active = int((weights > 0).sum(1).max()) if count else 0
-    if active == 0:
+    if not bool((weights > 0).any()):
         return torch.zeros(count, dtype=torch.float64, device=weights.device)
     if not bool(weights.isfinite().all()) or not bool(matrix.isfinite().all()):
         return torch.full((count,), torch.inf, dtype=torch.float64, device=weights.device)
     largest, scale, height = weights.amax(1), power_of_two(matrix), power_of_two(weights)
     matrix, weights = matrix / scale, weights / height  # so that no square or product overflows, or vanishes
+    # weights that only rounding made positive: their whole trace is added instead, they would bring denormal numbers
+    slight = weights < SLIGHT * weights.amax(1, keepdim=True)
+    trace = up(torch.where(slight, weights, 0.0) @ up(matrix.square().sum(1), columns + 2), rows + 2)
+    weights = torch.where(slight, 0.0, weights)
+    active = int((weights > 0).sum(1).max())
     side = min(active, columns)
     forming = 2.0 * rows * columns**2 if columns < active else 0.0
     if count * (3.0 * side**3 + forming) <= budget.eigenvalues:
         value = _proved(matrix, weights, side, columns < active)
     else:
         value = _perron(matrix, weights)
-    value = times(up(value + UNDERFLOW), height, scale, scale)
+    value = times(up(value + trace + UNDERFLOW, 2), height, scale, scale)
     # (sqrt(lambda) + sqrt(max w) error)^2 covers a matrix that is not exact
     return value if error == 0.0 else up((value.sqrt() + largest.sqrt() * error).square(), 6)
 
