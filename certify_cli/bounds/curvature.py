@@ -29,7 +29,7 @@ from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, heads, interval_pull, nonlinear_nodes
 from certify_cli.numerics.eigen import largest_eigenvalue
 from certify_cli.numerics.norms import frobenius_norm, gram, matrix_norm
-from certify_cli.numerics.rounding import UNDERFLOW, power_of_two, times, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, power_of_two, times, up, vector_norm_up
 
 
 def why_no_curvature(network: Network) -> str | None:
@@ -200,7 +200,7 @@ class Curvature:
             matrix, error = None, 0.0
             if all(b.matrix is not None for b, _ in blocks):
                 matrix = torch.cat([b.matrix * lip for b, lip in blocks if b.matrix is not None], dim=1)
-                scaling = 2.0**-53 * float(vector_norm_up(matrix.flatten()))
+                scaling = UNIT * float(vector_norm_up(matrix.flatten()))
                 error = up(sum(times(b.matrix_error, lip) for b, lip in blocks) + scaling, len(blocks) + 2) + UNDERFLOW
                 if len(blocks) > 1:
                     norm = min(norm, up(matrix_norm(matrix) + error, 2))
@@ -219,7 +219,7 @@ class Curvature:
             if stack.matrix is not None:
                 scale, height = power_of_two(stack.matrix), power_of_two(stack.rows)
                 scaled = (stack.matrix / scale) * (stack.rows / height).unsqueeze(1)
-                rounding = 2.0**-53 * frobenius_norm(scaled) + UNDERFLOW
+                rounding = UNIT * frobenius_norm(scaled) + UNDERFLOW
                 value = times(up(matrix_norm(scaled) + rounding, 2), scale, height)
                 value = up(value + times(float(stack.rows.max()), stack.matrix_error))
             self._norms["rows", layer] = value
@@ -250,7 +250,7 @@ class Curvature:
         left_slack = float(left_error) + 2 * error * frobenius_norm(after) + error * error
         right_slack = float(right_error) + 2 * before_error * frobenius_norm(before) + before_error * before_error
         slack = left_slack * (most_right + 2 * right_slack) + right_slack * (most_left + 2 * left_slack)
-        slack += 2.0**-53 * frobenius_norm(product) + UNDERFLOW
+        slack += UNIT * frobenius_norm(product) + UNDERFLOW
         scaled = up(math.sqrt(float(largest_eigenvalue(product.unsqueeze(0), up(slack, 12)))), 2)
         return times(scaled, first, second)
 

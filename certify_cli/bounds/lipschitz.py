@@ -22,7 +22,7 @@ from certify_cli.bounds.blocks import Block, Budget, blocks
 from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slope, Slopes, Vectors, head, heads, nonlinear_nodes, pull
-from certify_cli.numerics.rounding import times, up, vector_norm_up
+from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
 
 
 def gain(network: Network, index: int) -> float:
@@ -90,7 +90,7 @@ class Expansion:
         value, error = rows.value[0].flatten(1), rows.error[0]
         a, b = pairs[:, 0], pairs[:, 1]
         difference = value[a] - value[b]
-        return Vectors(difference, up(error[a] + error[b] + 2.0**-53 * vector_norm_up(difference), 4))
+        return Vectors(difference, up(error[a] + error[b] + UNIT * vector_norm_up(difference), 4))
 
     def adjoint_norms(self, source: int, pairs: Tensor) -> Tensor:
         """||v_source|| in the linearised network, up, (count,)."""

@@ -69,7 +69,7 @@ def by_curvature(analysis: Analysis, point: Point, attack: bool) -> Certificates
     if attack:
         promised = attack_radius(point.margin_high, point.gradient_norm_low, upper)
         nearest, target = promised.masked_fill(point.own | ~point.finite.unsqueeze(1), torch.inf).min(1)
-        direction = -point.gradients[0][torch.arange(len(target), device=target.device), target]
+        direction = -point.gradients.value[torch.arange(len(target), device=target.device), target]
         witness, norm = replayed(point, direction, nearest)
     return Certificates(
         radius,

@@ -11,8 +11,8 @@ from torch import Tensor
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluate import Evaluation, deviation, evaluate, margins
 from certify_cli.network.graph import Network
-from certify_cli.network.linearised import Slope, head, nonlinear_nodes, pull
-from certify_cli.numerics.rounding import UNIT, down, up, vector_norm_up
+from certify_cli.network.linearised import Slope, Vectors, head, nonlinear_nodes, pull
+from certify_cli.numerics.rounding import UNIT, down, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,23 +93,20 @@ class Point:
         return found
 
     @cached_property
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients g_i of the margins towards every class (batch, classes, *input shape) and error bounds."""
+    def gradients(self) -> Vectors:
+        """Gradients g_i of the margins towards every class, (batch, classes, *input shape)."""
         eye = torch.eye(self.network.classes, dtype=self.x.dtype, device=self.x.device)
         cotangents = eye[self.prediction].unsqueeze(1) - eye.unsqueeze(0)
-        vectors = pull(self.network, cotangents, self.slopes)[0]
-        return vectors.value, vectors.error
+        return pull(self.network, cotangents, self.slopes)[0]
 
     @cached_property
     def gradient_norm(self) -> Tensor:
         """Upper bounds (batch, classes) of ||g_i||."""
-        value, error = self.gradients
-        return up(vector_norm_up(value.flatten(2)) + error, 2)
+        return up(self.gradients.size + self.gradients.error, 2)
 
     @cached_property
     def gradient_norm_low(self) -> Tensor:
         """Lower bounds (batch, classes) of ||g_i||."""
-        value, error = self.gradients
-        size = value[0, 0].numel()
-        low = vector_norm_up(value.flatten(2)) * (1 - 4 * (size + 10) * UNIT) - error
+        entries = self.gradients.value[0, 0].numel()
+        low = self.gradients.size * (1 - 4 * (entries + 10) * UNIT) - self.gradients.error
         return down(low.clamp(min=0.0), 2)

@@ -65,7 +65,7 @@ def sharpened(point: Point, radius: Tensor, curvature: Tensor, steps: int) -> Te
         rival, part, least = weakest[todo], point.at(todo), found[todo]
         treated[todo, rival] = True
         m = curvature[todo, rival]
-        p, reach, best = point.gradients[0][todo, rival], least, least
+        p, reach, best = point.gradients.value[todo, rival], least, least
         for _ in range(steps):
             size = vector_norm_up(p.flatten(1)).clamp(min=1e-300)
             moved = part.x - p * (reach / size).reshape(-1, *[1] * (p.dim() - 1))

@@ -18,7 +18,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Node
 from certify_cli.network.pooling import MaxPool
-from certify_cli.numerics.rounding import UNDERFLOW, gamma, up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
 
 SAFETY = 1.001
 """Covers the rounding of the error bounds themselves: sums of non-negative terms, relative error far below 0.1 %."""
@@ -111,4 +111,4 @@ def margins(logits: Tensor, errors: Tensor, prediction: Tensor) -> tuple[Tensor,
     top = logits.gather(1, prediction.unsqueeze(1))
     top_error = errors.gather(1, prediction.unsqueeze(1))
     value = top - logits
-    return value, up(top_error + errors + 2.0**-53 * value.abs(), 4)
+    return value, up(top_error + errors + UNIT * value.abs(), 4)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Node
-from certify_cli.numerics.rounding import UNDERFLOW, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,14 @@ class Vectors:
     value: Tensor
     error: Tensor
 
+    @cached_property
+    def size(self) -> Tensor:
+        """Euclidean norm of each computed vector, up: (*batch)."""
+        return vector_norm_up(self.value.flatten(self.error.dim()))
+
     def __add__(self, other: Vectors) -> Vectors:
-        value = self.value + other.value
-        rounding = 2.0**-53 * vector_norm_up(value.flatten(self.error.dim()))
-        return Vectors(value, up(self.error + other.error + rounding, 4))
+        total = Vectors(self.value + other.value, self.error)
+        return Vectors(total.value, up(self.error + other.error + UNIT * total.size, 4))
 
 
 Slopes = Mapping[int, Slope]
@@ -117,26 +122,22 @@ def _forward(network: Network, node: Node, inputs: list[Vectors | None], slope: 
 
 def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tensor) -> Vectors:
     """Error of a linear map or its transpose (their norms agree)."""
-    size = vector_norm_up(vectors.value.flatten(vectors.error.dim()))
     rounding = gamma(op.terms) * op.frobenius_norm(shape) if op.terms else 0.0
-    error = up(op.norm(shape) * vectors.error + rounding * size, 4)
+    error = up(op.norm(shape) * vectors.error + rounding * vectors.size, 4)
     return Vectors(image, error + UNDERFLOW if op.terms else error)
 
 
 def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
-    value = vectors.value * slope.value
+    """Error of the product with slopes, whose own error e enters as ||e o vector|| <= max e ||vector||."""
     dims = vectors.error.dim()
-    rounding = 2.0**-53 * vector_norm_up(value.flatten(dims))
-    if isinstance(slope.error, Tensor) or slope.error > 0:
-        rounding = rounding + vector_norm_up((vectors.value * slope.error).flatten(dims))
-    return Vectors(value, up(_largest_slope(slope, dims) * vectors.error + rounding, 4) + UNDERFLOW)
+    largest, off = _largest(slope.value, dims), _largest(slope.error, dims)
+    error = (largest + off) * vectors.error + (UNIT * largest + off) * vectors.size
+    return Vectors(vectors.value * slope.value, up(error, 8) + UNDERFLOW)
 
 
-def _largest_slope(slope: Slope, dims: int) -> Tensor | float:
+def _largest(slopes: Tensor | float, dims: int) -> Tensor | float:
     """Of each sample by itself: one that overflowed must not spoil its neighbours in the batch."""
-    if not isinstance(slope.value, Tensor):
-        return slope.largest
-    return up((slope.value.abs() + slope.error).flatten(dims).amax(-1), 1)
+    return slopes.abs().flatten(dims).amax(-1) if isinstance(slopes, Tensor) else abs(slopes)
 
 
 def pull(network: Network, cotangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
@@ -221,7 +222,7 @@ def interval_pull(
             if i in live:
                 other = live[i]
                 total = image[0] + other[0]
-                live[i] = (total, up(image[1] + other[1] + 2.0**-53 * total.abs(), 4))
+                live[i] = (total, up(image[1] + other[1] + UNIT * total.abs(), 4))
             else:
                 live[i] = image
     return found

@@ -15,7 +15,8 @@ from tests.networks import SMOOTH, points
 def test_pull_is_the_gradient(name: str) -> None:
     network = SMOOTH[name]
     x = points(network, 4)
-    gradients, error = Point(network, x).gradients
+    found = Point(network, x).gradients
+    gradients, error = found.value, found.error
     y = Point(network, x).prediction
     x = x.requires_grad_(True)
     out = network(x)
