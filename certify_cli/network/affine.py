@@ -137,14 +137,18 @@ class Dense(AffineOp):
     def linear(self, x: Tensor) -> Tensor:
         return x @ self.weight.T
 
+    @cached_property
+    def _magnitudes(self) -> Tensor:
+        return self.weight.abs()
+
     def absolute(self, x: Tensor) -> Tensor:
-        return x @ self.weight.abs().T
+        return x @ self._magnitudes.T
 
     def transpose(self, y: Tensor, shape: Shape) -> Tensor:
         return y @ self.weight
 
     def absolute_transpose(self, y: Tensor, shape: Shape) -> Tensor:
-        return y @ self.weight.abs()
+        return y @ self._magnitudes
 
     def bias(self) -> Tensor | None:
         return self.offset
