@@ -175,10 +175,14 @@ def summarise(samples: Iterable[Sample], eps: Sequence[str], seconds: float) -> 
         return fmean(float(r > level) for r in counted) if rows else 0.0
 
     def unattacked(level: float) -> float:
-        return fmean(
-            float((row.correct or not labelled) and (row.attack_radius is None or row.attack_radius > level))
-            for row in rows
-        ) if rows else 0.0
+        return (
+            fmean(
+                float((row.correct or not labelled) and (row.attack_radius is None or row.attack_radius > level))
+                for row in rows
+            )
+            if rows
+            else 0.0
+        )
 
     levels = {text: parse_eps(text) for text in eps}
     certified_levels = {text: certified(level) for text, level in levels.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def mlp(widths: Sequence[int], activation: str = "tanh", seed: int = 0, gain: fl
     """widths = (inputs, hidden, ..., classes)."""
     g = torch.Generator().manual_seed(seed)
     builder, last = Builder((widths[0],)), 0
-    for number, (n, m) in enumerate(zip(widths, widths[1:], strict=False)):
+    for number, (n, m) in enumerate(pairwise(widths)):
         weight, bias = _weights(g, m, n, gain=gain), 0.3 * _weights(g, m, 1)[:, 0]
         last = builder.add(f"fc{number}", Dense(weight, bias), last)
         if number < len(widths) - 2:

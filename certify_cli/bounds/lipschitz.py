@@ -20,7 +20,7 @@ from torch import Tensor
 
 from certify_cli.bounds.blocks import Block, Budget, blocks
 from certify_cli.network.activations import Activation
-from certify_cli.network.graph import Network
+from certify_cli.network.graph import Network, Nonlinear
 from certify_cli.network.linearised import Slope, Slopes, Vectors, head, heads, nonlinear_nodes, pull
 from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
 
@@ -28,7 +28,9 @@ from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
 def gain(network: Network, index: int) -> float:
     """Upper bound of the Lipschitz constant of nonlinear node `index` alone."""
     op = network.nodes[index].op
-    return op.lipschitz if isinstance(op, Activation) else op.lipschitz(network.nodes[head(network, index)].shape)
+    if not isinstance(op, Nonlinear):
+        raise TypeError(f"{op.title} is affine")
+    return op.gain(network.nodes[head(network, index)].shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from certify_cli.errors import ModelError, UsageError
 from certify_cli.network.curves import Curve
-from certify_cli.network.graph import Shape
+from certify_cli.network.graph import Nonlinear, Shape
 
 
 @dataclass(frozen=True, eq=False)
-class Activation:
+class Activation(Nonlinear):
     """An elementwise function phi with everything the bounds need of it. Ranges are rounded outward.
 
     `value`, `slope` and `curvature` are phi, phi' and phi''; each maps a tensor entrywise, in any float dtype (errors
@@ -65,6 +65,9 @@ class Activation:
     def lipschitz(self) -> float:
         """sup |phi'|, rounded up."""
         return max(map(abs, self.slope_range))
+
+    def gain(self, shape: Shape) -> float:
+        return self.lipschitz
 
     @property
     def curvature_sup(self) -> float:

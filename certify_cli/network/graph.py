@@ -11,6 +11,7 @@ Tensors carry the batch in front; shapes in here never mention it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -30,6 +31,14 @@ class Op(Protocol):
     def output_shape(self, *shapes: Shape) -> Shape: ...
 
     def apply(self, *values: Tensor) -> Tensor: ...
+
+
+class Nonlinear(ABC):
+    """A nonlinear node's operation: an activation, or a group map. Everything else in a network is affine."""
+
+    @abstractmethod
+    def gain(self, shape: Shape) -> float:
+        """Upper bound of its Lipschitz constant on values of `shape`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Concat:
         if len(rest) != 1:
             raise ValueError(f"cannot concatenate values of shapes {', '.join(map(str, shapes))}")
         length = sum(shape[self.axis] for shape in shapes)
-        return shapes[0][: self.axis] + (length,) + shapes[0][self.axis + 1 :]
+        return (*shapes[0][: self.axis], length, *shapes[0][self.axis + 1 :])
 
     def apply(self, *values: Tensor) -> Tensor:
         return torch.cat(values, dim=self.axis + 1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.network.affine import AffineOp
-from certify_cli.network.graph import Add, Concat, Network, Node
+from certify_cli.network.graph import Add, Concat, Network, Node, Nonlinear
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
 
 
@@ -58,7 +58,7 @@ Slopes = Mapping[int, Slope]
 
 def is_nonlinear(node: Node) -> bool:
     """Whether a node is an activation or a group map."""
-    return bool(node.inputs) and not isinstance(node.op, AffineOp | Add | Concat)
+    return isinstance(node.op, Nonlinear)
 
 
 def nonlinear_nodes(network: Network) -> tuple[int, ...]:

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certify_cli.network.graph import Shape
+from certify_cli.network.graph import Nonlinear, Shape
 from certify_cli.numerics.rounding import up
 
 _POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
 @dataclass(frozen=True)
-class MaxPool:
+class MaxPool(Nonlinear):
     """Maximum over windows of (channels, *space), torch's conventions; one entry per spatial axis.
 
     `padding` counts pixels of -inf on both sides, so a padded pixel never wins.
@@ -40,7 +40,7 @@ class MaxPool:
         pool = _POOLS[len(self.kernel) - 1]
         return pool(values[0], self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
 
-    def lipschitz(self, shape: Shape) -> float:
+    def gain(self, shape: Shape) -> float:
         """Root of the largest number of windows that contain one pixel: an upper bound for the l2 norm, rounded up.
 
         Each output moves by at most the largest change in its window, so the sum of squared changes counts a pixel's

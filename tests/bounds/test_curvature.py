@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.blocks import Budget
 from certify_cli.bounds.curvature import COMPOSITION, RULES, why_no_curvature
 from certify_cli.bounds.weighted import weighted_gram_norms
-from certify_cli.bounds.blocks import Budget
 from certify_cli.network.graph import Network
 from tests.bounds.test_lipschitz import all_pairs
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
@@ -71,7 +71,7 @@ def test_two_layers_by_the_published_formula(activation: str) -> None:
 
 
 def test_softplus_formula_is_wrong_for_tanh() -> None:
-    """phi'' >= 0 keeps only v < 0; on tanh that falls below the true curvature, and ours does not (theory section 11)."""
+    """phi'' >= 0 keeps only v < 0; on tanh that falls below the true curvature, and ours does not."""
     weight_in = torch.tensor([[1.0]], dtype=torch.float64)
     network = mlp((1, 1, 2), "tanh")
     object.__setattr__(network.nodes[1].op, "weight", weight_in)

@@ -116,9 +116,10 @@ def test_padding_multiplicities_are_theorys() -> None:
 )
 def test_shapes_that_do_not_fit_are_refused(op: AffineOp, shape: Shape) -> None:
     builder = Builder(shape)
-    with pytest.raises(ValueError, match="cannot|does not fit|larger"):
-        other = builder.add("pad", Select.of(lambda t: F.pad(t, (0, 1)), shape), 0)
-        builder.add("node", op, *((0, other) if isinstance(op, Add) else (0,)))
+    other = builder.add("pad", Select.of(lambda t: F.pad(t, (0, 1)), shape), 0)
+    inputs = (0, other) if isinstance(op, Add) else (0,)
+    with pytest.raises(ValueError, match=r"cannot|does not fit|larger"):
+        builder.add("node", op, *inputs)
 
 
 def test_builder_drops_what_does_not_lead_to_the_output_and_keeps_names_unique() -> None:

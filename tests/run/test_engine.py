@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def test_effort_never_lowers_a_radius_by_more_than_rounding() -> None:
         [s.certified_radius or 0.0 for s in certify(model_of(network), data, effort=effort).samples]
         for effort in ("fast", "normal", "max")
     ]
-    for less, more in zip(radii, radii[1:], strict=False):
+    for less, more in pairwise(radii):
         assert all(b >= a * (1 - 1e-9) for a, b in zip(less, more, strict=True))
 
 
