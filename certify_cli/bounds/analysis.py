@@ -38,7 +38,9 @@ class PairTable:
         wanted[predicted.unique()] = True
         pairs = (wanted & view.isnan()).nonzero()
         if len(pairs):
-            view[pairs[:, 0], pairs[:, 1]] = self._bound(pairs.flip(1) if swap else pairs)
+            bound = self._bound(pairs.flip(1) if swap else pairs)
+            # NaN means not computed yet; as a bound (0 times an overflow) it says nothing, which is inf
+            view[pairs[:, 0], pairs[:, 1]] = bound.masked_fill(bound.isnan(), torch.inf)
 
 
 class Analysis:

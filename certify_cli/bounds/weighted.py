@@ -25,10 +25,10 @@ def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: 
     lambda_max(D G D) <= max_i (|G| w o p)_i / p_i with G = T T^T, D = diag(sqrt(w)) (Collatz and Wielandt).
     """
     count, (rows, columns) = len(weights), matrix.shape
-    if not bool((weights > 0).any()):
-        return torch.zeros(count, dtype=torch.float64, device=weights.device)
     if not bool(weights.isfinite().all()) or not bool(matrix.isfinite().all()):
         return torch.full((count,), torch.inf, dtype=torch.float64, device=weights.device)
+    if not bool((weights > 0).any()):
+        return torch.zeros(count, dtype=torch.float64, device=weights.device)
     largest, scale, height = weights.amax(1), power_of_two(matrix), power_of_two(weights)
     matrix, weights = matrix / scale, weights / height  # so that no square or product overflows, or vanishes
     # weights that only rounding made positive: their whole trace is added instead, they would bring denormal numbers

@@ -103,9 +103,7 @@ def test_one_rising_activation_flips_where_its_argument_does(name: str, method: 
         level = float(phi.value(tensor(t))[0])
         if name in ("relu", "selu") and t < 0:
             continue  # flat (or nearly) there: the level is not where the argument crosses t
-        network = dense_stack(
-            (w.unsqueeze(0), None), phi, (tensor([1.0], [0.0]), tensor(0.0, level))
-        )
+        network = dense_stack((w.unsqueeze(0), None), phi, (tensor([1.0], [0.0]), tensor(0.0, level)))
         gaps = tensor(-3.0, -0.5, -1e-3, 1e-3, 0.5, 3.0, 30.0)
         x = (t + gaps).unsqueeze(1) * w / size**2
         found = certify(network, x, method)
