@@ -16,7 +16,7 @@ from tests.soundness.common import certify, dense_stack
 ACTIVATIONS = ("tanh", "sigmoid", "softplus:3", "gelu", "silu", "elu", "sin", "relu")
 seeds = st.integers(0, 2**31)
 names = st.sampled_from(ACTIVATIONS)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=15, deadline=None)
 ROUNDING = 1e-6
 """Eigenvalue proofs are sharp to a relative 1e-9, or 1e-2 at worst where Lanczos has not converged; small ones do."""
 

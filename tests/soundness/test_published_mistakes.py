@@ -97,7 +97,7 @@ def test_the_runner_up_need_not_be_the_nearest() -> None:
 
 
 def test_margins_and_gradients_of_different_rivals() -> None:
-    """min_i f_i over min_i ||g_i||, or the runner-up's margin with another's gradient: neither belongs to a function."""
+    """The least margin over the least gradient, or one rival's margin with another's gradient: of no function."""
     network = dense_stack((tensor([0.0, 0.0], [-1.0, 0.0], [0.0, 10.0]), tensor(2.0, 1.0, 0.0)))
     x = torch.zeros(1, 2, dtype=torch.float64)
     margins, gradients = (1.0, 2.0), (1.0, 10.0)
