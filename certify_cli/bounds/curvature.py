@@ -53,14 +53,28 @@ class Stack:
 
 
 @dataclass(frozen=True, eq=False)
+class Adjoints:
+    """Where the adjoints v_l of a batch of margins can lie, over all inputs, keyed by layer.
+
+    `norms` (count,): upper bounds of ||v_l||; `ranges`: lower and upper bounds (count, size) of its entries.
+    """
+
+    norms: Mapping[int, Tensor]
+    ranges: Mapping[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
 class Term:
-    """What the rules need of one layer, for a batch of pairs: w >= |needed part of v phi''| >= 0, V >= ||v_l||."""
+    """What the rules need of one layer, for a batch of margins: `weights` >= the part of -v phi'' that is positive."""
 
     curvature: Curvature
     layer: int
     weights: Tensor
-    adjoint: Tensor
-    pairs: Tensor
+    adjoints: Adjoints
+
+    @property
+    def adjoint(self) -> Tensor:
+        return self.adjoints.norms[self.layer]
 
     @property
     def stack(self) -> Stack:
@@ -113,7 +127,7 @@ def two_layers(term: Term) -> Tensor | None:
     norm = term.curvature.two_layer_norm(term.layer)
     if norm is None:
         return None
-    outer = term.curvature.later_adjoint(term.layer, term.pairs)
+    outer = term.curvature.later_adjoint(term.layer, term.adjoints)
     return times(outer, term.bend, norm, term.stack.norm, term.stack.parts)
 
 
@@ -147,42 +161,45 @@ class Curvature:
         layers = nonlinear_nodes(self.network)
         if not layers:
             return torch.zeros(len(pairs), 1, dtype=torch.float64, device=pairs.device)
-        return torch.stack([self._term(layer, pairs, rules) for layer in layers], dim=1)
+        adjoints = self._adjoints(pairs)
+        return torch.stack([self._term(layer, adjoints, rules) for layer in layers], dim=1)
 
     def lower(self, pairs: Tensor, rules: tuple[str, ...] = tuple(RULES)) -> Tensor:
         """Bounds (count,), up, of -lambda_min of the Hessian of z_a - z_b over all inputs, at least 0."""
         terms = self.terms(pairs, rules)
         return up(terms.sum(1), terms.shape[1] + 1)
 
-    def _term(self, layer: int, pairs: Tensor, rules: tuple[str, ...]) -> Tensor:
-        sensitivity = self.lipschitz.sensitivity(layer, pairs)
-        term = Term(self, layer, self._signed_weights(layer, pairs), sensitivity, pairs)
+    def _term(self, layer: int, adjoints: Adjoints, rules: tuple[str, ...]) -> Tensor:
+        term = Term(self, layer, self._signed_weights(layer, *adjoints.ranges[layer]), adjoints)
         values = [value for name in rules if (value := RULES[name](term)) is not None]
         return torch.stack(values).amin(0)
 
-    def _signed_weights(self, layer: int, pairs: Tensor) -> Tensor:
-        """w (count, size) = the largest of 0 and -v phi'' over all v_l and z_l that any input can produce."""
-        low, high = self._adjoint_range(layer, pairs)
+    def _signed_weights(self, layer: int, low: Tensor, high: Tensor) -> Tensor:
+        """w (count, size) = the largest of 0 and -v phi'' over all v_l in [low, high] and all z_l."""
         bottom, top = _activation(self.network, layer).curvature_range or (-math.inf, math.inf)
         corners = torch.stack([-low * bottom, -low * top, -high * bottom, -high * top]).amax(0)
         return up(corners.clamp(min=0.0), 1)
 
-    def _adjoint_range(self, layer: int, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """Range of v_l over all inputs: interval arithmetic backward, and LipLT's v^C_l +- sum ||B_kl e_i|| r_k V_k."""
+    def _adjoints(self, pairs: Tensor) -> Adjoints:
+        """Interval arithmetic backward, intersected with LipLT's v^C_l +- sum over later k of ||B_kl e_i|| r_k V_k."""
+        layers = nonlinear_nodes(self.network)
+        norms = {k: self.lipschitz.sensitivity(k, pairs) for k in layers}
         eye = torch.eye(self.network.classes, dtype=torch.float64, device=pairs.device)
-        cotangents = eye[pairs[:, 0]] - eye[pairs[:, 1]]
-        slopes = {k: _activation(self.network, k).slope_range for k in nonlinear_nodes(self.network)}
-        low, high = (t.flatten(1) for t in interval_pull(self.network, cotangents, slopes)[layer])
-        for expansion in self.lipschitz.expansions:
-            rows = expansion.adjoint_rows(layer, pairs)
-            spread = rows.error.unsqueeze(1)
-            for k in nonlinear_nodes(self.network):
-                if (block := expansion.blocks.get((head(self.network, k), layer))) and k > layer:
-                    reach = times(self.lipschitz.sensitivity(k, pairs), expansion.radii[k])
-                    spread = spread + times(block.columns.unsqueeze(0), reach.unsqueeze(1))
-            spread = up(spread + 2.0**-52 * rows.value.abs(), 2 * len(self.network.nodes))
-            low, high = torch.maximum(low, rows.value - spread), torch.minimum(high, rows.value + spread)
-        return low, high
+        slopes = {k: _activation(self.network, k).slope_range for k in layers}
+        ranges = interval_pull(self.network, eye[pairs[:, 0]] - eye[pairs[:, 1]], slopes)
+        for layer in layers:
+            low, high = (t.flatten(1) for t in ranges[layer])
+            for expansion in self.lipschitz.expansions:
+                rows = expansion.adjoint_rows(layer, pairs)
+                spread = rows.error.unsqueeze(1)
+                for k in layers:
+                    if k > layer and (block := expansion.blocks.get((head(self.network, k), layer))):
+                        reach = times(norms[k], expansion.radii[k])
+                        spread = spread + times(block.columns.unsqueeze(0), reach.unsqueeze(1))
+                spread = up(spread + 2.0**-52 * rows.value.abs(), 2 * len(self.network.nodes))
+                low, high = torch.maximum(low, rows.value - spread), torch.minimum(high, rows.value + spread)
+            ranges[layer] = low, high
+        return Adjoints(norms, ranges)
 
     @cached_property
     def _stacks(self) -> dict[int, Stack]:
@@ -254,14 +271,14 @@ class Curvature:
         scaled = up(math.sqrt(float(largest_eigenvalue(product.unsqueeze(0), up(slack, 12)))), 2)
         return times(scaled, first, second)
 
-    def later_adjoint(self, layer: int, pairs: Tensor) -> Tensor:
+    def later_adjoint(self, layer: int, adjoints: Adjoints) -> Tensor:
         """Bound (count,) of the norm of the adjoints at all heads that `layer` feeds, stacked."""
         found = []
         last = len(self.network.nodes) - 1
         for target in (t for t in heads(self.network) if (t, layer) in self.weights):
             own = math.sqrt(2.0) * (1 + 2.0**-50) if target == last else 0.0
-            here = torch.full((len(pairs),), own, dtype=torch.float64, device=pairs.device)
+            here = torch.full_like(adjoints.norms[layer], own)
             for k in (k for k in nonlinear_nodes(self.network) if head(self.network, k) == target and k > layer):
-                here = up(here + times(self.lipschitz.sensitivity(k, pairs), gain(self.network, k)))
+                here = up(here + times(adjoints.norms[k], gain(self.network, k)))
             found.append(here)
         return vector_norm_up(torch.stack(found, dim=1))

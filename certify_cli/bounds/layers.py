@@ -12,6 +12,7 @@ from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.bounds.lipschitz import gain
 from certify_cli.load.loaded import LoadedModel
+from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes
 
@@ -40,7 +41,11 @@ class LayerRow:
 
 def layer_table(network: Network, effort: str = "normal") -> list[LayerRow]:
     """The rows of `curvcert bounds`, first layer first; the last row is the worst pair of classes at the logits."""
-    analysis = Analysis(network, effort)
+    with exact_kernels():
+        return _rows(network, Analysis(network, effort))
+
+
+def _rows(network: Network, analysis: Analysis) -> list[LayerRow]:
     lipschitz, weights = analysis.lipschitz, analysis.weights
     pairs = (1 - torch.eye(network.classes)).nonzero().to(network.device)
     layers = nonlinear_nodes(network)
