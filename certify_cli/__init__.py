@@ -2,7 +2,7 @@
 
     from certify_cli import load_model, load_data, certify
 
-    result = certify(load_model("model.onnx"), load_data("mnist", samples="100"), eps=("0.5",))
+    result = certify(load_model("model.onnx"), load_data("mnist", samples="100"), eps=0.5)
     print(result.summary.certified_accuracy, result.samples[0].certified_radius)
 
 Nothing heavy is imported before one of these names is used.
@@ -29,6 +29,10 @@ _HOMES = {
     "load_data": "certify_cli.load.data",
     "load_model": "certify_cli.load.model",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -129,7 +129,8 @@ class Summary:
     Mean and median radius run over all samples, misclassified and uncertified ones as 0 (without labels: over the
     radii as they are); `mean_certified_radius_correct` runs over the correct samples only (the papers' figure).
     `certified_accuracy` and `attack_accuracy` are keyed by the text of each `--eps`; without labels
-    `certified_share` takes the place of `certified_accuracy`.
+    `certified_share` takes the place of `certified_accuracy`. `seconds` is the whole run; `search_seconds` the part of
+    it that the search for attacks took, null without one.
     """
 
     samples: int
@@ -141,6 +142,7 @@ class Summary:
     certified_share: dict[str, float] | None
     attack_accuracy: dict[str, float] | None
     seconds: float
+    search_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -163,7 +165,9 @@ def parse_eps(text: str) -> float:
     return value
 
 
-def summarise(samples: Iterable[Sample], eps: Sequence[str], seconds: float) -> Summary:
+def summarise(
+    samples: Iterable[Sample], eps: Sequence[str], seconds: float, search_seconds: float | None = None
+) -> Summary:
     """Add the samples up; `eps` are the texts typed, in order."""
     rows = list(samples)
     labelled = bool(rows) and all(row.label is not None for row in rows)
@@ -196,4 +200,5 @@ def summarise(samples: Iterable[Sample], eps: Sequence[str], seconds: float) -> 
         certified_share=None if labelled else certified_levels,
         attack_accuracy={text: unattacked(level) for text, level in levels.items()} if labelled else None,
         seconds=seconds,
+        search_seconds=search_seconds,
     )

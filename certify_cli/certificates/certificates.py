@@ -16,6 +16,8 @@ class Certificates:
     it. `rival` is the class that decides it, and `gradient`, `curvature_lower`, `curvature_upper` and `lipschitz`
     (upper bounds) belong to the margin towards it. `attack` is the distance, rounded up, from the sample to the row of
     `witness` (batch, *input shape), whose replay changed the prediction; NaN and the sample itself where there is none.
+    `near` (batch, *input shape) is where the bound that gave the radius is least (the sample itself if unknown): a
+    search for attacks starts there.
     """
 
     radius: Tensor
@@ -26,10 +28,24 @@ class Certificates:
     lipschitz: Tensor
     attack: Tensor
     witness: Tensor
+    near: Tensor
     method: Tensor
     """Index of the method that gave the radius, in the order of the table of methods."""
 
     ATTACK_FIELDS = ("attack", "witness")
+
+    def at(self, index: Tensor) -> Certificates:
+        """The rows at `index`."""
+        return Certificates(**{item.name: getattr(self, item.name)[index] for item in fields(self)})
+
+    def put(self, index: Tensor, rows: Certificates) -> Certificates:
+        """The same with the rows at `index` replaced."""
+        return Certificates(
+            **{
+                item.name: getattr(self, item.name).index_copy(0, index, getattr(rows, item.name))
+                for item in fields(self)
+            }
+        )
 
     def best_of(self, other: Certificates) -> Certificates:
         """The larger certified radius and the smaller attack, sample by sample; ties go to self."""

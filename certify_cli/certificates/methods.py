@@ -24,17 +24,25 @@ from certify_cli.network.graph import Network
 
 AUTO = "auto"
 TANGENTS = {"fast": 0, "normal": 1, "max": 4}
-"""By effort: at how many further points the closed form is taken, for each rival that can still be the nearest."""
+"""By effort: at how many further points `curvature` takes the closed form, for each rival that can be the nearest."""
+DUAL_STEPS = {"fast": 4, "normal": 20, "max": 100}
+"""By effort: at how many points at most `dual` does, stopping where a step gains nothing."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?)."""
+    """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?).
+
+    `attacks`: whether it can promise attacks; of several methods only the first that can is asked to. `dear`: `auto`
+    spares it a sample whose verdicts are known.
+    """
 
     name: str
     summary: str
     applies: Callable[[Network], str | None]
     certify: Callable[[Analysis, Point, bool], Certificates]
+    attacks: bool = False
+    dear: bool = False
 
 
 def by_lipschitz(analysis: Analysis, point: Point, attack: bool) -> Certificates:
@@ -43,28 +51,39 @@ def by_lipschitz(analysis: Analysis, point: Point, attack: bool) -> Certificates
     radius, rival = _weakest(point, lipschitz_radius(point.margin_low, lipschitz))
     none = torch.full_like(radius, torch.nan)
     return Certificates(
-        radius,
-        rival,
-        none,
-        none,
-        none,
-        _at(lipschitz, rival),
-        none,
-        point.x,
-        torch.full_like(rival, _index("lipschitz")),
+        radius=radius,
+        rival=rival,
+        gradient=none,
+        curvature_lower=none,
+        curvature_upper=none,
+        lipschitz=_at(lipschitz, rival),
+        attack=none,
+        witness=point.x,
+        near=point.x,
+        method=torch.full_like(rival, _index("lipschitz")),
     )
 
 
 def by_curvature(analysis: Analysis, point: Point, attack: bool) -> Certificates:
-    """The closed form with the global curvature bound, joined with the Lipschitz constant, then at further points;
-    attack along -g."""
+    """The closed form with the global curvature bound, joined with the Lipschitz constant, at the sample and at few
+    further points; attack along -g."""
+    return _by_tangents("curvature", TANGENTS, analysis, point, attack)
+
+
+def by_dual(analysis: Analysis, point: Point, attack: bool) -> Certificates:
+    """The same, at further points until the gap stops closing: the published dual (CRC) for all rivals."""
+    return _by_tangents("dual", DUAL_STEPS, analysis, point, attack)
+
+
+def _by_tangents(name: str, steps: dict[str, int], analysis: Analysis, point: Point, attack: bool) -> Certificates:
     predicted = point.prediction
     lipschitz = analysis.lipschitz_pairs.rows(predicted)
     lower = analysis.curvature_pairs.rows(predicted)
     upper = analysis.curvature_pairs.columns(predicted)
     gradient = point.gradient_norm
     table = hybrid_radius(point.margin_low, gradient, lower, lipschitz)
-    radius, rival = _weakest(point, sharpened(point, table, lower, TANGENTS[analysis.effort]))
+    sharp = sharpened(point, table, lower, upper, steps[analysis.effort])
+    radius, rival = _weakest(point, sharp.radius)
     norm, witness = torch.full_like(radius, torch.nan), point.x
     if attack:
         promised = attack_radius(point.margin_high, point.gradient_norm_low, upper)
@@ -72,15 +91,16 @@ def by_curvature(analysis: Analysis, point: Point, attack: bool) -> Certificates
         direction = -point.gradients.value[torch.arange(len(target), device=target.device), target]
         witness, norm = replayed(point, direction, nearest)
     return Certificates(
-        radius,
-        rival,
-        _at(gradient, rival),
-        _at(lower, rival),
-        _at(upper, rival),
-        _at(lipschitz, rival),
-        norm,
-        witness,
-        torch.full_like(rival, _index("curvature")),
+        radius=radius,
+        rival=rival,
+        gradient=_at(gradient, rival),
+        curvature_lower=_at(lower, rival),
+        curvature_upper=_at(upper, rival),
+        lipschitz=_at(lipschitz, rival),
+        attack=norm,
+        witness=witness,
+        near=sharp.ends,
+        method=torch.full_like(rival, _index(name)),
     )
 
 
@@ -110,6 +130,15 @@ METHODS: dict[str, Method] = {
             "closed form with a global curvature bound, joined with the Lipschitz constant; attack certificates",
             why_no_curvature,
             by_curvature,
+            attacks=True,
+        ),
+        Method(
+            "dual",
+            "the same closed form at further points until the gap stops closing (CRC, all rivals)",
+            why_no_curvature,
+            by_dual,
+            attacks=True,
+            dear=True,
         ),
     )
 }
@@ -138,9 +167,29 @@ def select(name: str, network: Network) -> tuple[Method, ...]:
     return (METHODS[name],)
 
 
-def certify_batch(methods: tuple[Method, ...], analysis: Analysis, point: Point, attack: bool) -> Certificates:
-    """The best of the given methods, sample by sample."""
-    best = methods[0].certify(analysis, point, attack)
+def certify_batch(
+    methods: tuple[Method, ...], analysis: Analysis, point: Point, attack: bool, levels: tuple[float, ...] = ()
+) -> Certificates:
+    """The best of the given methods, sample by sample, in their order.
+
+    levels: radii whose verdicts are wanted. Where they are given, a sample for which every verdict is known (certified
+    above the level, or attacked at or below it) is spared the dear methods, unless the effort is `max`.
+    """
+    best = methods[0].certify(analysis, point, attack and methods[0].attacks)
+    asked = methods[0].attacks
     for method in methods[1:]:
-        best = best.best_of(method.certify(analysis, point, attack))
+        todo = torch.arange(len(point.x), device=point.x.device)
+        if method.dear and levels and analysis.effort != "max":
+            todo = (~_decided(best, levels)).nonzero().squeeze(1)
+        if not len(todo):
+            continue
+        part = point if len(todo) == len(point.x) else point.at(todo)
+        found = method.certify(analysis, part, attack and method.attacks and not asked)
+        best = best.put(todo, best.at(todo).best_of(found))
+        asked = asked or method.attacks
     return best
+
+
+def _decided(found: Certificates, levels: tuple[float, ...]) -> Tensor:
+    known = [(found.radius > level) | (found.attack <= level) for level in levels]
+    return torch.stack(known).all(0)

@@ -11,6 +11,8 @@ the sample is least, which is where a majorise-minimise step leads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from certify_cli.certificates.closed_form import curvature_radius
 from certify_cli.certificates.point import Point
 from certify_cli.network.linearised import pull
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, up, vector_norm_up
+
+GAIN = 1e-4
+"""A relative gain below which no further point is tried."""
 
 
 def tangent(point: Point, rival: Tensor, moved: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,13 +53,23 @@ def tangent(point: Point, rival: Tensor, moved: Tensor, curvature: Tensor) -> tu
     return torch.where(there.finite, radius, torch.zeros_like(radius)), p.reshape(moved.shape)
 
 
-def sharpened(point: Point, radius: Tensor, curvature: Tensor, steps: int) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Sharpened:
+    """`radius`: the table (batch, classes), improved; `ends`: where the last minorant of the deciding rival is least,
+    (batch, *input shape): close to the decision boundary when the bound is sharp."""
+
+    radius: Tensor
+    ends: Tensor
+
+
+def sharpened(point: Point, radius: Tensor, lower: Tensor, upper: Tensor, steps: int) -> Sharpened:
     """The table of radii (batch, classes) with its weakest entries improved by tangents at further points.
 
-    Only a rival that is a sample's weakest can matter, so the weakest one is improved until it has had its turn:
-    `steps` majorise-minimise steps, each from the last minorant's least point on its certified sphere.
+    Only a rival that is a sample's weakest can matter, so the weakest one is improved until it has had its turn.
+    lower, upper (batch, classes): bounds of -lambda_min and lambda_max of the margins' Hessians, valid everywhere.
     """
-    radius, treated = radius.clone(), point.own.clone()
+    radius, treated, ends = radius.clone(), point.own.clone(), point.x.clone()
+    decided = torch.full_like(radius[:, 0], torch.inf)
     every = torch.arange(len(radius), device=radius.device)
     for _ in range(point.network.classes - 1 if steps else 0):
         weakest = radius.masked_fill(point.own, torch.inf).argmin(1)
@@ -62,15 +77,37 @@ def sharpened(point: Point, radius: Tensor, curvature: Tensor, steps: int) -> Te
         todo = (~treated[every, weakest] & (found > 0) & found.isfinite()).nonzero().squeeze(1)
         if not len(todo):
             break
-        rival, part, least = weakest[todo], point.at(todo), found[todo]
+        rival = weakest[todo]
         treated[todo, rival] = True
-        m = curvature[todo, rival]
-        p, reach, best = point.gradients.value[todo, rival], least, least
-        for _ in range(steps):
-            size = vector_norm_up(p.flatten(1)).clamp(min=1e-300)
-            moved = part.x - p * (reach / size).reshape(-1, *[1] * (p.dim() - 1))
-            value, p = tangent(part, rival, moved, m)
-            best = torch.maximum(best, value)
-            reach = torch.maximum(value, least)
+        best, moved = _descended(point, todo, rival, found[todo], lower[todo, rival], upper[todo, rival], steps)
         radius[todo, rival] = best
-    return radius
+        nearer = best < decided[todo]
+        decided[todo[nearer]], ends[todo[nearer]] = best[nearer], moved[nearer]
+    return Sharpened(radius, ends)
+
+
+def _descended(
+    point: Point, index: Tensor, rival: Tensor, radius: Tensor, lower: Tensor, upper: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Best radius, and the last point, of projected gradient steps on f + M/2 ||.||^2 over the certified ball.
+
+    The gradient there is p, its Lipschitz constant at most M- + M+; the minimum on the ball is the published dual's.
+    A sample is left alone once a step gains less than GAIN. Any step is sound: it only says where to look.
+    """
+    shape = (-1, *[1] * (point.x.dim() - 1))
+    best, ends = radius.clone(), point.x[index].clone()
+    p = point.gradients.value[index, rival]
+    live = torch.arange(len(index), device=index.device)
+    for _ in range(steps):
+        part, m = point.at(index[live]), lower[live]
+        smooth = m + upper[live]
+        aim = smooth.reshape(shape) * (ends[live] - part.x) - p
+        reach = torch.minimum(1 / smooth, best[live] / vector_norm_up(aim.flatten(1)))
+        ends[live] = part.x + reach.nan_to_num(nan=0.0, posinf=0.0).reshape(shape) * aim
+        value, p = tangent(part, rival[live], ends[live], m)
+        gained = value > best[live] * (1 + GAIN)
+        best[live] = torch.maximum(best[live], value)
+        live, p = live[gained], p[gained]
+        if not len(live):
+            break
+    return best, ends

@@ -126,7 +126,7 @@ def _records(job: Job, eps: tuple[str, ...], started: float, reporter: Reporter)
     for sample in reporter.track(job.samples(), job.total, "certifying"):
         done.append(sample)
         yield sample
-    summary = summarise(done, eps, time.perf_counter() - started)
+    summary = summarise(done, eps, time.perf_counter() - started, job.search_seconds)
     if at_chance_level(summary, job.run.model.classes):
         reporter.warning(
             f"accuracy {summary.accuracy:.4f} is no better than guessing among {job.run.model.classes} classes: the "

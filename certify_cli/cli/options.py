@@ -15,7 +15,7 @@ from certify_cli.errors import UsageError
 from certify_cli.output.formats import FORMATS
 from certify_cli.run.settings import ATTACKS, EFFORTS, LAYOUTS
 
-METHOD_NAMES = ("auto", "lipschitz", "curvature")
+METHOD_NAMES = ("auto", "lipschitz", "curvature", "dual")
 """For help and completion only, which must not load torch; `certificates.methods.METHODS` decides what is valid."""
 
 DATA_LAYOUTS = ("nchw", "nhwc")
@@ -107,7 +107,12 @@ Method = Annotated[
 ]
 Effort = Annotated[str, _choice("--effort", EFFORTS, "How much time to spend on tighter bounds.")]
 Attack = Annotated[
-    str, _choice("--attack", ATTACKS, "certificate: the attacks that the certificates promise, each replayed.")
+    str,
+    _choice(
+        "--attack",
+        ATTACKS,
+        "certificate: the attacks that the certificates promise, each replayed; search: nearer ones by a search, too.",
+    ),
 ]
 Eps = Annotated[
     list[str] | None,

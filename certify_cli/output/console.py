@@ -126,8 +126,13 @@ SAMPLE_COLUMNS = (
 
 LEGEND = """\
 certified radius: no perturbation of smaller norm changes the prediction
-attack radius:    a perturbation of this norm does (norms are Euclidean)
+attack radius:    a perturbation of this norm does (norms are Euclidean){missing}
 """
+MISSING = {
+    "certificate": "\n                  -: no certificate promises one; --attack search looks for more",
+    "search": "\n                  -: the search found none",
+    "none": "; none was asked for",
+}
 
 
 def table(records: Iterable[Record], view: View) -> Iterator[str]:
@@ -139,7 +144,8 @@ def table(records: Iterable[Record], view: View) -> Iterator[str]:
     hidden = len(whole.samples) - len(shown)
     if hidden:
         yield f"{hidden} more samples (--all shows every row)\n"
-    yield f"\n{LEGEND}\n{summary_block(whole)}"
+    legend = LEGEND.format(missing=MISSING.get(whole.run.attack, ""))
+    yield f"\n{legend}\n{summary_block(whole)}"
 
 
 def sample_row(sample: Sample, run: Run) -> tuple[str, ...]:
@@ -175,19 +181,23 @@ def summary_block(whole: Document) -> str:
         found = sum(sample.status == status for sample in whole.samples)
         if found:
             rows.append((name, str(found)))
+    # as in the papers, a misclassified sample counts as radius 0 wherever labels are known
+    counted = "" if summary.accuracy is None else ", misclassified as 0"
     if summary.accuracy is not None:
         rows.append(("accuracy", share(summary.accuracy, count)))
     rows += [
-        ("mean certified radius", number(summary.mean_certified_radius, DOWN)),
-        ("median certified radius", number(summary.median_certified_radius, DOWN)),
+        (f"mean certified radius{counted}", number(summary.mean_certified_radius, DOWN)),
+        (f"median certified radius{counted}", number(summary.median_certified_radius, DOWN)),
     ]
     if summary.mean_certified_radius_correct is not None:
         rows.append(("mean certified radius, correct samples", number(summary.mean_certified_radius_correct, DOWN)))
-    for name, levels, rounding in (
-        ("certified accuracy", summary.certified_accuracy, DOWN),
-        ("certified share", summary.certified_share, DOWN),
-        ("accuracy under attack", summary.attack_accuracy, UP),
+    for name, levels in (
+        ("certified accuracy", summary.certified_accuracy),
+        ("certified share", summary.certified_share),
+        ("accuracy under attack", summary.attack_accuracy),
     ):
-        rows += [(f"{name} at {eps}", share(value, count, rounding)) for eps, value in (levels or {}).items()]
+        rows += [(f"{name} at {eps}", share(value, count)) for eps, value in (levels or {}).items()]
     rows.append(("time", seconds(summary.seconds)))
+    if summary.search_seconds is not None:
+        rows.append(("time of the search for attacks", seconds(summary.search_seconds)))
     return pairs(rows)

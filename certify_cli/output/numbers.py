@@ -25,7 +25,7 @@ def number(value: float | None, rounding: str = NEAREST) -> str:
     return f"{Context(prec=DECIMALS, rounding=rounding).create_decimal(exact):.3e}"
 
 
-def share(fraction: float | None, total: int, rounding: str = NEAREST) -> str:
+def share(fraction: float | None, total: int) -> str:
     """A share of `total` samples as percentage and count, such as "43.12 %  (4312 of 10000)"; "-" for None.
 
     The count is recovered first: 0.4312 as float64 may lie just below 0.4312, and must still be shown as 43.12 %.
@@ -33,7 +33,7 @@ def share(fraction: float | None, total: int, rounding: str = NEAREST) -> str:
     if fraction is None or total == 0:
         return "-"
     count = round(fraction * total)
-    percent = (Decimal(100) * count / total).quantize(Decimal("0.01"), rounding=rounding)
+    percent = (Decimal(100) * count / total).quantize(Decimal("0.01"), rounding=NEAREST)
     return f"{percent:f} %  ({count} of {total})"
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from certify_cli.bounds.analysis import Analysis
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import certify_batch, method_name, select
 from certify_cli.certificates.point import Point
+from certify_cli.certificates.search import searched
 from certify_cli.errors import DataError, UsageError
 from certify_cli.load.data import Dataset
 from certify_cli.load.fit import fit
@@ -34,6 +35,9 @@ NO_BOUND = "the bound on this network is too large for a positive radius"
 HUGE = 1e100
 """Radii above it are no distance any more: the margins do not depend on the input, but for rounding."""
 NEVER = f"no perturbation of norm below {HUGE:g} changes the prediction: its margins do not depend on the input"
+
+
+Radii = str | float | Sequence[str | float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,7 @@ class Job:
         self.total = len(data.x)
         self.eps = settings.eps
         self.witnesses: list[Witness] = []
+        self.search_seconds: float | None = None
         self._network, self._data, self._settings = network, data, settings
         self._methods = select(settings.method, network)
         self._analysis = Analysis(network, settings.effort)
@@ -77,11 +82,29 @@ class Job:
             with exact_kernels():
                 x = self._data.x[part].to(self._network.device, torch.float64)
                 point = Point(self._network, x)
-                found = certify_batch(self._methods, self._analysis, point, self._settings.attack != "none")
-                records = self._records(part, point, found)
+                settings = self._settings
+                found = certify_batch(self._methods, self._analysis, point, settings.attack != "none", settings.levels)
+                promised = found.attack.isfinite()
+                if settings.attack == "search":
+                    found, promised = self._searched(point, found)
+                records = self._records(part, point, found, promised)
             yield from records
 
-    def _records(self, part: slice, point: Point, found: Certificates) -> list[Sample]:
+    def _searched(self, point: Point, found: Certificates) -> tuple[Certificates, Tensor]:
+        """The certificates with nearer attacks where the search finds them; which attacks a certificate promised."""
+        start = time.perf_counter()
+        witness, norm = searched(point, found.near, found.radius, self._settings.effort)
+        nearer = norm < found.attack.nan_to_num(nan=torch.inf)
+        shape = (-1, *[1] * (witness.dim() - 1))
+        better = replace(
+            found,
+            attack=torch.where(nearer, norm, found.attack),
+            witness=torch.where(nearer.reshape(shape), witness, found.witness),
+        )
+        self.search_seconds = (self.search_seconds or 0.0) + time.perf_counter() - start
+        return better, found.attack.isfinite() & ~nearer
+
+    def _records(self, part: slice, point: Point, found: Certificates, promised: Tensor) -> list[Sample]:
         data = self._data
         labels = data.y[part].tolist() if data.y is not None else [None] * len(point.x)
         margin, runner_up = point.margin.min(1)
@@ -97,6 +120,7 @@ class Job:
             "runner_up": runner_up.tolist(),
             "prediction": point.prediction.tolist(),
             "finite": point.finite.tolist(),
+            "promised": promised.tolist(),
             "safe": (point.margin_low.min(1).values > 0).tolist(),
         }
         records = []
@@ -138,7 +162,7 @@ def _record(index: int, label: int | None, values: dict[str, Any], inside: bool 
         lipschitz=_number(values["lipschitz"]),
         certified_radius=radius if reason is None else None,
         attack_radius=attack,
-        attack_kind=None if attack is None else "certificate",
+        attack_kind=None if attack is None else "certificate" if values["promised"] else "search",
         attack_in_range=None if attack is None else inside,
         method=method_name(values["method"]) if status == CERTIFIED else None,
         status=status,
@@ -187,15 +211,44 @@ def prepare(model: LoadedModel, data: Dataset, settings: Settings, arguments: di
     return Job(network.to(device), data, settings, run)
 
 
-def certify(model: LoadedModel, data: Dataset, **options: Any) -> Result:
-    """Certify every sample of `data`; options are the fields of `Settings` (method="auto", eps=("0.5",), ...).
+def certify(
+    model: LoadedModel,
+    data: Dataset,
+    *,
+    method: str = "auto",
+    effort: str = "normal",
+    attack: str = "certificate",
+    eps: Radii = (),
+    device: str = "auto",
+    batch_size: int | None = None,
+    threads: int | None = None,
+    memory: int | None = None,
+    mean: float | Sequence[float] = (),
+    std: float | Sequence[float] = (),
+    layout: str | None = None,
+) -> Result:
+    """Certify every sample of `data`: the same records as the command line's.
 
-    The same records as the command line's. Raises CurvcertError for what cannot run.
+    eps: radii at which the certified accuracy is wanted: 0.5, "36/255", or several. mean, std: one value, or one a
+    channel. memory in bytes. Raises CurvcertError (UsageError, DataError, MethodError) for what cannot run.
     """
-    job = prepare(model, data, Settings(**options), dict(options))
+    arguments = {key: value for key, value in locals().items() if key not in ("model", "data")}
+    settings = Settings(**arguments | {"eps": _texts(eps), "mean": _numbers(mean), "std": _numbers(std)})
+    job = prepare(model, data, settings, arguments)
     start = time.perf_counter()
     samples = tuple(job.samples())
-    return Result(job.run, samples, summarise(samples, job.eps, time.perf_counter() - start))
+    return Result(job.run, samples, summarise(samples, job.eps, time.perf_counter() - start, job.search_seconds))
+
+
+def _texts(eps: Radii) -> tuple[str, ...]:
+    return tuple(str(level) for level in ([eps] if isinstance(eps, str | int | float) else eps))
+
+
+def _numbers(values: float | Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in ([values] if isinstance(values, int | float) else values))
+    except (TypeError, ValueError):
+        raise UsageError(f"mean and std must be numbers, one or one a channel, not {values!r}") from None
 
 
 def _device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ from certify_cli.errors import UsageError
 from certify_cli.records import parse_eps
 
 EFFORTS = ("fast", "normal", "max")
-ATTACKS = ("certificate", "none")
+ATTACKS = ("certificate", "search", "none")
 LAYOUTS = ("nchw", "nhwc", "flat")
 
 
@@ -46,6 +46,11 @@ class Settings:
                 raise UsageError(f"{option} {value} must be at least 1")
         for text in self.eps:
             parse_eps(text)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The radii of `eps` as numbers."""
+        return tuple(parse_eps(text) for text in self.eps)
 
 
 def _among(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -75,6 +75,7 @@ class FakeJob:
     labels: list[int | None]
     pause: float
     witnesses: list[Any] = field(default_factory=list)
+    search_seconds: float | None = None
 
     def samples(self) -> Iterator[Sample]:
         for index in range(self.total):
@@ -111,7 +112,7 @@ def modules() -> dict[str, ModuleType]:
     """The replaced modules by name."""
     made = {
         "certify_cli.run.engine": {"prepare": prepare},
-        "certify_cli.certificates.methods": {"METHODS": {"lipschitz": None, "curvature": None}},
+        "certify_cli.certificates.methods": {"METHODS": {"lipschitz": None, "curvature": None, "dual": None}},
     }
     result = {}
     for name, members in made.items():

@@ -110,9 +110,9 @@ def test_settings_arrive(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--method nonsense", "--method 'nonsense' is not one of auto, lipschitz, curvature"),
+        ("--method nonsense", "--method 'nonsense' is not one of auto, lipschitz, curvature, dual"),
         ("--effort extreme", "--effort 'extreme' is not one of fast, normal, max"),
-        ("--attack search", "--attack 'search' is not one of certificate, none"),
+        ("--attack magic", "--attack 'magic' is not one of certificate, search, none"),
         ("--format yaml", "--format 'yaml' is not one of table, json, jsonl, csv"),
         ("--layout chw", "--layout 'chw' is not one of nchw, nhwc, flat"),
         ("--data-layout chw", "--data-layout 'chw' is not one of nchw, nhwc"),

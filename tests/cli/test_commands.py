@@ -65,7 +65,11 @@ def test_inspect_json(curvcert: Curvcert) -> None:
     assert [node["parameters"] for node in found["nodes"]] == [0, 25, 0, 18]
     assert found["nodes"][3]["inputs"] == ["act"]
     assert found["nodes"][2]["operation"] == "softplus(beta=10)"
-    assert {method["name"]: method["applies"] for method in found["methods"]} == {"lipschitz": True, "curvature": True}
+    assert {method["name"]: method["applies"] for method in found["methods"]} == {
+        "lipschitz": True,
+        "curvature": True,
+        "dual": True,
+    }
     assert all(method["reason"] is None for method in found["methods"])
 
 

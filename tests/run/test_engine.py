@@ -132,6 +132,17 @@ def test_effort_never_lowers_a_radius_by_more_than_rounding() -> None:
         assert all(b >= a * (1 - 1e-9) for a, b in zip(less, more, strict=True))
 
 
+def test_radii_and_normalisation_as_a_caller_would_write_them() -> None:
+    network = mlp((4, 5, 3))
+    data = data_of(points(network, 6), torch.zeros(6, dtype=torch.int64))
+    for eps, keys in ((0.5, ["0.5"]), ("36/255", ["36/255"]), ([0.25, "1/2"], ["0.25", "1/2"])):
+        assert list(certify(model_of(network), data, eps=eps).summary.certified_accuracy or {}) == keys
+    image = certify(model_of(SMOOTH["convolutional"]), data_of(points(SMOOTH["convolutional"], 2)), mean=0.5, std=[2])
+    assert image.run.preprocessing["mean"] == [0.5]
+    with pytest.raises(UsageError, match="numbers"):
+        certify(model_of(network), data, mean="none")  # type: ignore[arg-type]
+
+
 def test_no_attack_when_none_is_asked_for() -> None:
     network = SMOOTH["two layers, tanh"]
     found = certify(model_of(network), data_of(points(network, 5)), attack="none")
@@ -151,7 +162,7 @@ def test_a_piecewise_network_gets_the_lipschitz_radius() -> None:
     [
         ({"method": "magic"}, "--method 'magic'"),
         ({"effort": "huge"}, "--effort 'huge'"),
-        ({"attack": "search"}, "--attack 'search'"),
+        ({"attack": "magic"}, "--attack 'magic'"),
         ({"device": "cuda:77"}, "--device 'cuda:77'"),
         ({"batch_size": 0}, "--batch-size"),
         ({"eps": ("zero",)}, "--eps 'zero'"),
