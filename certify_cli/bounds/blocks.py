@@ -21,6 +21,8 @@ from certify_cli.numerics.rounding import up, vector_norm_up
 
 MATRIX_ENTRIES = 2**24
 """Largest block that is written out as a matrix (128 MiB)."""
+CHUNK_ENTRIES = 2**20
+"""Unit vectors are sent through the network in chunks whose widest value holds this many entries (8 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,10 @@ def _block(composed: _Composed, image: Vectors | None, keep: bool, device: torch
     return Block(norm, rows, columns, matrix.contiguous() if keep else None, error)
 
 
-def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int], chunk: int = 512) -> dict[int, Vectors]:
+def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int]) -> dict[int, Vectors]:
     """The blocks from `source` as rows of images of its unit vectors (source size, *head shape)."""
     node = network.nodes[source]
+    chunk = max(8, CHUNK_ENTRIES // max(n.size for n in network.nodes))
     parts: dict[int, list[Vectors]] = {target: [] for target in wanted}
     for start in range(0, node.size, chunk):
         count = min(chunk, node.size - start)
