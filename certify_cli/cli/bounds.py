@@ -28,7 +28,7 @@ COLUMNS = (
 def bounds(
     model: opt.ModelFile,
     activation: opt.ActivationName = None,
-    format: opt.PlainFormat = "table",
+    format: opt.PlainFormat = None,
     output: opt.OutputFile = None,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -36,7 +36,7 @@ def bounds(
 
     All figures are upper bounds; the table shows them rounded up.
     """
-    opt.one_of("--format", format, opt.PLAIN_FORMATS)
+    form = opt.format_of(format, output, opt.PLAIN_FORMATS)
     with sink(output) as out, Reporter(quiet) as reporter:
         from certify_cli import load_model
         from certify_cli.bounds.layers import layer_table
@@ -45,7 +45,7 @@ def bounds(
         reporter.notes(loaded.notes)
         reporter.stage("bounding the network")
         rows = layer_table(loaded.network)
-        if format == "json":
+        if form == "json":
             layers = [row.to_dict() for row in rows]
             out.write(pretty({"schema": SCHEMA, "model": asdict(loaded.info), "layers": layers}) + "\n")
             return

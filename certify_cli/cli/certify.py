@@ -13,6 +13,7 @@ from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import atomic, refusing, sink
 from certify_cli.cli.witnesses import save_witnesses
+from certify_cli.errors import UsageError
 from certify_cli.output.document import Record
 from certify_cli.output.formats import FORMATS
 from certify_cli.records import Sample, Summary, summarise
@@ -49,7 +50,7 @@ def certify(
     batch_size: opt.BatchSize = "auto",
     threads: opt.Threads = "auto",
     memory: opt.Memory = "auto",
-    format: opt.RecordFormat = "table",
+    format: opt.RecordFormat = None,
     output: opt.OutputFile = None,
     all_rows: opt.AllRows = False,
     witnesses: opt.Witnesses = None,
@@ -59,7 +60,13 @@ def certify(
 
     No perturbation of a smaller Euclidean norm changes the model's prediction: this is proved, not tested.
     """
-    form = FORMATS[opt.one_of("--format", format, FORMATS)]
+    form_name = opt.format_of(format, output, FORMATS)
+    form = FORMATS[form_name]
+    opt.npz_name("--witnesses", witnesses)
+    if witnesses is not None and attack == "none":
+        raise UsageError(
+            "--witnesses writes the attacks that are found, but --attack none looks for none; leave out one of the two"
+        )
     opt.one_of("--split", split, opt.SPLITS)
     opt.one_of("--data-layout", data_layout, opt.DATA_LAYOUTS)
     settings = Settings(
@@ -83,6 +90,8 @@ def certify(
         atomic(witnesses, "--witnesses", "wb") if witnesses is not None else nullcontext() as witness_file,
         Reporter(quiet, bar=not (form.streams and out.terminal)) as reporter,
     ):
+        if form_name == "csv" and eps:
+            reporter.note("csv has one row a sample; the accuracies at --eps are in the formats json, jsonl and table")
         from certify_cli import load_data, load_model
         from certify_cli.certificates.methods import METHODS
         from certify_cli.run.engine import prepare

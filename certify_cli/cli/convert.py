@@ -15,7 +15,7 @@ from certify_cli.records import SCHEMA
 def convert(
     source: opt.SourceFile,
     target: opt.TargetFile,
-    format: opt.PlainFormat = "table",
+    format: opt.PrintedFormat = "table",
     quiet: opt.Quiet = False,
 ) -> None:
     """Convert ONNX to safetensors.

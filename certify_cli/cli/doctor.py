@@ -53,7 +53,7 @@ class Check:
 
 def doctor(
     device: opt.Device = "auto",
-    format: opt.PlainFormat = "table",
+    format: opt.PlainFormat = None,
     output: opt.OutputFile = None,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -61,7 +61,7 @@ def doctor(
 
     Exit code 1 if there is a fault.
     """
-    opt.one_of("--format", format, opt.PLAIN_FORMATS)
+    form = opt.format_of(format, output, opt.PLAIN_FORMATS)
     with sink(output) as out, Reporter(quiet) as reporter:
         reporter.stage("checking")
         checks = [check_library(name, module) for name, module in LIBRARIES.items()]
@@ -76,7 +76,7 @@ def doctor(
             "checks": [asdict(check) for check in checks],
             "ok": all(check.ok for check in checks),
         }
-        out.write(pretty(found) + "\n" if format == "json" else as_text(found, checks, out.view))
+        out.write(pretty(found) + "\n" if form == "json" else as_text(found, checks, out.view))
     if not found["ok"]:
         faults = "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.ok)
         print(f"curvcert: doctor found a fault: {faults}", file=sys.stderr)

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 def inspect(
     model: opt.ModelFile,
     activation: opt.ActivationName = None,
-    format: opt.PlainFormat = "table",
+    format: opt.PlainFormat = None,
     output: opt.OutputFile = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Show what a model file holds and which methods apply."""
-    opt.one_of("--format", format, opt.PLAIN_FORMATS)
+    form = opt.format_of(format, output, opt.PLAIN_FORMATS)
     with sink(output) as out, Reporter(quiet) as reporter:
         from certify_cli import load_model
 
         loaded = load_model(model, activation=activation)
         found = describe(loaded)
-        if format == "json":
+        if form == "json":
             out.write(pretty(found) + "\n")
         else:
             reporter.notes(loaded.notes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -27,13 +28,16 @@ AUTO = "auto"
 Number = TypeVar("Number", int, float)
 
 
-def _choice(flag: str, names: Sequence[str], help: str, *more: str) -> Any:
-    """An option with named values; they are checked by `one_of`, whose message lists them."""
+def _choice(flag: str, names: Sequence[str], help: str, default: str | bool = True) -> Any:
+    """An option with named values, checked by `one_of`, whose message lists them; help shows `default` as its default.
+
+    True is the default as declared.
+    """
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
 
-    return typer.Option(flag, *more, metavar="|".join(names), help=help, autocompletion=complete)
+    return typer.Option(flag, metavar="|".join(names), help=help, autocompletion=complete, show_default=default)
 
 
 ModelFile = Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX or safetensors file.", show_default=False)]
@@ -132,11 +136,21 @@ Memory = Annotated[
     str, typer.Option("--memory", metavar="SIZE|auto", help="Memory to stay within, such as 2GB or 512MB.")
 ]
 
+FORMAT_DEFAULT = "the suffix of --output, such as .json; else table"
+
 RecordFormat = Annotated[
-    str,
-    _choice("--format", tuple(FORMATS), "; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items()) + "."),
+    str | None,
+    _choice(
+        "--format",
+        tuple(FORMATS),
+        "; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items()) + ".",
+        default=FORMAT_DEFAULT,
+    ),
 ]
-PlainFormat = Annotated[str, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.")]
+PlainFormat = Annotated[
+    str | None, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.", default=FORMAT_DEFAULT)
+]
+PrintedFormat = Annotated[str, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.")]
 OutputFile = Annotated[
     str | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write to FILE, whole or not at all.", show_default="stdout"),
@@ -160,6 +174,22 @@ def one_of(flag: str, value: str, names: Iterable[str]) -> str:
     if value not in listed:
         raise UsageError(f"{flag} {value!r} is not one of {', '.join(listed)}")
     return value
+
+
+def format_of(format: str | None, output: str | None, names: Iterable[str]) -> str:
+    """The format asked for, else the one that the suffix of `output` names, else the table."""
+    listed = list(names)
+    if format is not None:
+        return one_of("--format", format, listed)
+    suffix = Path(output or "").suffix.lower().removeprefix(".")
+    return suffix if suffix in listed else "table"
+
+
+def npz_name(flag: str, path: str | None) -> str | None:
+    """`path`, if its name says what will be written; UsageError otherwise."""
+    if path is not None and Path(path).suffix.lower() != ".npz":
+        raise UsageError(f"{flag} {path!r}: the file is written as npz, so its name must end in .npz")
+    return path
 
 
 def numbers(flag: str, texts: Sequence[str] | None) -> tuple[float, ...]:

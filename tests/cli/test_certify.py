@@ -49,6 +49,32 @@ def test_jsonl_and_csv(curvcert: Curvcert) -> None:
     assert [row["status"] for row in rows] == ["certified", "certified"]
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "start"),
+    [
+        ("x.json", "", '{\n"schema"'),
+        ("X.JSON", "", '{\n"schema"'),
+        ("x.jsonl", "", '{"type": "run"'),
+        ("x.csv", "", "index,"),
+        ("x.json", "--format csv", "index,"),
+        ("x.txt", "", "index  label"),
+        ("json", "", "index  label"),
+    ],
+)
+def test_the_suffix_of_the_output_is_the_format_unless_one_is_given(
+    curvcert: Curvcert, tmp_path: Path, name: str, words: str, start: str
+) -> None:
+    assert curvcert("certify", "two.onnx", "--data", "1", "-o", tmp_path / name, *words.split()).code == 0
+    assert (tmp_path / name).read_text().startswith(start)
+
+
+def test_csv_says_where_the_accuracy_at_eps_is(curvcert: Curvcert) -> None:
+    words = ("certify", "two.onnx", "--data", "1", "--format", "csv")
+    assert "note: csv has one row a sample" in curvcert(*words, "--eps", "0.2").err
+    assert "csv" not in curvcert(*words).err
+    assert curvcert(*words, "--eps", "0.2", "--quiet").err == ""
+
+
 def without_time(document: str) -> str:
     return "".join(line for line in document.splitlines(keepends=True) if '"seconds"' not in line)
 
@@ -126,6 +152,14 @@ def test_settings_arrive(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) ->
         ("--memory 2XB", "--memory '2XB' is not a size such as 2GB or 512MB, nor auto"),
         ("--memory 0GB", "--memory '0GB' is not a size such as 2GB or 512MB, nor auto"),
         ("--output nowhere/x.json", "--output 'nowhere/x.json' cannot be written: No such file or directory"),
+        (
+            "--witnesses w.txt",
+            "--witnesses 'w.txt': the file is written as npz, so its name must end in .npz",
+        ),
+        (
+            "--witnesses w.npz --attack none",
+            "--witnesses writes the attacks that are found, but --attack none looks for none; leave out one of the two",
+        ),
         ("--witnesses nowhere/x.npz", "--witnesses 'nowhere/x.npz' cannot be written: No such file or directory"),
     ],
 )
@@ -191,10 +225,12 @@ def test_output_to_a_device_does_not_replace_it(curvcert: Curvcert) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_sentence(curvcert: Curvcert) -> None:
+def test_a_full_disk_is_one_sentence(curvcert: Curvcert, tmp_path: Path) -> None:
     done = curvcert("certify", "two.onnx", "--data", "1", "-o", "/dev/full")
     assert (done.code, done.last) == (2, "curvcert: error: the output cannot be written: No space left on device")
-    done = curvcert("certify", "two.onnx", "--data", "1", "--witnesses", "/dev/full")
+    full = tmp_path / "full.npz"
+    full.symlink_to("/dev/full")
+    done = curvcert("certify", "two.onnx", "--data", "1", "--witnesses", full)
     assert (done.code, done.last) == (2, "curvcert: error: --witnesses cannot be written: No space left on device")
 
 
