@@ -29,7 +29,7 @@ def load_model(path: str | Path, *, activation: str | None = None) -> LoadedMode
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
     if not start:
-        raise ModelError(f"{file}: the file is empty")
+        raise ModelError(f"{file}: the file is empty; export or copy the model again")
     if _is_safetensors(file, start):
         from certify_cli.load.safetensors import load_safetensors
 
@@ -45,13 +45,18 @@ def load_model(path: str | Path, *, activation: str | None = None) -> LoadedMode
 
 
 def _is_safetensors(file: Path, start: bytes) -> bool:
-    """By its name, or by the header: eight bytes of length, then a JSON object."""
-    return file.suffix.lower() == ".safetensors" or (file.suffix.lower() != ".onnx" and start[8:9] == b"{")
+    """By the header (eight bytes of length, then a JSON object), or by the name where no pickle bears it."""
+    header = start[8:9] == b"{"
+    if file.suffix.lower() == ".safetensors":
+        return header or not start.startswith((_ZIP, _PICKLE))
+    return header and file.suffix.lower() != ".onnx"
 
 
 def _refuse_pickle(file: Path, start: bytes) -> None:
-    if file.suffix.lower() in PICKLES or start.startswith((_ZIP, _PICKLE)):
-        raise ModelError(
-            f"{file}: pickles and archives of torch.save can run any code when they are opened and are never loaded; "
-            "write the model with torch.onnx.export, or its weights with safetensors"
-        )
+    if file.suffix.lower() not in PICKLES and not start.startswith((_ZIP, _PICKLE)):
+        return
+    kind = "a zip archive as torch.save writes" if start.startswith(_ZIP) else "a pickle"
+    raise ModelError(
+        f"{file}: {kind}, which can run any code when it is opened and is never loaded; write the model with "
+        "torch.onnx.export, or its weights with safetensors"
+    )

@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from certify_cli.errors import DataError, UsageError, first_line
-from certify_cli.load.source import Source, Taken, unit_range
+from certify_cli.load.source import CHANNELS, Source, Taken, unit_range
 
 MAX_BYTES = 16 * 2**30
 """An array larger than this is refused unread."""
@@ -22,12 +22,16 @@ MAX_BYTES = 16 * 2**30
 DEFLATE_RATIO = 1040
 """Deflate cannot shrink data more than 1032 times: a header that claims more lies."""
 
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+"""How a zip file begins; the second one is empty."""
+
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError, NotImplementedError)
 
 
 def open_npz(path: Path, layout: str) -> Source:
     """The data set in an .npz file. Raises DataError for a file that breaks the convention."""
     try:
+        _refuse_other_files(path)
         shapes = _declared(path)
         with np.load(path, allow_pickle=False) as arrays:
             x = arrays["x"]
@@ -46,7 +50,7 @@ def open_npz(path: Path, layout: str) -> Source:
         x = x.transpose(0, 3, 1, 2)
     elif layout == "nhwc":
         raise UsageError(f"--data-layout nhwc: {path} holds x of shape {x.shape}, which has no channels to move")
-    elif x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+    elif x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
         notes.append(f"{path.name}: x of shape {x.shape} looks like NHWC; if it is, say --data-layout nhwc")
 
     def take(indices: Sequence[int]) -> Taken:
@@ -56,6 +60,19 @@ def open_npz(path: Path, layout: str) -> Source:
         return Taken(floats, () if exact else (f"{path.name}: float64 values of x are rounded to float32",))
 
     return Source(path.name, len(x), take, _labels(path, y, len(x)), image=x.ndim == 4, notes=tuple(notes))
+
+
+def _refuse_other_files(path: Path) -> None:
+    """DataError for what is no zip file at all, and for one without its end."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start not in _ZIP:
+        raise DataError(
+            f"{path}: not an .npz file; write one with numpy.savez(FILE, x=..., y=...), where x holds the samples "
+            "(N, ...) and y, where labels are known, N integers"
+        )
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: an .npz file that is cut off or damaged at its end; copy or write it again")
 
 
 def _declared(path: Path) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+CHANNELS = (1, 3, 4)
+"""How many channels an image has: grey, RGB, RGBA."""
+
 Floats = NDArray[np.float32]
 
 

@@ -242,7 +242,14 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     refused(tmp_path, "a folder")
     empty = tmp_path / "empty.safetensors"
     empty.touch()
-    refused(empty, "empty")
+    refused(empty, "empty; export or copy")
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "good.safetensors"
+    contents = (save(tensors(), {"curvcert": json.dumps(SPEC) + " " * padding}) for padding in range(256))
+    path.write_bytes(next(content for content in contents if content.startswith(b"\x80")))
+    assert load_model(path).info.classes == 3
 
 
 class Bomb:
@@ -251,14 +258,15 @@ class Bomb:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.pt", "model.pth", "model.pkl", "model.bin", "model.ckpt", "model.onnx", "model"]
+    "name",
+    ["model.pt", "model.pth", "model.pkl", "model.bin", "model.ckpt", "model.onnx", "model", "model.safetensors"],
 )
 def test_pickles_are_refused_unopened(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(pickle.dumps(Bomb()))
-    refused(path, "torch.onnx.export.*safetensors")
+    refused(path, "a pickle.*torch.onnx.export.*safetensors")
     torch.save({"a": torch.zeros(2)}, path)
-    refused(path, "torch.onnx.export.*safetensors")
+    refused(path, "a zip archive.*torch.onnx.export.*safetensors")
 
 
 def test_activation_is_for_safetensors_only(tmp_path: Path) -> None:

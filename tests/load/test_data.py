@@ -267,16 +267,18 @@ def test_npz_whose_declared_size_lies_is_refused_unread(tmp_path: Path, monkeypa
 def test_npz_damaged(tmp_path: Path) -> None:
     whole = Path(save(tmp_path / "whole.npz", x=pixels(50, 8, 8))).read_bytes()
     cases = {
-        "truncated": whole[: len(whole) // 2],
-        "flipped": whole[:200] + bytes([whole[200] ^ 255]) + whole[201:],
-        "text": b"not a zip at all",
-        "empty": b"",
+        "truncated": (whole[: len(whole) // 2], "cut off"),
+        "flipped": (whole[:200] + bytes([whole[200] ^ 255]) + whole[201:], "not a readable"),
+        "text": (b"not a zip at all", r"not an \.npz file; .*x holds the samples"),
+        "array": (b"\x93NUMPY", r"not an \.npz file; .*x holds the samples"),
+        "empty": (b"", r"not an \.npz file; .*x holds the samples"),
     }
-    for name, content in cases.items():
+    for name, (content, what) in cases.items():
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
-        with pytest.raises(DataError, match=name):
+        with pytest.raises(DataError, match=rf"{name}\.npz: .*{what}") as caught:
             load_data(str(path))
+        assert "zip file" not in str(caught.value)
     with pytest.raises(DataError, match="garbled"):
         load_data(crafted(tmp_path / "garbled.npz", b"\x93NUMPY\x01\x00\x10\x00{'descr': boom()}"))
 
