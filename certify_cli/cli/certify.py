@@ -94,11 +94,18 @@ def certify(
             reporter.note("csv has one row a sample; the accuracies at --eps are in the formats json, jsonl and table")
         from certify_cli import load_data, load_model
         from certify_cli.certificates.methods import METHODS
+        from certify_cli.load.data import named_shape
         from certify_cli.run.engine import prepare
 
         opt.one_of("--method", method, dict.fromkeys(["auto", *METHODS]))
         loaded = load_model(model, activation=activation)
         reporter.notes(loaded.notes)
+        shape = named_shape(data)
+        if shape is not None:
+            from certify_cli.load.fit import fit
+
+            # a set that does not fit is refused before it is downloaded
+            fit(loaded.network, shape, mean=settings.mean or None, std=settings.std or None, layout=layout)
         chosen = load_data(
             data,
             root=data_root,

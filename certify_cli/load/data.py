@@ -81,6 +81,16 @@ def load_data(
     return _select(opened, start, stop, seed if shuffle else None)
 
 
+def named_shape(source: str) -> tuple[int, ...] | None:
+    """The shape of a sample in a set known by name, before anything is read or downloaded; None for files."""
+    from certify_cli.load.vision import SETS
+
+    name = source.lower()
+    if name == "digits":
+        return (1, 8, 8)
+    return SETS[name].shape if name in SETS else None
+
+
 def parse_samples(samples: str | int | None) -> tuple[int, int | None]:
     """(start, stop) of a `--samples` text: "100", "0:1000", "500:", ":20"; stop None is the end. Raises UsageError."""
     if samples is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.errors import DataError, UsageError
+from certify_cli.load.source import CHANNELS
 from certify_cli.network.affine import AffineOp, Reshape, Scale, Select, Shift
 from certify_cli.network.graph import Builder, Network, Shape
 
@@ -26,7 +27,8 @@ def fit(
     """The network of x -> network(layout((x - mean) / std)) for x of `data_shape`.
 
     `mean` and `std` hold one value, or one a channel of the data. `layout` is the order in which the model reads an
-    image, inferred if None: (H, W, C) is NHWC, any other shape of as many entries the row-major flattening of NCHW.
+    image, inferred if None: (H, W, C) is NHWC, any other shape of as many entries the row-major flattening of NCHW,
+    but for data that are plainly an image read in the wrong layout.
     With "nhwc" a flat model input is the flattening of NHWC. Raises UsageError for an option, DataError naming both
     shapes where the model cannot take the data.
     """
@@ -87,6 +89,7 @@ def _layout(data: Shape, model: Shape, layout: str | None) -> list[tuple[str, Af
             f"the data's shape {data} does not fit the model's input {model}: "
             f"{math.prod(data)} values a sample against {math.prod(model)}"
         )
+    _refuse_misread_images(data, model, layout)
     last = (*data[1:], data[0])
     flat = sum(n > 1 for n in model) <= 1
     channels_last = len(data) == 3 and model == last
@@ -101,6 +104,21 @@ def _layout(data: Shape, model: Shape, layout: str | None) -> list[tuple[str, Af
         moved = Select.of(lambda x: x.movedim(1, -1), data, "channels last")
         return [("layout", moved), *_reshaped("flatten", last, model)]
     return _reshaped("layout", data, model)
+
+
+def _refuse_misread_images(data: Shape, model: Shape, layout: str | None) -> None:
+    """DataError where the data's layout was told wrongly: flattened row by row their pixels would be scrambled."""
+    if len(data) != 3 or len(model) != 3 or data == model or model[0] not in CHANNELS:
+        return
+    if data == (*model[1:], model[0]):
+        raise DataError(
+            f"the data's shape {data} is the model's input {model} with the channels last; say --data-layout nhwc"
+        )
+    if layout is None and data == (model[2], *model[:2]) and data[0] not in CHANNELS:
+        raise DataError(
+            f"the data's shape {data} is the model's input {model} read as channels last although they come first; "
+            "leave --data-layout nhwc out"
+        )
 
 
 def _reshaped(name: str, shape: Shape, target: Shape) -> list[tuple[str, AffineOp]]:

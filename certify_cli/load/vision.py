@@ -20,16 +20,21 @@ from certify_cli.errors import DataError, first_line
 from certify_cli.load.source import Source, Taken, unit_range
 
 DIGIT_NAMES = tuple("0123456789")
+GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 
 _DAMAGED = (OSError, ValueError, RuntimeError, AssertionError, EOFError, KeyError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
 class VisionSet:
-    """One of torchvision's sets: its class there, the axes of its stored pixels, and class names if it has none."""
+    """One of torchvision's sets: its class there, the axes of its stored pixels, a sample's shape as data.
+
+    `classes` are names where the set itself has none.
+    """
 
     kind: str
     axes: str
+    shape: tuple[int, int, int]
     classes: tuple[str, ...] | None = None
 
     def arguments(self, split: str) -> dict[str, Any]:
@@ -37,12 +42,12 @@ class VisionSet:
 
 
 SETS = {
-    "mnist": VisionSet("MNIST", "nhw", DIGIT_NAMES),
-    "fashion-mnist": VisionSet("FashionMNIST", "nhw"),
-    "kmnist": VisionSet("KMNIST", "nhw"),
-    "cifar10": VisionSet("CIFAR10", "nhwc"),
-    "cifar100": VisionSet("CIFAR100", "nhwc"),
-    "svhn": VisionSet("SVHN", "nchw", DIGIT_NAMES),
+    "mnist": VisionSet("MNIST", "nhw", GREY, DIGIT_NAMES),
+    "fashion-mnist": VisionSet("FashionMNIST", "nhw", GREY),
+    "kmnist": VisionSet("KMNIST", "nhw", GREY),
+    "cifar10": VisionSet("CIFAR10", "nhwc", COLOUR),
+    "cifar100": VisionSet("CIFAR100", "nhwc", COLOUR),
+    "svhn": VisionSet("SVHN", "nchw", COLOUR, DIGIT_NAMES),
 }
 
 

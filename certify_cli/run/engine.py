@@ -15,7 +15,7 @@ from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import certify_batch, method_name, select
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.search import searched
-from certify_cli.errors import DataError, UsageError
+from certify_cli.errors import DataError, UsageError, first_line
 from certify_cli.load.data import Dataset
 from certify_cli.load.fit import fit
 from certify_cli.load.loaded import LoadedModel
@@ -254,11 +254,18 @@ def _numbers(values: float | Sequence[float]) -> tuple[float, ...]:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    advice = "use --device cpu or --device auto"
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is no device that PyTorch knows; {advice}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = "no GPU was found" if torch.backends.cuda.is_built() else "this PyTorch is built without CUDA"
+        raise UsageError(f"--device {name!r} cannot be used here: {why}; {advice}")
+    try:
         torch.zeros(1, device=device, dtype=torch.float64)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UsageError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device {name!r} cannot be used here: {first_line(error)}; {advice}") from None
     return device
 
 

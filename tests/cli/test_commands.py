@@ -172,6 +172,17 @@ def test_a_device_that_does_not_exist_is_exit_2(curvcert: Curvcert) -> None:
     assert "--device 'abacus'" in done.last
 
 
+@pytest.mark.parametrize(("built", "why"), [(False, "this PyTorch is built without CUDA"), (True, "no GPU was found")])
+def test_cuda_where_there_is_none_says_why_and_what_to_do(
+    curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch, built: bool, why: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    done = curvcert("doctor", "--device", "cuda")
+    said = f"curvcert: error: --device 'cuda' cannot be used here: {why}; use --device cpu or --device auto"
+    assert (done.code, done.last) == (2, said)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

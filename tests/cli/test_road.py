@@ -125,6 +125,16 @@ def test_data_that_do_not_fit_name_both_shapes(curvcert: Curvcert, tmp_path: Pat
     assert done.err.count("\n") == 1
 
 
+def test_a_named_set_that_cannot_fit_is_refused_before_its_download(
+    curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vars(certify_cli), "load_data", lambda *_, **__: pytest.fail("the data were loaded"))
+    done = curvcert("certify", "digits.onnx", "--data", "CIFAR10")
+    assert (done.code, done.out) == (3, "")
+    assert "(3, 32, 32)" in done.last
+    assert "(1, 8, 8)" in done.last
+
+
 @pytest.mark.parametrize(
     ("words", "code", "option"),
     [("--samples x", 2, "--samples"), ("--device abacus", 2, "--device"), ("--std 0", 2, "--std")],

@@ -15,7 +15,7 @@ from PIL import Image
 
 from certify_cli.errors import DataError, UsageError
 from certify_cli.load import npz, vision
-from certify_cli.load.data import load_data, parse_samples
+from certify_cli.load.data import load_data, named_shape, parse_samples
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def pixels(*shape: int) -> Any:
 
 def test_digits_splits_are_disjoint_and_scaled() -> None:
     test, train = load_data("digits"), load_data("digits", split="train")
-    assert test.x.shape == (360, 1, 8, 8)
+    assert test.x.shape == (360, *named_shape("digits")) == (360, 1, 8, 8)
     assert train.x.shape == (1437, 1, 8, 8)
     assert test.x.dtype == torch.float32
     assert test.y is not None
@@ -97,7 +97,7 @@ def test_a_range_past_the_end() -> None:
 @needs_shared
 def test_mnist_reads_torchvisions_folder_without_the_network() -> None:
     data = load_data("mnist", root=SHARED, samples=10, offline=True)
-    assert data.x.shape == (10, 1, 28, 28)
+    assert data.x.shape == (10, *named_shape("mnist")) == (10, 1, 28, 28)
     assert data.y is not None
     assert data.y.tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
     assert torch.equal(data.x, (data.x * 255).round() / 255)

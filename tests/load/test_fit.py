@@ -55,6 +55,26 @@ def test_one_grey_channel_needs_no_permutation() -> None:
     assert len(fitted.nodes) == len(network.nodes) + 1
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("layout", [None, "nchw", "nhwc", "flat"])
+def test_data_with_their_channels_last_are_never_reinterpreted(channels: int, layout: str | None) -> None:
+    network, _ = flatten_then_dense((channels, 8, 9))
+    with pytest.raises(DataError, match=rf"\(8, 9, {channels}\).*\({channels}, 8, 9\).*say --data-layout nhwc"):
+        fit(network, (8, 9, channels), layout=layout)
+
+
+def test_data_with_their_channels_first_and_told_to_be_last() -> None:
+    network, _ = flatten_then_dense((3, 8, 9))
+    with pytest.raises(DataError, match=r"\(9, 3, 8\).*\(3, 8, 9\).*leave --data-layout nhwc out"):
+        fit(network, (9, 3, 8))
+
+
+@pytest.mark.parametrize(("data", "model"), [((784,), (1, 28, 28)), ((1, 28, 28), (1, 784, 1)), ((8, 9, 5), (5, 8, 9))])
+def test_what_is_no_image_in_another_layout_is_still_the_row_major_flattening(data: Shape, model: Shape) -> None:
+    network, weight = flatten_then_dense(model)
+    torch.testing.assert_close(fit(network, data)(images(data)), images(data).flatten(1) @ weight.T)
+
+
 def test_normalisation_is_per_channel_of_the_data_whatever_the_models_layout() -> None:
     network, weight = flatten_then_dense((4, 5, 3))
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 2.0]
