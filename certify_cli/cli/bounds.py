@@ -14,14 +14,12 @@ from certify_cli.output.numbers import UP, number
 from certify_cli.records import SCHEMA
 
 COLUMNS = (
-    Column("layer"),
-    Column("kind"),
-    Column("shape"),
+    Column("layer", wraps=True),  # name, kind and shape: a narrow terminal has them below one another
     Column("norm", right=True),
     Column("slope", right=True),
-    Column("Lipschitz so far", right=True),
-    Column("curvature so far", right=True),
-    Column("share so far", right=True),
+    Column("Lipschitz", right=True),
+    Column("curvature", right=True),
+    Column("share", right=True),
 )
 
 
@@ -34,7 +32,8 @@ def bounds(
 ) -> None:
     """Show Lipschitz and curvature bounds, layer by layer.
 
-    All figures are upper bounds; the table shows them rounded up.
+    All figures are upper bounds; the table shows them rounded up. Lipschitz, curvature and share are those of the
+    network up to and with the layer.
     """
     form = opt.format_of(format, output, opt.PLAIN_FORMATS)
     with sink(output) as out, Reporter(quiet) as reporter:
@@ -51,9 +50,7 @@ def bounds(
             return
         cells = [
             (
-                row.name,
-                row.kind,
-                shape_text(row.shape),
+                f"{row.name} {row.kind.replace('(', ' (')} {shape_text(row.shape)}",  # breaks before parameters
                 *(number(value, UP) for value in (row.norm, row.slope, row.lipschitz, row.curvature)),
                 "-" if row.share is None else f"{100 * row.share:.1f} %",
             )

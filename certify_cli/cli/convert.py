@@ -1,12 +1,14 @@
-"""`curvcert convert`: ONNX to safetensors with the architecture declared beside the weights."""
+"""`curvcert convert`: a model file to safetensors with the architecture declared beside the weights."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
+from certify_cli.errors import UsageError
 from certify_cli.output.console import pairs
 from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA
@@ -15,14 +17,17 @@ from certify_cli.records import SCHEMA
 def convert(
     source: opt.SourceFile,
     target: opt.TargetFile,
+    force: opt.Force = False,
     format: opt.PrintedFormat = "table",
     quiet: opt.Quiet = False,
 ) -> None:
-    """Convert ONNX to safetensors.
+    """Convert a model file to safetensors.
 
     The architecture is declared in the file, which is loaded again before success is claimed.
     """
     opt.one_of("--format", format, opt.PLAIN_FORMATS)
+    if not force and os.path.lexists(target):
+        raise UsageError(f"{target}: exists already; name another file, or overwrite it with --force")
     with sink(None) as out, Reporter(quiet) as reporter:
         from certify_cli import load_model
         from certify_cli.load.convert import convert as write

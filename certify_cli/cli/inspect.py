@@ -80,13 +80,14 @@ def parameter_count(op: Op) -> int:
 
 
 def shape_text(shape: list[int] | tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "scalar"
+    return "x".join(map(str, shape)) or "scalar"
 
 
 NODE_COLUMNS = (
+    Column("#", right=True),
     Column("node"),
     Column("operation"),
-    Column("inputs"),
+    Column("inputs", wraps=True),  # numbers of nodes: names are long, and in a chain the one above
     Column("shape"),
     Column("parameters", right=True),
 )
@@ -106,11 +107,13 @@ def as_text(found: dict[str, Any], view: View) -> str:
             ("parameters", str(found["parameters"])),
         ]
     )
+    place = {node["name"]: str(position) for position, node in enumerate(found["nodes"])}
     nodes = [
         (
+            place[node["name"]],
             node["name"],
             node["operation"],
-            ", ".join(node["inputs"]),
+            ", ".join(place[name] for name in node["inputs"]),
             shape_text(node["shape"]),
             str(node["parameters"] or "-"),
         )
@@ -120,5 +123,5 @@ def as_text(found: dict[str, Any], view: View) -> str:
         (method["name"], "applies" if method["applies"] else "does not apply", method["reason"] or method["summary"])
         for method in found["methods"]
     ]
-    method_columns = (Column("method"), Column("to this model"), Column("what it does, or why not", wraps=True))
+    method_columns = (Column("method"), Column("verdict"), Column("explanation", wraps=True))
     return f"{head}\n{grid(NODE_COLUMNS, nodes, view)}\n{grid(method_columns, methods, view)}"

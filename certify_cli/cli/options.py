@@ -41,8 +41,11 @@ def _choice(flag: str, names: Sequence[str], help: str, default: str | bool = Tr
 
 
 ModelFile = Annotated[str, typer.Argument(metavar="MODEL", help="An ONNX or safetensors file.", show_default=False)]
-SourceFile = Annotated[str, typer.Argument(metavar="IN", help="The ONNX file to read.", show_default=False)]
+SourceFile = Annotated[
+    str, typer.Argument(metavar="IN", help="The ONNX or safetensors file to read.", show_default=False)
+]
 TargetFile = Annotated[str, typer.Argument(metavar="OUT", help="The safetensors file to write.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite OUT where it exists.")]
 ActivationName = Annotated[
     str | None,
     typer.Option(

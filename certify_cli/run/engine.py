@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -254,11 +255,10 @@ def _numbers(values: float | Sequence[float]) -> tuple[float, ...]:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name, re.ASCII) is None:  # others lack float64, or values altogether
+        raise UsageError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N")
     advice = "use --device cpu or --device auto"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name!r} is no device that PyTorch knows; {advice}") from None
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         why = "no GPU was found" if torch.backends.cuda.is_built() else "this PyTorch is built without CUDA"
         raise UsageError(f"--device {name!r} cannot be used here: {why}; {advice}")

@@ -99,10 +99,33 @@ def test_bounds_json_is_the_layer_table(curvcert: Curvcert) -> None:
 def test_bounds_table(curvcert: Curvcert) -> None:
     smooth = curvcert("bounds", "small.onnx")
     assert smooth.code == 0
-    assert "curvature so far" in smooth.out
+    assert "curvature" in smooth.out
     assert "100.0 %" in smooth.out
     rough = curvcert("bounds", "small.onnx", "--activation", "relu").out.splitlines()
     assert rough[-1].split()[-2:] == ["-", "-"]  # no curvature, no share
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("command", ["bounds", "inspect"])
+def test_tables_fit_narrow_terminals_and_their_header_is_one_line(
+    curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    tables = [part for part in curvcert(command, "small.onnx").out.split("\n\n") if "─" in part]
+    for lines in map(str.splitlines, tables):
+        assert max(map(len, lines)) <= 60
+        assert set(lines[1]) == {"─"}
+    assert len(tables) == {"bounds": 1, "inspect": 2}[command]
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("command", ["bounds", "inspect"])
+def test_a_json_file_holds_json(curvcert: Curvcert, tmp_path: Path, command: str) -> None:
+    target = tmp_path / "found.json"
+    assert curvcert(command, "small.onnx", "-o", target).code == 0
+    assert json.loads(target.read_text())["model"]["path"] == "small.onnx"
+    assert curvcert(command, "small.onnx", "-o", target, "--format", "table").code == 0
+    assert "─" in target.read_text()
 
 
 def test_convert_writes_a_file_that_certifies_alike(
@@ -121,7 +144,10 @@ def test_convert_writes_a_file_that_certifies_alike(
     assert found["model"]["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
     x = torch.rand(3, 4, dtype=torch.float64)
     assert torch.equal(certify_cli.load_model(target).network(x), source.network(x))
-    assert found["model"]["sha256"] in curvcert("convert", "small.onnx", target).out
+    again = curvcert("convert", "small.onnx", target)
+    assert (again.code, again.out) == (2, "")
+    assert again.last.endswith("small.safetensors: exists already; name another file, or overwrite it with --force")
+    assert found["model"]["sha256"] in curvcert("convert", "small.onnx", target, "--force").out
 
 
 def test_convert_refuses_another_kind_of_target(curvcert: Curvcert, tmp_path: Path) -> None:
@@ -166,10 +192,11 @@ def test_doctor_tells_of_a_radius_that_is_too_large(curvcert: Curvcert, monkeypa
     assert "results cannot be trusted" in done.last
 
 
-def test_a_device_that_does_not_exist_is_exit_2(curvcert: Curvcert) -> None:
-    done = curvcert("doctor", "--device", "abacus")
+@pytest.mark.parametrize("name", ["abacus", "meta", "mps", "cuda:x", "cuda:-1", "cuda:07", ""])
+def test_a_device_that_does_not_exist_is_exit_2(curvcert: Curvcert, name: str) -> None:
+    done = curvcert("doctor", "--device", name)
     assert (done.code, done.out) == (2, "")
-    assert "--device 'abacus'" in done.last
+    assert done.last == f"curvcert: error: --device {name!r} is not one of auto, cpu, cuda, cuda:N"
 
 
 @pytest.mark.parametrize(("built", "why"), [(False, "this PyTorch is built without CUDA"), (True, "no GPU was found")])
