@@ -1,4 +1,4 @@
-"""Global bounds side by side: mean certified radius by product of norms, LipLT and curvature, time and memory.
+"""Global bounds side by side: mean certified radius by each global method, time and memory.
 
     python benchmarks/global_bounds.py --models DIR --data-root DIR [--samples 100] [--effort normal]
 
@@ -18,7 +18,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("model", "source", "correct", "product", "LipLT", "curvature", "ms a sample", "bounds, s", "peak MiB")
+COLUMNS = (
+    "model",
+    "source",
+    "correct",
+    "product",
+    "LipLT",
+    "curvature",
+    "dual",
+    "ms a sample",
+    "bounds, s",
+    "peak MiB",
+)
 
 
 def measure(path: Path, entry: dict[str, Any], root: str, samples: int, effort: str, threads: int) -> dict[str, Any]:
@@ -66,15 +77,18 @@ def measure(path: Path, entry: dict[str, Any], root: str, samples: int, effort: 
             radius = lipschitz_radius(point.margin_low, table[point.prediction])
             return mean(radius.masked_fill(point.own, torch.inf).amin(1))
 
-        curvature = METHODS["curvature"]
-        applies = curvature.applies(network) is None
+        def by_method(name: str) -> float | None:
+            method = METHODS[name]
+            return mean(method.certify(analysis, point, False).radius) if method.applies(network) is None else None
+
         return {
             "model": path.name,
             "source": entry["source"],
             "correct": f"{int(right.sum())}/{len(x)}",
             "product": by_constant(product_expansion(network, analysis.weights).sensitivity(0, pairs)),
             "LipLT": by_constant(lipschitz_expansion(network, analysis.budget).sensitivity(0, pairs)),
-            "curvature": mean(curvature.certify(analysis, point, False).radius) if applies else None,
+            "curvature": by_method("curvature"),
+            "dual": by_method("dual"),
             "ms a sample": 1000 * again / len(x),
             "bounds, s": first - again,
             "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
