@@ -17,8 +17,8 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper, nump
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from certify_cli.errors import ModelError
-from certify_cli.load.onnx_file import describe, first_line
+from certify_cli.errors import ModelError, first_line
+from certify_cli.load.onnx_file import describe
 
 
 class BatchNormalization(OpRun):

@@ -19,12 +19,12 @@ from onnx import ModelProto, NodeProto
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx
 
-from certify_cli.errors import ModelError
+from certify_cli.errors import ModelError, first_line
 from certify_cli.load.interpret import CORRECTED, MAX_ENTRIES, interpret
 from certify_cli.load.loaded import LoadedModel
 from certify_cli.load.normal import attributes_of
 from certify_cli.load.normalise import normalise, to_model
-from certify_cli.load.onnx_file import FLOATS, OnnxFile, first_line, read_onnx
+from certify_cli.load.onnx_file import FLOATS, OnnxFile, read_onnx
 from certify_cli.network.graph import Network
 from certify_cli.network.lower import lower
 from certify_cli.records import ModelInfo

@@ -19,7 +19,7 @@ import onnx.inliner
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-from certify_cli.errors import ModelError
+from certify_cli.errors import ModelError, first_line
 
 MAX_BYTES = 2**31 - 1
 """The largest file that protobuf can hold, and the most external data read for one model."""
@@ -89,11 +89,6 @@ def read_onnx(path: Path) -> OnnxFile:
     except onnx.checker.ValidationError as error:
         raise ModelError(f"{path}: not a valid ONNX model: {first_line(error)}; export it anew") from error
     return OnnxFile(model, digest.hexdigest(), opset, _stored_dtype(model))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
 
 
 def describe(node: NodeProto) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from certify_cli.errors import ModelError
+from certify_cli.errors import ModelError, first_line
 from certify_cli.network.affine import Reshape, Select
 from certify_cli.network.graph import Builder, Op, Shape
 
@@ -113,7 +113,3 @@ def lowers(*keys: Any) -> Callable[[Rule], Rule]:
         return rule
 
     return enter
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
