@@ -15,6 +15,7 @@ from certify_cli.load.loaded import LoadedModel
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes
+from certify_cli.numerics.rounding import up
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ def _rows(network: Network, analysis: Analysis) -> list[LayerRow]:
     parts = None
     if why_no_curvature(network) is None:
         terms = analysis.curvature.terms(pairs)
-        parts = terms[int(terms.sum(1).argmax())].cumsum(0).tolist()
+        parts = up(terms[int(terms.sum(1).argmax())].cumsum(0), terms.shape[1]).tolist()
 
     def norm_into(target: int) -> float:
-        return math.hypot(*(block.norm for (t, _), block in weights.items() if t == target))
+        norms = [block.norm for (t, _), block in weights.items() if t == target]
+        return norms[0] if len(norms) == 1 else up(math.hypot(*norms), len(norms) + 2)
 
     rows = []
     for position, k in enumerate(layers):

@@ -33,7 +33,7 @@ def searched(point: Point, start: Tensor, reach: Tensor, effort: str) -> tuple[T
     """
     distance = (point.margin / point.gradient_norm).masked_fill(point.own, torch.inf)
     order = distance.argsort(dim=1)
-    best, best_norm = point.x, torch.full_like(reach, torch.inf)
+    best, best_norm = torch.zeros_like(point.x), torch.full_like(reach, torch.inf)
     for rank in range(-1, min(RIVALS[effort], point.network.classes - 1)):
         target = None if rank < 0 else order[:, rank]
         margin, gradient = _margin(point.network, point.x, point.prediction, target)
