@@ -1,4 +1,4 @@
-"""What the soundness tests share: certify a batch, flip it, and write down small networks."""
+"""What the soundness tests share: certify a batch by any method, flip it, and write down small networks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import certify_batch, select
+from certify_cli.certificates.methods import AUTO, METHODS, certify_batch, select
 from certify_cli.certificates.point import Point
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
@@ -20,6 +20,18 @@ def certify(
     """Certificates of the samples x (batch, *input shape)."""
     with exact_kernels():
         return certify_batch(select(method, network), Analysis(network, effort), Point(network, x), attack)
+
+
+def every_radius(network: Network, x: Tensor, effort: str = "normal") -> dict[str, float]:
+    """The certified radius of the one sample x by each method that applies, and by `auto`."""
+    names = [name for name, method in METHODS.items() if method.applies(network) is None]
+    return {name: float(certify(network, x, name, effort, False).radius) for name in (*names, AUTO)}
+
+
+def flips(network: Network, x: Tensor, moved: Tensor, radius: float) -> bool:
+    """Whether `moved` lies strictly inside the ball of `radius` around x and has another prediction: a disproof."""
+    near = float((moved - x).norm()) < radius
+    return near and int(network(moved).argmax()) != int(network(x).argmax())
 
 
 def tensor(*values: object) -> Tensor:

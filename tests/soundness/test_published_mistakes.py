@@ -1,28 +1,29 @@
 """Each defect of published code that applies here (theory section 11): its recipe over-claims, curvcert does not.
 
-`_flips` is the proof of an over-claim: a point nearer than the recipe's radius with another prediction.
+`flips` is the proof of an over-claim: a point nearer than the recipe's radius with another prediction. The defects of
+the published dual are in test_published_dual.py, those of earlier versions of the theory in test_earlier_mistakes.py.
 """
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from certify_cli.bounds.analysis import Analysis
+from certify_cli.certificates.methods import METHODS
+from certify_cli.errors import ModelError
+from certify_cli.load.data import Dataset
+from certify_cli.load.loaded import LoadedModel
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.graph import Network
+from certify_cli.network.lower import lower
 from certify_cli.numerics.norms import matrix_norm
-from tests.networks import mlp, points
-from tests.soundness.common import certify, dense_stack, tensor
-
-
-def _flips(network: Network, x: Tensor, moved: Tensor, radius: float) -> bool:
-    """Whether `moved` lies strictly inside the ball of `radius` around x and has another prediction."""
-    near = float((moved - x).norm()) < radius
-    return near and int(network(moved).argmax()) != int(network(x).argmax())
+from certify_cli.records import ModelInfo
+from certify_cli.run.engine import certify as run
+from tests.soundness.common import certify, dense_stack, every_radius, flips, tensor
 
 
 def _power_iteration(a: Tensor, steps: int, seed: int) -> float:
@@ -46,10 +47,9 @@ def test_power_iteration_is_an_estimate() -> None:
         norm = _power_iteration(weight, steps, steps)
         assert norm < 1.0
         published = 1.0 / norm  # margin 1 over ||W||, the output's row has norm 1
-        assert _flips(network, x, x * (1 - (1 + published) / 2), published)
+        assert flips(network, x, x * (1 - (1 + published) / 2), published)
     assert matrix_norm(weight) >= 1.0
-    for method in ("lipschitz", "curvature"):
-        assert float(certify(network, x, method).radius) <= 1.0
+    assert all(radius <= 1.0 for radius in every_radius(network, x).values())
 
 
 def test_power_iteration_on_the_hessian() -> None:
@@ -66,10 +66,9 @@ def test_power_iteration_on_the_hessian() -> None:
     published = math.sqrt(2 * excess / estimate)
     moved = x.clone()
     moved[0, -1] = published * (1 - 1e-6)
-    assert _flips(network, x, moved, published)
-    radius = float(certify(network, x, "curvature").radius)
-    assert radius < float(moved.norm())
-    assert radius > 0.99 * math.sqrt(2 * excess / 0.5)
+    assert flips(network, x, moved, published)
+    assert all(radius < float(moved.norm()) for radius in every_radius(network, x).values())
+    assert every_radius(network, x)["curvature"] > 0.99 * math.sqrt(2 * excess / 0.5)
 
 
 def test_the_runner_up_need_not_be_the_nearest() -> None:
@@ -89,8 +88,8 @@ def test_the_runner_up_need_not_be_the_nearest() -> None:
         with exact_kernels():
             curvature = float(Analysis(network).curvature_pairs.rows(torch.tensor([0]))[0, 1])
         published = 2 * margin / (0.1 + math.sqrt(0.01 + 2 * curvature * margin))
-        assert _flips(network, x, tensor([0.0, 0.21]), published)
-        for method in ("lipschitz", "curvature", "auto"):
+        assert flips(network, x, tensor([0.0, 0.21]), published)
+        for method in METHODS:
             found = certify(network, x, method)
             assert float(found.radius) < 0.21
             assert int(found.rival) == 2
@@ -102,9 +101,9 @@ def test_margins_and_gradients_of_different_rivals() -> None:
     x = torch.zeros(1, 2, dtype=torch.float64)
     margins, gradients = (1.0, 2.0), (1.0, 10.0)
     for published in (min(margins) / min(gradients), margins[1] / gradients[0]):
-        assert _flips(network, x, tensor([0.0, 0.21]), published)
-    assert float(certify(network, x).radius) <= min(f / g for f, g in zip(margins, gradients, strict=True))
-    assert float(certify(network, x).radius) > 0.2 * (1 - 1e-9)
+        assert flips(network, x, tensor([0.0, 0.21]), published)
+    for radius in every_radius(network, x).values():
+        assert 0.2 * (1 - 1e-9) < radius <= min(f / g for f, g in zip(margins, gradients, strict=True))
 
 
 def test_ties_are_not_certified() -> None:
@@ -114,25 +113,7 @@ def test_ties_are_not_certified() -> None:
     logits = network(x)[0]
     assert float(logits[0] - logits[1]) >= 0.0 * 2.0  # "certified"
     assert int(network(tensor([-1e-300])).argmax()) != int(logits.argmax())
-    for method in ("lipschitz", "curvature", "auto"):
-        assert float(certify(network, x, method).radius) == 0.0
-
-
-def test_the_bound_of_a_pre_activation_is_not_the_output_s() -> None:
-    """GELU's slope reaches 1.129: LipLT bounds what goes in, not what comes out."""
-    phi = from_name("gelu")
-    level = float(phi.value(tensor(1.0)))
-    network = dense_stack((tensor([1.0]), None), phi, (tensor([1.0], [0.0]), tensor(0.0, level)))
-    x = tensor([1.8])
-    margin = float(network(x)[0, 0]) - level
-    published = margin / 1.0  # m_0 = ||W_0|| = 1, times the last row
-    assert _flips(network, x, tensor([1.0 - 1e-9]), published)
-    for method in ("lipschitz", "curvature", "auto"):
-        assert float(certify(network, x, method).radius) <= 0.8
-    last = dense_stack((torch.eye(2, dtype=torch.float64), None), phi)  # a nonlinear node that holds the logits
-    with exact_kernels():
-        pair = torch.tensor([[0, 1]])
-        assert float(Analysis(last).lipschitz.of_margins(pair)) >= 1.1289 * math.sqrt(2.0)
+    assert all(radius == 0.0 for radius in every_radius(network, x).values())
 
 
 def test_square_root_of_two_for_pairs() -> None:
@@ -140,49 +121,86 @@ def test_square_root_of_two_for_pairs() -> None:
     opposite = dense_stack((tensor([1.0, 0.0], [-1.0, 0.0]), None))
     x = tensor([1.0, 0.0])
     published = 2.0 / (math.sqrt(2.0) * 1.0)
-    assert _flips(opposite, x, tensor([-1e-9, 0.0]), published)
-    assert float(certify(opposite, x).radius) <= 1.0
+    assert flips(opposite, x, tensor([-1e-9, 0.0]), published)
+    assert all(radius <= 1.0 for radius in every_radius(opposite, x).values())
     alike = dense_stack((tensor([1.0, 0.1], [1.0, -0.1]), None))
     x = tensor([0.0, 1.0])
     assert float(certify(alike, x).radius) > 0.2 / (math.sqrt(2.0) * math.hypot(1.0, 0.1)) * 5
 
 
-def test_signs_taken_at_the_sample() -> None:
-    """Three layers of softplus: with v at the sample the Hessian sum is violated elsewhere; with intervals never."""
-    violated = 0
-    for seed in range(6):
-        network = mlp((3, 4, 4, 2), "softplus:4", seed=seed, gain=2.0)
-        x = points(network, 1, seed=seed)
-        w0, w1, w2 = (network.nodes[i].op.weight for i in (1, 3, 5))  # type: ignore[union-attr]
-        y = int(network(x).argmax())
-        c = w2[y] - w2[1 - y]
-        values = network.values(x)
-        slope = torch.sigmoid(4 * values[3])[0]
-        v0, v1 = w1.T @ (slope * c), c  # adjoints at the two layers' outputs, at the sample
-
-        def part(w: Tensor, v: Tensor) -> float:
-            return float(torch.linalg.eigvalsh(w.T @ ((-v).clamp(min=0.0).unsqueeze(1) * w))[-1])
-
-        recipe = part(w0, v0) + part(w1, v1) * matrix_norm(w0) ** 2  # phi'' in [0, 1], slopes at most 1
-
-        def margin(flat: Tensor, network: Network = network, y: int = y) -> Tensor:
-            logits = network(flat.unsqueeze(0))[0]
-            return logits[y] - logits[1 - y]
-
-        around = points(network, 3000, seed=seed + 100, spread=1.0)
-        met = float(-torch.linalg.eigvalsh(torch.func.vmap(torch.func.hessian(margin))(around)).min())
-        violated += met > recipe
-        with exact_kernels():
-            assert met <= float(Analysis(network).curvature_pairs.rows(torch.tensor([y]))[0, 1 - y])
-    assert violated > 0
+def _steepest_secant(z: float) -> tuple[float, float]:
+    """(s, S): S = sup_t |tanh(z - t) - tanh z| / |t| and the t = s > 0 that attains it, for z > 0."""
+    t = torch.linspace(1e-3, 4 * z, 400_001, dtype=torch.float64)
+    secants = (math.tanh(z) - (z - t).tanh()) / t
+    best = int(secants.argmax())
+    return float(t[best]), float(secants[best])
 
 
-def test_a_formula_for_convex_activations_on_tanh() -> None:
-    """Only v < 0 counts where phi'' >= 0. tanh bends both ways: saturated, its margin falls faster than its slope."""
-    network = dense_stack((tensor([1.0]), None), from_name("tanh"), (tensor([1.0], [0.0]), None))
-    x = tensor([3.0])
-    margin, slope = math.tanh(3.0), 1 - math.tanh(3.0) ** 2
-    published = margin / slope  # v = 1 > 0, so M = 0
-    assert _flips(network, x, tensor([-1e-3]), published)
-    for method in ("lipschitz", "curvature", "auto"):
-        assert float(certify(network, x, method).radius) <= 3.0
+@pytest.mark.parametrize("z", [0.8051, 1.2351, 2.3451])
+def test_anchored_tables_looked_up_by_rounding(z: float) -> None:
+    """The table of tanh's steepest secants falls with |z|: the entry of the next hundredth above is too small."""
+    s, _ = _steepest_secant(z)
+    network = dense_stack(
+        (tensor([1.0]), None), from_name("tanh"), (tensor([1.0], [0.0]), tensor(0.0, math.tanh(z - s)))
+    )
+    x = tensor([z])
+    _, looked_up = _steepest_secant(round(z, 2))
+    published = (math.tanh(z) - math.tanh(z - s)) / looked_up
+    assert flips(network, x, x - s - 1e-9, published)
+    found = every_radius(network, x)
+    assert all(0 < radius <= s for radius in found.values())
+
+
+def test_slope_ends_swapped_on_positive_intervals() -> None:
+    """On [l, u] with l > 0 the slopes of tanh run from phi'(u) to phi'(l). Swapped, the far end bounds the near one."""
+    phi = from_name("tanh")
+    x, level = 3.0, math.tanh(1.0)
+    network = dense_stack((tensor([1.0]), None), phi, (tensor([1.0], [0.0]), tensor(0.0, level)))
+    published = 0.0
+    for e in torch.linspace(0.01, 2.9, 290).tolist():
+        most = float(phi.slope(tensor(x + e)))  # "the slopes of [x - e, x + e] lie in [phi'(l), phi'(u)]"
+        if math.tanh(x) - level > e * most:
+            published = e
+    assert flips(network, tensor([x]), tensor([0.99]), published)
+    assert all(0 < radius <= 2.0 for radius in every_radius(network, tensor([x])).values())
+    low, high = phi.slope_on(tensor(0.5, -1.0, -2.0), tensor(2.0, 3.0, -0.5))
+    inside = [torch.linspace(a, b, 99, dtype=torch.float64) for a, b in ((0.5, 2.0), (-1.0, 3.0), (-2.0, -0.5))]
+    sampled = phi.slope(torch.stack(inside))
+    assert bool((low <= sampled.amin(1)).all())
+    assert bool((high >= sampled.amax(1)).all())
+
+
+def test_radii_multiplied_by_the_correctness_mask() -> None:
+    """radius * correct, then `>= eps`: at eps = 0 the wrong samples' zeros count as certified, as no label allows."""
+    network = dense_stack((tensor([1.0], [-1.0]), None))
+    x, y = tensor([0.5], [0.25], [-0.125]), torch.tensor([0, 1, 0])
+    radius = certify(network, x).radius
+    correct = network(x).argmax(1) == y
+    published = float((radius * correct >= 0.0).double().mean())
+    assert published == 1.0
+    assert published > float(correct.double().mean())
+    info = ModelInfo("m.onnx", "0" * 64, "onnx", 17, 2)
+    model = LoadedModel(network, info, (1,), "float32", ())
+    data = Dataset("made", x.float(), y, (0, 1, 2), None, False, "0" * 64, ())
+    result = run(model, data, eps=["1e-300", "0.1"])
+    assert result.summary.certified_accuracy == {"1e-300": 1 / 3, "0.1": 1 / 3}
+    # the wrong predictions are stable all the same, and their records say so
+    assert [s.certified_radius for s in result.samples] == pytest.approx([0.5, 0.25, 0.125], rel=1e-9)
+
+
+def test_batch_statistics_beside_the_running_variance() -> None:
+    """A constant from running_var says nothing of a layer that divides by the batch's own deviation."""
+    module = nn.Sequential(nn.BatchNorm1d(1, affine=False, eps=0.0), nn.Linear(1, 2, bias=False)).double()
+    module[1].weight.data = tensor([1.0], [-1.0])
+    batch = tensor([0.01], [-0.02], [0.01])
+    module.train()
+    logits = module[1](nn.functional.batch_norm(batch, None, None, training=True)).detach()
+    published = float(logits[0, 0] - logits[0, 1]) / (2.0 / 1.0)  # 2 = ||W_0 - W_1||, 1 = sqrt(running_var)
+    moved = batch - tensor([0.03], [0.0], [0.0])
+    assert float((moved - batch).norm()) < published
+    after = module[1](nn.functional.batch_norm(moved, None, None, training=True))
+    assert int(after[0].argmax()) != int(logits[0].argmax())
+    with pytest.raises(ModelError, match="training mode"):
+        lower(fx.symbolic_trace(module), (1,))
+    network = lower(fx.symbolic_trace(module.eval()), (1,))
+    assert all(0.01 * (1 - 1e-9) < r <= 0.01 for r in every_radius(network, batch[:1]).values())
