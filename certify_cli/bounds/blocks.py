@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ class Block:
     columns: Tensor
     matrix: Tensor | None = None
     matrix_error: float = 0.0
+
+    @cached_property
+    def magnitudes(self) -> Tensor:
+        """|matrix|, kept: a pass of intervals asks for it once a batch."""
+        if self.matrix is None:
+            raise ValueError("this block is not written out as a matrix")
+        return self.matrix.abs()
 
 
 @dataclass(frozen=True)

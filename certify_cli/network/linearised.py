@@ -10,7 +10,7 @@ E <- ||W|| E + gamma_k ||W||_F ||vector|| through an affine node, s E + ||slope 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -184,54 +184,112 @@ def _backward(network: Network, node: Node, vectors: Vectors, slope: Slope | Non
     return [_scaled(vectors, Slope(value, error))]
 
 
+Interval = tuple[Tensor, Tensor]
+"""Midpoint and radius, of one shape; the radius is rounded up."""
+
+
+def interval_push(
+    network: Network, source: int, low: Tensor, high: Tensor, targets: Collection[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Bounds, outward, of the images of vectors within [low, high] (batch, *shape of node `source`) at `targets`.
+
+    Every nonlinear node behind the source is cut: these are intervals through the network's own weights W_lk, along
+    its affine operations and without writing them out. Targets that the source does not reach are left out. NaN where
+    an end is infinite.
+    """
+    live = {source: _centred(low, high)}
+    needed = set(targets)
+    for index in range(max(needed, default=source), source, -1):
+        if index in needed and not is_nonlinear(network.nodes[index]):
+            needed.update(network.nodes[index].inputs)
+    for index in sorted(i for i in needed if i > source):
+        node = network.nodes[index]
+        inputs = [live.get(i) for i in node.inputs]
+        present = [v for v in inputs if v is not None]
+        if not present or is_nonlinear(node):
+            continue
+        op = node.op
+        if isinstance(op, AffineOp):
+            live[index] = _interval_image(op.linear, op.absolute, op.terms, present[0])
+        elif isinstance(op, Add):
+            live[index] = _interval_sum(present)
+        else:
+            shapes = [network.nodes[i].shape for i in node.inputs]
+            zeros = [low.new_zeros(low.shape[0], *shape) for shape in shapes]
+            full = [(zero, zero) if v is None else v for v, zero in zip(inputs, zeros, strict=True)]
+            live[index] = (op.apply(*(v[0] for v in full)), op.apply(*(v[1] for v in full)))
+    return {target: _ends(*live[target]) for target in targets if target in live}
+
+
 def interval_pull(
-    network: Network, cotangents: Tensor, ranges: Mapping[int, tuple[float, float]]
+    network: Network, cotangents: Tensor, ranges: Mapping[int, tuple[Tensor | float, Tensor | float]]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Bounds, outward, of the adjoints v_l at every nonlinear node, for any slopes within `ranges` (theory section 3).
 
-    cotangents (rows, classes); ranges[l] = (lowest, highest slope) of node l, and a node without one is cut. Returns
-    (low, high), each (rows, *shape), keyed by nonlinear node.
+    cotangents (rows, classes); ranges[l] = (lowest, highest slope) of node l, numbers or tensors (rows, *shape), and a
+    node without one is cut. Returns (low, high), each (rows, *shape), keyed by nonlinear node.
     """
     last = len(network.nodes) - 1
-    live = {last: (cotangents, torch.zeros_like(cotangents))}  # midpoint and radius
+    live = {last: (cotangents, torch.zeros_like(cotangents))}
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for index in range(last, 0, -1):
         if index not in live:
             continue
-        middle, radius = live.pop(index)
-        node, op = network.nodes[index], network.nodes[index].op
-        shapes = [network.nodes[i].shape for i in node.inputs]
-        images: list[tuple[Tensor, Tensor] | None]
+        here = live.pop(index)
+        op, inputs = network.nodes[index].op, network.nodes[index].inputs
+        shapes = [network.nodes[i].shape for i in inputs]
+        images: list[Interval | None]
         if isinstance(op, AffineOp):
-            size = op.absolute_transpose(middle.abs(), shapes[0])
-            spread = op.absolute_transpose(radius, shapes[0])
-            rounding = gamma(op.terms + 2)
-            images = [(op.transpose(middle, shapes[0]), up(spread * (1 + rounding) + rounding * size, 4) + UNDERFLOW)]
+            images = [_interval_image(*_transposes(op, shapes[0]), op.terms, here)]
         elif isinstance(op, Add):
-            images = [(middle, radius) for _ in node.inputs]
+            images = [here for _ in inputs]
         elif isinstance(op, Concat):
-            images = list(zip(op.split(middle, shapes), op.split(radius, shapes), strict=True))
+            images = list(zip(op.split(here[0], shapes), op.split(here[1], shapes), strict=True))
         else:
-            low = torch.nextafter(middle - radius, torch.full_like(middle, -torch.inf))
-            high = torch.nextafter(middle + radius, torch.full_like(middle, torch.inf))
-            found[index] = (low, high)
-            images = [_interval_product(low, high, *ranges[index]) if index in ranges else None]
-        for i, image in zip(node.inputs, images, strict=True):
-            if image is None:
-                continue
-            if i in live:
-                other = live[i]
-                total = image[0] + other[0]
-                live[i] = (total, up(image[1] + other[1] + UNIT * total.abs(), 4))
-            else:
-                live[i] = image
+            found[index] = _ends(*here)
+            images = [_interval_product(*found[index], *ranges[index]) if index in ranges else None]
+        for i, image in zip(inputs, images, strict=True):
+            if image is not None:
+                live[i] = _interval_sum([image, live[i]]) if i in live else image
     return found
 
 
-def _interval_product(low: Tensor, high: Tensor, least: float, most: float) -> tuple[Tensor, Tensor]:
-    """[least, most] * [low, high] as midpoint and radius, the radius rounded up."""
+def _transposes(op: AffineOp, shape: tuple[int, ...]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    return lambda y: op.transpose(y, shape), lambda y: op.absolute_transpose(y, shape)
+
+
+def _centred(low: Tensor, high: Tensor) -> Interval:
+    middle = 0.5 * (low + high)
+    return middle, up(torch.maximum(high - middle, middle - low))
+
+
+def _ends(middle: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """(low, high), outward."""
+    low = torch.nextafter(middle - radius, torch.full_like(middle, -torch.inf))
+    return low, torch.nextafter(middle + radius, torch.full_like(middle, torch.inf))
+
+
+def _interval_image(
+    linear: Callable[[Tensor], Tensor], absolute: Callable[[Tensor], Tensor], terms: int, interval: Interval
+) -> Interval:
+    """W [interval]: the midpoint by W, the radius and the midpoint's rounding by one pass through |W|."""
+    middle, radius = interval
+    rounding = gamma(terms + 2)
+    spread = absolute(up(radius + rounding * middle.abs(), 2))
+    return linear(middle), up(spread * (1 + rounding), 4) + UNDERFLOW
+
+
+def _interval_sum(parts: Sequence[Interval]) -> Interval:
+    middle, radius = parts[0]
+    for other in parts[1:]:
+        middle = middle + other[0]
+        radius = up(radius + other[1] + UNIT * middle.abs(), 4)
+    return middle, radius
+
+
+def _interval_product(low: Tensor, high: Tensor, least: Tensor | float, most: Tensor | float) -> Interval:
+    """[least, most] * [low, high], the radius rounded up."""
     corners = torch.stack([low * least, low * most, high * least, high * most])
-    bottom, top = corners.amin(0), corners.amax(0)
-    middle = 0.5 * (bottom + top)
-    radius = up(torch.maximum(top - middle, middle - bottom) + 2.0**-52 * corners.abs().amax(0), 4)
-    return middle, radius + UNDERFLOW
+    middle = 0.5 * (corners.amin(0) + corners.amax(0))
+    radius = torch.maximum(corners.amax(0) - middle, middle - corners.amin(0))
+    return middle, up(radius + 2.0**-52 * corners.abs().amax(0), 4) + UNDERFLOW
