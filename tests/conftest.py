@@ -1,4 +1,4 @@
-"""Shared ground of the tests: float64, one thread, and where the large files are, if they are there."""
+"""Shared ground of the tests: the same examples every time, and where the large files are, if they are there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.load_profile("steady")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
