@@ -82,9 +82,10 @@ class Curve:
         Where z cannot be told from a jump whose place is rounded, the whole jump is the error. At a jump whose place is
         exact, either one-sided limit counts as exact.
         """
-        return self._error_of(self.function(z), z)
+        return self.error_of(self.function(z), z)
 
-    def _error_of(self, value: Tensor, z: Tensor) -> Tensor:
+    def error_of(self, value: Tensor, z: Tensor) -> Tensor:
+        """`error` where the computed value at z is known already."""
         error = UNIT * (self.relative * value.abs() + self.absolute) + TINY
         for turn in self.turns:
             if turn.slack > 0.0 and turn.jump > 0.0:
@@ -106,7 +107,7 @@ class Curve:
         lo, hi = lo.double(), hi.double()
         least, most = self._hull_of_ends(lo, hi)
         for turn in self.turns:
-            inside = self._contains(lo, hi, turn)
+            inside = self.may_turn_in(lo, hi, turn)
             least = torch.where(inside, least.clamp(max=turn.low), least)
             most = torch.where(inside, most.clamp(min=turn.high), most)
         return least.clamp(*self.range), most.clamp(*self.range)
@@ -118,14 +119,14 @@ class Curve:
             finite = ~end.isinf()
             z = torch.where(finite, end, torch.zeros_like(end))
             value = self.function(z)
-            error = self._error_of(value, z)
+            error = self.error_of(value, z)
             below = torch.nextafter(value - error, torch.full_like(value, -math.inf))
             above = torch.nextafter(value + error, torch.full_like(value, math.inf))
             least = torch.where(finite, torch.minimum(least, below), least)
             most = torch.where(finite, torch.maximum(most, above), most)
         return least, most
 
-    def _contains(self, lo: Tensor, hi: Tensor, turn: Turn) -> Tensor:
+    def may_turn_in(self, lo: Tensor, hi: Tensor, turn: Turn) -> Tensor:
         """Whether the turn (or one of its repetitions) may lie in [lo, hi]."""
         if self.period is None:
             return (lo <= turn.place + turn.slack) & (hi >= turn.place - turn.slack)
