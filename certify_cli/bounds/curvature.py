@@ -161,7 +161,7 @@ class Curvature:
         layers = nonlinear_nodes(self.network)
         if not layers:
             return torch.zeros(len(pairs), 1, dtype=torch.float64, device=pairs.device)
-        adjoints = self._adjoints(pairs)
+        adjoints = self.adjoints(pairs)
         return torch.stack([self._term(layer, adjoints, rules) for layer in layers], dim=1)
 
     def lower(self, pairs: Tensor, rules: tuple[str, ...] = tuple(RULES)) -> Tensor:
@@ -180,7 +180,7 @@ class Curvature:
         corners = torch.stack([-low * bottom, -low * top, -high * bottom, -high * top]).amax(0)
         return up(corners.clamp(min=0.0), 1)
 
-    def _adjoints(self, pairs: Tensor) -> Adjoints:
+    def adjoints(self, pairs: Tensor) -> Adjoints:
         """Interval arithmetic backward, intersected with LipLT's v^C_l +- sum over later k of ||B_kl e_i|| r_k V_k."""
         layers = nonlinear_nodes(self.network)
         norms = {k: self.lipschitz.sensitivity(k, pairs) for k in layers}
