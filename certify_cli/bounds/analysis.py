@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.anchored import AnchoredBounds
 from certify_cli.bounds.blocks import Block, Budget
 from certify_cli.bounds.curvature import Curvature
 from certify_cli.bounds.lipschitz import Lipschitz, weight_blocks
@@ -63,6 +64,11 @@ class Analysis:
     @cached_property
     def curvature(self) -> Curvature:
         return Curvature(self.network, self.weights, self.lipschitz, self.budget)
+
+    @cached_property
+    def anchored(self) -> AnchoredBounds:
+        """Bounds around a sample; only where every nonlinear node has a curvature."""
+        return AnchoredBounds(self.network, self.weights, self.lipschitz)
 
     @cached_property
     def lipschitz_pairs(self) -> PairTable:

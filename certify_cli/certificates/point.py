@@ -93,11 +93,17 @@ class Point:
         return found
 
     @cached_property
-    def gradients(self) -> Vectors:
-        """Gradients g_i of the margins towards every class, (batch, classes, *input shape)."""
+    def adjoints(self) -> dict[int, Vectors]:
+        """Adjoints v_l of the margins towards every class, (batch, classes, *shape), at every nonlinear node's output;
+        0: at the input."""
         eye = torch.eye(self.network.classes, dtype=self.x.dtype, device=self.x.device)
         cotangents = eye[self.prediction].unsqueeze(1) - eye.unsqueeze(0)
-        return pull(self.network, cotangents, self.slopes)[0]
+        return pull(self.network, cotangents, self.slopes)
+
+    @property
+    def gradients(self) -> Vectors:
+        """Gradients g_i of the margins towards every class, (batch, classes, *input shape)."""
+        return self.adjoints[0]
 
     @cached_property
     def gradient_norm(self) -> Tensor:
