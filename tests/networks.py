@@ -74,6 +74,34 @@ def concat_net(activation: str = "softplus", seed: int = 0, classes: int = 3) ->
     return b.build(b.add("fc", Dense(_weights(g, classes, 18)), joined))
 
 
+def batch_norm_net(activation: str = "tanh", seed: int = 0, classes: int = 3) -> Network:
+    """Batch norms as four nodes each (mean, deviation, gain, offset), unfolded: before a convolution's activation, on
+    a skip, and behind the last activation; gains of both signs and one of exactly 0 (a dead channel)."""
+    g = torch.Generator().manual_seed(seed)
+    b = Builder((2, 3, 3))
+
+    def norm(name: str, last: int, dead: bool = False) -> int:
+        """Of one parameter a channel: the first axis of the value at `last`."""
+        channels, *space = b.shape(last)
+        shape = (channels, *[1] * len(space))
+        mean, gain, offset = (_weights(g, channels, 1).reshape(shape) for _ in range(3))
+        if dead:
+            gain.view(-1)[0] = 0.0
+        deviation = 0.3 + _weights(g, channels, 1).abs().reshape(shape)
+        last = b.add(f"{name}.mean", Shift(-mean), last)
+        last = b.add(f"{name}.deviation", Scale(1 / deviation, len(shape)), last)
+        last = b.add(f"{name}.gain", Scale(gain, len(shape)), last)
+        return b.add(f"{name}.offset", Shift(offset), last)
+
+    stem = b.add("conv0", Conv(_weights(g, 3, 2, 3, 3), None, (1, 1), (1, 1), (1, 1)), 0)
+    first = b.add("act0", from_name(activation), norm("bn0", stem, dead=True))
+    inner = b.add("conv1", Conv(_weights(g, 3, 3, 3, 3), None, (1, 1), (1, 1), (1, 1)), first)
+    skip = norm("bn1", b.add("conv2", Conv(_weights(g, 3, 3, 1, 1), None, (1, 1), (0, 0), (1, 1)), first))
+    second = b.add("act1", from_name(activation), b.add("add", Add(), norm("bn2", inner), skip))
+    flat = b.add("flatten", Reshape((27,)), norm("bn3", second))
+    return b.build(b.add("fc", Dense(_weights(g, classes, 27), _weights(g, classes, 1)[:, 0]), flat))
+
+
 SMOOTH: dict[str, Network] = {
     "two layers, tanh": mlp((6, 9, 3), "tanh"),
     "two layers, softplus": mlp((6, 9, 3), "softplus:3"),
@@ -89,6 +117,7 @@ SMOOTH: dict[str, Network] = {
     "residual, gelu": residual_net("gelu", seed=1),
     "concatenating": concat_net(),
     "concatenating, softsign": concat_net("softsign", seed=1),
+    "batch norms, silu": batch_norm_net("silu"),
     "linear": mlp((5, 3)),
     "residual around an activation": None,  # type: ignore[dict-item]
 }
