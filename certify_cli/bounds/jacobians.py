@@ -1,0 +1,152 @@
+"""Every pre-activation's Jacobian at the samples, and towards every earlier activation (theory section 4).
+
+    z_l(x+d) - z_l(x) = A_l d + sum over earlier nonlinear k of  B_lk q_k ,      q_k = phi(z_k+D_k) - phi(z_k) - phi'(z_k) D_k
+
+A_l = dz_l/dx and B_lk = dz_l/dh_k (total derivatives with h_k cut free) are pulled back from unit vectors at head l.
+Each row carries a bound of its Euclidean error, which holds for the exact slopes phi'(z_k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from certify_cli.network.graph import Network
+from certify_cli.network.linearised import Slopes, Vectors, head, nonlinear_nodes, pull
+from certify_cli.numerics.rounding import gamma, up
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A_l of several heads, stacked: `blocks[i]` is (batch or 1, size, inputs), batch 1 where all samples share it.
+
+    `errors[i]` (batch or 1, size) bounds the Euclidean error of each row.
+    """
+
+    blocks: tuple[Tensor, ...]
+    errors: tuple[Tensor, ...]
+
+    @property
+    def count(self) -> int:
+        return sum(block.shape[1] for block in self.blocks)
+
+    @property
+    def inputs(self) -> int:
+        return self.blocks[0].shape[2]
+
+    @cached_property
+    def sizes(self) -> tuple[Tensor, ...]:
+        """Upper bounds (batch or 1, size) of the norms of the computed rows."""
+        return tuple(Vectors(b, e).size for b, e in zip(self.blocks, self.errors, strict=True))
+
+    def at(self, index: Tensor) -> Rows:
+        """Of the samples at `index`."""
+
+        def part(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(t if len(t) == 1 else t[index] for t in tensors)
+
+        return Rows(part(self.blocks), part(self.errors))
+
+    def apply(self, d: Tensor) -> Tensor:
+        """A d: (batch, inputs) -> (batch, count)."""
+        return torch.cat([_product(block.mT, d) for block in self.blocks], dim=1)
+
+    def transpose(self, p: Tensor) -> Tensor:
+        """A^T p: (batch, count) -> (batch, inputs)."""
+        parts = p.split([block.shape[1] for block in self.blocks], dim=1)
+        total = _product(self.blocks[0], parts[0])
+        for block, part in zip(self.blocks[1:], parts[1:], strict=True):
+            total = total + _product(block, part)
+        return total
+
+    @cached_property
+    def grams(self) -> dict[tuple[int, int], Tensor]:
+        """A_i A_j^T (batch or 1, size_i, size_j) as computed, i >= j: entrywise within gamma_n |A_i row| |A_j row|."""
+        return {(i, j): self.blocks[i] @ self.blocks[j].mT for i in range(len(self.blocks)) for j in range(i + 1)}
+
+    def gram(self, batch: int) -> Tensor:
+        """A A^T, (batch, count, count)."""
+        spread = {pair: g.expand(batch, -1, -1) for pair, g in self.grams.items()}
+        number = range(len(self.blocks))
+        return torch.cat(
+            [torch.cat([spread[i, j] if i >= j else spread[j, i].mT for j in number], dim=2) for i in number], dim=1
+        )
+
+    def gram_slack(self) -> float:
+        """`gram` differs from the exact product entrywise by at most this times the product of the rows' norms."""
+        return gamma(self.inputs + 2)
+
+
+def _product(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """(batch or 1, m, n) and (batch, m) -> (batch, n)."""
+    if len(matrix) == 1:
+        return vectors @ matrix[0]
+    return (vectors.unsqueeze(1) @ matrix).squeeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobians:
+    """A_l by head, in topological order, and B_lk by (head, nonlinear node): Vectors (batch or 1, rows, size)."""
+
+    network: Network
+    outer: Mapping[int, Vectors]
+    inner: Mapping[tuple[int, int], Vectors]
+
+    @classmethod
+    def of(cls, network: Network, slopes: Slopes) -> Jacobians:
+        """At the points where the slopes phi'(z_k), (batch, *shape), were taken."""
+        outer, inner = {}, {}
+        for target in sorted({head(network, k) for k in nonlinear_nodes(network)}):
+            node = network.nodes[target]
+            units = torch.eye(node.size, dtype=torch.float64, device=network.device).reshape(1, node.size, *node.shape)
+            found = pull(network, units, slopes, target)
+            for source, rows in found.items():
+                flat = Vectors(rows.value.flatten(2), rows.error)
+                if source == 0:
+                    outer[target] = flat
+                else:
+                    inner[target, source] = flat
+        return cls(network, outer, inner)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return tuple(self.outer)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All A_l, stacked in the order of `heads`."""
+        return Rows(tuple(v.value for v in self.outer.values()), tuple(v.error for v in self.outer.values()))
+
+    def at(self, index: Tensor) -> Jacobians:
+        """Of the samples at `index`."""
+
+        def part(vectors: Vectors) -> Vectors:
+            return vectors if len(vectors.value) == 1 else Vectors(vectors.value[index], vectors.error[index])
+
+        return Jacobians(
+            self.network, {k: part(v) for k, v in self.outer.items()}, {k: part(v) for k, v in self.inner.items()}
+        )
+
+    @cached_property
+    def row_norms(self) -> dict[int, Tensor]:
+        """Upper bounds (batch or 1, size) of the norms of the exact rows of A_l, by head."""
+        return {target: up(v.size + v.error, 2) for target, v in self.outer.items()}
+
+    @cached_property
+    def squared_grams(self) -> dict[int, Tensor]:
+        """Entrywise upper bounds (batch or 1, size, size) of (A_l A_l^T)^2 of the exact A_l, by head."""
+        found = {}
+        for number, target in enumerate(self.heads):
+            norms, error = self.rows.sizes[number], self.outer[target].error
+            # |a.b - (a+p).(b+q)| <= |a||q| + |p||b| + |p||q|, and the product's own rounding
+            slack = (
+                self.rows.gram_slack() * norms.unsqueeze(2) * norms.unsqueeze(1)
+                + norms.unsqueeze(2) * error.unsqueeze(1)
+                + error.unsqueeze(2) * (norms + error).unsqueeze(1)
+            )
+            found[target] = up((self.rows.grams[number, number].abs() + slack).square(), 8)
+        return found
