@@ -24,22 +24,32 @@ from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, heads, interval_pull, nonlinear_nodes
 from certify_cli.numerics.rounding import UNDERFLOW, times, up, vector_norm_up
 
-FLOPS = {"fast": 0.0, "normal": 2e8, "max": 2e10}
-"""By effort: what proving one eigenvalue may cost for each sample. Beyond it the layer's bound needs no eigenvalue."""
+FLOPS = {"fast": 0.0, "normal": 1e8, "max": 2e10}
+"""By effort: what proving one eigenvalue may cost for each pair. Beyond it the layer's bound needs no eigenvalue."""
+
+
+def sharp_on_balls(analysis: Analysis) -> bool:
+    """Whether the effort affords an eigenvalue for each pair and ball in the first layer, where the bound is sharp;
+    without them the bound on a ball is seldom below the global one."""
+    layers = nonlinear_nodes(analysis.network)
+    matrices = [analysis.curvature.stack(layer).matrix for layer in layers[:1]]
+    return any(matrix is not None and _affordable(matrix, analysis.effort) for matrix in matrices)
 
 
 @dataclass(frozen=True, eq=False)
 class BallCurvature:
-    """Curvature of the margins z_a - z_b of one pair of classes a sample, on the balls that `ranges` hold on.
+    """Curvature of margins z_a - z_b on the balls around samples that `ranges` hold on.
 
-    pairs: (batch, 2). `lower` and `upper` (batch,) bound -lambda_min and lambda_max of the Hessian at every point of
-    the ball, up, never below 0 and never above the bound that holds everywhere. `why_no_curvature` must be None.
+    pairs (count, 2): classes (a, b); which (count,): each pair's sample. `lower` and `upper` (count,) bound -lambda_min
+    and lambda_max of the Hessian at every point of the ball, up, never below 0 and never above the bound that holds
+    everywhere. Every node must have curvature (`why_no_curvature`).
     """
 
     analysis: Analysis
     samples: Samples
     ranges: Ranges
     pairs: Tensor
+    which: Tensor
 
     @property
     def network(self) -> Network:
@@ -65,17 +75,21 @@ class BallCurvature:
     def _sum(self, sign: float) -> Tensor:
         layers = nonlinear_nodes(self.network)
         terms = [self._term(layer, self._weights(layer, sign)) for layer in layers]
-        return up(torch.stack(terms).sum(0), len(layers)) if terms else torch.zeros_like(self.ranges.radius)
+        return (
+            up(torch.stack(terms).sum(0), len(layers))
+            if terms
+            else self.pairs.new_zeros(len(self.pairs), dtype=torch.float64)
+        )
 
     def _term(self, layer: int, weights: Tensor) -> Tensor:
         """The least of three bounds of lambda_max(A_l^T diag(w) A_l); v phi'' is at most |v| sup |phi''|."""
-        lip, row = self._lipschitz[head(self.network, layer)]
+        lip, row = (bound[self.which] for bound in self._lipschitz[head(self.network, layer)])
         bottom, top = self._curvatures[layer]
-        bend = torch.maximum(-bottom, top).amax(1)
+        bend = torch.maximum(-bottom, top).amax(1)[self.which]
         found = [times(weights.amax(1), lip, lip), times(self._adjoint_norms[layer][0], bend, row, lip)]
         stack = self.analysis.curvature.stack(layer)
         if stack.matrix is not None and _affordable(stack.matrix, self.effort):
-            ratio = self._growth(layer)
+            ratio = self._growth(layer)[self.which]
             found.append(times(_gram(stack.matrix, weights, stack.matrix_error), stack.parts, ratio, ratio))
         return torch.stack(found).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(0)
 
@@ -89,9 +103,9 @@ class BallCurvature:
         return torch.stack(ratios).amax(0)
 
     def _weights(self, layer: int, sign: float) -> Tensor:
-        """w (batch, size): the largest of 0 and sign v phi'' over the ball."""
+        """w (count, size): the largest of 0 and sign v phi'' over the ball."""
         low, high = self._adjoints[layer]
-        bottom, top = self._curvatures[layer]
+        bottom, top = (bound[self.which] for bound in self._curvatures[layer])
         corners = torch.stack([low * bottom, low * top, high * bottom, high * top])
         return up((sign * corners).amax(0).clamp(min=0.0))
 
@@ -157,24 +171,25 @@ class BallCurvature:
 
     @cached_property
     def _adjoints(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Ranges (batch, size) of v_l: intervals backward, what holds everywhere, and the norms behind each column."""
+        """Ranges (count, size) of v_l: intervals backward, what holds everywhere, and the norms behind each column."""
         eye = torch.eye(self.network.classes, dtype=torch.float64, device=self.pairs.device)
-        here = interval_pull(self.network, eye[self.pairs[:, 0]] - eye[self.pairs[:, 1]], self._slopes)
-        different, which = self.pairs.unique(dim=0, return_inverse=True)
+        slopes = {k: (low[self.which], high[self.which]) for k, (low, high) in self._slopes.items()}
+        here = interval_pull(self.network, eye[self.pairs[:, 0]] - eye[self.pairs[:, 1]], slopes)
+        different, row = self.pairs.unique(dim=0, return_inverse=True)
         everywhere = self.analysis.curvature.adjoints(different).ranges
         found = {}
         for k, (low, high) in here.items():
             (least, most), (_, reach) = everywhere[k], self._adjoint_norms[k]
             found[k] = (
-                torch.fmax(torch.fmax(low.flatten(1), least[which]), -reach),
-                torch.fmin(torch.fmin(high.flatten(1), most[which]), reach),
+                torch.fmax(torch.fmax(low.flatten(1), least[row]), -reach),
+                torch.fmin(torch.fmin(high.flatten(1), most[row]), reach),
             )
         return found
 
     @cached_property
     def _adjoint_norms(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """For every layer: bounds (batch,) of ||v_l||, and (batch, size or 1) of |v_l|, from the logits backward."""
-        last, zero = len(self.network.nodes) - 1, torch.zeros_like(self.ranges.radius)
+        """For every layer: bounds (count,) of ||v_l||, and (count, size or 1) of |v_l|, from the logits backward."""
+        last, zero = len(self.network.nodes) - 1, torch.zeros_like(self.ranges.radius)[self.which]
         behind = dict.fromkeys(heads(self.network), zero)
         found = {}
         for k in reversed(nonlinear_nodes(self.network)):
@@ -190,7 +205,7 @@ class BallCurvature:
                     part, each = times(arriving, block.norm), times(arriving.unsqueeze(1), block.columns)
                 norm, entries = up(norm + part), up(entries + each)
             found[k] = norm, entries
-            steepest = self._steepest[k].amax(1)
+            steepest = self._steepest[k].amax(1)[self.which]
             behind[head(self.network, k)] = up(behind[head(self.network, k)] + times(norm, steepest))
         return found
 

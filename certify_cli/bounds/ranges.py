@@ -51,6 +51,11 @@ class Ranges:
     high: Mapping[int, Tensor]
     norm: Mapping[int, Tensor]
 
+    def at(self, index: Tensor) -> Ranges:
+        """The samples at `index`."""
+        parts = ({k: v[index] for k, v in part.items()} for part in (self.low, self.high, self.norm))
+        return Ranges(self.radius[index], *parts)
+
     def intersect(self, other: Ranges) -> Ranges:
         """What both know, of the same samples. ValueError where the balls differ."""
         if not torch.equal(self.radius, other.radius):

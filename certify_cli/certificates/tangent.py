@@ -6,11 +6,13 @@ Where M bounds -lambda_min of the Hessian on the whole space, f + M/2 ||.||^2 is
                                                     f~ = f(x+d0) - <grad f(x+d0), d0> - M ||d0||^2 / 2
 
 for all d. d0 = 0 is the closed form at the sample. Every d0 is a proof by itself; a good one lies where the bound at
-the sample is least, which is where a majorise-minimise step leads.
+the sample is least, which is where a majorise-minimise step leads. Where M holds on a ball around x only, so do
+convexity and the minorant: d0 must lie in the ball, and nothing beyond its radius is claimed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +27,13 @@ GAIN = 1e-4
 """A relative gain below which no further point is tried."""
 
 
-def tangent(point: Point, rival: Tensor, moved: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+def tangent(
+    point: Point, rival: Tensor, moved: Tensor, curvature: Tensor, within: Tensor | float = math.inf
+) -> tuple[Tensor, Tensor]:
     """Certified radii (batch,), down, of x against `rival` (batch,) by the tangent at the points `moved`, and p.
 
-    curvature (batch,): M of the margin towards the rival, valid everywhere. 0 where f~ is not positive.
+    curvature (batch,): M of the margin towards the rival, valid where ||d|| <= `within` (everywhere if infinite), which
+    no claim exceeds. 0 where f~ is not positive, and where the point lies outside.
     """
     there = Point(point.network, moved)
     eye = torch.eye(point.network.classes, dtype=moved.dtype, device=moved.device)
@@ -50,7 +55,8 @@ def tangent(point: Point, rival: Tensor, moved: Tensor, curvature: Tensor) -> tu
     rounding = 4 * UNIT * (vector_norm_up(gradient) + curvature * size)
     slope = up(vector_norm_up(p) + gradient_error + rounding, 3)
     radius = curvature_radius(down(level.clamp(min=0.0)), slope, curvature)
-    return torch.where(there.finite, radius, torch.zeros_like(radius)), p.reshape(moved.shape)
+    claimed = torch.minimum(radius, torch.as_tensor(within, dtype=radius.dtype, device=radius.device))
+    return torch.where(there.finite & (size <= within), claimed, 0.0), p.reshape(moved.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +85,27 @@ def sharpened(point: Point, radius: Tensor, lower: Tensor, upper: Tensor, steps:
             break
         rival = weakest[todo]
         treated[todo, rival] = True
-        best, moved = _descended(point, todo, rival, found[todo], lower[todo, rival], upper[todo, rival], steps)
+        best, moved = descended(point, todo, rival, found[todo], lower[todo, rival], upper[todo, rival], steps)
         radius[todo, rival] = best
         nearer = best < decided[todo]
         decided[todo[nearer]], ends[todo[nearer]] = best[nearer], moved[nearer]
     return Sharpened(radius, ends)
 
 
-def _descended(
-    point: Point, index: Tensor, rival: Tensor, radius: Tensor, lower: Tensor, upper: Tensor, steps: int
+def descended(
+    point: Point,
+    index: Tensor,
+    rival: Tensor,
+    radius: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    steps: int,
+    within: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Best radius, and the last point, of projected gradient steps on f + M/2 ||.||^2 over the certified ball.
+
+    For the samples at `index`, each with its rival, its radius so far, and bounds of its margin's curvature, valid on
+    the ball of radius `within` (everywhere if None).
 
     The gradient there is p, its Lipschitz constant at most M- + M+; the minimum on the ball is the published dual's.
     A sample is left alone once a step gains less than GAIN. Any step is sound: it only says where to look.
@@ -104,7 +120,7 @@ def _descended(
         aim = smooth.reshape(shape) * (ends[live] - part.x) - p
         reach = torch.minimum(1 / smooth, best[live] / vector_norm_up(aim.flatten(1)))
         ends[live] = part.x + reach.nan_to_num(nan=0.0, posinf=0.0).reshape(shape) * aim
-        value, p = tangent(part, rival[live], ends[live], m)
+        value, p = tangent(part, rival[live], ends[live], m, torch.inf if within is None else within[live])
         gained = value > best[live] * (1 + GAIN)
         best[live] = torch.maximum(best[live], value)
         live, p = live[gained], p[gained]

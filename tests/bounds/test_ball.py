@@ -22,7 +22,7 @@ NETWORKS = {name: net for name, net in SMOOTH.items() if name != "linear"} | {"a
 
 def on_ball(analysis: Analysis, point: Point, pairs: Tensor, radius: float) -> BallCurvature:
     radii = torch.full((len(point.x),), radius, dtype=torch.float64)
-    return BallCurvature(analysis, point, fast_ranges(point, analysis.weights, radii), pairs)
+    return BallCurvature(analysis, point, fast_ranges(point, analysis.weights, radii), pairs, torch.arange(len(radii)))
 
 
 def some_pairs(network: Network, count: int) -> Tensor:
