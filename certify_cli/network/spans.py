@@ -6,13 +6,13 @@ are evaluated once a knot, and between neighbouring knots their ranges are exact
     phi(z+t) lies between two tents       phi_k + [S_lo, S_hi] tau  and  phi_k+1 - [S_lo, S_hi] (w - tau)
     phi(z+t) lies between two parabolas   phi_k + phi'_k tau + [K_lo, K_hi] tau^2 / 2
 
-with tau = t - t_k, w the cell's width, S and K the ranges of phi' and phi'' (Taylor). Every quantity is the extreme of a
-tent or parabola, divided by t or t^2: at the cell's ends, the tent's peak or the parabola's vertex. Knots need no exact
-places: they cover the span and are evaluated where they are. (Theory sections 3, "Anchored", and 4.)
+with tau = t - t_k, w the cell's width, S and K the ranges of phi' and phi'' (Taylor). Every quantity is the extreme of
+a tent or parabola, divided by t or t^2: at the cell's ends, the tent's peak or the parabola's vertex. Knots need no
+exact places: they cover the span and are evaluated where they are. (Theory sections 3, "Anchored", and 4.)
 
-The true pre-activation z' is within `error` of z. The knots are fixed places on the axis, so only their offsets from z',
-phi(z') and phi'(z') are uncertain; each rule of `_Cells` says by how much. Near t = 0, where that divided by t explodes,
-the range of the derivative takes over.
+The true pre-activation z' is within `error` of z. The knots are fixed places on the axis, so only their offsets from
+z', phi(z') and phi'(z') are uncertain; each rule of `_Cells` says by how much. Near t = 0, where that divided by t
+explodes, the range of the derivative takes over.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.curves import TINY, Curve
 from certify_cli.numerics.rounding import UNIT
 
-CELLS = ((0.5, 6), (2.0, 10), (6.0, 16), (1e6, 24), (math.inf, 64))
+CELLS = ((0.1, 4), (0.5, 6), (2.0, 10), (6.0, 16), (1e6, 24), (math.inf, 64))
 """(longest side of the span in units of the length on which phi bends, cells a side)."""
 
 GRADING = 1.25
 """Knots crowd a little towards t = 0, where the divisor is small."""
 
-CHUNK = 2**14
-"""Numbers a tensor of knots may have: it stays in the cache."""
+CHUNK = 2**15
+"""Numbers a tensor of knots may have: it stays in the cache, and below what torch splits between threads."""
 
 SLACK = 64 * UNIT
 """All roundings of one rule, in units of the size of what is added: fewer than thirty sums, products and quotients.
@@ -45,7 +46,7 @@ Evaluation errors are added on their own."""
 FENCE = 2.0**-44
 """Half the relative width of the sliver of a cell that holds a jump: only there the range has both of its sides."""
 
-FAR = 1e30
+FAR = 1e6
 """Beyond this times 1 + |z| a span without end is the activation's tail."""
 
 NEVER = 1e300
@@ -118,7 +119,7 @@ class Span:
         return -_sum_up(_sum_up(-z, -lo), self._errors), _sum_up(_sum_up(z, hi), self._errors)
 
     def _by_cells(self, rule: Callable[[_Cells, Tensor], Ends], jumping: Curve) -> Ends:
-        """The rule on the cells of a few entries (given by their numbers) at a time; the jumps of `jumping` are fenced."""
+        """The rule on the cells of a few entries (given by their numbers) at a time, the jumps of `jumping` fenced."""
         z, error, low, high = (t.reshape(-1) for t in (self.z.double(), self._errors, *self._places))
         least, most = torch.full_like(z, math.nan), torch.full_like(z, math.nan)
         knots = _Knots(self.activation, jumping)
@@ -171,7 +172,7 @@ class _Knots:
         slope = self.activation.slope
         if slope.relative == slope.absolute == 0.0:  # computed without error: constant from jump to jump
             return 1
-        return math.ceil(2 * count / (len(self.fences) // 2 + 2))
+        return math.ceil(3 * count / (3 + len(self.fences) // 2))
 
     def cut(self, count: int, z: Tensor, error: Tensor, low: Tensor, high: Tensor) -> _Cells:
         """Both sides of z from z - error (mirrored: -z - error) to the end of the span, no cell without end."""
@@ -186,7 +187,7 @@ class _Knots:
         middle, length = (centre, period) if period else (torch.zeros_like(centre), self.length)
         pieces = [
             left[None] if index % 2 else _divided(left, right, self._between(count), middle, length)
-            for index, (left, right) in enumerate(zip(walls, walls[1:], strict=False))
+            for index, (left, right) in enumerate(pairwise(walls))
         ]
         return _Cells(signs, z, error, torch.cat((*pieces, last[None])), ends)
 
@@ -282,12 +283,12 @@ class _Cells:
         pit are the higher and the lower of the two lines there.
         """
         rise = heights[1:] - heights[:-1]
-        p = (rise - least * self.widths).div_((most - least).clamp_(min=TINY)).clamp_(min=0.0)
+        p = rise.addcmul_(least, self.widths, value=-1).div_((most - least).clamp_(min=TINY)).clamp_(min=0.0)
         p = torch.minimum(p, self.widths)
         q = self.widths - p
-        up, down = most * p, least * q
-        peak = torch.maximum(heights[:-1] + up, heights[1:] - down)
-        pit = torch.minimum(heights[:-1] + down, heights[1:] - up)
+        left, right = heights[:-1], heights[1:]
+        peak = torch.maximum(torch.addcmul(left, most, p), torch.addcmul(right, least, q, value=-1))
+        pit = torch.minimum(torch.addcmul(left, least, q), torch.addcmul(right, most, p, value=-1))
         return p, peak, q, pit
 
     def means(self, curve: Curve, derivative: Curve) -> Ends:
@@ -310,9 +311,12 @@ class _Cells:
         p, peak, q, pit = self.tents(rises, least, most)
         excess = base + slack * t[1:]
         lower, upper = mean - spread, mean + spread
-        lower = torch.minimum(torch.minimum(lower[:-1], lower[1:]), (pit - excess) / (t[:-1] + q))
-        upper = torch.maximum(torch.maximum(upper[:-1], upper[1:]), (peak + excess) / (t[:-1] + p))
-        return self._hull(lower - self.unusable[:-1], upper + self.unusable[:-1], least, most, slack, derivative)
+        tent_lower = torch.minimum(torch.minimum(lower[:-1], lower[1:]), (pit - excess) / (t[:-1] + q))
+        tent_upper = torch.maximum(torch.maximum(upper[:-1], upper[1:]), (peak + excess) / (t[:-1] + p))
+        if self.endless is not None:  # a tent up to FAR is blurred by rounding; the mean is between these two as well
+            tent_lower = torch.maximum(tent_lower, torch.minimum(lower[:-1], least))
+            tent_upper = torch.minimum(tent_upper, torch.maximum(upper[:-1], most))
+        return self._hull(tent_lower, tent_upper, least, most, slack, derivative)
 
     def quadratics(self, activation: Activation) -> Ends:
         """2 Q / t^2, Q = phi(z'+t) - phi(z') - phi'(z') t: the mean of phi'' weighted by 2 (t - s) / t^2.
@@ -402,10 +406,9 @@ def _most_of_parabola(q: Tensor, d: Tensor, most: Tensor, ratio: Tensor) -> Tens
     Any r in there may be added to the ends; where the parabola is concave it is the vertex, whose place is off by what
     costs the square of a rounding error.
     """
-    vertex = (most - d).div_((q - 2 * d + most).clamp_(max=-TINY))
-    vertex = torch.minimum(torch.maximum(vertex, ratio), torch.ones_like(vertex))
-    top = q
-    for r in (ratio, vertex):
-        rest = 1 - r
-        top = torch.maximum(top, r * (q * r + 2 * d * rest) + most * rest * rest)
-    return top
+    linear = (d - most).mul_(2.0)
+    bend = (q - most).sub_(linear)
+    vertex = (linear * -0.5).div_(bend.clamp(max=-TINY))
+    vertex = torch.maximum(vertex, ratio).clamp_(max=1.0)
+    at_ratio, at_vertex = (torch.addcmul(most, r, torch.addcmul(linear, r, bend)) for r in (ratio, vertex))
+    return torch.maximum(torch.maximum(q, at_ratio), at_vertex)
