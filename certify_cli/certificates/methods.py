@@ -17,6 +17,7 @@ from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import attack_radius, hybrid_radius, lipschitz_radius
+from certify_cli.certificates.on_ball import grown, promised_on_ball
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.tangent import sharpened
 from certify_cli.errors import MethodError, UsageError
@@ -71,11 +72,14 @@ def by_curvature(analysis: Analysis, point: Point, attack: bool) -> Certificates
 
 
 def by_dual(analysis: Analysis, point: Point, attack: bool) -> Certificates:
-    """The same, at further points until the gap stops closing: the published dual (CRC) for all rivals."""
-    return _by_tangents("dual", DUAL_STEPS, analysis, point, attack)
+    """The same, at further points until the gap stops closing: the published dual (CRC) for all rivals; then with the
+    curvature of balls little larger than what is certified."""
+    return _by_tangents("dual", DUAL_STEPS, analysis, point, attack, balls=True)
 
 
-def _by_tangents(name: str, steps: dict[str, int], analysis: Analysis, point: Point, attack: bool) -> Certificates:
+def _by_tangents(
+    name: str, steps: dict[str, int], analysis: Analysis, point: Point, attack: bool, balls: bool = False
+) -> Certificates:
     predicted = point.prediction
     lipschitz = analysis.lipschitz_pairs.rows(predicted)
     lower = analysis.curvature_pairs.rows(predicted)
@@ -83,11 +87,15 @@ def _by_tangents(name: str, steps: dict[str, int], analysis: Analysis, point: Po
     gradient = point.gradient_norm
     table = hybrid_radius(point.margin_low, gradient, lower, lipschitz)
     sharp = sharpened(point, table, lower, upper, steps[analysis.effort])
+    if balls:
+        sharp = grown(analysis, point, sharp, lower, upper, steps[analysis.effort])
     radius, rival = _weakest(point, sharp.radius)
     norm, witness = torch.full_like(radius, torch.nan), point.x
     if attack:
         promised = attack_radius(point.margin_high, point.gradient_norm_low, upper)
         nearest, target = promised.masked_fill(point.own | ~point.finite.unsqueeze(1), torch.inf).min(1)
+        if balls:
+            nearest, target = promised_on_ball(analysis, point, nearest, target)
         direction = -point.gradients.value[torch.arange(len(target), device=target.device), target]
         witness, norm = replayed(point, direction, nearest)
     return Certificates(

@@ -15,7 +15,7 @@ from certify_cli.bounds.ranges import fast_ranges
 from certify_cli.certificates.closed_form import attack_radius, curvature_radius
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.tangent import GAIN, Sharpened, descended
-from certify_cli.numerics.rounding import up
+from certify_cli.numerics.rounding import down, up
 
 STRETCH = 1.5
 """The first ball, in units of the radius certified so far."""
@@ -35,9 +35,9 @@ def grown(analysis: Analysis, point: Point, sharp: Sharpened, lower: Tensor, upp
     all of them reached its edge, else one closer to what was reached.
     """
     radius, ends = sharp.radius.masked_fill(point.own, torch.inf), sharp.ends.clone()
-    stretch = torch.full_like(radius[:, 0], STRETCH)
+    stretch, every = torch.full_like(radius[:, 0], STRETCH), torch.arange(len(radius), device=radius.device)
     for _ in range(ROUNDS[analysis.effort] if sharp_on_balls(analysis) else 0):
-        weakest = radius.amin(1)
+        weakest, decider = radius.min(1)
         ball = weakest * stretch
         todo = (weakest > 0) & ball.isfinite() & (stretch > 1 + 10 * GAIN)
         sample, rival = ((radius < ball.unsqueeze(1)) & (radius > 0) & todo.unsqueeze(1)).nonzero().T
@@ -48,6 +48,8 @@ def grown(analysis: Analysis, point: Point, sharp: Sharpened, lower: Tensor, upp
         reached = radius.amin(1)
         deciding = useful & (value == reached[sample]) & (value > weakest[sample])
         ends[sample[deciding]] = moved[deciding]
+        # several rivals at the edge: the one that was weakest stays so, whatever the order of the classes
+        radius[every, decider] = torch.where(todo & (reached >= ball), down(ball), radius[every, decider])
         # the claim falls as the ball grows: they meet where nothing more is to be had
         closer = (ball / reached).sqrt()
         hopeless = torch.zeros_like(todo)
@@ -73,7 +75,7 @@ def _claimed(
     chosen, which = sample.unique(return_inverse=True)
     m = _curvature(analysis, point.at(chosen), ball[chosen], rival, which).lower
     known, edge, moved = radius[sample, rival], ball[sample], point.x[sample]
-    useful = m < PROMISING * lower[sample, rival]
+    useful = (m < PROMISING * lower[sample, rival]) & lower[sample, rival].isfinite()
     margin, gradient = point.margin_low[sample, rival], point.gradient_norm[sample, rival]
     value = torch.maximum(known, torch.minimum(curvature_radius(margin, gradient, m), edge))
     on = (useful & (value < edge)).nonzero().squeeze(1)

@@ -45,8 +45,10 @@ def test_units_of_the_input_change_nothing(power: int, activation: str, effort: 
     plain = certify(dense_stack((FIRST, BIAS), phi, (LAST, None)), X, effort=effort)
     c = 2.0**power
     scaled = certify(dense_stack((c * FIRST, BIAS), phi, (LAST, None)), X / c, effort=effort)
-    # never more than in plain units, whatever is lost at the ends of the range
-    assert bool((scaled.radius * c <= plain.radius * (1 + 1e-9)).all())
+    # never more than in plain units, whatever is lost at the ends of the range; beyond 2^400 other points of the dual
+    # overflow than in plain units, so that its search may stop 1e-4 (`tangent.GAIN`) away
+    slack = 1e-9 if abs(power) <= 400 else 1e-4
+    assert bool((scaled.radius * c <= plain.radius * (1 + slack)).all())
     assert bool((scaled.radius >= 0).all())
     if abs(power) <= 400:
         assert torch.allclose(scaled.radius * c, plain.radius, rtol=1e-9, atol=0)
