@@ -68,7 +68,7 @@ class Analysis:
     @cached_property
     def anchored(self) -> AnchoredBounds:
         """Bounds around a sample; only where every nonlinear node has a curvature."""
-        return AnchoredBounds(self.network, self.weights, self.lipschitz)
+        return AnchoredBounds(self.network, self.weights, self.lipschitz, self.budget)
 
     @cached_property
     def lipschitz_pairs(self) -> PairTable:

@@ -26,19 +26,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.blocks import Block
-from certify_cli.bounds.lipschitz import Lipschitz
+from certify_cli.bounds.blocks import Block, Budget
+from certify_cli.bounds.lipschitz import Expansion, Lipschitz
+from certify_cli.bounds.weighted import weighted_gram_norms
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluate import Evaluation
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slope, Vectors, head, nonlinear_nodes
-from certify_cli.network.unit_table import Units, UnitTable
+from certify_cli.network.unit_table import Units, UnitTable, unit_table
 from certify_cli.numerics.rounding import UNDERFLOW, times, up, vector_norm_up
 
 LEVELS = (0.0, 0.25, 0.5)
 """Where `level_bound` cuts the weights, as parts of the largest; the largest itself is always tried."""
 TINY = 1e-140
 """Numbers below it are raised to it before they are squared."""
+SHARES = 1e4
+"""A sample may spend this part of the budget for eigenvalues on one of them (`normal`: 250 units or inputs)."""
 SQUARED_ENTRIES = 2**22
 """Largest block whose squared entries are kept (32 MiB)."""
 
@@ -66,31 +69,19 @@ class Samples(Protocol):
 
 
 def level_bound(weights: Tensor, total: Tensor, parts: Tensor) -> Tensor:
-    """Upper bound of sum_i w_i q_i over all q with 0 <= q_i <= parts_i and sum q <= total.
+    """Upper bound (batch,) of sum_i w_i q_i over all q with 0 <= q_i <= parts_i and sum q <= total.
 
-    weights (batch, ..., n) >= 0, total (batch,), parts (batch or 1, n). Returns (batch, ...). For every c >= 0,
-    w_i <= c + max(0, w_i - c), so the sum is at most c total + sum_i max(0, w_i - c) parts_i. The same holds for
-    ||B diag(w) B^T||, with ||B||^2 as the total and the squared columns of B as parts.
+    weights (batch, n) >= 0, total (batch,), parts (batch or 1, n). For every c >= 0, w_i <= c + max(0, w_i - c), so the
+    sum is at most c total + sum_i max(0, w_i - c) parts_i. The same holds for ||B diag(w) B^T||, with ||B||^2 as the
+    total and the squared columns of B as parts.
     """
-    top = weights.amax(-1)
-    total = total.reshape(-1, *[1] * (top.dim() - 1))
+    top = weights.amax(1)
     best = times(top, total)
     for level in LEVELS:
         cut = top * level
-        above = (weights - cut.unsqueeze(-1)).clamp_(min=0.0) if level else weights
-        best = torch.minimum(best, up(cut * total + _dots(above, parts), weights.shape[-1] + 6) + UNDERFLOW)
+        above = (weights - cut.unsqueeze(1)).clamp_(min=0.0) if level else weights
+        best = torch.minimum(best, up(cut * total + (above * parts).sum(1), weights.shape[1] + 6) + UNDERFLOW)
     return best
-
-
-def _dots(weights: Tensor, parts: Tensor) -> Tensor:
-    """sum_i w_i parts_i: (batch, ..., n) and (batch or 1, n) to (batch, ...)."""
-    if len(parts) == 1:
-        return weights @ parts[0]
-    return (
-        (weights.flatten(1, -2) @ parts.unsqueeze(2)).reshape(weights.shape[:-1])
-        if weights.dim() > 2
-        else (weights * parts).sum(1)
-    )
 
 
 def _square(values: Tensor) -> Tensor:
@@ -121,6 +112,7 @@ class AnchoredBounds:
     network: Network
     weights: Mapping[tuple[int, int], Block]
     lipschitz: Lipschitz
+    budget: Budget
 
     def around(self, samples: Samples) -> Anchored:
         return Anchored(self, samples)
@@ -129,19 +121,12 @@ class AnchoredBounds:
     def layers(self) -> tuple[int, ...]:
         return nonlinear_nodes(self.network)
 
-    @cached_property
-    def _tables(self) -> dict[tuple[str, tuple[tuple[str, float | None], ...]], UnitTable]:
-        return {}
-
     def table(self, layer: int) -> UnitTable:
-        """The layer's activation, tabulated; layers of one activation share a table."""
+        """The layer's activation, tabulated."""
         op = self.network.nodes[layer].op
         if not isinstance(op, Activation):
             raise TypeError(f"{op.title} has no anchored constants")
-        key = op.name, tuple(op.parameters.items())
-        if key not in self._tables:
-            self._tables[key] = UnitTable(op)
-        return self._tables[key]
+        return unit_table(op)
 
     @cached_property
     def _pairs(self) -> Tensor:
@@ -180,6 +165,21 @@ class AnchoredBounds:
         """Whether the layer sees nothing but the input, so that A_l is the same everywhere."""
         target = head(self.network, layer)
         return all(source == 0 for t, source in self.weights if t == target)
+
+    def squares(self, layer: int, weights: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
+        """Upper bound (count,) of sum_i w_i D_i^2 / ||d||^2 at a layer whose D is bounded by `reach` and `rows`.
+
+        Where D = W d, and the matrix is small, it is a proved lambda_max(W^T diag(w) W).
+        """
+        bound = level_bound(weights, times(reach, reach), _square(rows))
+        block = self.weights.get((head(self.network, layer), 0))
+        if block is None or block.matrix is None or not self.first(layer):
+            return bound
+        share = self.budget.eigenvalues / SHARES
+        if 3.0 * min(block.matrix.shape) ** 3 > share:
+            return bound
+        budget = Budget(self.budget.norm, share * len(weights))
+        return torch.minimum(bound, weighted_gram_norms(block.matrix, weights, budget, block.matrix_error))
 
     def offsets(self, radii: Radii, batch: int) -> Offsets:
         """Bounds of D_l / ||d|| in every network whose slopes lie within `radii` of the expansions' centres.
@@ -229,130 +229,107 @@ class AnchoredBounds:
 
 
 class Anchored:
-    """Bounds of the margins towards every class, (batch, classes), around each sample, for every d. Rounded up; inf
-    where nothing is known. Computed when first asked for."""
+    """Bounds around each sample, for every d. `index` (count,) picks samples, `rival` (count,) the class towards which
+    the margin is taken; results are (count,), rounded up, inf where nothing is known.
+
+    What belongs to a sample alone is computed once, when first asked for.
+    """
 
     def __init__(self, bounds: AnchoredBounds, samples: Samples) -> None:
         self._bounds = bounds
         self._samples = samples
-        self._batch = len(samples.prediction)
         self._heads = {k: head(bounds.network, k) for k in bounds.layers}
 
-    @cached_property
-    def lipschitz(self) -> Tensor:
+    def lipschitz(self, index: Tensor, rival: Tensor) -> Tensor:
         """L_x:  |f(x+d) - f(x)| <= L_x ||d||.
 
         With the slopes' own centres, L_x = ||g^C|| + sum_k ||v^C_k o r_k|| m_k; with centres at phi'(z_k) these are
         the gradient and the adjoints at the sample.
         """
-        bounds, reach = self._bounds, self._reach.norm
-        own, ways = self._samples.gradient_norm, []
-        for k in bounds.layers:
-            vectors, units, slope = self._adjoint(k), self._units[k], self._slope(k)
-            radius = torch.maximum(units.secant_high - slope.value, slope.value - units.secant_low).clamp(min=0.0)
-            radius = up(radius + slope.error, 3)
-            moved = up((_dots(_square(vectors.value.abs()), _square(radius)) + UNDERFLOW).sqrt(), radius.shape[1] + 6)
-            largest = radius.amax(1, keepdim=True)
-            own = own + times(up(moved + times(largest, vectors.error)), reach[self._heads[k]].unsqueeze(1))
-        ways.append(up(own, len(bounds.layers)))
-        for table, radii in zip(bounds.centre_adjoints, self._secant_radii, strict=True):
-            total = self._rows(table[0])
-            for k in bounds.layers:
-                scale = times(radii[k].amax(1), reach[self._heads[k]])
-                total = total + times(self._rows(table[k]), scale.unsqueeze(1))
-            ways.append(up(total, len(bounds.layers)))
+        prediction = self._samples.prediction[index]
+        own = self._samples.gradient_norm[index, rival]
+        for k, target in self._heads.items():
+            value, error = self._adjoint(k, index, rival)
+            radius = self._slope_radii[k][index]
+            moved = vector_norm_up(up(value.abs() * radius)) + times(radius.amax(1), error)
+            own = own + times(up(moved), self._reach.norm[target][index])
+        ways = [up(own, len(self._heads))]
+        for table, radii in zip(self._bounds.centre_adjoints, self._secant_radii, strict=True):
+            total = table[0][prediction, rival]
+            for k, target in self._heads.items():
+                reach = self._reach.norm[target][index]
+                total = total + times(table[k][prediction, rival], radii[k][index].amax(1), reach)
+            ways.append(up(total, len(self._heads)))
         return _sure(torch.stack(ways).amin(0))
 
-    @cached_property
-    def change(self) -> Tensor:
+    def change(self, index: Tensor, rival: Tensor) -> Tensor:
         """C_x:  ||grad f(x+d) - grad f(x)|| <= C_x ||d||: the lesser of the two forms in which one factor is anchored.
 
-        As the difference of gradients is that much at every point on the way to d, |f(x+d) - f - <g, d>| is at most
-        C_x ||d||^2 / 2, and C_x may replace a Hessian's bound wherever that is integrated from the sample.
+        The gradient differs by no more than C_x t ||d|| at x + t d, so C_x may replace a Hessian's bound wherever that
+        is integrated from the sample.
         """
-        return _sure(torch.minimum(self.adjoint_anchored, self.jacobian_anchored))
+        return torch.minimum(self.adjoint_anchored(index, rival), self.jacobian_anchored(index, rival))
 
-    @cached_property
-    def adjoint_anchored(self) -> Tensor:
+    def adjoint_anchored(self, index: Tensor, rival: Tensor) -> Tensor:
         """sum_l || A_l(x+d)^T (S'_l - S_l) v_l(x) ||, with the global Lipschitz constant of z_l for A_l(x+d).
 
         Where A_l is constant the term is at most lambda_max(W^T diag(bend o |v|) W).
         """
         terms = []
-        for k in self._bounds.layers:
-            target, vectors, units = self._heads[k], self._adjoint(k), self._units[k]
-            reach, rows = self._reach.norm[target], self._reach.rows[target]
+        for k, target in self._heads.items():
+            value, error = self._adjoint(k, index, rival)
+            bend = self._units[k].bend[index]
+            reach, rows = self._reach.norm[target][index], self._reach.rows[target][index]
             everywhere = self._bounds.lipschitz.to_head(target)
-            size = vectors.value.abs()
-            weights = up(size * units.bend.unsqueeze(1))
+            weights = up(value.abs() * bend)
             if self._bounds.first(k):
-                term = level_bound(weights, times(reach, reach), _square(rows))
+                term = self._bounds.squares(k, weights, reach, rows)
             else:
-                term = times(weights.amax(2), reach.unsqueeze(1))
-                squares = _square(times(units.bend, rows))
-                summed = _dots(_square(size), squares) + UNDERFLOW
-                term = times(torch.minimum(term, up(summed.sqrt(), size.shape[2] + 6)), everywhere)
-            flaw = times(units.bend.amax(1), reach, everywhere)
-            terms.append(up(term + times(vectors.error, flaw.unsqueeze(1))))
-        return self._sum(terms)
+                by_rows = vector_norm_up(times(weights, rows))
+                term = times(torch.minimum(times(weights.amax(1), reach), by_rows), everywhere)
+            terms.append(term + times(bend.amax(1), error, reach, everywhere))
+        return _total(terms, index)
 
-    @cached_property
-    def jacobian_anchored(self) -> Tensor:
+    def jacobian_anchored(self, index: Tensor, rival: Tensor) -> Tensor:
         """sum_l || A_l(x)^T (S'_l - S_l) v_l(x+d) ||, with the global bound of ||v_l||."""
-        terms = []
-        here = self._jacobian
-        for k in self._bounds.layers:
-            target, bend = self._heads[k], self._units[k].bend
-            by_offset = times(times(bend, self._reach.rows[target]).amax(1), here.norm[target])
-            by_row = times(times(bend, here.rows[target]).amax(1), self._reach.norm[target])
-            terms.append(
-                times(self._rows(self._bounds.sensitivities[k]), torch.minimum(by_offset, by_row).unsqueeze(1))
-            )
-        return self._sum(terms)
+        prediction = self._samples.prediction[index]
+        terms = [
+            times(self._bounds.sensitivities[k][prediction, rival], self._sample_factors[k][index])
+            for k in self._bounds.layers
+        ]
+        return _total(terms, index)
 
-    @cached_property
-    def lower(self) -> Tensor:
-        """M_x:  f(x+d) >= f(x) + <g, d> - M_x ||d||^2 / 2. A bound of f alone, never of a Hessian."""
-        return torch.minimum(self.change, self._remainder(1.0))
+    def lower(self, index: Tensor, rival: Tensor) -> Tensor:
+        """M_x:  f(x+d) >= f(x) + <g, d> - M_x ||d||^2 / 2. A bound of f alone, not of its gradient or Hessian."""
+        return self._remainder(index, rival, {k: (units.sink, units.rise) for k, units in self._units.items()})
 
-    @cached_property
-    def upper(self) -> Tensor:
+    def upper(self, index: Tensor, rival: Tensor) -> Tensor:
         """M+_x:  f(x+d) <= f(x) + <g, d> + M+_x ||d||^2 / 2."""
-        return torch.minimum(self.change, self._remainder(-1.0))
+        return self._remainder(index, rival, {k: (units.rise, units.sink) for k, units in self._units.items()})
 
-    def _remainder(self, sign: float) -> Tensor:
-        """Of sign * f: sum_l sum_i w_li D_li^2 / ||d||^2, w = the part of -v k that is positive, k between -sink and
-        rise. Here both factors are anchored, for it is an identity of f at the sample (section 4)."""
+    def _remainder(self, index: Tensor, rival: Tensor, bends: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
+        """sum_l sum_i w_li D_li^2 / ||d||^2, w >= 0 at least -v times the mean second derivative, which is at least
+        -bends[l][0] and at most bends[l][1]. Both factors are anchored here: it is an identity at the sample."""
         terms = []
-        for k in self._bounds.layers:
-            target, vectors, units = self._heads[k], self._adjoint(k), self._units[k]
-            reach = self._reach.norm[target]
-            down, up_ = (units.sink, units.rise) if sign > 0 else (units.rise, units.sink)
-            value = vectors.value
-            weights = up(torch.maximum(value * down.unsqueeze(1), value * -up_.unsqueeze(1)))
-            term = level_bound(weights, times(reach, reach), _square(self._reach.rows[target]))
-            flaw = times(torch.maximum(down, up_).amax(1), reach, reach)
-            terms.append(up(term + times(vectors.error, flaw.unsqueeze(1))))
-        return self._sum(terms)
+        for k, target in self._heads.items():
+            value, error = self._adjoint(k, index, rival)
+            falls, rises = (bend[index] for bend in bends[k])
+            reach, rows = self._reach.norm[target][index], self._reach.rows[target][index]
+            weights = up(torch.maximum(value * falls, -value * rises))
+            term = self._bounds.squares(k, weights, reach, rows)
+            terms.append(term + times(torch.maximum(falls, rises).amax(1), error, reach, reach))
+        return _total(terms, index)
 
-    def _sum(self, terms: list[Tensor]) -> Tensor:
-        if not terms:
-            return torch.zeros_like(self._samples.gradient_norm)
-        return _sure(up(torch.stack(terms).sum(0), len(terms)))
-
-    def _rows(self, table: Tensor) -> Tensor:
-        return table[self._samples.prediction]
-
-    def _adjoint(self, layer: int) -> Vectors:
-        """v_l at the sample: value (batch, classes, size)."""
+    def _adjoint(self, layer: int, index: Tensor, rival: Tensor) -> tuple[Tensor, Tensor]:
+        """v_l of the margins at the sample, (count, size), and the bound (count,) of its Euclidean error."""
         vectors = self._samples.adjoints[layer]
-        return Vectors(vectors.value.flatten(2), vectors.error)
+        return vectors.value[index, rival].flatten(1), vectors.error[index, rival]
 
-    def _slope(self, layer: int) -> PointSlope:
+    def _slope(self, layer: int) -> tuple[Tensor, Tensor]:
+        """phi'(z_l) at the samples and the bound of its error, (batch, size)."""
         slope = self._samples.slopes[layer]
-        value = torch.as_tensor(slope.value, dtype=torch.float64, device=self._samples.prediction.device)
-        error = torch.as_tensor(slope.error, dtype=torch.float64, device=value.device).expand_as(value)
-        return PointSlope(value.flatten(1), error.flatten(1))
+        value = torch.as_tensor(slope.value, dtype=torch.float64).flatten(1)
+        return value, torch.as_tensor(slope.error, dtype=torch.float64).flatten(1)
 
     @cached_property
     def _units(self) -> dict[int, Units]:
@@ -363,43 +340,65 @@ class Anchored:
         }
 
     @cached_property
-    def _secant_radii(self) -> list[dict[int, Tensor]]:
-        found = []
-        for expansion in self._bounds.lipschitz.expansions:
-            radii = {}
-            for k, units in self._units.items():
-                centre = _centre(expansion.centres.get(k))
-                radii[k] = up(torch.maximum(units.secant_high - centre, centre - units.secant_low).clamp(min=0.0), 1)
-            found.append(radii)
+    def _slope_radii(self) -> dict[int, Tensor]:
+        """At least |secant slope - phi'(z)|."""
+        found = {}
+        for k, units in self._units.items():
+            slope, error = self._slope(k)
+            found[k] = up(torch.maximum(units.secant_high - slope, slope - units.secant_low).clamp(min=0.0) + error, 3)
         return found
+
+    @cached_property
+    def _secant_radii(self) -> list[dict[int, Tensor]]:
+        """At least |secant slope - centre|, for each expansion."""
+        return [
+            {
+                k: up(torch.maximum(units.secant_high - centre, centre - units.secant_low).clamp(min=0.0))
+                for k, units in self._units.items()
+                for centre in (_centre(expansion, k),)
+            }
+            for expansion in self._bounds.lipschitz.expansions
+        ]
 
     @cached_property
     def _reach(self) -> Offsets:
         """Of the secants: how far the pre-activations move from the sample, per unit of ||d||."""
-        return self._bounds.offsets(self._secant_radii, self._batch)
+        return self._bounds.offsets(self._secant_radii, len(self._samples.prediction))
 
     @cached_property
     def _jacobian(self) -> Offsets:
         """Of the slopes at the sample: bounds of ||A_l(x)|| and of its rows."""
-        radii = []
-        for expansion in self._bounds.lipschitz.expansions:
-            centres = {k: _centre(expansion.centres.get(k)) for k in self._heads}
-            slopes = {k: self._slope(k) for k in self._heads}
-            radii.append({k: up((slopes[k].value - centres[k]).abs() + slopes[k].error, 2) for k in self._heads})
-        return self._bounds.offsets(radii, self._batch)
+        slopes = {k: self._slope(k) for k in self._heads}
+        radii = [
+            {k: up((value - _centre(expansion, k)).abs() + error, 2) for k, (value, error) in slopes.items()}
+            for expansion in self._bounds.lipschitz.expansions
+        ]
+        return self._bounds.offsets(radii, len(self._samples.prediction))
+
+    @cached_property
+    def _sample_factors(self) -> dict[int, Tensor]:
+        """max ||A_l(x)^T (S'_l - S_l) v|| / (||d|| ||v||), (batch,): |D_l| by its rows and A_l by its norm, or vice
+        versa."""
+        found, here, moved = {}, self._jacobian, self._reach
+        for k, target in self._heads.items():
+            bend = self._units[k].bend
+            by_offset = times(times(bend, moved.rows[target]).amax(1), here.norm[target])
+            by_jacobian = times(times(bend, here.rows[target]).amax(1), moved.norm[target])
+            found[k] = torch.minimum(by_offset, by_jacobian)
+        return found
 
 
-@dataclass(frozen=True, eq=False)
-class PointSlope:
-    """phi'(z_l) at the samples: `value` and the bound `error` of what is wrong with it, (batch, size)."""
-
-    value: Tensor
-    error: Tensor
-
-
-def _centre(slope: Slope | None) -> float:
+def _centre(expansion: Expansion, layer: int) -> float:
     """The slope that an expansion gives a whole layer; 0 where it cuts it."""
+    slope = expansion.centres.get(layer)
     return 0.0 if slope is None else float(slope.value)
+
+
+def _total(terms: list[Tensor], index: Tensor) -> Tensor:
+    """Sum of the layers' terms, each itself a sum of two, rounded up."""
+    if not terms:
+        return torch.zeros(len(index), dtype=torch.float64, device=index.device)
+    return _sure(up(torch.stack(terms).sum(0), len(terms) + 1))
 
 
 def _sure(bound: Tensor) -> Tensor:

@@ -49,6 +49,30 @@ def hybrid_radius(margin: Tensor, gradient: Tensor, curvature: Tensor, lipschitz
     return torch.maximum(ends, _positive(margin, mixed, lipschitz == 0))
 
 
+def anchored_radii(
+    margin: Tensor,
+    gradient: Tensor,
+    curvature: Tensor,
+    lipschitz: Tensor,
+    change: Tensor,
+    remainder: Tensor,
+    secant: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three radii, each of them certified, from constants anchored at the sample.
+
+    1. `change`, at least ||grad f(x+d) - grad f(x)|| / ||d||, serves the integral as well as a global `curvature`, and
+       the global `lipschitz` constant bounds the gradient there.
+    2. `remainder` M: f(x+d) >= f + <g, d> - M ||d||^2 / 2, which says nothing of the gradient on the way.
+    3. `secant` L: |f(x+d) - f(x)| <= L ||d||, which does not either: joined to a curvature in the integral it
+       certified 1.6 where f = 0 at 1.414.
+    """
+    return (
+        hybrid_radius(margin, gradient, torch.minimum(curvature, change), lipschitz),
+        curvature_radius(margin, gradient, torch.minimum(curvature, remainder)),
+        lipschitz_radius(margin, torch.minimum(lipschitz, secant)),
+    )
+
+
 def attack_radius(margin: Tensor, gradient_low: Tensor, curvature_upper: Tensor) -> Tensor:
     """2 f / (||g|| + sqrt(||g||^2 - 2 M+ f)): along -g the margin reaches 0 within it. inf where no attack is proved.
 

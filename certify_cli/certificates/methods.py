@@ -14,9 +14,10 @@ from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.curvature import why_no_curvature
+from certify_cli.certificates.anchoring import Constants, anchored, promised_attack
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.closed_form import attack_radius, hybrid_radius, lipschitz_radius
+from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
 from certify_cli.certificates.on_ball import grown, promised_on_ball
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.tangent import sharpened
@@ -81,19 +82,22 @@ def _by_tangents(
     name: str, steps: dict[str, int], analysis: Analysis, point: Point, attack: bool, balls: bool = False
 ) -> Certificates:
     predicted = point.prediction
-    lipschitz = analysis.lipschitz_pairs.rows(predicted)
-    lower = analysis.curvature_pairs.rows(predicted)
-    upper = analysis.curvature_pairs.columns(predicted)
-    gradient = point.gradient_norm
-    table = hybrid_radius(point.margin_low, gradient, lower, lipschitz)
-    sharp = sharpened(point, table, lower, upper, steps[analysis.effort])
+    everywhere = Constants(
+        lower=analysis.curvature_pairs.rows(predicted),
+        upper=analysis.curvature_pairs.columns(predicted),
+        lipschitz=analysis.lipschitz_pairs.rows(predicted),
+    )
+    gradient, anchors = point.gradient_norm, analysis.anchored.around(point)
+    table = hybrid_radius(point.margin_low, gradient, everywhere.lower, everywhere.lipschitz)
+    # a tangent at another point needs a bound of the Hessian: the global one
+    sharp = sharpened(point, table, everywhere.lower, everywhere.upper, steps[analysis.effort])
     if balls:
-        sharp = grown(analysis, point, sharp, lower, upper, steps[analysis.effort])
-    radius, rival = _weakest(point, sharp.radius)
+        sharp = grown(analysis, point, sharp, everywhere.lower, everywhere.upper, steps[analysis.effort])
+    table, decided = anchored(anchors, point, sharp.radius, everywhere)
+    radius, rival = _weakest(point, table)
     norm, witness = torch.full_like(radius, torch.nan), point.x
     if attack:
-        promised = attack_radius(point.margin_high, point.gradient_norm_low, upper)
-        nearest, target = promised.masked_fill(point.own | ~point.finite.unsqueeze(1), torch.inf).min(1)
+        nearest, target, decided = promised_attack(anchors, point, decided)
         if balls:
             nearest, target = promised_on_ball(analysis, point, nearest, target)
         direction = -point.gradients.value[torch.arange(len(target), device=target.device), target]
@@ -102,9 +106,9 @@ def _by_tangents(
         radius=radius,
         rival=rival,
         gradient=_at(gradient, rival),
-        curvature_lower=_at(lower, rival),
-        curvature_upper=_at(upper, rival),
-        lipschitz=_at(lipschitz, rival),
+        curvature_lower=_at(decided.lower, rival),
+        curvature_upper=_at(decided.upper, rival),
+        lipschitz=_at(decided.lipschitz, rival),
         attack=norm,
         witness=witness,
         near=sharp.ends,

@@ -7,22 +7,23 @@ activation is tabulated once, and looked up. Between tabulated places the consta
     d/dz (phi'(y) - phi'(z)) / t                  = (bend - phi''(z)) / t       at most h3/2,
     d/dz 2 (phi(y) - phi(z) - phi'(z) t) / t^2    = 2 (quadratic - phi''(z)) / t   at most 2 h3/3,
 
-h = sup |phi''|, h3 = sup |phi'''|, and so do their extremes over y. Where phi'' jumps, h3 does not say this, and a whole
-cell is handed to `Span` as the uncertainty of z.
+h = sup |phi''|, h3 = sup |phi'''|, and so do their extremes over y. Where phi'' jumps, h3 does not say this, and a
+whole cell is handed to `Span` as the uncertainty of z.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from certify_cli.network.activations import Activation
+from certify_cli.network.activations import ACTIVATIONS, Activation
 from certify_cli.network.spans import Span
 
-CELLS = 4096
+CELLS = 8192
 CORE = 0.05
 """Cells are uniform in asinh(z / CORE): of equal width close to 0, of equal ratio far from it."""
 FARTHEST = 1e3
@@ -46,7 +47,7 @@ class Units:
 
 
 class UnitTable:
-    """The table of one activation that has a curvature. Built once, on the CPU."""
+    """The table of one activation that has a curvature (ValueError for another), on the CPU. See `unit_table`."""
 
     def __init__(self, activation: Activation) -> None:
         curvature = activation.curvature_range
@@ -79,6 +80,16 @@ class UnitTable:
         known = (place >= 0) & (place < CELLS) & (error <= self._precision)
         index = torch.where(known, place, torch.full_like(place, CELLS)).long()
         return Units(*(column.to(z.device)[index] for column in self._columns))
+
+
+def unit_table(activation: Activation) -> UnitTable:
+    """The activation's table, built once in a process: the rows of `activations` are told by name and parameters."""
+    return _built(activation.name, tuple(activation.parameters.items()))
+
+
+@lru_cache(maxsize=256)
+def _built(name: str, parameters: tuple[tuple[str, float | None], ...]) -> UnitTable:
+    return UnitTable(ACTIVATIONS[name](**dict(parameters)))
 
 
 Ends = tuple[Tensor, Tensor]

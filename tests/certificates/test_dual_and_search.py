@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
+from certify_cli.certificates.closed_form import curvature_radius
 from certify_cli.certificates.methods import METHODS, certify_batch, select
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.search import searched
@@ -61,8 +62,17 @@ def test_more_points_never_lower_a_radius(name: str) -> None:
         point = Point(network, points(network, 30))
         closed = METHODS["curvature"].certify(analysis, point, False).radius
         dual = METHODS["dual"].certify(analysis, point, False).radius
+        lower, upper = (
+            rows(point.prediction) for rows in (analysis.curvature_pairs.rows, analysis.curvature_pairs.columns)
+        )
+        table = curvature_radius(point.margin_low, point.gradient_norm, lower)
+        by_steps = [sharpened(point, table, lower, upper, steps).radius for steps in (0, 1, 20)]
     assert (dual >= closed * (1 - 1e-9)).all()
-    assert (dual > closed * (1 + 1e-6)).any()
+    # the methods' radii may be those of anchored bounds; the tangents' own must grow
+    none, one, many = (radius.masked_fill(point.own, torch.inf).amin(1) for radius in by_steps)
+    assert (many >= one).all()
+    assert (many > one * (1 + 1e-6)).any()
+    assert (one > none * (1 + 1e-6)).any()
 
 
 @pytest.mark.parametrize("name", SMOOTH | PIECEWISE)
