@@ -6,6 +6,8 @@ ball's. So the ball is a little larger than what is certified already, and is ch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from certify_cli.numerics.rounding import down, up
 
 STRETCH = 1.5
 """The first ball, in units of the radius certified so far."""
-PROMISING = 0.9
+PROMISING = 0.8
 """Descent is worth its steps where the bound on the ball is below this share of the global one."""
 ROUNDS = {"fast": 0, "normal": 1, "max": 4}
 """By effort: balls tried for a sample."""
@@ -31,8 +33,8 @@ def grown(analysis: Analysis, point: Point, sharp: Sharpened, lower: Tensor, upp
     """The table of radii (batch, classes) with its weakest entries grown on balls; see `tangent.sharpened`.
 
     lower, upper (batch, classes): the global bounds of -lambda_min and lambda_max. In each of ROUNDS every sample
-    gets one ball, and every rival whose radius is less than the ball's a bound on it: a larger ball next time if
-    all of them reached its edge, else one closer to what was reached.
+    gets one ball, and where that helps the weakest rival, every rival whose radius is less than the ball's gets a bound
+    on it: next time a larger ball if all of them reached its edge, else one closer to what was reached.
     """
     radius, ends = sharp.radius.masked_fill(point.own, torch.inf), sharp.ends.clone()
     stretch, every = torch.full_like(radius[:, 0], STRETCH), torch.arange(len(radius), device=radius.device)
@@ -40,23 +42,40 @@ def grown(analysis: Analysis, point: Point, sharp: Sharpened, lower: Tensor, upp
         weakest, decider = radius.min(1)
         ball = weakest * stretch
         todo = (weakest > 0) & ball.isfinite() & (stretch > 1 + 10 * GAIN)
-        sample, rival = ((radius < ball.unsqueeze(1)) & (radius > 0) & todo.unsqueeze(1)).nonzero().T
+        # the weakest rival first: where a ball brings it nothing, the others need not be asked
+        sample = todo.nonzero().squeeze(1)
         if not len(sample):
             break
-        value, moved, useful = _claimed(analysis, point, sample, rival, radius, ball, lower, upper, steps)
-        radius[sample, rival] = torch.maximum(value, radius[sample, rival])
+        first = _claimed(analysis, point, sample, decider[sample], radius, ball, lower, upper, steps)
+        promising = todo.index_copy(0, sample, first.value > weakest[sample] * (1 + GAIN))
+        others = (radius < ball.unsqueeze(1)) & (radius > 0) & promising.unsqueeze(1)
+        others[every, decider] = False
+        sample, rival = others.nonzero().unbind(1)
+        rest = _claimed(analysis, point, sample, rival, radius, ball, lower, upper, steps)
+        for claim in (first, rest):
+            radius[claim.sample, claim.rival] = claim.value
         reached = radius.amin(1)
-        deciding = useful & (value == reached[sample]) & (value > weakest[sample])
-        ends[sample[deciding]] = moved[deciding]
+        for claim in (first, rest):
+            deciding = claim.useful & (claim.value == reached[claim.sample]) & promising[claim.sample]
+            ends[claim.sample[deciding]] = claim.moved[deciding]
         # several rivals at the edge: the one that was weakest stays so, whatever the order of the classes
         radius[every, decider] = torch.where(todo & (reached >= ball), down(ball), radius[every, decider])
         # the claim falls as the ball grows: they meet where nothing more is to be had
-        closer = (ball / reached).sqrt()
-        hopeless = torch.zeros_like(todo)
-        hopeless[sample[~useful & (value <= reached[sample])]] = True
-        new = torch.where(hopeless, 1.0, torch.where(reached >= ball, STRETCH, closer))
-        stretch = torch.where(todo, new, stretch)
+        new = torch.where(reached >= ball, STRETCH, (ball / reached).sqrt())
+        stretch = torch.where(promising, new, torch.where(todo, 1.0, stretch))
     return Sharpened(torch.where(point.own, sharp.radius, radius), ends)
+
+
+@dataclass(frozen=True, eq=False)
+class _Claims:
+    """For pairs (count,) of a sample and a rival: radii certified on the sample's ball, never above it and never below
+    what was known; the last points of the descent; whether the bound on the ball was worth one."""
+
+    sample: Tensor
+    rival: Tensor
+    value: Tensor
+    moved: Tensor
+    useful: Tensor
 
 
 def _claimed(
@@ -69,12 +88,12 @@ def _claimed(
     lower: Tensor,
     upper: Tensor,
     steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For pairs of a sample and a rival: radii certified on the sample's ball, never above it and never below what was
-    known; the last points of the descent; where the bound on the ball was worth it."""
+) -> _Claims:
+    known, edge, moved = radius[sample, rival], ball[sample], point.x[sample]
+    if not len(sample):
+        return _Claims(sample, rival, known, moved, known > edge)
     chosen, which = sample.unique(return_inverse=True)
     m = _curvature(analysis, point.at(chosen), ball[chosen], rival, which).lower
-    known, edge, moved = radius[sample, rival], ball[sample], point.x[sample]
     useful = (m < PROMISING * lower[sample, rival]) & lower[sample, rival].isfinite()
     margin, gradient = point.margin_low[sample, rival], point.gradient_norm[sample, rival]
     value = torch.maximum(known, torch.minimum(curvature_radius(margin, gradient, m), edge))
@@ -83,7 +102,7 @@ def _claimed(
         # the other side's bound only says how far to step: as much smaller as this side's is, unproved
         guess = upper[sample, rival] * (m / lower[sample, rival])
         value[on], moved[on] = descended(point, sample[on], rival[on], value[on], m[on], guess[on], steps, edge[on])
-    return value, moved, useful
+    return _Claims(sample, rival, value, moved, useful)
 
 
 def _curvature(analysis: Analysis, point: Point, radius: Tensor, rival: Tensor, which: Tensor) -> BallCurvature:
