@@ -1,9 +1,9 @@
-"""Every pre-activation's Jacobian at the samples, and towards every earlier activation (theory section 4).
+"""Every pre-activation's Jacobian, and its derivative by every earlier activation, in a linearised network (theory 4).
 
-    z_l(x+d) - z_l(x) = A_l d + sum over earlier nonlinear k of  B_lk q_k ,      q_k = phi(z_k+D_k) - phi(z_k) - phi'(z_k) D_k
+    z_l(x+d) - z_l(x) = A_l d + sum over earlier nonlinear k of  B_lk q_k ,      q_k = phi(z_k+D_k) - phi(z_k) - s_k D_k
 
 A_l = dz_l/dx and B_lk = dz_l/dh_k (total derivatives with h_k cut free) are pulled back from unit vectors at head l.
-Each row carries a bound of its Euclidean error, which holds for the exact slopes phi'(z_k).
+Each row carries a bound of its Euclidean error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.network.graph import Network
-from certify_cli.network.linearised import Slopes, Vectors, head, nonlinear_nodes, pull
+from certify_cli.network.linearised import Slopes, Vectors, pull
 from certify_cli.numerics.rounding import gamma, up
 
 
@@ -49,7 +49,11 @@ class Rows:
         def part(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(t if len(t) == 1 else t[index] for t in tensors)
 
-        return Rows(part(self.blocks), part(self.errors))
+        rows = Rows(part(self.blocks), part(self.errors))
+        for name in ("_stacked", "short"):
+            if name in self.__dict__:
+                (rows.__dict__[name],) = part((getattr(self, name),))
+        return rows
 
     def apply(self, d: Tensor) -> Tensor:
         """A d: (batch, inputs) -> (batch, count)."""
@@ -68,17 +72,31 @@ class Rows:
         """A_i A_j^T (batch or 1, size_i, size_j) as computed, i >= j: entrywise within gamma_n |A_i row| |A_j row|."""
         return {(i, j): self.blocks[i] @ self.blocks[j].mT for i in range(len(self.blocks)) for j in range(i + 1)}
 
-    def gram(self, batch: int) -> Tensor:
-        """A A^T, (batch, count, count)."""
+    @cached_property
+    def _stacked(self) -> Tensor:
+        """A A^T, (batch or 1, count, count)."""
+        batch = max(len(g) for g in self.grams.values())
         spread = {pair: g.expand(batch, -1, -1) for pair, g in self.grams.items()}
         number = range(len(self.blocks))
         return torch.cat(
             [torch.cat([spread[i, j] if i >= j else spread[j, i].mT for j in number], dim=2) for i in number], dim=1
         )
 
-    def gram_slack(self) -> float:
-        """`gram` differs from the exact product entrywise by at most this times the product of the rows' norms."""
-        return gamma(self.inputs + 2)
+    def gram(self, batch: int) -> Tensor:
+        """A A^T as computed, (batch, count, count), not to be written to."""
+        return self._stacked.expand(batch, -1, -1)
+
+    @cached_property
+    def squared(self) -> Tensor:
+        """Entrywise upper bounds (batch or 1, count, count) of (A A^T)^2, for the computed A."""
+        sizes = torch.cat([s.expand(len(self._stacked), -1) for s in self.sizes], dim=1)
+        slack = gamma(self.inputs + 2) * sizes.unsqueeze(2) * sizes.unsqueeze(1)
+        return up((self._stacked.abs() + slack).square(), 8)
+
+    @cached_property
+    def short(self) -> Tensor:
+        """A A^T in single precision, for estimates."""
+        return self._stacked.float()
 
 
 def _product(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -92,25 +110,8 @@ def _product(matrix: Tensor, vectors: Tensor) -> Tensor:
 class Jacobians:
     """A_l by head, in topological order, and B_lk by (head, nonlinear node): Vectors (batch or 1, rows, size)."""
 
-    network: Network
     outer: Mapping[int, Vectors]
     inner: Mapping[tuple[int, int], Vectors]
-
-    @classmethod
-    def of(cls, network: Network, slopes: Slopes) -> Jacobians:
-        """At the points where the slopes phi'(z_k), (batch, *shape), were taken."""
-        outer, inner = {}, {}
-        for target in sorted({head(network, k) for k in nonlinear_nodes(network)}):
-            node = network.nodes[target]
-            units = torch.eye(node.size, dtype=torch.float64, device=network.device).reshape(1, node.size, *node.shape)
-            found = pull(network, units, slopes, target)
-            for source, rows in found.items():
-                flat = Vectors(rows.value.flatten(2), rows.error)
-                if source == 0:
-                    outer[target] = flat
-                else:
-                    inner[target, source] = flat
-        return cls(network, outer, inner)
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -127,26 +128,27 @@ class Jacobians:
         def part(vectors: Vectors) -> Vectors:
             return vectors if len(vectors.value) == 1 else Vectors(vectors.value[index], vectors.error[index])
 
-        return Jacobians(
-            self.network, {k: part(v) for k, v in self.outer.items()}, {k: part(v) for k, v in self.inner.items()}
-        )
+        jacobians = Jacobians({k: part(v) for k, v in self.outer.items()}, {k: part(v) for k, v in self.inner.items()})
+        jacobians.__dict__["rows"] = self.rows.at(index)
+        return jacobians
 
-    @cached_property
-    def row_norms(self) -> dict[int, Tensor]:
-        """Upper bounds (batch or 1, size) of the norms of the exact rows of A_l, by head."""
-        return {target: up(v.size + v.error, 2) for target, v in self.outer.items()}
 
-    @cached_property
-    def squared_grams(self) -> dict[int, Tensor]:
-        """Entrywise upper bounds (batch or 1, size, size) of (A_l A_l^T)^2 of the exact A_l, by head."""
-        found = {}
-        for number, target in enumerate(self.heads):
-            norms, error = self.rows.sizes[number], self.outer[target].error
-            # |a.b - (a+p).(b+q)| <= |a||q| + |p||b| + |p||q|, and the product's own rounding
-            slack = (
-                self.rows.gram_slack() * norms.unsqueeze(2) * norms.unsqueeze(1)
-                + norms.unsqueeze(2) * error.unsqueeze(1)
-                + error.unsqueeze(2) * (norms + error).unsqueeze(1)
-            )
-            found[target] = up((self.rows.grams[number, number].abs() + slack).square(), 8)
-        return found
+def pulled_rows(network: Network, target: int, slopes: Slopes) -> dict[int, Vectors]:
+    """A (key 0) and B (keyed by nonlinear node) of one head, in the network linearised at `slopes`."""
+    node = network.nodes[target]
+    units = torch.eye(node.size, dtype=torch.float64, device=network.device).reshape(1, node.size, *node.shape)
+    found = pull(network, units, slopes, target)
+    return {source: Vectors(rows.value.flatten(2), rows.error) for source, rows in found.items()}
+
+
+def squared_gram(rows: Vectors) -> Tensor:
+    """Entrywise upper bounds (batch or 1, size, size) of (A A^T)^2 of the exact A, for A (batch or 1, size, inputs)."""
+    norms, error = rows.size, rows.error
+    gram = rows.value @ rows.value.mT
+    # |a.b - (a+p).(b+q)| <= |a||q| + |p||b| + |p||q|, and the product's own rounding
+    slack = (
+        gamma(rows.value.shape[2] + 2) * norms.unsqueeze(2) * norms.unsqueeze(1)
+        + norms.unsqueeze(2) * error.unsqueeze(1)
+        + error.unsqueeze(2) * (norms + error).unsqueeze(1)
+    )
+    return up((gram.abs() + slack).square(), 8)

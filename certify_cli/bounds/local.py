@@ -23,16 +23,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.jacobians import Jacobians, Rows
+from certify_cli.bounds.jacobians import Jacobians, pulled_rows, squared_gram
 from certify_cli.bounds.ranges import Ranges, Samples
 from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.activations import Activation
-from certify_cli.network.graph import Network
-from certify_cli.network.linearised import Slope, Slopes, head, nonlinear_nodes, pull
+from certify_cli.network.linearised import Slope, Slopes, Vectors, head, nonlinear_nodes, pull
 from certify_cli.network.minorants import depths
 from certify_cli.network.spans import Span
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, up, vector_norm_up
 
+MIXED = 0.2
 LARGEST_BEND = 1e9
 """Weights of more than this times |v| bend no function: the neuron's adjoint is as good as zero."""
 
@@ -45,23 +45,29 @@ class Linearised(Samples, Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Offsets:
-    """Where D_l can be on the ball: `ranges`, and `rest[head]` (batch, size) with |D_l - A_l d| <= rest for all d there.
+class Ball:
+    """What (2) says of a ball: `ranges` of D_l, and `rest[head]` (batch, size) with |D_l - A_l d| <= rest for all d there.
 
     A_l is the computed Jacobian: its error times the ball's radius is part of `rest`.
     """
 
+    jacobians: Jacobians
     ranges: Ranges
     rest: Mapping[int, Tensor]
 
-    def at(self, index: Tensor) -> Offsets:
+    @property
+    def radius(self) -> Tensor:
+        return self.ranges.radius
+
+    def at(self, index: Tensor) -> Ball:
         """Of the samples at `index`."""
         r = self.ranges
 
         def part(table: Mapping[int, Tensor]) -> dict[int, Tensor]:
             return {k: t[index] for k, t in table.items()}
 
-        return Offsets(Ranges(r.radius[index], part(r.low), part(r.high), part(r.norm)), part(self.rest))
+        ranges = Ranges(r.radius[index], part(r.low), part(r.high), part(r.norm))
+        return Ball(self.jacobians.at(index), ranges, part(self.rest))
 
 
 def span(point: Samples, layer: int, ranges: Ranges) -> Span:
@@ -72,86 +78,116 @@ def span(point: Samples, layer: int, ranges: Ranges) -> Span:
     return Span(op, z, error, ranges.low[target], ranges.high[target])
 
 
-def offsets(point: Samples, jacobians: Jacobians, start: Ranges) -> Offsets:
-    """Offsets on the ball of `start`, never wider than it: rows of A_l, and what (2) adds from earlier layers.
+@dataclass(frozen=True, eq=False)
+class _Remainder:
+    """q_k on its range, for the slopes s_k chosen: k t^2 / 2 with k in [bottom, top], plus something in [least, most].
 
-    A row's sum of B_ij q0_j(D_j) is at most the least of its sum of extremes and, with kappa the range of 2 q0/t^2,
-    u_j = max(0, B_ij kappa_lo, B_ij kappa_hi) and G = A A^T (theory section 4, (a) and (c)),
-    1/2 (e (u^T (G o G) u)^(1/4) + ||sqrt(u) o rest||)^2.
+    (batch, size) each. `beyond` (batch, size) is the rest of D_k and `squared` the square of its Gram matrix.
+    """
+
+    bottom: Tensor
+    top: Tensor
+    least: Tensor
+    most: Tensor
+    half_square: Tensor
+    beyond: Tensor
+    squared: Tensor
+
+    @property
+    def norm(self) -> Tensor:
+        """At least ||q_k||, (batch,)."""
+        curved = up(torch.maximum(-self.bottom, self.top) * self.half_square)
+        return vector_norm_up(up(curved + torch.maximum(-self.least, self.most)))
+
+
+def ball(point: Linearised, start: Ranges) -> Ball:
+    """The ball of `start`, whose ranges it never widens: layer by layer, as each needs only earlier ones.
+
+    A neuron's slope is phi'(z), with the quadratic remainder of theory section 4, or, where that would be much larger
+    than what the chord leaves (a wide range, saturated ends), the chord's, with an interval.
     """
     network, radius = point.network, start.radius
     low, high, rest = dict(start.low), dict(start.high), {}
-    known: dict[int, tuple[Tensor, ...]] = {}
-    for target in jacobians.heads:
-        outer = jacobians.outer[target]
-        reach = up(radius.unsqueeze(1) * jacobians.row_norms[target])
+    outer: dict[int, Vectors] = {}
+    inner: dict[tuple[int, int], Vectors] = {}
+    slopes: dict[int, Slope] = {}
+    known: dict[int, _Remainder] = {}
+    for target in sorted({head(network, k) for k in nonlinear_nodes(network)}):
+        rows = pulled_rows(network, target, slopes)
+        outer[target] = rows.pop(0)
+        inner.update({(target, k): b for k, b in rows.items()})
+        reach = up(radius.unsqueeze(1) * up(outer[target].size + outer[target].error, 2))
         above = torch.zeros_like(low[target])
         below = torch.zeros_like(above)
-        parts = 2
-        for source in (k for k in nonlinear_nodes(network) if (target, k) in jacobians.inner):
-            if source not in known:
-                known[source] = _remainders(point, jacobians, source, radius, low, high, rest)
-            up_, down_ = _sums(jacobians, target, source, radius, known[source], rest)
-            above, below, parts = above + up_, below + down_, parts + 1
-        above, below = up(above, parts), up(below, parts)
-        rest[target] = up(torch.maximum(above, below) + radius.unsqueeze(1) * outer.error, 4) + UNDERFLOW
-        low[target] = torch.fmax(low[target], -up(reach + below))
-        high[target] = torch.fmin(high[target], up(reach + above))
+        for source, block in rows.items():
+            more, less = _sums(block, radius, known[source])
+            above, below = above + more, below + less
+        above, below = up(above, len(rows)), up(below, len(rows))
+        rest[target] = up(torch.maximum(above, below) + radius.unsqueeze(1) * outer[target].error, 4) + UNDERFLOW
         norm = start.norm[target].unsqueeze(1)
-        low[target], high[target] = torch.fmax(low[target], -norm), torch.fmin(high[target], norm)
-    return Offsets(Ranges(radius, low, high, start.norm), rest)
+        low[target] = torch.fmax(torch.fmax(low[target], -up(reach + below)), -norm)
+        high[target] = torch.fmin(torch.fmin(high[target], up(reach + above)), norm)
+        squared: Tensor | None = None
+        here = Ranges(radius, low, high, start.norm)
+        for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target):
+            if any(layer < other for other in nonlinear_nodes(network)):
+                squared = squared_gram(outer[target]) if squared is None else squared
+                slopes[layer], known[layer] = _chosen(point, layer, here, rest[target], squared)
+    return Ball(Jacobians(outer, inner), Ranges(radius, low, high, start.norm), rest)
 
 
-def _remainders(
-    point: Samples,
-    jacobians: Jacobians,
-    layer: int,
-    radius: Tensor,
-    low: Mapping[int, Tensor],
-    high: Mapping[int, Tensor],
-    rest: Mapping[int, Tensor],
-) -> tuple[Tensor, ...]:
-    """Of q0 at one layer: range (two), range of 2 q0/t^2 (two), and a bound (batch,) of its Euclidean norm."""
-    target = head(point.network, layer)
-    here = span(point, layer, Ranges(radius, {target: low[target]}, {target: high[target]}, {}))
+def _chosen(point: Linearised, layer: int, ranges: Ranges, beyond: Tensor, squared: Tensor) -> tuple[Slope, _Remainder]:
+    here = span(point, layer, ranges)
     bottom, top = here.quadratics()
-    least, most = half_squares(bottom, top, low[target], high[target])
-    return least, most, bottom, top, vector_norm_up(torch.maximum(-least, most))
-
-
-def half_squares(bottom: Tensor, top: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Range of k t^2 / 2 for k in [bottom, top] and t in [low, high] around 0, outward."""
-    square = up(0.5 * torch.maximum(-low, high).square(), 2)
-    return -up((-bottom).clamp(min=0.0) * square) - UNDERFLOW, up(top.clamp(min=0.0) * square) + UNDERFLOW
-
-
-def _sums(
-    jacobians: Jacobians, target: int, source: int, radius: Tensor, known: tuple[Tensor, ...], rest: Mapping[int, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Upper bounds (batch, size) of sum_j B_ij q0_j and of its negative, over the ball."""
-    least, most, bottom, top, norm = known
-    block = jacobians.inner[target, source]
-    before = head(jacobians.network, source)
-    squared, beyond = jacobians.squared_grams[before], rest[before]
-    terms = block.value.shape[2] + 6
-    positive, negative = block.value.clamp(min=0.0), (-block.value).clamp(min=0.0)
-    slack = up(block.error * norm.unsqueeze(1)) + UNDERFLOW
-
-    def by_extremes(plus: Tensor, minus: Tensor) -> Tensor:
-        total = _rows_times(plus, most) + _rows_times(minus, -least)
-        return up(total, terms)
-
-    def by_squares(plus: Tensor, minus: Tensor) -> Tensor:
-        u = plus * top.clamp(min=0.0).unsqueeze(1) + minus * (-bottom).clamp(min=0.0).unsqueeze(1)
-        image = u @ squared[0] if len(squared) == 1 else u @ squared
-        form = up((image * u).sum(2), 2 * terms).sqrt().sqrt()
-        own = _rows_times(u, beyond.square()).sqrt()
-        return up(0.5 * (radius.unsqueeze(1) * form + own).square(), terms)
-
-    return (
-        up(torch.fmin(by_extremes(positive, negative), by_squares(positive, negative)) + slack, 2),
-        up(torch.fmin(by_extremes(negative, positive), by_squares(negative, positive)) + slack, 2),
+    tangent, error = (t.flatten(1) for t in (point.slopes[layer].value, point.slopes[layer].error))  # type: ignore[union-attr]
+    reach = torch.maximum(-here.lo, here.hi)
+    half_square = up(0.5 * reach.square(), 2)
+    chord, least, most = chords(here, tangent)
+    flat = torch.maximum(-least, most) < MIXED * torch.maximum(-bottom, top) * half_square
+    slope = torch.where(flat, chord, tangent)
+    linear = up(error * reach)  # the computed slope is not phi'(z)
+    nothing = torch.zeros_like(chord)
+    remainder = _Remainder(
+        torch.where(flat, nothing, bottom.clamp(max=0.0)),
+        torch.where(flat, nothing, top.clamp(min=0.0)),
+        torch.where(flat, least, -linear),
+        torch.where(flat, most, linear),
+        half_square,
+        beyond,
+        squared,
     )
+    return Slope(slope.reshape(-1, *point.network.nodes[layer].shape)), remainder
+
+
+def chords(here: Span, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes of the chords over the spans, and the range of what they leave; slope `otherwise` on an empty span."""
+    phi = here.activation.value
+    slope = (phi(here.z + here.hi) - phi(here.z + here.lo)) / (here.hi - here.lo)
+    slope = torch.where(slope.isfinite(), slope, otherwise)
+    return slope, *here.remainders(slope)
+
+
+def _sums(block: Vectors, radius: Tensor, q: _Remainder) -> tuple[Tensor, Tensor]:
+    """Upper bounds (batch, size) of sum_j B_ij q_j and of its negative, over the ball.
+
+    The quadratic part, u_j = max(0, B_ij bottom_j, B_ij top_j), is at most the sum of u_j t_j^2 / 2 and, with G = A A^T,
+    at most 1/2 (e (u^T (G o G) u)^(1/4) + ||sqrt(u) o rest||)^2  (theory section 4, (a) and (c)).
+    """
+    terms = block.value.shape[2] + 6
+    slack = up(block.error * q.norm.unsqueeze(1)) + UNDERFLOW
+    positive, negative = block.value.clamp(min=0.0), (-block.value).clamp(min=0.0)
+
+    def total(plus: Tensor, minus: Tensor) -> Tensor:
+        u = plus * q.top.unsqueeze(1) + minus * (-q.bottom).unsqueeze(1)
+        image = u @ q.squared[0] if len(q.squared) == 1 else u @ q.squared
+        form = up((image * u).sum(2), 2 * terms).sqrt().sqrt()
+        own = _rows_times(u, q.beyond.square()).sqrt()
+        squares = up(0.5 * (radius.unsqueeze(1) * form + own).square(), terms)
+        curved = torch.fmin(squares, up(_rows_times(u, q.half_square), terms))
+        flat = up(_rows_times(plus, q.most) + _rows_times(minus, -q.least), terms)
+        return up(curved + flat + slack, 4)
+
+    return total(positive, negative), total(negative, positive)
 
 
 def _rows_times(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -190,34 +226,42 @@ class Choice:
         )
 
 
-def starts(point: Linearised, offsets: Offsets, cotangents: Tensor) -> list[Choice]:
-    """Choices to begin with: the slopes at the samples with theory's quadratic remainders, and chords with none."""
+def starts(point: Linearised, ball: Ball, cotangents: Tensor) -> list[Choice]:
+    """Choices to begin with: tangents with theory's quadratic remainders, chords with none, and a mixture.
+
+    The mixture takes the chord where its depth is small against the quadratic's at the end of the range: all neurons
+    can be as deep as their chords at once, but no d moves all of them to their ends.
+    """
     network = point.network
-    radius = offsets.ranges.radius
-    none = torch.zeros_like(radius)
-    tangents, chords, bends, flat = {}, {}, {}, {}
+    none = torch.zeros_like(ball.radius)
+    found: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = [({}, {}), ({}, {}), ({}, {})]
     pulled = pull(network, cotangents.unsqueeze(1), point.slopes)
     for layer in nonlinear_nodes(network):
-        here = span(point, layer, offsets.ranges)
+        here = span(point, layer, ball.ranges)
         least, most = here.quadratics()
         v = pulled[layer].value[:, 0].flatten(1)
-        tangents[layer] = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
-        bends[layer] = torch.maximum(-v * least, -v * most).clamp(min=0.0)
-        rise = here.activation.value(here.z + here.hi) - here.activation.value(here.z + here.lo)
-        chord = rise / (here.hi - here.lo)
-        chords[layer] = torch.where(chord.isfinite(), chord, tangents[layer])
-        flat[layer] = torch.zeros_like(v)
-    return [Choice(tangents, bends, none, none), Choice(chords, flat, none, none)]
+        tangent = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
+        bend = torch.maximum(-v * least, -v * most).clamp(min=0.0)
+        chord, below, above = chords(here, tangent)
+        depth = torch.maximum(-v * below, -v * above)
+        flat = depth < MIXED * 0.5 * bend * torch.maximum(-here.lo, here.hi).square()
+        nothing = torch.zeros_like(v)
+        pairs = (
+            (tangent, bend),
+            (chord, nothing),
+            (torch.where(flat, chord, tangent), torch.where(flat, nothing, bend)),
+        )
+        for (slopes, weights), (slope, weight) in zip(found, pairs, strict=True):
+            slopes[layer], weights[layer] = slope, weight
+    return [Choice(slopes, weights, none, none) for slopes, weights in found]
 
 
-def lower_bound(
-    point: Samples, jacobians: Jacobians, offsets: Offsets, margin: Tensor, cotangents: Tensor, choice: Choice
-) -> Tensor:
+def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, choice: Choice) -> Tensor:
     """Lower bounds (batch,) of the margins' least values on the ball; -inf where nothing can be said.
 
     margin (batch,): lower bounds of the margins at the samples. cotangents (batch, classes): the margins' directions.
     """
-    network, ranges = point.network, offsets.ranges
+    network, ranges, jacobians = point.network, ball.ranges, ball.jacobians
     shaped = {k: Slope(s.reshape(-1, *network.nodes[k].shape)) for k, s in choice.slopes.items()}
     pulled = pull(network, cotangents.unsqueeze(1), shaped)
     loss = torch.zeros_like(margin)
@@ -239,7 +283,7 @@ def lower_bound(
     quadratic = Quadratic(
         jacobians.rows,
         torch.cat([weights[t] for t in jacobians.heads], dim=1),
-        torch.cat([offsets.rest[t] for t in jacobians.heads], dim=1),
+        torch.cat([ball.rest[t] for t in jacobians.heads], dim=1),
     )
     bent = trust_region_loss(quadratic, gradient, flaw, ranges.radius, choice.mu, choice.tau)
     total = up(loss + bent, 2)

@@ -53,8 +53,7 @@ class Quadratic:
         size = up((self.weights * squares).sum(1), count + 3)
         if self.by_rows:
             root = self.weights.sqrt()
-            matrix = self.rows.gram(batch)  # a fresh one: concatenated
-            matrix = matrix * root.unsqueeze(2)
+            matrix = self.rows.gram(batch) * root.unsqueeze(2)
             matrix *= root.unsqueeze(1)
             return matrix, up((gamma(self.rows.inputs + 2) + 8 * UNIT) * size, 4) + UNDERFLOW
         parts = self.weights.split([block.shape[1] for block in self.rows.blocks], dim=1)

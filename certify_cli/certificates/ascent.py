@@ -18,25 +18,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.jacobians import Jacobians
-from certify_cli.bounds.local import Choice, Offsets
+from certify_cli.bounds.local import Ball, Choice
+from certify_cli.bounds.ranges import Ranges
 from certify_cli.bounds.trust_region import Quadratic
 from certify_cli.certificates.point import Point
+from certify_cli.certificates.solver import Solution, power, solved
 from certify_cli.network.activations import Activation
-from certify_cli.network.graph import Add, Concat, Network
 from certify_cli.network.affine import AffineOp
+from certify_cli.network.graph import Add, Concat, Network
 from certify_cli.network.linearised import Slope, head, nonlinear_nodes, pull
 
 GRID = 25
 RATE = 0.3
 SLOPE_STEP = 0.3
 """One step of rate 1 moves a slope by this part of the activation's Lipschitz constant."""
-WEIGHT_STEP = 0.1
+WEIGHT_STEP = 0.3
 """And a weight by this part of what the curvature's extreme would give a neuron of mean adjoint, at least."""
+SLIP, SHORTER = 0.03, 0.4
+"""A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
+ROUGH_POWER = 6
 FIRST, SECOND = 0.8, 0.95
 """Adam's averages."""
-INNER = 4
-"""Conjugate-gradient steps a step, warm."""
 TINY = 1e-300
 
 
@@ -70,7 +72,7 @@ class _Adam:
     def __post_init__(self) -> None:
         self.first, self.second = torch.zeros_like(self.value), torch.zeros_like(self.value)
 
-    def step(self, gradient: Tensor, rate: float, count: int) -> None:
+    def step(self, gradient: Tensor, rate: Tensor, count: int) -> None:
         gradient = gradient * self.scale
         self.first = FIRST * self.first + (1 - FIRST) * gradient
         self.second = SECOND * self.second + (1 - SECOND) * gradient.square()
@@ -93,39 +95,41 @@ class Ascended:
 
 def ascend(
     point: Point,
-    jacobians: Jacobians,
-    offsets: Offsets,
+    ball: Ball,
     margin: Tensor,
     cotangents: Tensor,
     starts: Sequence[Choice],
     steps: int,
+    settle: bool = True,
 ) -> Ascended:
-    """The best choice met: of every start, and in `steps` steps from each item's best one."""
-    problem = _Problem(point, jacobians, offsets, margin, cotangents)
-    best: Ascended | None = None
-    for start in starts:
-        here = problem.at(start, None).ascended
-        best = here if best is None else best.better_of(here)
-    assert best is not None
+    """The best choice met in `steps` steps from each item's best start; unless `settle`, that start as it is."""
+    problem = _Problem(point, ball, margin, cotangents)
+    begin, rough = starts[0], problem.rough(starts[0])
+    for start in starts[1:]:
+        value = problem.rough(start)
+        take = value > rough
+        begin, rough = begin.where(take, start), torch.where(take, value, rough)
+    if not settle:
+        return Ascended(begin, rough)
+    first = problem.at(begin, None)
+    best = first.ascended
     if not steps:
         return best
     layers = nonlinear_nodes(point.network)
-    first = problem.at(best.choice, None)
     slopes, weights = {}, {}
     for k in layers:
-        op = point.network.nodes[k].op
-        assert isinstance(op, Activation)
         s, w = best.choice.slopes[k], best.choice.weights[k]
-        slopes[k] = _Adam(s, torch.full_like(s, SLOPE_STEP * op.lipschitz))
-        typical = WEIGHT_STEP * op.curvature_sup * first.adjoints[k].abs().mean(1, keepdim=True)
-        weights[k] = _Adam(w, torch.maximum(w.mean(1, keepdim=True), typical).expand_as(w))
-    state = first
+        steepness, bending = problem.grids[k].scales()
+        slopes[k] = _Adam(s, SLOPE_STEP * steepness)
+        weights[k] = _Adam(w, WEIGHT_STEP * torch.maximum(w, first.adjoints[k].abs() * bending))
+    state, rate = first, torch.full_like(margin, RATE)
     for count in range(1, steps + 1):
-        rate = RATE * (1 - (count - 1) / steps)
         by_slope, by_weight = problem.gradient(state)
+        share = (rate * (1 - (count - 1) / steps)).unsqueeze(1)
+        held = [(a, a.value) for a in (*slopes.values(), *weights.values())]
         for k in layers:
-            slopes[k].step(by_slope[k], rate, count)
-            weights[k].step(by_weight[k], rate, count)
+            slopes[k].step(by_slope[k], share, count)
+            weights[k].step(by_weight[k], share, count)
             weights[k].value = weights[k].value.clamp(min=0.0)
         moved = Choice(
             {k: a.value for k, a in slopes.items()},
@@ -133,33 +137,47 @@ def ascend(
             state.ascended.choice.mu,
             state.ascended.choice.tau,
         )
-        state = problem.at(moved, state)
-        best = best.better_of(state.ascended)
+        after = problem.at(moved, state)
+        best = best.better_of(after.ascended)
+        # a step too long for an item is taken back, and its next ones are shorter
+        good = after.ascended.estimate > best.estimate - SLIP * margin
+        rate = torch.where(good, rate, SHORTER * rate)
+        for adam, value in held:
+            adam.value = torch.where(good.unsqueeze(1), adam.value, value)
+        state = after.where(~good, state)
     return best
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """The bound at one choice: adjoints v_l, where the minorants touch, y, and the top direction."""
+    """The bound at one choice: adjoints v_l, where the minorants touch, and the trust region's solution."""
 
     ascended: Ascended
     adjoints: Mapping[int, Tensor]
     touch: Mapping[int, _Touch]
-    y: Tensor
-    top: Tensor
+    solution: Solution
+
+    def where(self, take: Tensor, other: _State) -> _State:
+        """The other one's items where `take` (batch,) is true."""
+        wide = take.unsqueeze(1)
+        mine, theirs = self.ascended, other.ascended
+        return _State(
+            Ascended(mine.choice.where(take, theirs.choice), torch.where(take, theirs.estimate, mine.estimate)),
+            {k: torch.where(wide, other.adjoints[k], v) for k, v in self.adjoints.items()},
+            {k: t.where(wide, other.touch[k]) for k, t in self.touch.items()},
+            self.solution.where(take, other.solution),
+        )
 
 
 class _Problem:
     """The bound of a batch of items on given balls, as a function of the choice."""
 
-    def __init__(
-        self, point: Point, jacobians: Jacobians, offsets: Offsets, margin: Tensor, cotangents: Tensor
-    ) -> None:
-        self.network, self.jacobians, self.offsets = point.network, jacobians, offsets
-        self.margin, self.cotangents, self.radius = margin, cotangents.unsqueeze(1), offsets.ranges.radius
+    def __init__(self, point: Point, ball: Ball, margin: Tensor, cotangents: Tensor) -> None:
+        self.network, self.jacobians, self.ball = point.network, ball.jacobians, ball
+        self.margin, self.cotangents, self.radius = margin, cotangents.unsqueeze(1), ball.radius
         self.layers = nonlinear_nodes(point.network)
-        self.grids = {k: _Grid.of(point, k, offsets) for k in self.layers}
-        self.rest = torch.cat([offsets.rest[t] for t in jacobians.heads], dim=1)
+        self.grids = {k: _Grid.of(point, k, ball.ranges) for k in self.layers}
+        self.rest = torch.cat([ball.rest[t] for t in self.jacobians.heads], dim=1)
 
     def quadratic(self, weights: Mapping[int, Tensor]) -> Quadratic:
         """Weights of all nonlinear nodes that share a head add up."""
@@ -167,36 +185,44 @@ class _Problem:
         for k, w in weights.items():
             target = head(self.network, k)
             total[target] = total[target] + w if target in total else w
-        return Quadratic(
-            self.jacobians.rows, torch.cat([total[t] for t in self.jacobians.heads], dim=1), self.rest
-        )
+        return Quadratic(self.jacobians.rows, torch.cat([total[t] for t in self.jacobians.heads], dim=1), self.rest)
 
-    def at(self, choice: Choice, before: _State | None) -> _State:
-        """Evaluated warm from the state before, or cold."""
-        s, w, radius = choice.slopes, choice.weights, self.radius
+    def rough(self, choice: Choice) -> Tensor:
+        """About the bound (batch,) with gradient and curvature each at their worst: no trust region is solved."""
+        _, g, touch, quadratic = self._parts(choice)
+        _, largest = power(quadratic, None, ROUGH_POWER)
+        bent = 0.5 * (self.radius * largest.sqrt() + quadratic.of_rest.sqrt()).square()
+        value = self.margin + _total(touch) - g.norm(dim=1) * self.radius - bent
+        return value.nan_to_num(nan=-torch.inf)
+
+    def _parts(self, choice: Choice) -> tuple[dict[int, Tensor], Tensor, dict[int, _Touch], Quadratic]:
+        """Adjoints, gradient, touching points, and what is quadratic."""
+        s, w = choice.slopes, choice.weights
         shaped = {k: Slope(v.reshape(-1, *self.network.nodes[k].shape)) for k, v in s.items()}
         pulled = pull(self.network, self.cotangents, shaped)
         v = {k: pulled[k].value[:, 0].flatten(1) for k in self.layers}
         g = pulled[0].value[:, 0].flatten(1)
         touch = {k: self.grids[k].least(v[k], s[k], w[k]) for k in self.layers}
-        quadratic = self.quadratic(w)
-        top, largest = _power(quadratic, torch.ones_like(g) if before is None else before.top, 12 if before is None else 2)
-        of_rest = quadratic.of_rest
-        tau = (of_rest.sqrt() / (radius * largest.sqrt() + TINY)).clamp(min=1e-9, max=1e9)
-        bottom = (1 + tau) * largest * 1.002
-        y = torch.zeros_like(g) if before is None else before.y
-        y, mu = _fitted(quadratic, g, radius, choice.mu, tau, bottom, y, warm=before is not None)
-        residual = g - _h(quadratic, y, mu, tau)
-        form = (g * y).sum(1) + (y * residual).sum(1) + residual.square().sum(1) / (mu - bottom).clamp(min=TINY)
-        lost = torch.stack([t.value.sum(1) for t in touch.values()]).sum(0)
-        estimate = self.margin + lost - 0.5 * (mu * radius.square() + form + (1 + 1 / tau) * of_rest)
+        return v, g, touch, self.quadratic(w)
+
+    def at(self, choice: Choice, before: _State | None) -> _State:
+        """Evaluated warm from the state before, or cold."""
+        s, w, radius = choice.slopes, choice.weights, self.radius
+        v, g, touch, quadratic = self._parts(choice)
+        solution = solved(quadratic, g, radius, None if before is None else before.solution)
+        mu, tau = solution.mu, solution.tau
+        estimate = (
+            self.margin
+            + _total(touch)
+            - 0.5 * (mu * radius.square() + solution.form + (1 + 1 / tau) * quadratic.of_rest)
+        )
         estimate = estimate.nan_to_num(nan=-torch.inf)
-        return _State(Ascended(Choice(s, w, mu, tau), estimate), v, touch, y, top)
+        return _State(Ascended(Choice(s, w, mu, tau), estimate), v, touch, solution)
 
     def gradient(self, state: _State) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """By slopes and by weights, at the state's minimiser d = -y and its touching points."""
         choice, touch = state.ascended.choice, state.touch
-        d = -state.y
+        d = -state.solution.y
         parts = self.jacobians.rows.apply(d).split([b.shape[1] for b in self.jacobians.rows.blocks], dim=1)
         straight = dict(zip(self.jacobians.heads, parts, strict=True))
         sources = {k: self.grids[k].rise(touch[k].index) - choice.slopes[k] * touch[k].place for k in self.layers}
@@ -206,7 +232,7 @@ class _Problem:
             t, target = touch[k].place, head(self.network, k)
             by_slope[k] = state.adjoints[k] * (moved[target] - t)
             second = (1 + choice.tau).unsqueeze(1) * straight[target].square()
-            second = second + (1 + 1 / choice.tau).unsqueeze(1) * self.offsets.rest[target].square()
+            second = second + (1 + 1 / choice.tau).unsqueeze(1) * self.ball.rest[target].square()
             by_weight[k] = 0.5 * (t.square() - second)
         return by_slope, by_weight
 
@@ -219,6 +245,17 @@ class _Touch:
     place: Tensor
     value: Tensor
 
+    def where(self, take: Tensor, other: _Touch) -> _Touch:
+        return _Touch(
+            torch.where(take, other.index, self.index),
+            torch.where(take, other.place, self.place),
+            torch.where(take, other.value, self.value),
+        )
+
+
+def _total(touch: Mapping[int, _Touch]) -> Tensor:
+    return torch.stack([t.value.sum(1) for t in touch.values()]).sum(0)
+
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
@@ -228,11 +265,11 @@ class _Grid:
     rises: Tensor
 
     @classmethod
-    def of(cls, point: Point, layer: int, offsets: Offsets) -> _Grid:
+    def of(cls, point: Point, layer: int, ranges: Ranges) -> _Grid:
         op, target = point.network.nodes[layer].op, head(point.network, layer)
         assert isinstance(op, Activation)
         z = point.evaluation.values[target].flatten(1)
-        low, high = offsets.ranges.low[target], offsets.ranges.high[target]
+        low, high = ranges.low[target], ranges.high[target]
         steps = torch.linspace(0, 1, GRID, dtype=z.dtype, device=z.device).reshape(-1, 1, 1)
         places = torch.cat([low + (high - low) * steps, torch.zeros_like(z).unsqueeze(0)])
         return cls(places, op.value(z + places) - op.value(z))
@@ -242,48 +279,15 @@ class _Grid:
         value, index = values.min(0)
         return _Touch(index, self.places.gather(0, index.unsqueeze(0)).squeeze(0), value)
 
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """The sizes of a neuron's steps, (batch, size): the slope and the weight (for v = 1) that matter as much at the
+        ends of its range as what its chord leaves."""
+        first, last = self.places[0], self.places[GRID - 1]
+        width = (last - first).clamp(min=TINY)
+        chord = (self.rises[GRID - 1] - self.rises[0]) / width
+        left = self.rises - chord * self.places
+        depth = left.amax(0) - left.amin(0)
+        return 4 * depth / width, 8 * depth / width.square().clamp(min=TINY)
+
     def rise(self, index: Tensor) -> Tensor:
         return self.rises.gather(0, index.unsqueeze(0)).squeeze(0)
-
-
-def _h(quadratic: Quadratic, y: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
-    return mu.unsqueeze(1) * y - (1 + tau).unsqueeze(1) * quadratic.product(y)
-
-
-def _power(quadratic: Quadratic, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """A few power iterations: direction, and an estimate of the largest eigenvalue from below."""
-    q = start / start.norm(dim=1, keepdim=True).clamp(min=TINY)
-    value = torch.zeros_like(q[:, 0])
-    for _ in range(steps):
-        image = quadratic.product(q)
-        value = image.norm(dim=1)
-        q = torch.where((value > 0).unsqueeze(1), image / value.clamp(min=TINY).unsqueeze(1), q)
-    return q, value
-
-
-def _fitted(
-    quadratic: Quadratic, g: Tensor, radius: Tensor, mu: Tensor, tau: Tensor, bottom: Tensor, y: Tensor, warm: bool
-) -> tuple[Tensor, Tensor]:
-    """y with (mu I - (1+tau) Q) y = g, about, and the mu > bottom for which ||y|| is the ball's radius."""
-    length = g.norm(dim=1)
-    if not warm:
-        mu = bottom + length / radius.clamp(min=TINY)
-    for _ in range(2 if warm else 6):
-        mu = torch.maximum(mu, bottom * 1.001 + TINY)
-        y = _conjugate_gradient(quadratic, g, mu, tau, y, INNER)
-        size = y.norm(dim=1)
-        bend = (1 + tau) * (y * quadratic.product(y)).sum(1) / size.square().clamp(min=TINY)
-        mu = torch.maximum(bend + (mu - bend) * size / radius.clamp(min=TINY), bottom * 1.001 + TINY)
-    return _conjugate_gradient(quadratic, g, mu, tau, y, INNER), mu
-
-
-def _conjugate_gradient(quadratic: Quadratic, g: Tensor, mu: Tensor, tau: Tensor, y: Tensor, steps: int) -> Tensor:
-    r = g - _h(quadratic, y, mu, tau)
-    p, square = r, r.square().sum(1)
-    for _ in range(steps):
-        image = _h(quadratic, p, mu, tau)
-        alpha = (square / (p * image).sum(1).clamp(min=TINY)).unsqueeze(1)
-        y, r = y + alpha * p, r - alpha * image
-        new = r.square().sum(1)
-        p, square = r + (new / square.clamp(min=TINY)).unsqueeze(1) * p, new
-    return y

@@ -1,28 +1,33 @@
 """The local certificate: the largest ball on which the local bound keeps every rival's margin positive.
 
-For each sample the rival that is nearest to first order is searched first: the bound is improved by ascent while the
-ball grows, then proved. On the ball so found every other rival is proved too, at the first of three prices that
-suffices: all rivals at once with free eigenvalue bounds, one by one with proved ones, with an ascent of its own. A rival
-that resists shrinks the ball. Every ball that counts has been proved by `bounds.local.lower_bound`; a proof on a ball
-holds on every smaller one, so the search needs no monotonicity.
+The fast tier bounds all rivals at once and says which is nearest. That rival is searched first: the bound is improved by
+ascent while the ball grows, and proved. On the ball so found every other rival is proved too, without an ascent where
+that suffices; a rival that resists shrinks the ball. Every ball that counts has been proved by `bounds.fast` or
+`bounds.local.lower_bound`; a proof on a ball holds on every smaller one, so the search needs no monotonicity.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.jacobians import Jacobians
-from certify_cli.bounds.local import Offsets, lower_bound, offsets, starts
+from certify_cli.bounds.fast import fast_losses
+from certify_cli.bounds.local import Ball, Choice, ball, lower_bound, starts
 from certify_cli.bounds.ranges import fast_ranges
-from certify_cli.certificates.ascent import ascend
+from certify_cli.certificates.ascent import Ascended, ascend
 from certify_cli.certificates.point import Point
+from certify_cli.network.linearised import Vectors, pull
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT
 
 GROWTH = 0.67
 """Losses grow about like radius^1.5: the next ball is radius (margin / loss)^GROWTH."""
+PROBES = 5
+FAST_BALLS = 14
+ROUGH = 0.3
 CLOSE = 2e-3
 """A margin of less than this part left on a proved ball is not worth another try."""
 
@@ -36,7 +41,11 @@ class Search:
     further: int
 
 
-EFFORTS = {"normal": Search(balls=6, first=8, further=3), "max": Search(balls=10, first=40, further=15)}
+EFFORTS: dict[str, Search | None] = {
+    "fast": None,
+    "normal": Search(balls=5, first=8, further=5),
+    "max": Search(balls=10, first=40, further=15),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,88 +62,203 @@ class Items:
         eye = torch.eye(point.network.classes, dtype=point.x.dtype, device=point.x.device)
         return cls(sample, rival, point.margin_low[sample, rival], eye[point.prediction[sample]] - eye[rival])
 
+    def at(self, index: Tensor) -> Items:
+        return Items(self.sample[index], self.rival[index], self.margin[index], self.cotangents[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Items on balls of their own, with what the bound needs of them."""
+
+    point: Point
+    ball: Ball
+    items: Items
+
+    def ascended(self, more: list[Choice], steps: int, settle: bool = True) -> Ascended:
+        """From the bound's own starts, and `more`."""
+        begin = starts(self.point, self.ball, self.items.cotangents) + more
+        return ascend(self.point, self.ball, self.items.margin, self.items.cotangents, begin, steps, settle)
+
+    def proved(self, found: Ascended) -> Tensor:
+        """The bound itself (count,): every proof comes through here. -inf where the estimate has no hope."""
+        value = torch.full_like(found.estimate, -torch.inf)
+        todo = (found.estimate > 0).nonzero().squeeze(1)
+        if len(todo):
+            value[todo] = lower_bound(
+                self.point.at(todo),
+                self.ball.at(todo),
+                self.items.margin[todo],
+                self.items.cotangents[todo],
+                found.choice.at(todo),
+            )
+        return value
+
 
 class Batch:
-    """A batch of samples with their Jacobians: proves balls, and searches them."""
+    """A batch of samples: proves balls, and searches them."""
 
     def __init__(self, analysis: Analysis, point: Point) -> None:
         self.analysis, self.point = analysis, point
         self.search = EFFORTS[analysis.effort]
-        self.jacobians = Jacobians.of(point.network, point.slopes)
 
-    def on(self, point: Point, jacobians: Jacobians, radius: Tensor) -> Offsets:
-        return offsets(point, jacobians, fast_ranges(point, self.analysis.weights, radius))
+    @cached_property
+    def pulled(self) -> dict[int, Vectors]:
+        """Adjoints and gradients of the margins towards every class, linearised at the samples."""
+        point = self.point
+        eye = torch.eye(point.network.classes, dtype=point.x.dtype, device=point.x.device)
+        return pull(point.network, eye[point.prediction].unsqueeze(1) - eye.unsqueeze(0), point.slopes)
+
+    def fast(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Balls (batch,) proved without a Jacobian, and about the radius of each rival (batch, classes).
+
+        start (batch,): where to begin; every ball is tried by all rivals at once.
+        """
+        point = self.point
+        proved, failed = torch.zeros_like(start), torch.full_like(start, torch.inf)
+        radius, about = start.clone(), torch.full_like(point.margin_low, torch.inf)
+        live = torch.arange(len(start), device=start.device)
+        for _ in range(FAST_BALLS):
+            part, pulled = point.at(live), {k: Vectors(v.value[live], v.error[live]) for k, v in self.pulled.items()}
+            here, margin = radius[live], point.margin_low[live]
+            loss = fast_losses(part, fast_ranges(part, self.analysis.weights, here), pulled)
+            value = down_difference(margin, loss).masked_fill(point.own[live], torch.inf)
+            about[live] = _next(here.unsqueeze(1), margin, margin - loss).masked_fill(point.own[live], torch.inf)
+            least, most = proved[live], failed[live]
+            good = (value > 0).all(1)
+            least = torch.where(good, torch.maximum(least, here), least)
+            most = torch.where(good, most, torch.minimum(most, here))
+            proved[live], failed[live] = least, most
+            following = about[live].amin(1)
+            inside = (following > least) & (following < most)
+            bisected = torch.where(least > 0, (least * most).sqrt(), 0.2 * most)
+            radius[live] = torch.where(inside, following, bisected)
+            done = (most < least * (1 + CLOSE)) | ~radius[live].isfinite()
+            live = live[~done]
+            if not len(live):
+                break
+        return proved, about
 
     def radii(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """Certified radii (batch,) and the rivals that decide them. start (batch,): where to begin to look."""
         point = self.point
         batch = len(point.x)
         every = torch.arange(batch, device=point.x.device)
-        order = (point.margin_low / point.gradient_norm).masked_fill(point.own, torch.inf)
-        first = order.argmin(1)
-        decides = first.clone()
-        radius = self._searched(Items.of(point, every, first), start, torch.full_like(start, torch.inf))
+        radius, order = self.fast(start)
+        decides = order.argmin(1)
+        if self.search is None:
+            return radius, decides
+        first = decides.clone()
+        found = self._searched(Items.of(point, every, first), order.amin(1), torch.full_like(start, torch.inf))
         rivals = (~point.own).nonzero()
-        rivals = rivals[(rivals[:, 1] != first[rivals[:, 0]]) & (radius[rivals[:, 0]] > 0)]
-        rivals = rivals[~self._proved_cheaply(rivals, radius)]
+        rivals = rivals[(rivals[:, 1] != first[rivals[:, 0]]) & (found[rivals[:, 0]] > radius[rivals[:, 0]])]
+        rivals = rivals[~self._proved_together(rivals, found)]
         if len(rivals):
-            rivals = rivals[~self._proved(Items.of(point, rivals[:, 0], rivals[:, 1]), radius[rivals[:, 0]])]
+            rivals = rivals[~self._proved(Items.of(point, rivals[:, 0], rivals[:, 1]), found[rivals[:, 0]])]
         while len(rivals):  # the nearest of each sample's open rivals
             near = torch.full_like(order, torch.inf)
             near[rivals[:, 0], rivals[:, 1]] = order[rivals[:, 0], rivals[:, 1]]
             sample = rivals[:, 0].unique()
             rival = near[sample].argmin(1)
-            found = self._searched(Items.of(point, sample, rival), radius[sample], radius[sample])
-            smaller = found < radius[sample]
-            radius[sample[smaller]], decides[sample[smaller]] = found[smaller], rival[smaller]
-            rivals = rivals[(rivals[:, 1] != _lookup(sample, rival, batch)[rivals[:, 0]]) & (radius[rivals[:, 0]] > 0)]
-        return radius, decides
+            part = self._searched(Items.of(point, sample, rival), found[sample], found[sample])
+            smaller = part < found[sample]
+            found[sample[smaller]], decides[sample[smaller]] = part[smaller], rival[smaller]
+            treated = _lookup(sample, rival, batch)[rivals[:, 0]]
+            rivals = rivals[(rivals[:, 1] != treated) & (found[rivals[:, 0]] > radius[rivals[:, 0]])]
+        return torch.maximum(radius, found), decides
 
-    def _proved_cheaply(self, rivals: Tensor, radius: Tensor) -> Tensor:
-        """Which (sample, rival) rows are proved on the samples' balls by the bound's cheapest form."""
-        return torch.zeros(len(rivals), dtype=torch.bool, device=rivals.device)
+    def _proved_together(self, rivals: Tensor, radius: Tensor) -> Tensor:
+        """Which (sample, rival) rows are proved on the samples' balls by bounds that cost nothing a rival."""
+        sample = rivals[:, 0].unique()
+        if not len(sample):
+            return torch.zeros(0, dtype=torch.bool, device=rivals.device)
+        part = self.point.at(sample)
+        known = ball(part, fast_ranges(part, self.analysis.weights, radius[sample]))
+        pulled = {k: Vectors(v.value[sample], v.error[sample]) for k, v in self.pulled.items()}
+        value = torch.full_like(self.point.margin_low, -torch.inf)
+        value[sample] = down_difference(part.margin_low, fast_losses(part, known.ranges, pulled, known))
+        return value[rivals[:, 0], rivals[:, 1]] > 0
 
     def _proved(self, items: Items, radius: Tensor) -> Tensor:
-        """Which items are proved on the given balls, with the slopes at the samples."""
-        part, jacobians = self.point.at(items.sample), self.jacobians.at(items.sample)
-        ball = self.on(part, jacobians, radius)
-        found = ascend(part, jacobians, ball, items.margin, items.cotangents, starts(part, ball, items.cotangents), 0)
-        return lower_bound(part, jacobians, ball, items.margin, items.cotangents, found.choice) > 0
+        """Which items are proved on the given balls without an ascent."""
+        task = self._task(items, radius)
+        return task.proved(task.ascended([], 0)) > 0
 
     def _searched(self, items: Items, start: Tensor, cap: Tensor) -> Tensor:
         """The largest proved balls (count,), at most `cap`; 0 where none was proved."""
-        part, jacobians, search = self.point.at(items.sample), self.jacobians.at(items.sample), self.search
-        radius, choice = torch.minimum(start, cap), None
+        search = self.search
+        assert search is not None
+        radius = torch.minimum(start, cap)
+        if not bool(cap.isfinite().all()):
+            radius = self._probed(items, radius)
         proved, failed = torch.zeros_like(radius), torch.full_like(radius, torch.inf)
+        left, short = torch.zeros_like(radius), torch.zeros_like(radius)  # the bound on those two balls
+        choice: Choice | None = None
+        live = torch.arange(len(radius), device=radius.device)
         for count in range(search.balls):
-            ball = self.on(part, jacobians, radius)
-            begin = starts(part, ball, items.cotangents) if choice is None else [choice]
-            steps = search.further if count else search.first
-            found = ascend(part, jacobians, ball, items.margin, items.cotangents, begin, steps)
-            choice, value = found.choice, found.estimate
-            todo = (value > 0).nonzero().squeeze(1)
-            if len(todo):
-                value[todo] = lower_bound(
-                    part.at(todo), jacobians.at(todo), ball.at(todo), items.margin[todo], items.cotangents[todo],
-                    choice.at(todo),
-                )  # fmt: skip
-            proved = torch.where(value > 0, torch.maximum(proved, radius), proved)
-            failed = torch.where(value > 0, failed, torch.minimum(failed, radius))
-            done = (proved >= cap) | (failed < proved * (1 + CLOSE)) | ((value > 0) & (value < CLOSE * items.margin))
-            if bool(done.all()):
+            task = self._task(items.at(live), radius[live])
+            found = task.ascended([] if choice is None else [choice], search.further if count else search.first)
+            value, margin, here = task.proved(found), items.margin[live], radius[live]
+            good = value > 0
+            value = torch.where(good, value, found.estimate.clamp(max=0.0))  # no proof: only where to look next
+            left[live] = torch.where(good & (here > proved[live]), value, left[live])
+            proved[live] = torch.where(good, torch.maximum(proved[live], here), proved[live])
+            short[live] = torch.where(~good & (here < failed[live]), value, short[live])
+            failed[live] = torch.where(good, failed[live], torch.minimum(failed[live], here))
+            least, most = proved[live], failed[live]
+            between = least + (most - least) * (left[live] / (left[live] - short[live]).clamp(min=1e-300))
+            following = torch.where((least > 0) & most.isfinite(), between, _next(here, margin, value))
+            inside = (following > least) & (following < most)
+            following = torch.where(inside, following, 0.5 * (least + most))
+            radius[live] = torch.minimum(following * (1 - CLOSE / 4), cap[live])
+            done = (least >= cap[live]) | (most < least * (1 + CLOSE)) | (good & (value < CLOSE * margin))
+            keep = (~done & radius[live].isfinite() & (radius[live] > least)).nonzero().squeeze(1)
+            live, choice = live[keep], found.choice.at(keep)
+            if not len(live):
                 break
-            following = _next(radius, items.margin, value)
-            inside = (following > proved) & (following < failed)
-            following = torch.where(inside, following, 0.5 * (proved + failed.clamp(max=2e300)))
-            radius = torch.where(done, proved, torch.minimum(following, cap))
         return proved
+
+    def _probed(self, items: Items, radius: Tensor) -> Tensor:
+        """About the ball that needs no ascent, to begin at: from estimates alone."""
+        radius = radius.clone()
+        inside, outside = torch.zeros_like(radius), torch.full_like(radius, torch.inf)
+        live = torch.arange(len(radius), device=radius.device)
+        for _ in range(PROBES):
+            task = self._task(items.at(live), radius[live])
+            value, margin, here = task.ascended([], 0, settle=False).estimate, items.margin[live], radius[live]
+            good = value > 0
+            inside[live] = torch.where(good, torch.maximum(inside[live], here), inside[live])
+            outside[live] = torch.where(good, outside[live], torch.minimum(outside[live], here))
+            least, most = inside[live], outside[live]
+            following = _next(here, margin, value)
+            bisected = torch.where(least > 0, (least * most).sqrt(), 0.2 * most)
+            usable = (following > least) & (following < most) & (value > -margin)
+            radius[live] = torch.where(usable, following, bisected)
+            done = (good & (value < ROUGH * margin)) | (most < (1 + ROUGH) * least)
+            live = live[~done]
+            if not len(live):
+                break
+        return torch.where(inside > 0, inside, radius)
+
+    def _task(self, items: Items, radius: Tensor) -> Task:
+        """radius: of each item; items of one sample must have one ball."""
+        samples, place = items.sample.unique(return_inverse=True)
+        first = torch.empty_like(samples).index_copy(0, place, torch.arange(len(place), device=place.device))
+        part = self.point.at(samples)
+        known = ball(part, fast_ranges(part, self.analysis.weights, radius[first]))
+        return Task(self.point.at(items.sample), known.at(place), items)
+
+
+def down_difference(margin: Tensor, loss: Tensor) -> Tensor:
+    """Lower bounds of margin - loss; NaN (an overflow) says nothing."""
+    value = margin - loss
+    return (value - 2 * UNIT * value.abs() - UNDERFLOW).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _next(radius: Tensor, margin: Tensor, value: Tensor) -> Tensor:
     """About where the bound vanishes, from its value on one ball."""
     loss = (margin - value).clamp(min=1e-300)
     ratio = (margin / loss).pow(GROWTH).nan_to_num(nan=0.5, posinf=2.0).clamp(min=0.3, max=2.0)
-    return radius * ratio * (1 - CLOSE / 4)
+    return radius * ratio * (0.99 + 0.01 * (value > 0))
 
 
 def _lookup(sample: Tensor, rival: Tensor, batch: int) -> Tensor:

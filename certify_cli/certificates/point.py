@@ -23,9 +23,14 @@ class Point:
     x: Tensor
 
     def at(self, index: Tensor) -> Point:
-        """The samples at `index`, with the prediction they have here."""
+        """The samples at `index`, with the prediction they have here, and what is known of them already."""
         part = Point(self.network, self.x[index])
         part.__dict__["prediction"] = self.prediction[index]
+        if "evaluation" in self.__dict__:
+            e = self.evaluation
+            part.__dict__["evaluation"] = Evaluation([v[index] for v in e.values], [v[index] for v in e.errors])
+        if "slopes" in self.__dict__:
+            part.__dict__["slopes"] = {k: Slope(s.value[index], s.error[index]) for k, s in self.slopes.items()}  # type: ignore[index]
         return part
 
     @cached_property

@@ -140,17 +140,19 @@ def _largest(slopes: Tensor | float, dims: int) -> Tensor | float:
     return slopes.abs().flatten(dims).amax(-1) if isinstance(slopes, Tensor) else abs(slopes)
 
 
-def pull(network: Network, cotangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
-    """Cotangents (batch, rows, classes) of the logits, pulled back to every nonlinear node's output and the input.
+def pull(network: Network, cotangents: Tensor, slopes: Slopes, start: int | None = None) -> dict[int, Vectors]:
+    """Cotangents (batch, rows, *shape of node `start`) pulled back to every nonlinear node's output and the input.
 
-    Slope tensors are (batch or 1, *shape). Returns vectors of shape (batch, rows, *shape), keyed by node; node 0 is
-    always there (zeros if nothing arrives).
+    `start` is the logits unless given. Slope tensors are (batch or 1, *shape); cotangents of batch 1 serve all samples,
+    and vectors keep batch 1 until they meet a slope of more. Returns vectors of shape (batch or 1, rows, *shape), keyed
+    by node; node 0 is always there (zeros if nothing arrives).
     """
+    start = len(network.nodes) - 1 if start is None else start
     batch, rows = cotangents.shape[:2]
     zero = torch.zeros(batch, rows, dtype=cotangents.dtype, device=cotangents.device)
-    live = {len(network.nodes) - 1: Vectors(cotangents, zero)}
+    live = {start: Vectors(cotangents, zero)}
     found: dict[int, Vectors] = {}
-    for index in range(len(network.nodes) - 1, 0, -1):
+    for index in range(start, 0, -1):
         vectors = live.pop(index, None)
         if vectors is None:
             continue
