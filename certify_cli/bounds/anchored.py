@@ -283,7 +283,7 @@ class Anchored:
             everywhere = self._bounds.lipschitz.to_head(target)
             weights = up(value.abs() * bend)
             if self._bounds.first(k):
-                term = self._bounds.squares(k, weights, reach, rows)
+                term = level_bound(weights, times(reach, reach), _square(rows))
             else:
                 by_rows = vector_norm_up(times(weights, rows))
                 term = times(torch.minimum(times(weights.amax(1), reach), by_rows), everywhere)

@@ -7,7 +7,7 @@ the largest certified radius and the nearest attack of each sample.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
 from certify_cli.certificates.on_ball import grown, promised_on_ball
+from certify_cli.certificates.local import local_radii
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.tangent import sharpened
 from certify_cli.errors import MethodError, UsageError
@@ -68,7 +69,7 @@ def by_lipschitz(analysis: Analysis, point: Point, attack: bool) -> Certificates
 
 def by_curvature(analysis: Analysis, point: Point, attack: bool) -> Certificates:
     """The closed form with the global curvature bound, joined with the Lipschitz constant, at the sample and at few
-    further points; attack along -g."""
+    further points, or with bounds anchored at the sample, whichever certifies more; attack along -g."""
     return _by_tangents("curvature", TANGENTS, analysis, point, attack)
 
 
@@ -91,10 +92,11 @@ def _by_tangents(
     table = hybrid_radius(point.margin_low, gradient, everywhere.lower, everywhere.lipschitz)
     # a tangent at another point needs a bound of the Hessian: the global one
     sharp = sharpened(point, table, everywhere.lower, everywhere.upper, steps[analysis.effort])
+    raised, decided = anchored(anchors, point, sharp.radius, everywhere)
+    sharp = replace(sharp, radius=raised)
     if balls:
         sharp = grown(analysis, point, sharp, everywhere.lower, everywhere.upper, steps[analysis.effort])
-    table, decided = anchored(anchors, point, sharp.radius, everywhere)
-    radius, rival = _weakest(point, table)
+    radius, rival = _weakest(point, sharp.radius)
     norm, witness = torch.full_like(radius, torch.nan), point.x
     if attack:
         nearest, target, decided = promised_attack(anchors, point, decided)
@@ -113,6 +115,28 @@ def _by_tangents(
         witness=witness,
         near=sharp.ends,
         method=torch.full_like(rival, _index(name)),
+    )
+
+
+def by_local(analysis: Analysis, point: Point, attack: bool) -> Certificates:
+    """Curvature on the ball around the sample, expanded there layer by layer; never less than `curvature`."""
+    found = by_curvature(analysis, point, attack)
+    radius, rival = local_radii(analysis, point, found.radius)
+    better = radius > found.radius
+    none = torch.full_like(radius, torch.nan)
+
+    def unless(value: Tensor) -> Tensor:
+        return torch.where(better, none, value)
+
+    return replace(
+        found,
+        radius=torch.where(better, radius, found.radius),
+        rival=torch.where(better, rival, found.rival),
+        gradient=torch.where(better, _at(point.gradient_norm, rival), found.gradient),
+        curvature_lower=unless(found.curvature_lower),
+        curvature_upper=unless(found.curvature_upper),
+        lipschitz=unless(found.lipschitz),
+        method=torch.full_like(found.method, _index("local")),
     )
 
 
@@ -139,7 +163,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "curvature",
-            "closed form with a global curvature bound, joined with the Lipschitz constant; attack certificates",
+            "closed form with curvature and Lipschitz bounds, global or anchored at the sample; attack certificates",
             why_no_curvature,
             by_curvature,
             attacks=True,
@@ -149,6 +173,14 @@ METHODS: dict[str, Method] = {
             "the same closed form at further points until the gap stops closing (CRC, all rivals)",
             why_no_curvature,
             by_dual,
+            attacks=True,
+            dear=True,
+        ),
+        Method(
+            "local",
+            "curvature on the ball around the sample, expanded there layer by layer, proved ball by ball",
+            why_no_curvature,
+            by_local,
             attacks=True,
             dear=True,
         ),
