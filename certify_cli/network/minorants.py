@@ -33,7 +33,8 @@ def depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
         least, most = span.remainders(slope)
         return torch.where(sign > 0, -least, most).clamp(min=0.0)
     shape = span.z.shape
-    parts = [p.expand(shape).reshape(-1) for p in (span.z, torch.as_tensor(span.error), span.lo, span.hi)]
+    error = torch.as_tensor(span.error, dtype=torch.float64, device=span.z.device)  # not float32, which rounds down
+    parts = [p.expand(shape).reshape(-1) for p in (span.z, error, span.lo, span.hi)]
     parts += [p.expand(shape).reshape(-1) for p in (sign, slope, bend)]
     found = [
         _depths(Span(span.activation, z, error, lo, hi), *rest)
@@ -43,7 +44,7 @@ def depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
 
 
 def _depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-    phi, z, error = span.activation, span.z, torch.as_tensor(span.error, dtype=torch.float64, device=span.z.device)
+    phi, z, error = span.activation, span.z, torch.as_tensor(span.error)
     curvature = phi.curvature
     assert curvature is not None
     knots = _knots(span, error)
