@@ -14,6 +14,9 @@ from certify_cli.bounds.curvature import Curvature
 from certify_cli.bounds.lipschitz import Lipschitz, weight_blocks
 from certify_cli.network.graph import Network
 
+MEMORY = 2**31
+"""Bytes, unless the caller knows better."""
+
 
 class PairTable:
     """A bound for each ordered pair of classes, computed when first asked for."""
@@ -47,9 +50,11 @@ class PairTable:
 class Analysis:
     """Global bounds of one network at one effort, each computed when first used. Hold it for as long as the network."""
 
-    def __init__(self, network: Network, effort: str = "normal") -> None:
+    def __init__(self, network: Network, effort: str = "normal", memory: int = MEMORY) -> None:
+        """memory: bytes that the bounds of a batch of samples may take."""
         self.network = network
         self.effort = effort
+        self.memory = memory
         self.budget = Budget.of(effort)
 
     @cached_property

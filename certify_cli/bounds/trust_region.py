@@ -79,7 +79,9 @@ def trust_region_loss(
     of_rest = quadratic.of_rest
     tau = torch.where(of_rest > 0, tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9), torch.zeros_like(tau))
     wanted = (mu / (1 + tau)).clamp(min=0.0)
-    guess = wanted * (1 - NEAREST), torch.zeros_like(wanted)
+    # such that the first t tried is just below `wanted`, and further ones are quickly far above it
+    below = wanted * (1 - NEAREST) / 1.01
+    guess = below, 0.03163 * below
     largest = times(largest_eigenvalue(matrix, slack, guess), up(1 + tau, 2))
     mu = torch.maximum(mu, largest * (1 + NEAREST) + UNDERFLOW)
     least = down(mu - largest, 1)  # both are float64 numbers: one subtraction

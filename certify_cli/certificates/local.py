@@ -20,11 +20,14 @@ from certify_cli.bounds.local import Ball, Choice, ball, lower_bound, starts
 from certify_cli.bounds.ranges import fast_ranges
 from certify_cli.certificates.ascent import Ascended, ascend
 from certify_cli.certificates.point import Point
-from certify_cli.network.linearised import Vectors, pull
+from certify_cli.network.graph import Network
+from certify_cli.network.linearised import Vectors, head, nonlinear_nodes, pull
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT
 
 GROWTH = 0.67
 """Losses grow about like radius^1.5: the next ball is radius (margin / loss)^GROWTH."""
+START = 0.5
+"""Where to begin, as a part of the radius that there would be without curvature."""
 PROBES = 5
 FAST_BALLS = 14
 ROUGH = 0.3
@@ -43,7 +46,7 @@ class Search:
 
 EFFORTS: dict[str, Search | None] = {
     "fast": None,
-    "normal": Search(balls=5, first=8, further=5),
+    "normal": Search(balls=5, first=12, further=6),
     "max": Search(balls=10, first=40, further=15),
 }
 
@@ -94,12 +97,42 @@ class Task:
         return value
 
 
+def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Certified radii (batch,), rounded down, and the rivals that decide them; 0 where nothing was proved.
+
+    known (batch,): radii certified already; a start for the search. Samples are treated in chunks that fit
+    `analysis.memory`; where one sample's Jacobians do not, the fast tier alone decides.
+    """
+    first_order = (point.margin_low / point.gradient_norm).masked_fill(point.own, torch.inf).amin(1)
+    start = torch.maximum(START * first_order, 1.5 * known).nan_to_num(nan=1.0, posinf=1.0).clamp(min=1e-9, max=1e9)
+    if not nonlinear_nodes(point.network):  # affine: there is no curvature, and nothing to gain
+        return torch.zeros_like(start), point.margin.argmin(1)
+    able = ((point.margin_low > 0).all(1) & ~known.isinf()).nonzero().squeeze(1)
+    radius, rival = torch.zeros_like(start), point.margin.argmin(1)
+    footprint = _footprint(point.network)
+    for part in able.split(max(1, analysis.memory // footprint)):
+        batch = Batch(analysis, point.at(part), jacobians=footprint <= analysis.memory)
+        radius[part], rival[part] = batch.radii(start[part])
+    return radius, rival
+
+
+def _footprint(network: Network) -> int:
+    """About the bytes that the Jacobians of one sample, and what is computed from them, take."""
+    targets = sorted({head(network, k) for k in nonlinear_nodes(network)})
+    inputs, before, entries, count = network.nodes[0].size, 0, 0, 0
+    for target in targets:
+        size = network.nodes[target].size
+        entries += 3 * size * (inputs + before) + 2 * size * size
+        before, count = before + size, count + size
+    return 8 * (entries + 4 * min(count, inputs) ** 2 + 80 * count)
+
+
 class Batch:
     """A batch of samples: proves balls, and searches them."""
 
-    def __init__(self, analysis: Analysis, point: Point) -> None:
+    def __init__(self, analysis: Analysis, point: Point, jacobians: bool = True) -> None:
         self.analysis, self.point = analysis, point
-        self.search = EFFORTS[analysis.effort]
+        self.search = EFFORTS[analysis.effort] if jacobians else None
 
     @cached_property
     def pulled(self) -> dict[int, Vectors]:

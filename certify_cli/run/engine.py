@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.analysis import MEMORY, Analysis
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import certify_batch, method_name, select
 from certify_cli.certificates.point import Point
@@ -74,7 +74,7 @@ class Job:
         self.search_seconds: float | None = None
         self._network, self._data, self._settings = network, data, settings
         self._methods = select(settings.method, network)
-        self._analysis = Analysis(network, settings.effort)
+        self._analysis = Analysis(network, settings.effort, settings.memory or MEMORY)
 
     def samples(self) -> Iterator[Sample]:
         """Records in the data's order, a batch at a time."""
