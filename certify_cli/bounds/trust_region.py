@@ -1,8 +1,8 @@
 """The largest value of -<g, d> + 1/2 sum w D^2 on a ball, when D is A d up to a known rest: an upper bound.
 
 With |D - A d| <= rho entrywise, for every tau > 0,  D^2 <= (1 + tau) (A d)^2 + (1 + 1/tau) rho^2.  What remains is a
-trust-region problem, bounded by its dual (theory section 4): for every mu with H = mu I - (1+tau) A^T diag(w) A >= lam I,
-lam > 0, and every y,
+trust-region problem, bounded by its dual (theory section 4): for every mu with
+H = mu I - (1+tau) A^T diag(w) A >= lam I, lam > 0, and every y,
 
     sup_{||d|| <= e}  -<g,d> + (1+tau)/2 d^T A^T diag(w) A d  <=  mu e^2/2 + 1/2 g^T H^-1 g
                                             g^T H^-1 g        <=  g^T y + y^T r + ||r||^2 / lam ,      r = g - H y.
@@ -77,7 +77,8 @@ def trust_region_loss(
     batch, n = gradient.shape
     matrix, slack = quadratic.matrix()
     of_rest = quadratic.of_rest
-    tau = torch.where(of_rest > 0, tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9), torch.zeros_like(tau))
+    bare = of_rest == 0  # not so for NaN (no weight times an infinite rest), which must not pass for no rest
+    tau = torch.where(bare, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9))
     wanted = (mu / (1 + tau)).clamp(min=0.0)
     # such that the first t tried is just below `wanted`, and further ones are quickly far above it
     below = wanted * (1 - NEAREST) / 1.01
@@ -97,7 +98,7 @@ def trust_region_loss(
     inner = (gradient * y).sum(1)
     inner = inner + gamma(n + 3) * (gradient * y).abs().sum(1) + UNDERFLOW  # its own rounding, and a little more
     form = up(inner.clamp(min=0.0) + size * r + r * r / least, 6)
-    rest = torch.where(of_rest > 0, times(of_rest, up(1 + 1 / tau.clamp(min=LEAST_TAU), 2)), torch.zeros_like(tau))
+    rest = torch.where(bare, torch.zeros_like(tau), times(of_rest, up(1 + 1 / tau.clamp(min=LEAST_TAU), 2)))
     total = up(0.5 * (times(mu, radius, radius) + form + rest) + times(error, radius), 6)
     good = total.isfinite() & (least > 0) & mu.isfinite()
     return torch.where(good, total, torch.full_like(total, torch.inf))
