@@ -11,15 +11,17 @@ README.
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from common import Entry, header, in_process, load, parser, peak_mib, read_index, row
+
+SAMPLES = 100
+GLOBAL = ("lipschitz", "curvature", "dual")
+"""The methods whose time is taken."""
 COLUMNS = (
     "model",
     "source",
@@ -35,11 +37,10 @@ COLUMNS = (
 )
 
 
-def measure(path: Path, entry: dict[str, Any], root: str, samples: int, effort: str, threads: int) -> dict[str, Any]:
-    """One model's row. The time a sample is that of `--method auto` on the batch, once the global bounds are known."""
+def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: str, threads: int) -> dict[str, Any]:
+    """One model's row. The time a sample is that of all `GLOBAL` on the batch, once the global bounds are known."""
     import torch
 
-    from certify_cli import load_data, load_model
     from certify_cli.bounds.analysis import Analysis
     from certify_cli.bounds.curvature import why_no_curvature
     from certify_cli.bounds.lipschitz import lipschitz_expansion, product_expansion
@@ -47,27 +48,23 @@ def measure(path: Path, entry: dict[str, Any], root: str, samples: int, effort: 
     from certify_cli.certificates.methods import METHODS, TANGENTS, certify_batch, select
     from certify_cli.certificates.point import Point
     from certify_cli.certificates.tangent import sharpened
-    from certify_cli.load.fit import fit
     from certify_cli.network.evaluate import exact_kernels
 
     torch.set_num_threads(threads)
-    source = entry.get("data", entry["dataset"])
-    data = load_data(source, root=root, samples=samples, offline=True)
-    model = load_model(path)
-    network = fit(
-        model.network, tuple(data.x.shape[1:]), mean=entry["mean"], std=entry["std"],
-        layout="nhwc" if entry["layout"] == "NHWC" else None,
-    )  # fmt: skip
+    network, data = load(path, entry, root, samples)
+    if data.y is None:
+        raise SystemExit(f"{path}: its data have no labels")
     x = data.x.double()
 
+    methods = tuple(method for method in select("auto", network) if method.name in GLOBAL)
     with exact_kernels():
         analysis = Analysis(network, effort)
         start = time.perf_counter()
         point = Point(network, x)
-        certify_batch(select("auto", network), analysis, point, attack=False)
+        certify_batch(methods, analysis, point, attack=False)
         first = time.perf_counter() - start
         start = time.perf_counter()
-        certify_batch(select("auto", network), analysis, Point(network, x), attack=False)
+        certify_batch(methods, analysis, Point(network, x), attack=False)
         again = time.perf_counter() - start
 
         right = point.prediction == data.y
@@ -108,52 +105,25 @@ def measure(path: Path, entry: dict[str, Any], root: str, samples: int, effort: 
             "dual": by_method("dual"),
             "ms a sample": 1000 * again / len(x),
             "bounds, s": first - again,
-            "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak MiB": peak_mib(),
         }
 
 
-def cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return str(value)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data-root", required=True)
-    parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--effort", default="normal")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", default=[], action="append", metavar="NAME=SOURCE", help="e.g. cifar10=FILE.npz")
-    parser.add_argument("--only", help="measure this model here, and print its row as JSON")
-    options = parser.parse_args()
-    index: dict[str, dict[str, Any]] = json.loads((options.models / "index.json").read_text())
-    sources = dict(item.split("=", 1) for item in options.data)
-    for entry in index.values():
-        entry["data"] = sources.get(entry["dataset"], entry["dataset"])
-
+    arguments = parser(__doc__)
+    arguments.add_argument("--effort", default="normal")
+    options = arguments.parse_args()
+    index = read_index(options.models, options.data)
     if options.only:
-        row = measure(
-            options.models / options.only, index[options.only], options.data_root,
-            options.samples, options.effort, options.threads,
-        )  # fmt: skip
-        print(json.dumps(row))
+        path, samples = options.models / options.only, options.samples or SAMPLES
+        found = measure(path, index[options.only], options.data_root, samples, options.effort, options.threads)
+        print(json.dumps(found))
         return
-
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|" + "|".join("---" if c in ("model", "source") else "---:" for c in COLUMNS) + "|")
+    print(header(COLUMNS), flush=True)
     for name in sorted(index):
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            continue
-        row = json.loads(done.stdout)
-        print("| " + " | ".join(cell(row[c]) for c in COLUMNS) + " |", flush=True)
+        found = in_process(__file__, [*sys.argv[1:], "--only", name])
+        if found is not None:
+            print(row([found[c] for c in COLUMNS]), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def mlp(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
     """Flatten, then dense layers with `activation` between them."""
     layers: list[nn.Module] = [nn.Flatten()]
     sizes = (784, *widths)
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), activation()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
 

@@ -1,0 +1,293 @@
+"""The local bound against CROWN, the global bounds and the attack: mean certified radii, time and memory.
+
+    python benchmarks/local_bounds.py --models DIR --data-root DIR [--data cifar10=FILE.npz] [--peers FILE.json] [--max]
+    python benchmarks/local_bounds.py --scaling [--svg FILE.svg]
+
+DIR holds ONNX files and an index.json (see global_bounds.py; train_mlps.py makes such a folder). One Markdown row a
+smooth model. Radii are means over the correctly classified ones of the first samples:
+
+- composition: the closed form at the sample, with the compositional curvature bound only; attack: the nearest
+  adversarial example by `--attack search`; curvature, dual: the methods; fast, local, max: `--method local` by effort;
+- CROWN: auto_LiRPA's backward mode, measured in the same run with as many threads, by a bisection of 12 steps a sample
+  (to 1/2048) in float32; from --peers ("stored") where auto_LiRPA is not importable. `log(1+exp)` marks softplus
+  written so, as auto_LiRPA relaxes nothing nearer.
+
+Milliseconds are per sample, the correct ones in one batch (CROWN: one by one), after a first call, with the global
+bounds known: those are "bounds, s". Every model is measured in a process of its own, and CROWN in another: peaks
+include some 350 MiB of libraries. A certified radius above an attack ends the benchmark with an error.
+
+--peers: {"models": {NAME: {"n": samples, "radii": [n, 0 where misclassified]}}}; n is also how many samples are used.
+--scaling: how time and memory grow with width and depth, on random networks, as a table and (with matplotlib) an SVG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import crown
+import scaling
+from common import Entry, header, in_process, load, parser, peak_mib, read_index, row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from certify_cli.bounds.analysis import Analysis
+    from certify_cli.certificates.point import Point
+    from certify_cli.network.graph import Network
+
+LARGEST = 1e6
+"""Radii count as no more than this in a mean."""
+SAMPLES = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network, the samples x (count, *shape) that it classifies correctly, and its global bounds at one effort."""
+
+    network: Network
+    x: Tensor
+    analysis: Analysis
+
+    @property
+    def point(self) -> Point:
+        """Nothing known of the samples yet."""
+        from certify_cli.certificates.point import Point
+
+        return Point(self.network, self.x)
+
+    def first(self, index: Tensor) -> Subject:
+        return Subject(self.network, self.x[index], self.analysis)
+
+    @cached_property
+    def composition(self) -> Tensor:
+        """The compositional curvature bounds of all margins, (classes, classes)."""
+        import torch
+
+        from certify_cli.bounds.curvature import COMPOSITION
+
+        pairs = (1 - torch.eye(self.network.classes)).nonzero()
+        table = torch.zeros(self.network.classes, self.network.classes, dtype=torch.float64)
+        table[pairs[:, 0], pairs[:, 1]] = self.analysis.curvature.lower(pairs, COMPOSITION)
+        return table
+
+
+def by_composition(subject: Subject) -> Tensor:
+    import torch
+
+    from certify_cli.certificates.closed_form import curvature_radius
+
+    point = subject.point
+    radius = curvature_radius(point.margin_low, point.gradient_norm, subject.composition[point.prediction])
+    return radius.masked_fill(point.own, torch.inf).amin(1)
+
+
+def by_method(name: str) -> Callable[[Subject], Tensor]:
+    def radii(subject: Subject) -> Tensor:
+        from certify_cli.certificates.methods import METHODS
+
+        return METHODS[name].certify(subject.analysis, subject.point, False).radius
+
+    return radii
+
+
+def by_attack(subject: Subject) -> Tensor:
+    """Distances of the adversarial examples that the search finds, or a certificate promises; inf where none."""
+    import torch
+
+    from certify_cli.certificates.methods import METHODS
+    from certify_cli.certificates.search import searched
+
+    point = subject.point
+    found = METHODS["curvature"].certify(subject.analysis, point, True)
+    _, norm = searched(point, found.near, found.radius, subject.analysis.effort)
+    return torch.minimum(norm.nan_to_num(nan=torch.inf), found.attack.nan_to_num(nan=torch.inf))
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Subject], Tensor]]] = {
+    "composition": ("normal", by_composition),
+    "curvature": ("normal", by_method("curvature")),
+    "dual": ("normal", by_method("dual")),
+    "fast": ("fast", by_method("local")),
+    "local": ("normal", by_method("local")),
+    "max": ("max", by_method("local")),
+    "attack": ("normal", by_attack),
+}
+"""What is measured: its effort and how."""
+
+
+def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[str]) -> dict[str, Any]:
+    """Radii and milliseconds a sample by column, over the samples that are classified correctly, and their indices."""
+    import torch
+
+    from certify_cli.bounds.analysis import Analysis
+    from certify_cli.bounds.curvature import why_no_curvature
+    from certify_cli.certificates.methods import METHODS
+    from certify_cli.certificates.point import Point
+
+    reason = why_no_curvature(network)
+    if reason is not None:
+        return {"reason": reason}
+    predicted = Point(network, x).prediction
+    right = (torch.ones_like(predicted, dtype=torch.bool) if labels is None else predicted == labels).nonzero()[:, 0]
+    if not len(right):
+        return {"reason": "no sample is classified correctly"}
+    classes = predicted[right]
+    each = torch.stack([(classes == c).nonzero()[0, 0] for c in classes.unique()])  # one sample a predicted class
+    subjects, bounds = {}, 0.0
+    for effort in dict.fromkeys(COLUMNS[column][0] for column in columns):
+        subjects[effort] = Subject(network, x[right], Analysis(network, effort))
+        some = subjects[effort].first(each)
+        _, cold = _timed(lambda some=some: METHODS["curvature"].certify(some.analysis, some.point, False))  # type: ignore[misc]
+        _, warm = _timed(lambda some=some: METHODS["curvature"].certify(some.analysis, some.point, False))  # type: ignore[misc]
+        bounds = max(bounds, cold - warm)
+    radii, ms = {}, {}
+    for column in columns:
+        effort, radius = COLUMNS[column]
+        subject = subjects[effort]
+        if column == "composition":
+            _ = subject.composition
+        radius(subject.first(each[:1]))  # what a first call prepares
+        found, seconds = _timed(lambda radius=radius, subject=subject: radius(subject))  # type: ignore[misc]
+        radii[column], ms[column] = found.tolist(), 1000 * seconds / len(right)
+    return {"right": right.tolist(), "count": len(x), "radii": radii, "ms": ms, "bounds": bounds}
+
+
+def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start
+
+
+def child(path: Path, entry: Entry, options: argparse.Namespace) -> dict[str, Any]:
+    """One measurement in this process: the columns asked for, or CROWN."""
+    import torch
+
+    from certify_cli.network.evaluate import exact_kernels
+
+    torch.set_num_threads(options.threads)
+    network, data = load(path, entry, options.data_root, options.samples)
+    if options.columns == ["CROWN"]:
+        result = crown.measure(path, entry, data)
+    else:
+        with exact_kernels():
+            result = measure(network, data.x.double(), data.y, options.columns)
+    return result | {"peak": peak_mib()}
+
+
+def stored_crown(peer: Entry) -> dict[str, Any]:
+    return {"radii": {str(k): r for k, r in enumerate(peer["radii"])}, "ms": None, "peak": None, "note": "stored"}
+
+
+def mean(values: list[float]) -> float | None:
+    return math.fsum(min(v, LARGEST) for v in values) / len(values) if values else None
+
+
+def check_sound(name: str, radii: dict[str, list[float]], rival: list[float] | None) -> None:
+    """No certificate above an attack. CROWN's, computed in float32 without care for rounding, is only told of."""
+    for column, values in (radii | ({"CROWN": rival} if rival else {})).items():
+        beyond = [k for k, (r, found) in enumerate(zip(values, radii["attack"], strict=True)) if r > found]
+        if beyond and column == "CROWN":
+            print(f"{name}: CROWN certifies more than an attack allows, {len(beyond)} times", file=sys.stderr)
+        elif beyond:
+            raise SystemExit(f"{name}: {column} certifies more than an attack allows, on correct samples {beyond}")
+
+
+def table_row(name: str, ours: dict[str, Any], theirs: dict[str, Any] | None, columns: list[str]) -> list[Any]:
+    """A row of the table, in the order of `table_columns`."""
+    radii: dict[str, list[float]] = ours["radii"]
+    rival = None if theirs is None else [theirs["radii"].get(str(k), 0.0) for k in ours["right"]]
+    check_sound(name, radii, rival)
+    means = {column: mean(values) for column, values in radii.items()}
+    attacked = [k for k, found in enumerate(radii["attack"]) if math.isfinite(found)]
+    means["attack"] = mean([radii["attack"][k] for k in attacked])
+    crowned = None if rival is None else mean(rival)
+    note = f" ({theirs['note']})" if theirs is not None and theirs["note"] else ""
+
+    def ratio(value: float | None, to: float | None) -> float | None:
+        return value / to if value is not None and to else None
+
+    return [
+        name, f"{len(ours['right'])}/{ours['count']}",
+        *(means[c] for c in columns if c != "attack"),
+        crowned if not note or crowned is None else f"{crowned:.3g}{note}",
+        means["attack"],
+        ratio(means["local"], crowned),
+        ratio(means["local"], means["composition"]),
+        ratio(mean([radii["local"][k] for k in attacked]), means["attack"]),
+        *(ours["ms"][c] for c in columns if c not in ("attack", "composition")),
+        theirs and theirs["ms"],
+        ours["ms"]["attack"], ours["bounds"], ours["peak"],
+        theirs and theirs["peak"],
+    ]  # fmt: skip
+
+
+def table_columns(columns: list[str]) -> list[str]:
+    own = [c for c in columns if c != "attack"]
+    return [
+        "model", "correct", *own, "CROWN", "attack", "local/CROWN", "local/composition", "local/attack",
+        *(f"{c}, ms" for c in own if c != "composition"), "CROWN, ms", "attack, ms", "bounds, s",
+        "peak MiB", "CROWN, MiB",
+    ]  # fmt: skip
+
+
+def table(options: argparse.Namespace) -> None:
+    columns = [c for c in COLUMNS if c != "max" or options.max]
+    peers: dict[str, Entry] = json.loads(options.peers.read_text())["models"] if options.peers else {}
+    if not crown.importable():
+        print("auto_LiRPA is not importable: CROWN's radii are those of --peers", file=sys.stderr)
+    print(header(table_columns(columns)), flush=True)
+    for name in sorted(fnmatch.filter(read_index(options.models, options.data), options.match)):
+        samples = options.samples or peers.get(name, {}).get("n", SAMPLES)
+        arguments = [
+            "--models", str(options.models), "--threads", str(options.threads), "--samples", str(samples),
+            *(("--data-root", options.data_root) if options.data_root else ()),
+            *(part for item in options.data for part in ("--data", item)), "--only", name, "--columns",
+        ]  # fmt: skip
+        ours = in_process(__file__, [*arguments, ",".join(columns)])
+        if ours is None:
+            continue
+        if "reason" in ours:
+            print(f"{name}: no row, as {ours['reason']}", file=sys.stderr)
+            continue
+        theirs = in_process(__file__, [*arguments, "CROWN"]) if crown.importable() else None
+        if name in peers:
+            stored = stored_crown(peers[name])
+            if theirs is not None and not theirs["note"]:
+                apart = max(abs(r - stored["radii"].get(k, r)) for k, r in theirs["radii"].items())
+                print(f"{name}: CROWN as measured is within {apart:.2g} of --peers", file=sys.stderr)
+            theirs = theirs or stored
+        print(row(table_row(name, ours, theirs, columns)), flush=True)
+
+
+def main() -> None:
+    arguments = parser(__doc__, models_required=False)
+    arguments.add_argument("--match", default="*", help="only the models whose names match, such as '*tanh*'")
+    arguments.add_argument("--max", action="store_true", help="measure --effort max, too")
+    arguments.add_argument("--peers", type=Path, help="stored radii of CROWN")
+    arguments.add_argument("--scaling", action="store_true", help="time and memory against width and depth instead")
+    arguments.add_argument("--svg", type=Path, default=Path("scaling.svg"), help="where --scaling draws")
+    arguments.add_argument("--columns", type=lambda text: text.split(","), help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.scaling:
+        scaling.run(__file__, options)
+    elif options.models is None:
+        arguments.error("--models or --scaling is needed")
+    elif options.only:
+        entry = read_index(options.models, options.data)[options.only]
+        print(json.dumps(child(options.models / options.only, entry, options)))
+    else:
+        table(options)
+
+
+if __name__ == "__main__":
+    main()
