@@ -272,7 +272,7 @@ def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, 
         here, slope = span(point, layer, ranges), choice.slopes[layer]
         v, error = pulled[layer].value[:, 0].flatten(1), pulled[layer].error[:, 0]
         weight = choice.weights[layer]
-        bend = (weight / v.abs()).nan_to_num(nan=0.0).clamp(max=LARGEST_BEND)
+        bend = (weight / v.abs()).nan_to_num(nan=0.0).clamp(min=0.0, max=LARGEST_BEND)
         depth = depths(here, torch.where(v < 0, -1.0, 1.0).to(v.dtype), slope, bend)
         reach = torch.maximum(-here.lo, here.hi)
         far = vector_norm_up(up((here.activation.lipschitz + slope.abs()) * reach, 3))

@@ -51,7 +51,7 @@ def loss(quadratic: Quadratic, gradient: Tensor, d: Tensor) -> Tensor:
 
 
 def worst(quadratic: Quadratic, gradient: Tensor, radius: Tensor, seed: int = 0) -> Tensor:
-    """The largest value met: random d, eigenvectors, minus the gradient, and 60 steps of ascent on the ball."""
+    """The largest value met: random d, eigenvectors, minus the gradient, and 25 steps of ascent on the ball."""
     g = torch.Generator().manual_seed(seed)
     n = gradient.shape[1]
     a = stacked(quadratic.rows)
@@ -59,7 +59,7 @@ def worst(quadratic: Quadratic, gradient: Tensor, radius: Tensor, seed: int = 0)
     starts = [torch.randn(40, BATCH, n, generator=g, dtype=D), vectors.permute(2, 0, 1), -gradient.unsqueeze(0)]
     d = torch.cat([*starts, -vectors.permute(2, 0, 1)])
     best = loss(quadratic, gradient, torch.zeros(1, BATCH, n, dtype=D)).amax(0)
-    for step in range(60):
+    for step in range(25):
         if step:
             moved = (a @ d.unsqueeze(3)).squeeze(3)
             pull = quadratic.weights * (moved + moved.sign() * quadratic.rest)
@@ -88,7 +88,7 @@ def bound(quadratic: Quadratic, gradient: Tensor, radius: Tensor, mu: Tensor | f
     return trust_region_loss(quadratic, gradient, none, radius, none + mu, none + tau)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rest", [0.0, 1e-9, 0.3, 30.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_perturbation_exceeds_the_bound_whatever_the_hints(shape: str, rest: float, seed: int) -> None:
@@ -122,7 +122,7 @@ def test_with_a_rest_the_best_tau_is_worth_having(shape: str) -> None:
     quadratic, gradient, radius = problem(shape, 3, rest=0.3)
     found = worst(quadratic, gradient, radius)
     best = torch.full_like(found, math.inf)
-    for tau in 10 ** torch.linspace(-4, 4, 81, dtype=D):
+    for tau in 10 ** torch.linspace(-4, 4, 21, dtype=D):
         scaled = Quadratic(quadratic.rows, quadratic.weights * (1 + tau), quadratic.rest)
         best = torch.minimum(best, bound(quadratic, gradient, radius, optimum(scaled, gradient, radius)[1], tau))
     assert bool((best >= found * (1 - 1e-12)).all())
