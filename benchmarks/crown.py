@@ -25,15 +25,19 @@ FAR = 1e3
 GELU_OPSET = 20
 
 Margins = Callable[["Tensor", int, float], "Tensor"]
-"""(sample, class, radius) -> lower bounds of that class's margins on the ball; at radius 0: about the margins."""
+"""(sample, class, radius) -> lower bounds of that class's margins towards all others on the ball."""
+Predict = Callable[["Tensor"], list[int]]
+"""A batch of samples -> their classes."""
 
 
 def importable() -> bool:
     return find_spec("auto_LiRPA") is not None
 
 
-def margins(path: Path, mean: list[float], std: list[float], shape: tuple[int, ...], nhwc: bool) -> tuple[Margins, str]:
-    """The bound of an ONNX classifier of samples of `shape` (without the batch), and what to say of its form."""
+def classifier(
+    path: Path, mean: list[float], std: list[float], shape: tuple[int, ...], nhwc: bool
+) -> tuple[Predict, Margins, str]:
+    """An ONNX classifier of samples of `shape` (without the batch), its bound, and what to say of its form."""
     import torch
     from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
     from auto_LiRPA.operators.gelu import GELU
@@ -89,16 +93,18 @@ def margins(path: Path, mean: list[float], std: list[float], shape: tuple[int, .
         bounded = BoundedModule(scaled, torch.zeros(1, *shape))
     eye = torch.eye(classes)
 
+    def predict(samples: Tensor) -> list[int]:
+        with torch.no_grad():
+            return [int(scaled((x - middle).unsqueeze(0)).argmax()) for x in samples]
+
     def bound(x: Tensor, label: int, radius: float) -> Tensor:
-        rows = torch.cat([eye[:label], eye[label + 1 :]])
+        rivals = torch.cat([eye[:label], eye[label + 1 :]])
         ball = BoundedTensor((x - middle).unsqueeze(0), PerturbationLpNorm(norm=2, eps=radius))
         with torch.no_grad():
-            if radius == 0:
-                return (eye[label] - rows) @ scaled(ball)[0]
-            low, _ = bounded.compute_bounds(x=(ball,), C=(eye[label] - rows)[None], method="CROWN", bound_upper=False)
+            low, _ = bounded.compute_bounds(x=(ball,), C=(eye[label] - rivals)[None], method="CROWN", bound_upper=False)
         return low[0]
 
-    return bound, note
+    return predict, bound, note
 
 
 def bisected(holds: Callable[[float], bool], top: float = TOP) -> float:
@@ -113,17 +119,17 @@ def bisected(holds: Callable[[float], bool], top: float = TOP) -> float:
 def measure(path: Path, entry: dict[str, Any], data: Dataset) -> dict[str, Any]:
     """Radii of the correctly classified samples by index, milliseconds a sample, and a note on the form."""
     x = data.x.float()
-    bound, note = margins(
-        path, entry["mean"] or [0.0], entry["std"] or [1.0], tuple(x.shape[1:]), entry["layout"] == "NHWC"
-    )
-    if data.y is None:
-        labels = [next(c for c in range(len(bound(s, 0, 0.0)) + 1) if (bound(s, c, 0.0) > 0).all()) for s in x]
-    else:
-        labels = data.y.tolist()
-    right = [k for k, label in enumerate(labels) if bool((bound(x[k], label, 0.0) > 0).all())]
+    nhwc = entry["layout"] == "NHWC"
+    predict, bound, note = classifier(path, entry["mean"] or [0.0], entry["std"] or [1.0], tuple(x.shape[1:]), nhwc)
+    predicted = predict(x)
+    right = [k for k, label in enumerate(predicted) if data.y is None or label == int(data.y[k])]
+
+    def radius(k: int) -> float:
+        return bisected(lambda r: bool((bound(x[k], predicted[k], r) > 0).all()))
+
     if right:  # what a first call prepares
-        bound(x[right[0]], labels[right[0]], 0.1)
+        bound(x[right[0]], predicted[right[0]], 0.1)
     start = time.perf_counter()
-    radii = {k: bisected(lambda r, k=k: bool((bound(x[k], labels[k], r) > 0).all())) for k in right}  # type: ignore[misc]
+    radii = {k: radius(k) for k in right}
     seconds = time.perf_counter() - start
     return {"radii": radii, "ms": 1000 * seconds / max(1, len(right)), "note": note}

@@ -88,7 +88,7 @@ def rows(figures: Figures) -> list[list[Any]]:
 
 
 def plot(figures: Figures, file: Path) -> None:
-    """Time above, memory below; width to the left, depth to the right; logarithmic."""
+    """Time above, memory below; width to the left, depth to the right."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -107,11 +107,14 @@ def plot(figures: Figures, file: Path) -> None:
                     if column in figures[name]
                 ]
                 if points:
-                    axis.loglog(*zip(*points, strict=True), marker="o", label=title)
+                    axis.plot(*zip(*points, strict=True), marker="o", label=title)
+            axis.set_xscale("log")
+            axis.set_yscale("log" if kind == "ms" else "linear")
             places = [place(widths) for widths in networks.values()]
             axis.set_xticks(places, [str(p) for p in places])
             axis.minorticks_off()
             if below:
+                axis.set_ylim(bottom=0)
                 axis.set_xlabel(label)
             if not right:
                 axis.set_ylabel(unit)
