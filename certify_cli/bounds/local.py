@@ -1,17 +1,18 @@
 """Curvature local to the ball around a sample: the remainder identity's Jacobian tier (theory section 4).
 
-    f(x+d) = f + <g,d> + sum over nonlinear l of  <v_l, q_l(D_l)> ,    q_l(t) = phi(z_l+t) - phi(z_l) - s_l t        (1)
-    D_l    = A_l d + sum over earlier k of  B_lk q0_k(D_k)                                                            (2)
+    f(x+d) = f + <g,d> + sum over nonlinear l of <v_l, q_l(D_l)> ,    q_l(t) = phi(z_l+t) - phi(z_l) - s_l t       (1)
+    D_l    = A_l d + sum over earlier k of B_lk q_k(D_k)                                                           (2)
 
-(1) holds for any slopes s, one a neuron, if g and the adjoints v_l are those of the network linearised with them; (2)
-with the slopes phi'(z), where q0 is the remainder of the tangent. `Offsets` bounds D_l on the ball by (2), layer by
-layer. `lower_bound` bounds (1) from below by giving every neuron a quadratic minorant on its range,
+Both hold for any slopes s, one a neuron, if A, B, g and the adjoints v_l are those of the network linearised with them;
+(1) and (2) may have slopes of their own. In (2) a neuron has its tangent, or its chord where the range is wide: `ball`
+bounds D_l by it, layer by layer. `lower_bound` bounds (1) from below by giving every neuron a quadratic minorant on its
+range,
 
-    v q(t) >= -|v| c - w t^2 / 2      with any slope s and any w >= 0, and c the least that makes it true,             (3)
+    v q(t) >= -|v| c - w t^2 / 2      with any slope s, any w >= 0, and c the least that makes it true,            (3)
 
-and what is quadratic in D by a trust-region problem in d. So the slopes and weights are free: they are chosen where the
-sum is best (`certificates.ascent`), for each sample and rival. Slopes phi'(z) with c = 0 are theory's "quadratic
-remainders", chords with w = 0 are linear relaxations; (3) contains both, neuron by neuron.
+and what is quadratic in D by a trust-region problem in d. So slopes and weights of (1) are free: they are chosen where
+the sum is best (`certificates.ascent`), for each sample and rival. Tangents with c = 0 are theory's "quadratic
+remainders", lines with w = 0 are linear relaxations; (3) contains both, neuron by neuron.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Linearised(Samples, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Ball:
-    """What (2) says of a ball: `ranges` of D_l, and `rest[head]` (batch, size) with |D_l - A_l d| <= rest for all d there.
+    """What (2) says of a ball: `ranges` of D_l, and `rest[head]` (batch, size), at least |D_l - A_l d| for all d there.
 
     A_l is the computed Jacobian: its error times the ball's radius is part of `rest`.
     """
@@ -170,7 +171,7 @@ def chords(here: Span, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _sums(block: Vectors, radius: Tensor, q: _Remainder) -> tuple[Tensor, Tensor]:
     """Upper bounds (batch, size) of sum_j B_ij q_j and of its negative, over the ball.
 
-    The quadratic part, u_j = max(0, B_ij bottom_j, B_ij top_j), is at most the sum of u_j t_j^2 / 2 and, with G = A A^T,
+    The quadratic part, u_j = max(0, B_ij bottom_j, B_ij top_j), is at most the sum of u_j t_j^2 / 2 and, G = A A^T,
     at most 1/2 (e (u^T (G o G) u)^(1/4) + ||sqrt(u) o rest||)^2  (theory section 4, (a) and (c)).
     """
     terms = block.value.shape[2] + 6
@@ -224,36 +225,6 @@ class Choice:
             torch.where(take, other.mu, self.mu),
             torch.where(take, other.tau, self.tau),
         )
-
-
-def starts(point: Linearised, ball: Ball, cotangents: Tensor) -> list[Choice]:
-    """Choices to begin with: tangents with theory's quadratic remainders, chords with none, and a mixture.
-
-    The mixture takes the chord where its depth is small against the quadratic's at the end of the range: all neurons
-    can be as deep as their chords at once, but no d moves all of them to their ends.
-    """
-    network = point.network
-    none = torch.zeros_like(ball.radius)
-    found: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = [({}, {}), ({}, {}), ({}, {})]
-    pulled = pull(network, cotangents.unsqueeze(1), point.slopes)
-    for layer in nonlinear_nodes(network):
-        here = span(point, layer, ball.ranges)
-        least, most = here.quadratics()
-        v = pulled[layer].value[:, 0].flatten(1)
-        tangent = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
-        bend = torch.maximum(-v * least, -v * most).clamp(min=0.0)
-        chord, below, above = chords(here, tangent)
-        depth = torch.maximum(-v * below, -v * above)
-        flat = depth < MIXED * 0.5 * bend * torch.maximum(-here.lo, here.hi).square()
-        nothing = torch.zeros_like(v)
-        pairs = (
-            (tangent, bend),
-            (chord, nothing),
-            (torch.where(flat, chord, tangent), torch.where(flat, nothing, bend)),
-        )
-        for (slopes, weights), (slope, weight) in zip(found, pairs, strict=True):
-            slopes[layer], weights[layer] = slope, weight
-    return [Choice(slopes, weights, none, none) for slopes, weights in found]
 
 
 def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, choice: Choice) -> Tensor:

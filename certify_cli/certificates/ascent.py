@@ -36,6 +36,12 @@ WEIGHT_STEP = 0.3
 """And a weight by this part of what the curvature's extreme would give a neuron of mean adjoint, at least."""
 SLIP, SHORTER = 0.03, 0.4
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
+SHIFTS = (0.5, 1.0)
+"""How far towards the minimiser the expansion is moved, one try after the other."""
+NEAR = 1e-3
+"""A grid point nearer to p than this part of the range says nothing of the bend there; the curvature at p does."""
+BISECTIONS = 10
+MIXED = 0.2
 ROUGH_POWER = 6
 FIRST, SECOND = 0.8, 0.95
 """Adam's averages."""
@@ -98,20 +104,27 @@ def ascend(
     ball: Ball,
     margin: Tensor,
     cotangents: Tensor,
-    starts: Sequence[Choice],
+    more: Sequence[Choice],
     steps: int,
     settle: bool = True,
 ) -> Ascended:
-    """The best choice met in `steps` steps from each item's best start; unless `settle`, that start as it is."""
+    """The best choice met in `steps` steps from each item's best start; unless `settle`, that start as it is.
+
+    Starts are the problem's own (`_Problem.starts`) and `more`.
+    """
     problem = _Problem(point, ball, margin, cotangents)
-    begin, rough = starts[0], problem.rough(starts[0])
-    for start in starts[1:]:
+    begin, *others = problem.starts()
+    rough = problem.rough(begin)
+    for start in (*others, *more):
         value = problem.rough(start)
         take = value > rough
         begin, rough = begin.where(take, start), torch.where(take, value, rough)
     if not settle:
         return Ascended(begin, rough)
     first = problem.at(begin, None)
+    for way in SHIFTS if steps else ():
+        shifted = problem.at(problem.shifted(first, way), first)
+        first = first.where(shifted.ascended.estimate > first.ascended.estimate, shifted)
     best = first.ascended
     if not steps:
         return best
@@ -146,6 +159,11 @@ def ascend(
             adam.value = torch.where(good.unsqueeze(1), adam.value, value)
         state = after.where(~good, state)
     return best
+
+
+def starts(point: Point, ball: Ball, cotangents: Tensor) -> list[Choice]:
+    """Where an ascent begins (see `_Problem.starts`)."""
+    return _Problem(point, ball, torch.zeros_like(ball.radius), cotangents).starts()
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +205,30 @@ class _Problem:
             total[target] = total[target] + w if target in total else w
         return Quadratic(self.jacobians.rows, torch.cat([total[t] for t in self.jacobians.heads], dim=1), self.rest)
 
+    def starts(self) -> list[Choice]:
+        """Tangents at the sample with the quadratics that need no constant, the lines of the convex envelopes, and a
+        mixture: lines where they leave little against the quadratic's end. All neurons can be as deep as their lines at
+        once, but no d moves all of them to their ends.
+        """
+        none = torch.zeros_like(self.margin)
+        found: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = [({}, {}), ({}, {}), ({}, {})]
+        v, _ = self._pulled({k: grid.op.slope(grid.z) for k, grid in self.grids.items()})
+        for k, grid in self.grids.items():
+            sign = torch.where(v[k] < 0, -1.0, 1.0).to(none.dtype)
+            zero = torch.zeros_like(sign)
+            tangent, bend = grid.about(zero, sign)
+            line, depth = grid.envelope(zero, sign)
+            reach = torch.maximum(-grid.places[0], grid.places[GRID - 1])
+            flat = depth < MIXED * 0.5 * bend * reach.square()
+            pairs = (
+                (tangent, bend),
+                (line, zero),
+                (torch.where(flat, line, tangent), torch.where(flat, zero, bend)),
+            )
+            for (slopes, weights), (slope, weight) in zip(found, pairs, strict=True):
+                slopes[k], weights[k] = slope, v[k].abs() * weight
+        return [Choice(slopes, weights, none, none) for slopes, weights in found]
+
     def rough(self, choice: Choice) -> Tensor:
         """About the bound (batch,) with gradient and curvature each at their worst: no trust region is solved."""
         _, g, touch, quadratic = self._parts(choice)
@@ -198,12 +240,15 @@ class _Problem:
     def _parts(self, choice: Choice) -> tuple[dict[int, Tensor], Tensor, dict[int, _Touch], Quadratic]:
         """Adjoints, gradient, touching points, and what is quadratic."""
         s, w = choice.slopes, choice.weights
-        shaped = {k: Slope(v.reshape(-1, *self.network.nodes[k].shape)) for k, v in s.items()}
-        pulled = pull(self.network, self.cotangents, shaped)
-        v = {k: pulled[k].value[:, 0].flatten(1) for k in self.layers}
-        g = pulled[0].value[:, 0].flatten(1)
+        v, g = self._pulled(s)
         touch = {k: self.grids[k].least(v[k], s[k], w[k]) for k in self.layers}
         return v, g, touch, self.quadratic(w)
+
+    def _pulled(self, slopes: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+        """Adjoints and gradient of the network linearised at `slopes`."""
+        shaped = {k: Slope(s.reshape(-1, *self.network.nodes[k].shape)) for k, s in slopes.items()}
+        pulled = pull(self.network, self.cotangents, shaped)
+        return {k: pulled[k].value[:, 0].flatten(1) for k in self.layers}, pulled[0].value[:, 0].flatten(1)
 
     def at(self, choice: Choice, before: _State | None) -> _State:
         """Evaluated warm from the state before, or cold."""
@@ -219,14 +264,34 @@ class _Problem:
         estimate = estimate.nan_to_num(nan=-torch.inf)
         return _State(Ascended(Choice(s, w, mu, tau), estimate), v, touch, solution)
 
+    def shifted(self, state: _State, share: float) -> Choice:
+        """The expansion about another point: each neuron's at `share` of the way to where the minimiser takes it.
+
+        At p the tangent has slope phi'(z+p), and the remainder's bend b is the largest there is from p on; about z this
+        is the slope phi'(z+p) + sign(v) b p with the same bend.
+        """
+        moved = self._moved(state)
+        slopes, bends = {}, {}
+        for k in self.layers:
+            sign = torch.where(state.adjoints[k] < 0, -1.0, 1.0).to(self.margin.dtype)
+            slopes[k], bends[k] = self.grids[k].about(share * moved[head(self.network, k)], sign)
+        v, _ = self._pulled(slopes)
+        none = torch.zeros_like(self.margin)
+        return Choice(slopes, {k: v[k].abs() * bends[k] for k in self.layers}, none, none)
+
+    def _moved(self, state: _State) -> dict[int, Tensor]:
+        """Where the trust region's minimiser takes every head, with the sources at the touching points."""
+        choice, touch = state.ascended.choice, state.touch
+        sources = {k: self.grids[k].rise(touch[k].index) - choice.slopes[k] * touch[k].place for k in self.layers}
+        return linear_offsets(self.network, -state.solution.y, choice.slopes, sources)
+
     def gradient(self, state: _State) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """By slopes and by weights, at the state's minimiser d = -y and its touching points."""
         choice, touch = state.ascended.choice, state.touch
         d = -state.solution.y
         parts = self.jacobians.rows.apply(d).split([b.shape[1] for b in self.jacobians.rows.blocks], dim=1)
         straight = dict(zip(self.jacobians.heads, parts, strict=True))
-        sources = {k: self.grids[k].rise(touch[k].index) - choice.slopes[k] * touch[k].place for k in self.layers}
-        moved = linear_offsets(self.network, d, choice.slopes, sources)
+        moved = self._moved(state)
         by_slope, by_weight = {}, {}
         for k in self.layers:
             t, target = touch[k].place, head(self.network, k)
@@ -261,6 +326,8 @@ def _total(touch: Mapping[int, _Touch]) -> Tensor:
 class _Grid:
     """phi(z+t) - phi(z) on a grid of each neuron's range: (GRID, batch, size)."""
 
+    op: Activation
+    z: Tensor
     places: Tensor
     rises: Tensor
 
@@ -272,12 +339,36 @@ class _Grid:
         low, high = ranges.low[target], ranges.high[target]
         steps = torch.linspace(0, 1, GRID, dtype=z.dtype, device=z.device).reshape(-1, 1, 1)
         places = torch.cat([low + (high - low) * steps, torch.zeros_like(z).unsqueeze(0)])
-        return cls(places, op.value(z + places) - op.value(z))
+        return cls(op, z, places, op.value(z + places) - op.value(z))
 
     def least(self, v: Tensor, slope: Tensor, weight: Tensor) -> _Touch:
         values = v * (self.rises - slope * self.places) + 0.5 * weight * self.places.square()
         value, index = values.min(0)
         return _Touch(index, self.places.gather(0, index.unsqueeze(0)).squeeze(0), value)
+
+    def about(self, p: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope and bend, both about z, of the expansion about z + p for adjoints of the given sign."""
+        p = torch.minimum(torch.maximum(p, self.places[0]), self.places[GRID - 1])
+        slope = self.op.slope(self.z + p)
+        away = self.places - p
+        near = NEAR * (self.places[GRID - 1] - self.places[0])
+        remainder = self.rises - (self.op.value(self.z + p) - self.op.value(self.z)) - slope * away
+        bend = -2 * sign * remainder / torch.maximum(away.square(), near.square() + TINY)
+        curvature = -sign * self.op.curvature(self.z + p) if self.op.curvature is not None else torch.zeros_like(p)
+        largest = torch.maximum(bend.amax(0), curvature).clamp(min=0.0)
+        return slope + sign * largest * p, largest
+
+    def envelope(self, p: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope of the line below sign * phi that is highest at z + p, and how deep phi falls below it from z on."""
+        low, high = (torch.full_like(p, end) for end in self.op.slope_range)
+        for _ in range(BISECTIONS):
+            slope = 0.5 * (low + high)
+            _, index = (sign * (self.rises - slope * self.places)).min(0)
+            left = self.places.gather(0, index.unsqueeze(0)).squeeze(0) < p  # touches left of p: steeper, sign * slope
+            steeper = left == (sign > 0)
+            low, high = torch.where(steeper, slope, low), torch.where(steeper, high, slope)
+        slope = 0.5 * (low + high)
+        return slope, -(sign * (self.rises - slope * self.places)).amin(0)
 
     def scales(self) -> tuple[Tensor, Tensor]:
         """The sizes of a neuron's steps, (batch, size): the slope and the weight (for v = 1) that matter as much at the

@@ -1,8 +1,8 @@
 """The local certificate: the largest ball on which the local bound keeps every rival's margin positive.
 
-The fast tier bounds all rivals at once and says which is nearest. That rival is searched first: the bound is improved by
-ascent while the ball grows, and proved. On the ball so found every other rival is proved too, without an ascent where
-that suffices; a rival that resists shrinks the ball. Every ball that counts has been proved by `bounds.fast` or
+The fast tier bounds all rivals at once and says which is nearest. That rival is searched first: the bound is improved
+by ascent while the ball grows, and proved. On the ball so found every other rival is proved too, without an ascent
+where that suffices; a rival that resists shrinks the ball. Every ball that counts has been proved by `bounds.fast` or
 `bounds.local.lower_bound`; a proof on a ball holds on every smaller one, so the search needs no monotonicity.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.fast import fast_losses
-from certify_cli.bounds.local import Ball, Choice, ball, lower_bound, starts
+from certify_cli.bounds.local import Ball, Choice, ball, lower_bound
 from certify_cli.bounds.ranges import fast_ranges
 from certify_cli.certificates.ascent import Ascended, ascend
 from certify_cli.certificates.point import Point
@@ -78,9 +78,8 @@ class Task:
     items: Items
 
     def ascended(self, more: list[Choice], steps: int, settle: bool = True) -> Ascended:
-        """From the bound's own starts, and `more`."""
-        begin = starts(self.point, self.ball, self.items.cotangents) + more
-        return ascend(self.point, self.ball, self.items.margin, self.items.cotangents, begin, steps, settle)
+        """From the ascent's own starts, and `more`."""
+        return ascend(self.point, self.ball, self.items.margin, self.items.cotangents, more, steps, settle)
 
     def proved(self, found: Ascended) -> Tensor:
         """The bound itself (count,): every proof comes through here. -inf where the estimate has no hope."""

@@ -18,8 +18,8 @@ from certify_cli.certificates.anchoring import Constants, anchored, promised_att
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
-from certify_cli.certificates.on_ball import grown, promised_on_ball
 from certify_cli.certificates.local import local_radii
+from certify_cli.certificates.on_ball import grown, promised_on_ball
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.tangent import sharpened
 from certify_cli.errors import MethodError, UsageError
