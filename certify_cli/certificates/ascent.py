@@ -13,7 +13,7 @@ bound: offsets come from a grid, d from a few conjugate-gradient steps. What is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ def ascend(
         rate = torch.where(good, rate, SHORTER * rate)
         for adam, value in held:
             adam.value = torch.where(good.unsqueeze(1), adam.value, value)
-        state = after.where(~good, state)
+        state = after.where(~good, state).beyond(after)
     return best
 
 
@@ -185,6 +185,12 @@ class _State:
             {k: t.where(wide, other.touch[k]) for k, t in self.touch.items()},
             self.solution.where(take, other.solution),
         )
+
+    def beyond(self, tried: _State) -> _State:
+        """With the next mu of what was tried where its own was below the largest eigenvalue: not to try it for ever."""
+        lost, solution = tried.solution.form.isinf(), self.solution
+        next_mu = torch.where(lost, tried.solution.next_mu, solution.next_mu)
+        return replace(self, solution=replace(solution, next_mu=next_mu))
 
 
 class _Problem:

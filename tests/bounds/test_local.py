@@ -64,6 +64,17 @@ NETWORKS = {name: network for name, network in SMOOTH.items() if name != "linear
     "saturated": mlp((6, 12, 9, 3), "tanh", seed=7, gain=6.0),
     "nearly dead": mlp((6, 12, 9, 3), "softplus:20", seed=8, gain=3.0),
 }
+QUICK = {
+    "three layers, gelu",
+    "three layers, elu",
+    "convolutional",
+    "residual",
+    "shared heads",
+    "a branch that comes back",
+    "saturated",
+}
+"""One of each kind for every day; all of them with -m slow."""
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
 RADII = (1e-9, 0.03, 0.4, 3.0, 100.0)
 
 
@@ -132,7 +143,7 @@ def test_jacobians_are_those_of_autograd_where_tangents_are_chosen(name: str) ->
 
 
 @pytest.mark.parametrize("mixed", [0.0, local.MIXED, math.inf])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", EACH)
 def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """sum_j B_ij q_j(D_j), by tangents alone, by chords alone, and by both: never outside the two ends."""
     monkeypatch.setattr(local, "MIXED", mixed)
@@ -213,7 +224,7 @@ def random_choice(point: Point, found: Ball, seed: int) -> Choice:
     return Choice(slopes, weights, mu, tau)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", EACH)
 def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
     """Every rival; tangents, chords, mixtures, random and ascended slopes and weights; hints or none."""
     network = NETWORKS[name]
@@ -240,7 +251,7 @@ def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
     assert reached > 0.5  # neither the bound nor the attack is idle
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", EACH)
 def test_no_attack_in_the_ball_loses_more_than_the_fast_bound(name: str) -> None:
     network = NETWORKS[name]
     with exact_kernels():

@@ -89,8 +89,8 @@ def bound(quadratic: Quadratic, gradient: Tensor, radius: Tensor, mu: Tensor | f
     return trust_region_loss(quadratic, gradient, none, radius, none + mu, none + tau)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("rest", [0.0, 1e-9, 0.3, 30.0])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("rest", [1e-9, 0.3, 30.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_perturbation_exceeds_the_bound_whatever_the_hints(shape: str, rest: float, seed: int) -> None:
     quadratic, gradient, radius = problem(shape, seed, rest)
@@ -106,7 +106,7 @@ def test_no_perturbation_exceeds_the_bound_whatever_the_hints(shape: str, rest: 
         assert bool((value >= found * (1 - 1e-12)).all()), (first, second)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_good_hints_give_the_exact_value(shape: str, seed: int) -> None:
     quadratic, gradient, radius = problem(shape, seed, rest=0.0)
@@ -155,7 +155,7 @@ def test_with_a_rest_the_best_tau_is_worth_having(shape: str) -> None:
     assert bool((best <= 2.5 * found + 1e-9).all())  # (a + b)^2 <= 2 (a^2 + b^2), neuron by neuron
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_and_gradients_within_their_errors(shape: str, seed: int) -> None:
     """The exact rows are off by their errors, which the rest covers on the ball; the gradient by its own."""
