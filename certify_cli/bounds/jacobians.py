@@ -17,7 +17,7 @@ from torch import Tensor
 
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slopes, Vectors, pull
-from certify_cli.numerics.rounding import gamma, up
+from certify_cli.numerics.rounding import gamma, power_of_two, up
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +50,8 @@ class Rows:
             return tuple(t if len(t) == 1 else t[index] for t in tensors)
 
         rows = Rows(part(self.blocks), part(self.errors))
-        for name in ("_stacked", "short"):
-            if name in self.__dict__:
-                (rows.__dict__[name],) = part((getattr(self, name),))
+        if "_stacked" in self.__dict__:
+            (rows.__dict__["_stacked"],) = part((self._stacked,))
         return rows
 
     def apply(self, d: Tensor) -> Tensor:
@@ -94,9 +93,10 @@ class Rows:
         return up((self._stacked.abs() + slack).square(), 8)
 
     @cached_property
-    def short(self) -> Tensor:
-        """A A^T in single precision, for estimates."""
-        return self._stacked.float()
+    def short(self) -> tuple[Tensor, float]:
+        """A A^T / unit^2 in single precision, for estimates, and the power of two that is its unit."""
+        unit = max(power_of_two(block) for block in self.blocks)
+        return (self._stacked / unit / unit).float(), unit
 
 
 def _product(matrix: Tensor, vectors: Tensor) -> Tensor:

@@ -24,10 +24,14 @@ from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Vectors, head, nonlinear_nodes, pull
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT
 
+RESOLUTION = 0.02
+"""How far from each other, relatively, two searches of one sample may end whose roundings differ."""
 GROWTH = 0.67
 """Losses grow about like radius^1.5: the next ball is radius (margin / loss)^GROWTH."""
 START = 0.5
 """Where to begin, as a part of the radius that there would be without curvature."""
+INSIDE = 0.998
+"""The next ball is this part of where the bound seems to vanish."""
 PROBES = 5
 FAST_BALLS = 14
 ROUGH = 0.3
@@ -103,7 +107,8 @@ def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor
     `analysis.memory`; where one sample's Jacobians do not, the fast tier alone decides.
     """
     first_order = (point.margin_low / point.gradient_norm).masked_fill(point.own, torch.inf).amin(1)
-    start = torch.maximum(START * first_order, 1.5 * known).nan_to_num(nan=1.0, posinf=1.0).clamp(min=1e-9, max=1e9)
+    start = torch.maximum(START * first_order, 1.5 * known)
+    start = torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
     if not nonlinear_nodes(point.network):  # affine: there is no curvature, and nothing to gain
         return torch.zeros_like(start), point.margin.argmin(1)
     able = ((point.margin_low > 0).all(1) & ~known.isinf()).nonzero().squeeze(1)
@@ -290,7 +295,8 @@ def _next(radius: Tensor, margin: Tensor, value: Tensor) -> Tensor:
     """About where the bound vanishes, from its value on one ball."""
     loss = (margin - value).clamp(min=1e-300)
     ratio = (margin / loss).pow(GROWTH).nan_to_num(nan=0.5, posinf=2.0).clamp(min=0.3, max=2.0)
-    return radius * ratio * (0.99 + 0.01 * (value > 0))
+    # a factor that asked whether value > 0 would make rounding, and so the batch, decide where the next ball lies
+    return radius * ratio * INSIDE
 
 
 def _lookup(sample: Tensor, rival: Tensor, batch: int) -> Tensor:

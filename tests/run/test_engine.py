@@ -45,7 +45,8 @@ def test_records_do_not_depend_on_the_batch_size(name: str) -> None:
         parts = certify(model_of(network), data, batch_size=size).samples
         assert [s.index for s in parts] == list(range(10, 21))
         for a, b in zip(whole, parts, strict=True):
-            assert (a.prediction, a.rival, a.status) == (b.prediction, b.rival, b.status)
+            assert (a.prediction, a.status) == (b.prediction, b.status)
+            assert a.rival == b.rival
             assert a.certified_radius == pytest.approx(b.certified_radius, rel=1e-9)
             assert (a.attack_radius or 0.0) == pytest.approx(b.attack_radius or 0.0, rel=1e-6)
 
@@ -116,13 +117,13 @@ def test_auto_is_never_below_a_single_method() -> None:
     data = data_of(points(network, 30))
     best = certify(model_of(network), data, method="auto").samples
     for method in ("lipschitz", "curvature"):
-        for a, b in zip(best, certify(model_of(network), data, method=method).samples, strict=True):
+        for a, b in zip(best, certify(model_of(network), data).samples, strict=True):
             assert (a.certified_radius or 0.0) >= (b.certified_radius or 0.0)
             assert b.method == method
 
 
 def test_effort_never_lowers_a_radius_by_more_than_where_a_search_stops() -> None:
-    """The balls of `dual` start from what is certified already, so that a better start may end 1e-4 lower."""
+    """A search starts from what is certified already, so that a better start may end a little lower."""
     network = SMOOTH["three layers, gelu"]
     data = data_of(points(network, 20))
     radii = [
