@@ -7,7 +7,7 @@ DIR holds ONNX files and an index.json (see global_bounds.py; train_mlps.py make
 smooth model. Radii are means over the correctly classified ones of the first samples:
 
 - composition: the closed form at the sample, with the compositional curvature bound only; attack: the nearest
-  adversarial example by `--attack search`; curvature, dual: the methods; fast, local, max: `--method local` by effort;
+  adversarial example by `--attack search`; curvature, dual: the methods; fast, local, max: `methods.LOCAL` by effort;
 - CROWN: auto_LiRPA's backward mode, measured in the same run with as many threads, by a bisection of 12 steps a sample
   (to 1/2048) in float32; from --peers ("stored") where auto_LiRPA is not importable. `log(1+exp)` marks softplus
   written so, as auto_LiRPA relaxes nothing nearer.

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from certify_cli.bounds.local import Ball, Linearised, span
 from certify_cli.bounds.ranges import Ranges
-from certify_cli.network.linearised import Vectors, head, nonlinear_nodes
+from certify_cli.network.linearised import Slope, Vectors, head, nonlinear_nodes
+from certify_cli.network.spans import Span
 from certify_cli.numerics.rounding import UNDERFLOW, up, vector_norm_up
 
 SQUARED_ENTRIES = 2**23
@@ -38,7 +39,7 @@ def fast_losses(point: Linearised, ranges: Ranges, pulled: Mapping[int, Vectors]
         bottom, top = (end.unsqueeze(1) for end in here.quadratics())
         v, error = pulled[layer].value.flatten(2), pulled[layer].error
         reach = torch.maximum(-here.lo, here.hi)
-        low, high = (end.unsqueeze(1) for end in _tangents(point, layer, ranges))
+        low, high = (end.unsqueeze(1) for end in _tangents(here, point.slopes[layer]))
         weights = torch.maximum(-v * bottom, -v * top).clamp(min=0.0)
         each = torch.minimum(up(0.5 * weights * reach.square().unsqueeze(1), 4), torch.maximum(-v * low, -v * high))
         norm = ranges.norm[target].unsqueeze(1)
@@ -63,9 +64,8 @@ def _together(ball: Ball, weights: Mapping[int, Tensor]) -> Tensor:
     return up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12)
 
 
-def _tangents(point: Linearised, layer: int, ranges: Ranges) -> tuple[Tensor, Tensor]:
+def _tangents(here: Span, slope: Slope) -> tuple[Tensor, Tensor]:
     """What the tangents at the samples leave over the ranges, (batch, size) each."""
-    here, slope = span(point, layer, ranges), point.slopes[layer]
     value, error = slope.value.flatten(1), slope.error.flatten(1)  # type: ignore[union-attr]
     least, most = here.remainders(value)
     linear = up(error * torch.maximum(-here.lo, here.hi))  # the computed slope is not phi'(z)

@@ -31,7 +31,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.linearised import Slope, Slopes, Vectors, head, nonlinear_nodes, pull
 from certify_cli.network.minorants import depths
 from certify_cli.network.spans import Span
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, difference_down, up, vector_norm_up
 
 MIXED = 0.2
 LARGEST_BEND = 1e9
@@ -258,6 +258,4 @@ def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, 
     )
     bent = trust_region_loss(quadratic, gradient, flaw, ranges.radius, choice.mu, choice.tau)
     total = up(loss + bent, 2)
-    value = margin - total
-    value = value - 2 * UNIT * value.abs() - UNDERFLOW
-    return torch.where(total.isfinite() & margin.isfinite(), value, torch.full_like(value, -torch.inf))
+    return torch.where(total.isfinite() & margin.isfinite(), difference_down(margin, total), -torch.inf)

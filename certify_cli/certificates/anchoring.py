@@ -10,6 +10,7 @@ from torch import Tensor
 from certify_cli.bounds.anchored import Anchored
 from certify_cli.certificates.closed_form import anchored_radii, attack_radius
 from certify_cli.certificates.point import Point
+from certify_cli.certificates.turns import weakest_in_turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +27,11 @@ def anchored(anchors: Anchored, point: Point, radius: Tensor, constants: Constan
     """The table of certified radii (batch, classes), raised where the anchored constants certify more, and the
     constants that decided each entry. `constants` are the global ones.
 
-    Only a rival that is a sample's weakest can matter, so each sample's weakest one is raised until it has had its
-    turn: the same radii as for all rivals, at the price of few.
+    Raised for the rivals that can be a sample's weakest: the same least radii as for all, at the price of few.
     """
-    radius, treated = radius.clone(), point.own.clone()
+    radius = radius.clone()
     lower, lipschitz = constants.lower.clone(), constants.lipschitz.clone()
-    every = torch.arange(len(radius), device=radius.device)
-    for _ in range(point.network.classes - 1):
-        weakest = radius.masked_fill(point.own, torch.inf).argmin(1)
-        found = radius[every, weakest]
-        todo = (~treated[every, weakest] & (found > 0) & found.isfinite()).nonzero().squeeze(1)
-        if not len(todo):
-            break
-        rival = weakest[todo]
-        treated[todo, rival] = True
+    for todo, rival in weakest_in_turn(point, radius):
         curvature, slope = constants.lower[todo, rival], constants.lipschitz[todo, rival]
         change, remainder = anchors.change(todo, rival), anchors.lower(todo, rival)
         secant = anchors.lipschitz(todo, rival)
@@ -50,7 +42,7 @@ def anchored(anchors: Anchored, point: Point, radius: Tensor, constants: Constan
             )
         )  # fmt: skip
         best, way = ways.max(0)
-        better = best > found[todo]
+        better = best > radius[todo, rival]
         index, rival, way = todo[better], rival[better], way[better]
         radius[index, rival] = best[better]
         used = torch.stack([change, remainder, curvature])[:, better].gather(0, way.unsqueeze(0)).squeeze(0)

@@ -22,7 +22,7 @@ from certify_cli.certificates.ascent import Ascended, ascend
 from certify_cli.certificates.point import Point
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Vectors, head, nonlinear_nodes, pull
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT
+from certify_cli.numerics.rounding import difference_down
 
 RESOLUTION = 0.02
 """How far from each other, relatively, two searches of one sample may end whose roundings differ."""
@@ -158,7 +158,7 @@ class Batch:
             part, pulled = point.at(live), {k: Vectors(v.value[live], v.error[live]) for k, v in self.pulled.items()}
             here, margin = radius[live], point.margin_low[live]
             loss = fast_losses(part, fast_ranges(part, self.analysis.weights, here), pulled)
-            value = down_difference(margin, loss).masked_fill(point.own[live], torch.inf)
+            value = difference_down(margin, loss).masked_fill(point.own[live], torch.inf)
             about[live] = _next(here.unsqueeze(1), margin, margin - loss).masked_fill(point.own[live], torch.inf)
             least, most = proved[live], failed[live]
             good = (value > 0).all(1)
@@ -212,7 +212,7 @@ class Batch:
         known = ball(part, fast_ranges(part, self.analysis.weights, radius[sample]))
         pulled = {k: Vectors(v.value[sample], v.error[sample]) for k, v in self.pulled.items()}
         value = torch.full_like(self.point.margin_low, -torch.inf)
-        value[sample] = down_difference(part.margin_low, fast_losses(part, known.ranges, pulled, known))
+        value[sample] = difference_down(part.margin_low, fast_losses(part, known.ranges, pulled, known))
         return value[rivals[:, 0], rivals[:, 1]] > 0
 
     def _proved(self, items: Items, radius: Tensor) -> Tensor:
@@ -283,12 +283,6 @@ class Batch:
         part = self.point.at(samples)
         known = ball(part, fast_ranges(part, self.analysis.weights, radius[first]))
         return Task(self.point.at(items.sample), known.at(place), items)
-
-
-def down_difference(margin: Tensor, loss: Tensor) -> Tensor:
-    """Lower bounds of margin - loss; NaN (an overflow) says nothing."""
-    value = margin - loss
-    return (value - 2 * UNIT * value.abs() - UNDERFLOW).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _next(radius: Tensor, margin: Tensor, value: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from certify_cli.certificates.closed_form import curvature_radius
 from certify_cli.certificates.point import Point
+from certify_cli.certificates.turns import weakest_in_turn
 from certify_cli.network.linearised import pull
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, up, vector_norm_up
 
@@ -71,21 +72,13 @@ class Sharpened:
 def sharpened(point: Point, radius: Tensor, lower: Tensor, upper: Tensor, steps: int) -> Sharpened:
     """The table of radii (batch, classes) with its weakest entries improved by tangents at further points.
 
-    Only a rival that is a sample's weakest can matter, so the weakest one is improved until it has had its turn.
     lower, upper (batch, classes): bounds of -lambda_min and lambda_max of the margins' Hessians, valid everywhere.
     """
-    radius, treated, ends = radius.clone(), point.own.clone(), point.x.clone()
+    radius, ends = radius.clone(), point.x.clone()
     decided = torch.full_like(radius[:, 0], torch.inf)
-    every = torch.arange(len(radius), device=radius.device)
-    for _ in range(point.network.classes - 1 if steps else 0):
-        weakest = radius.masked_fill(point.own, torch.inf).argmin(1)
-        found = radius[every, weakest]
-        todo = (~treated[every, weakest] & (found > 0) & found.isfinite()).nonzero().squeeze(1)
-        if not len(todo):
-            break
-        rival = weakest[todo]
-        treated[todo, rival] = True
-        best, moved = descended(point, todo, rival, found[todo], lower[todo, rival], upper[todo, rival], steps)
+    for todo, rival in weakest_in_turn(point, radius) if steps else ():
+        known = radius[todo, rival]
+        best, moved = descended(point, todo, rival, known, lower[todo, rival], upper[todo, rival], steps)
         radius[todo, rival] = best
         nearer = best < decided[todo]
         decided[todo[nearer]], ends[todo[nearer]] = best[nearer], moved[nearer]

@@ -58,6 +58,13 @@ def times(first: Number, *others: Number | float) -> Number:
     return product
 
 
+def difference_down(first: Tensor, second: Tensor) -> Tensor:
+    """At most the exact difference of two float64 numbers of any sign; -inf where it is no number."""
+    value = first - second
+    value = value - 2 * UNIT * value.abs() - UNDERFLOW
+    return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
 def powers_of_two(rows: Tensor) -> Tensor:
     """For each row of (batch, n) a power of two, no more than its largest |entry| and more than half of it: (batch,).
 
