@@ -55,12 +55,12 @@ class Rows:
         return rows
 
     def apply(self, d: Tensor) -> Tensor:
-        """A d: (batch, inputs) -> (batch, count)."""
-        return torch.cat([_product(block.mT, d) for block in self.blocks], dim=1)
+        """A d: (batch, k, inputs) -> (batch, k, count)."""
+        return torch.cat([_product(block.mT, d) for block in self.blocks], dim=2)
 
     def transpose(self, p: Tensor) -> Tensor:
-        """A^T p: (batch, count) -> (batch, inputs)."""
-        parts = p.split([block.shape[1] for block in self.blocks], dim=1)
+        """A^T p: (batch, k, count) -> (batch, k, inputs)."""
+        parts = p.split([block.shape[1] for block in self.blocks], dim=2)
         total = _product(self.blocks[0], parts[0])
         for block, part in zip(self.blocks[1:], parts[1:], strict=True):
             total = total + _product(block, part)
@@ -93,17 +93,20 @@ class Rows:
         return up((self._stacked.abs() + slack).square(), 8)
 
     @cached_property
-    def short(self) -> tuple[Tensor, float]:
-        """A A^T / unit^2 in single precision, for estimates, and the power of two that is its unit."""
+    def short(self) -> tuple[tuple[Tensor, ...], float]:
+        """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit: in single precision, for estimates.
+
+        unit is a power of two.
+        """
         unit = max(power_of_two(block) for block in self.blocks)
-        return (self._stacked / unit / unit).float(), unit
+        if self.count <= self.inputs:
+            return ((self._stacked / unit / unit).float(),), unit
+        return tuple((block / unit).float() for block in self.blocks), unit
 
 
 def _product(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """(batch or 1, m, n) and (batch, m) -> (batch, n)."""
-    if len(matrix) == 1:
-        return vectors @ matrix[0]
-    return (vectors.unsqueeze(1) @ matrix).squeeze(1)
+    """(batch or 1, m, n) and (batch, k, m) -> (batch, k, n)."""
+    return vectors @ (matrix[0] if len(matrix) == 1 else matrix)
 
 
 @dataclass(frozen=True, eq=False)

@@ -256,6 +256,8 @@ def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, 
         torch.cat([weights[t] for t in jacobians.heads], dim=1),
         torch.cat([ball.rest[t] for t in jacobians.heads], dim=1),
     )
-    bent = trust_region_loss(quadratic, gradient, flaw, ranges.radius, choice.mu, choice.tau)
-    total = up(loss + bent, 2)
+    bent = trust_region_loss(
+        quadratic, gradient.unsqueeze(1), flaw.unsqueeze(1), ranges.radius, choice.mu.unsqueeze(1), choice.tau
+    )
+    total = up(loss + bent.squeeze(1), 2)
     return torch.where(total.isfinite() & margin.isfinite(), difference_down(margin, total), -torch.inf)

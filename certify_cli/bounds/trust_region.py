@@ -7,7 +7,9 @@ H = mu I - (1+tau) A^T diag(w) A >= lam I, lam > 0, and every y,
     sup_{||d|| <= e}  -<g,d> + (1+tau)/2 d^T A^T diag(w) A d  <=  mu e^2/2 + 1/2 g^T H^-1 g
                                             g^T H^-1 g        <=  g^T y + y^T r + ||r||^2 / lam ,      r = g - H y.
 
-mu, tau and y decide how sharp it is, never whether it holds; lam comes from a proved eigenvalue.
+mu, tau and y decide how sharp it is, never whether it holds; lam comes from a proved eigenvalue. One Cholesky factor, in
+single precision, gives both: what it leaves of the matrix is measured in double precision (`eigen.factored`), and
+conjugate gradients preconditioned by it find y. Several gradients, with a mu each, share one factor.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.jacobians import Rows
-from certify_cli.numerics.eigen import largest_eigenvalue
+from certify_cli.numerics.eigen import factored
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, up, vector_norm_up
 
-NEAREST = 1e-7
+NEAREST = 2.0**-16
 """How close, relatively, mu may come to the largest eigenvalue: beyond, the proof of lam drowns in rounding."""
+TRIES = 7
 LEAST_TAU = 1e-9
+STEPS = 4
+"""Of conjugate gradients; the preconditioner differs from H by about NEAREST."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,29 +43,33 @@ class Quadratic:
     rest: Tensor
 
     def product(self, d: Tensor) -> Tensor:
-        """A^T diag(w) A d, (batch, inputs)."""
-        return self.rows.transpose(self.weights * self.rows.apply(d))
+        """A^T diag(w) A d: (batch, k, inputs) both."""
+        return self.rows.transpose(self.weights.unsqueeze(1) * self.rows.apply(d))
 
     @property
     def of_rest(self) -> Tensor:
         """sum w rest^2, up, (batch,)."""
         return up((self.weights * self.rest.square()).sum(1), self.weights.shape[1] + 3)
 
+    @property
+    def trace(self) -> Tensor:
+        """Of A^T diag(w) A, up, (batch,)."""
+        squares = torch.cat([up(s.square(), 2).expand(len(self.weights), -1) for s in self.rows.sizes], dim=1)
+        return up((self.weights * squares).sum(1), self.weights.shape[1] + 3)
+
     def matrix(self) -> tuple[Tensor, Tensor]:
         """A matrix with the eigenvalues of A^T diag(w) A (but for zeros), on the smaller side, and its rounding."""
         batch, count = self.weights.shape
-        squares = torch.cat([up(s.square(), 2).expand(batch, -1) for s in self.rows.sizes], dim=1)
-        size = up((self.weights * squares).sum(1), count + 3)
         if self.by_rows:
             root = self.weights.sqrt()
             matrix = self.rows.gram(batch) * root.unsqueeze(2)
             matrix *= root.unsqueeze(1)
-            return matrix, up((gamma(self.rows.inputs + 2) + 8 * UNIT) * size, 4) + UNDERFLOW
+            return matrix, up((gamma(self.rows.inputs + 2) + 8 * UNIT) * self.trace, 4) + UNDERFLOW
         parts = self.weights.split([block.shape[1] for block in self.rows.blocks], dim=1)
         total = torch.zeros(batch, self.rows.inputs, self.rows.inputs, dtype=torch.float64, device=self.weights.device)
         for block, part in zip(self.rows.blocks, parts, strict=True):
             total += (block * part.unsqueeze(2)).mT @ block
-        return total, up(gamma(count + len(parts) + 3) * size, 4) + UNDERFLOW
+        return total, up(gamma(count + len(parts) + 3) * self.trace, 4) + UNDERFLOW
 
     @property
     def by_rows(self) -> bool:
@@ -68,53 +77,75 @@ class Quadratic:
 
 
 def trust_region_loss(
-    quadratic: Quadratic, gradient: Tensor, error: Tensor, radius: Tensor, mu: Tensor, tau: Tensor
+    quadratic: Quadratic, gradients: Tensor, errors: Tensor, radius: Tensor, mu: Tensor, tau: Tensor
 ) -> Tensor:
-    """Upper bounds (batch,) of sup -<g,d> + 1/2 sum w D^2 over ||d|| <= radius; inf where something overflows.
+    """Upper bounds (batch, k) of sup -<g,d> + 1/2 sum w D^2 over ||d|| <= radius; inf where something overflows.
 
-    gradient (batch, inputs) within `error` (batch,) of the exact g. mu, tau (batch,): hints (see the module).
+    gradients (batch, k, inputs) within `errors` (batch, k) of the exact ones; radius (batch,). mu (batch, k) and tau
+    (batch,) are hints (see the module).
     """
-    batch, n = gradient.shape
+    batch, _, n = gradients.shape
     matrix, slack = quadratic.matrix()
     of_rest = quadratic.of_rest
     bare = of_rest == 0  # not so for NaN (no weight times an infinite rest), which must not pass for no rest
     tau = torch.where(bare, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9))
-    wanted = (mu / (1 + tau)).clamp(min=0.0)
-    # such that the first t tried is just below `wanted`, and further ones are quickly far above it
-    below = wanted * (1 - NEAREST) / 1.01
-    guess = below, 0.03163 * below
-    largest = times(largest_eigenvalue(matrix, slack, guess), up(1 + tau, 2))
-    mu = torch.maximum(mu, largest * (1 + NEAREST) + UNDERFLOW)
+    spread = (1 + tau).unsqueeze(1)
+    t, factor, proved = factored(matrix, (mu.amin(1) / (1 + tau)) * (1 - 2 * NEAREST), TRIES)
+    largest = times(up(proved + slack, 2), up(1 + tau, 2)).unsqueeze(1)
+    mu = torch.fmax(mu, largest * (1 + NEAREST) + UNDERFLOW)
     least = down(mu - largest, 1)  # both are float64 numbers: one subtraction
-    y = _solve(quadratic, matrix, gradient, mu, tau)
+    y = _solve(quadratic, _Factor(quadratic, t, factor), gradients, mu, spread)
     size = vector_norm_up(y)
     image = quadratic.product(y)
-    residual = gradient - (mu.unsqueeze(1) * y - (1 + tau).unsqueeze(1) * image)
-    squares = torch.cat([s.square().expand(batch, -1) for s in quadratic.rows.sizes], dim=1)
-    trace = up((quadratic.weights * squares).sum(1), squares.shape[1] + 6)
-    terms = n + quadratic.rows.count + 8
-    rounding = gamma(terms) * (vector_norm_up(gradient) + (mu + (1 + tau) * trace) * size)
+    residual = gradients - (mu.unsqueeze(2) * y - spread.unsqueeze(2) * image)
+    rounding = gamma(n + quadratic.rows.count + 8) * (
+        vector_norm_up(gradients) + (mu + spread * quadratic.trace.unsqueeze(1)) * size
+    )
     r = up(vector_norm_up(residual) + rounding, 6) + UNDERFLOW
-    inner = (gradient * y).sum(1)
-    inner = inner + gamma(n + 3) * (gradient * y).abs().sum(1) + UNDERFLOW  # its own rounding, and a little more
+    inner = (gradients * y).sum(2)
+    inner = inner + gamma(n + 3) * (gradients * y).abs().sum(2) + UNDERFLOW  # its own rounding, and a little more
     form = up(inner.clamp(min=0.0) + size * r + r * r / least, 6)
     rest = torch.where(bare, torch.zeros_like(tau), times(of_rest, up(1 + 1 / tau.clamp(min=LEAST_TAU), 2)))
-    total = up(0.5 * (times(mu, radius, radius) + form + rest) + times(error, radius), 6)
+    e = radius.unsqueeze(1)
+    total = up(0.5 * (times(mu, e, e) + form + rest.unsqueeze(1)) + times(errors, e), 6)
     good = total.isfinite() & (least > 0) & mu.isfinite()
     return torch.where(good, total, torch.full_like(total, torch.inf))
 
 
-def _solve(quadratic: Quadratic, matrix: Tensor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
-    """About H^-1 g: any answer will do."""
-    factor = (1 + tau).reshape(-1, 1, 1)
-    shifted = matrix * -factor
-    shifted.diagonal(dim1=1, dim2=2).add_(mu.unsqueeze(1))
-    lower, _ = torch.linalg.cholesky_ex(shifted)
-    if not quadratic.by_rows:
-        y = torch.cholesky_solve(gradient.unsqueeze(2), lower).squeeze(2)
-    else:
-        root = quadratic.weights.sqrt()
-        inside = root * quadratic.rows.apply(gradient)
-        solved = torch.cholesky_solve(inside.unsqueeze(2), lower).squeeze(2)
-        y = (gradient + (1 + tau).unsqueeze(1) * quadratic.rows.transpose(root * solved)) / mu.unsqueeze(1)
-    return y.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """L L^T, about I - S / t, S being the quadratic's matrix. Nothing it gives is a bound."""
+
+    quadratic: Quadratic
+    t: Tensor
+    lower: Tensor
+
+    def solve(self, r: Tensor) -> Tensor:
+        """About (I - A^T diag(w) A / t)^-1 r, (batch, k, inputs) both."""
+        if not self.quadratic.by_rows:
+            return self._on_side(r)
+        root, rows = self.quadratic.weights.sqrt().unsqueeze(1), self.quadratic.rows
+        inside = self._on_side(root * rows.apply(r))
+        return r + rows.transpose(root * inside) / self.t.reshape(-1, 1, 1)
+
+    def _on_side(self, r: Tensor) -> Tensor:
+        size = r.abs().amax(2, keepdim=True).clamp(min=1e-300)  # nothing may leave the range of single precision
+        return torch.cholesky_solve((r / size).to(self.lower.dtype).mT, self.lower).mT.to(r.dtype) * size
+
+
+def _solve(quadratic: Quadratic, factor: _Factor, gradients: Tensor, mu: Tensor, spread: Tensor) -> Tensor:
+    """About H^-1 g: any answer will do. Every mu is scaled to 1."""
+    ratio = (spread / mu).unsqueeze(2)
+    r = gradients
+    y = torch.zeros_like(r)
+    z = factor.solve(r)
+    p, square = z, (r * z).sum(2, keepdim=True)
+    for _ in range(STEPS):
+        image = p - ratio * quadratic.product(p)
+        step = square / (p * image).sum(2, keepdim=True)
+        step = step.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        y, r = y + step * p, r - step * image
+        z = factor.solve(r)
+        new = (r * z).sum(2, keepdim=True)
+        p, square = z + (new / square).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * p, new
+    return (y / mu.unsqueeze(2)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

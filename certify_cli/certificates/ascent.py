@@ -13,7 +13,7 @@ bound: offsets come from a grid, d from a few conjugate-gradient steps. What is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from certify_cli.bounds.local import Ball, Choice
 from certify_cli.bounds.ranges import Ranges
 from certify_cli.bounds.trust_region import Quadratic
 from certify_cli.certificates.point import Point
-from certify_cli.certificates.solver import Solution, power, solved
+from certify_cli.certificates.solver import Solution, largest_about, solved
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network
@@ -45,6 +45,7 @@ MIXED = 0.2
 ROUGH_POWER = 6
 FIRST, SECOND = 0.8, 0.95
 """Adam's averages."""
+LEAST_SHARE = 1e-3
 TINY = 1e-300
 
 
@@ -83,7 +84,8 @@ class _Adam:
         self.first = FIRST * self.first + (1 - FIRST) * gradient
         self.second = SECOND * self.second + (1 - SECOND) * gradient.square()
         mean, size = self.first / (1 - FIRST**count), (self.second / (1 - SECOND**count)).sqrt()
-        self.value = self.value + rate * self.scale * mean / (size + TINY)
+        floor = LEAST_SHARE * size.amax(1, keepdim=True)  # what is next to nothing moves little: it may be rounding
+        self.value = self.value + rate * self.scale * mean / (size + floor + TINY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ def ascend(
         rate = torch.where(good, rate, SHORTER * rate)
         for adam, value in held:
             adam.value = torch.where(good.unsqueeze(1), adam.value, value)
-        state = after.where(~good, state).beyond(after)
+        state = after.where(~good, state)
     return best
 
 
@@ -185,12 +187,6 @@ class _State:
             {k: t.where(wide, other.touch[k]) for k, t in self.touch.items()},
             self.solution.where(take, other.solution),
         )
-
-    def beyond(self, tried: _State) -> _State:
-        """With the next mu of what was tried where its own was below the largest eigenvalue: not to try it for ever."""
-        lost, solution = tried.solution.form.isinf(), self.solution
-        next_mu = torch.where(lost, tried.solution.next_mu, solution.next_mu)
-        return replace(self, solution=replace(solution, next_mu=next_mu))
 
 
 class _Problem:
@@ -238,7 +234,7 @@ class _Problem:
     def rough(self, choice: Choice) -> Tensor:
         """About the bound (batch,) with gradient and curvature each at their worst: no trust region is solved."""
         _, g, touch, quadratic = self._parts(choice)
-        _, largest = power(quadratic, None, ROUGH_POWER)
+        largest = largest_about(quadratic, ROUGH_POWER)
         bent = 0.5 * (self.radius * largest.sqrt() + quadratic.of_rest.sqrt()).square()
         value = self.margin + _total(touch) - g.norm(dim=1) * self.radius - bent
         return value.nan_to_num(nan=-torch.inf)
@@ -295,7 +291,8 @@ class _Problem:
         """By slopes and by weights, at the state's minimiser d = -y and its touching points."""
         choice, touch = state.ascended.choice, state.touch
         d = -state.solution.y
-        parts = self.jacobians.rows.apply(d).split([b.shape[1] for b in self.jacobians.rows.blocks], dim=1)
+        rows = self.jacobians.rows
+        parts = rows.apply(d.unsqueeze(1)).squeeze(1).split([b.shape[1] for b in rows.blocks], dim=1)
         straight = dict(zip(self.jacobians.heads, parts, strict=True))
         moved = self._moved(state)
         by_slope, by_weight = {}, {}

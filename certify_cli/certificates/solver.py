@@ -1,13 +1,19 @@
 """The trust-region problem's minimiser, about: what the ascent needs of it at every step. Nothing here is a bound.
 
-For weights w the loss of `bounds.trust_region` is least at the mu where y = (mu I - (1+tau) Q)^-1 g has the ball's
-radius as its length, and at tau = ||rest|| / ||A y|| in the norm of the weights. Both are improved by one Newton step a
-call, warm from the call before: any mu and tau give a true bound later. On the rows' side the equation is solved by a
-Cholesky factor, beyond it by conjugate gradients.
+A few Lanczos steps from the gradient give the quadratic's eigenvalues as the gradient sees them: nodes theta and masses
+m with g^T p(Q) g about sum m p(theta). In them the loss of `bounds.trust_region`,
+
+    mu e^2/2 + 1/2 sum m / (mu - (1+tau) theta) + 1/2 (1 + 1/tau) rest ,
+
+costs nothing, and the best mu (where y = (mu I - (1+tau) Q)^-1 g has the ball's radius as its length) and tau follow.
+Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; all products are
+in single precision. A gradient may be blind to the largest eigenvalue, so a power iteration follows that one from call
+to call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,29 +22,24 @@ from torch import Tensor
 from certify_cli.bounds.trust_region import Quadratic
 
 TINY = 1e-300
-MARGIN = 1.002
+STEPS = 10
+"""Of Lanczos; also of the first power iteration."""
+FURTHER = 2
+"""Further power iterations, from the call before."""
+ROOT_STEPS = 12
+MARGIN = 1.0 + 2.0**-12
 """How far above the largest eigenvalue (an estimate from below) mu stays."""
-COLD = 4
-SHORTEST = 0.3
-"""mu - (Rayleigh quotient) shrinks to no less than this part of itself in one step."""
-INNER = 4
-"""Conjugate-gradient steps a call."""
-"""Conjugate-gradient steps a call."""
+TAUS = (1e-9, 1e9)
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """y (batch, inputs), what it was solved with, and `form`, at least g^T H^-1 g where the solution is good enough.
-
-    `next_mu` and `next_tau` are better ones to go on with.
-    """
+    """y (batch, inputs), mu and tau (batch,), and `form` (batch,): about g^T H^-1 g; the direction of most curvature."""
 
     y: Tensor
     mu: Tensor
     tau: Tensor
     form: Tensor
-    next_mu: Tensor
-    next_tau: Tensor
     top: Tensor
 
     def where(self, take: Tensor, other: Solution) -> Solution:
@@ -51,110 +52,146 @@ class Solution:
         return Solution(*(choose(item.name) for item in fields(self)))
 
 
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """A matrix with the nonzero eigenvalues of A^T diag(w) A on the smaller side, divided by unit^2 for single precision."""
+
+    quadratic: Quadratic
+    unit: Tensor
+
+    @classmethod
+    def of(cls, quadratic: Quadratic) -> _Side:
+        _, unit = quadratic.rows.short
+        return cls(quadratic, unit * quadratic.weights.amax(1, keepdim=True).sqrt().clamp(min=TINY))
+
+    @property
+    def root(self) -> Tensor:
+        """sqrt(w), divided so that the largest is 1."""
+        root = self.quadratic.weights.sqrt()
+        return (root / root.amax(1, keepdim=True).clamp(min=TINY)).float()
+
+    @property
+    def first(self) -> Tensor:
+        """Where a power iteration begins: rows added up by the roots of their weights."""
+        if self.quadratic.by_rows:
+            return self.root
+        return self._gathered(self.root)
+
+    def _gathered(self, p: Tensor) -> Tensor:
+        """A^T p, (batch, count) -> (batch, inputs), in single precision."""
+        parts, _ = self.quadratic.rows.short
+        pieces = p.split([part.shape[1] for part in parts], dim=1)
+        return torch.stack([_times(part, piece) for part, piece in zip(parts, pieces, strict=True)]).sum(0)
+
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """(batch, n) in single precision to the same."""
+        parts, _ = self.quadratic.rows.short
+        root = self.root
+        if self.quadratic.by_rows:
+            gram = parts[0]
+            return lambda q: root * _times(gram, root * q)
+
+        def through(q: Tensor) -> Tensor:
+            moved = root * torch.cat([_times(part.mT, q) for part in parts], dim=1)
+            return self._gathered(root * moved)
+
+        return through
+
+    def start(self, g: Tensor) -> Tensor:
+        """g as this side sees it, double precision."""
+        if not self.quadratic.by_rows:
+            return g
+        return self.quadratic.weights.sqrt() * self.quadratic.rows.apply(g.unsqueeze(1)).squeeze(1)
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """(batch or 1, m, n) and (batch, m) -> (batch, n)."""
+    return vectors @ matrix[0] if len(matrix) == 1 else (vectors.unsqueeze(1) @ matrix).squeeze(1)
+
+
 def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | None) -> Solution:
-    """For gradients g (batch, inputs) on balls of `radius` (batch,), warm from `before` or cold."""
-    step = _direct if quadratic.by_rows else _iterative
-    if before is None:
-        top, largest = power(quadratic, None, 8)
-        none = torch.zeros_like(largest)
-        mu = 1.1 * largest + 0.5 * g.norm(dim=1) / radius.clamp(min=TINY)
-        before = Solution(torch.zeros_like(g), mu, none, none, mu, torch.full_like(mu, 1e-3), top)
-        for _ in range(COLD - 1):
-            before = step(quadratic, g, radius, before)
-    return step(quadratic, g, radius, before)
+    """For gradients g (batch, inputs) on balls of `radius` (batch,); `before` knows the direction of most curvature."""
+    side = _Side.of(quadratic)
+    product, square = side.product(), side.unit.squeeze(1).square()
+    top, largest = _power(product, *((side.first, STEPS) if before is None else (before.top, FURTHER)))
+    begin = side.start(g)
+    size = begin.norm(dim=1).clamp(min=TINY)
+    values, vectors, basis = _lanczos(product, (begin / size.unsqueeze(1)).float())
+    nodes = values.clamp(min=0.0).double() * square.unsqueeze(1)
+    masses = (vectors[:, 0].double() * size.unsqueeze(1)).square()
+    if quadratic.by_rows:  # as g sees it: what is in no row has eigenvalue 0
+        masses = masses / nodes.clamp(min=TINY)
+        masses = torch.where(nodes > 1e-6 * nodes.amax(1, keepdim=True), masses, torch.zeros_like(masses))
+        left = (g.square().sum(1) - masses.sum(1)).clamp(min=0.0)
+        nodes = torch.cat([nodes, torch.zeros_like(left).unsqueeze(1)], dim=1)
+        masses = torch.cat([masses, left.unsqueeze(1)], dim=1)
+    largest = torch.maximum(largest.double() * square, nodes.amax(1))
+    mu, tau = _balanced(nodes, masses, largest, radius, quadratic.of_rest)
+    gaps = mu.unsqueeze(1) - (1 + tau).unsqueeze(1) * nodes
+    inverse = size.unsqueeze(1) * vectors[:, 0].double() / gaps[:, : values.shape[1]]
+    y = ((vectors.double() @ inverse.unsqueeze(2)).mT @ basis.double()).squeeze(1)
+    if quadratic.by_rows:
+        weighted = (quadratic.weights.sqrt() * y).unsqueeze(1)
+        y = (g + (1 + tau).unsqueeze(1) * quadratic.rows.transpose(weighted).squeeze(1)) / mu.unsqueeze(1)
+    return Solution(y, mu, tau, (masses / gaps).sum(1), top)
 
 
-def _direct(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution) -> Solution:
-    """With S = sqrt(W) A A^T sqrt(W), in single precision:
-    H^-1 g = (g + (1+tau) A^T sqrt(W) (mu - (1+tau) S)^-1 sqrt(W) A g) / mu.
-    """
-    mu, tau = before.next_mu, before.next_tau
-    rows, root = quadratic.rows, quadratic.weights.sqrt()
-    spread = (1 + tau).unsqueeze(1)
-    # scaled by mu, so that nothing leaves the range of single precision
-    gram, unit = rows.short
-    scaled = (root * (spread / mu.clamp(min=TINY).unsqueeze(1)).sqrt() * unit).float()
-    shifted = gram * -scaled.unsqueeze(2)
-    shifted *= scaled.unsqueeze(1)
-    shifted.diagonal(dim1=1, dim2=2).add_(1.0)
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    inside = (root * rows.apply(g) / mu.unsqueeze(1)).float()
-    first = torch.cholesky_solve(inside.unsqueeze(2), factor)
-    second = torch.cholesky_solve(first, factor).squeeze(2).double()
-    first = first.squeeze(2).double()  # sqrt(W) A y, by mu y = g + (1+tau) A^T W A y
-    y = g / mu.unsqueeze(1) + spread * rows.transpose(root * first) / mu.unsqueeze(1)
-    size = y.norm(dim=1)
-    # y^T H^-1 y / ||y||^2 = (1 + ratio) / mu by the same identity: Newton's step on 1/||y|| - 1/radius
-    ratio = (1 + tau) * (first * second).sum(1) / mu / size / size
-    good = (info == 0) & y.isfinite().all(1) & (ratio >= 0) & (size > 0)
-    newton = mu + (size / radius.clamp(min=TINY) - 1) * mu / (1 + ratio)
-    curved = first.square().sum(1)
-    # y's Rayleigh quotient is no more than the largest eigenvalue: from above, Newton's step could jump past it
-    bend = (1 + tau) * curved / size.square().clamp(min=TINY)
-    next_mu = torch.where(good, torch.maximum(newton, bend + SHORTEST * (mu - bend)), 1.3 * mu)
-    # as if y had the ball's radius already
-    full = curved * (radius / size.clamp(min=TINY)).square()
-    next_tau = (quadratic.of_rest / full.clamp(min=TINY)).sqrt().clamp(min=1e-9, max=1e9)
-    form = torch.where(good, (g * y).sum(1), torch.full_like(mu, torch.inf))
-    y = torch.where(good.unsqueeze(1), y, before.y)
-    return Solution(y, mu, tau, form, next_mu, torch.where(good, next_tau, tau), before.top)
+def largest_about(quadratic: Quadratic, steps: int) -> Tensor:
+    """The largest eigenvalue of A^T diag(w) A, (batch,): an estimate from below."""
+    side = _Side.of(quadratic)
+    _, value = _power(side.product(), side.first, steps)
+    return value.double() * side.unit.squeeze(1).square()
 
 
-def _iterative(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution) -> Solution:
-    top, largest = power(quadratic, before.top, 2)
-    tau = before.next_tau
-    bottom = (1 + tau) * largest * MARGIN
-    mu = torch.maximum(before.next_mu, bottom * MARGIN + TINY)
-    y, residual = _conjugate_gradient(quadratic, g, mu, tau, before.y)
-    size = y.norm(dim=1)
-    form = (g * y).sum(1) + (y * residual).sum(1) + residual.square().sum(1) / (mu - bottom).clamp(min=TINY)
-    # y^T H y = g^T y - y^T r, so (1+tau) y^T Q y follows without another product
-    bent = mu * size.square() - (g * y).sum(1) + (y * residual).sum(1)
-    bend = bent / size.square().clamp(min=TINY)
-    next_mu = torch.maximum(bend + (mu - bend) * size / radius.clamp(min=TINY), bottom)
-    curved = (bent / (1 + tau) * (radius / size.clamp(min=TINY)).square()).clamp(min=TINY)
-    next_tau = (quadratic.of_rest / curved).sqrt().clamp(min=1e-9, max=1e9)
-    return Solution(y, mu, tau, form, next_mu, next_tau, top)
+def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz values (batch, k), their vectors (batch, k, k) in the basis (batch, k, n); q (batch, n) of length 1 or 0."""
+    steps = min(STEPS, q.shape[1])
+    basis, alphas, betas = [q], [], []
+    for step in range(steps):
+        w = product(q)
+        alphas.append((q * w).sum(1))
+        if step + 1 == steps:
+            break
+        found = torch.stack(basis, dim=1)
+        w = w - ((found @ w.unsqueeze(2)).mT @ found).squeeze(1)
+        beta = w.norm(dim=1)
+        beta = torch.where(beta > 1e-5 * torch.stack(alphas).amax(0), beta, torch.zeros_like(beta))
+        q = torch.where((beta > 0).unsqueeze(1), w / beta.clamp(min=1e-30).unsqueeze(1), torch.zeros_like(w))
+        basis.append(q)
+        betas.append(beta)
+    diagonal = torch.diag_embed(torch.stack(alphas, dim=1))
+    if betas:
+        off = torch.stack(betas, dim=1)
+        diagonal = diagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    values, vectors = torch.linalg.eigh(diagonal.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    return values, vectors, torch.stack(basis, dim=1)
 
 
-def power(quadratic: Quadratic, start: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
-    """A few power iterations: direction, and an estimate of the largest eigenvalue from below.
-
-    On the rows' side, in single precision, where there is one; `start` None begins with all ones.
-    """
-    root = quadratic.weights.sqrt()
-    height = root.amax(1, keepdim=True).clamp(min=TINY)
-    short = (root / height).float()
-    gram, unit = quadratic.rows.short if quadratic.by_rows else (root, 1.0)
-
-    def image(q: Tensor) -> Tensor:
-        if not quadratic.by_rows:
-            return quadratic.product(q)
-        return short * ((short * q).unsqueeze(1) @ gram).squeeze(1)
-
-    if start is None:
-        start = short if quadratic.by_rows else torch.ones_like(quadratic.rows.transpose(root))
-    q = start / start.norm(dim=1, keepdim=True).clamp(min=TINY)
+def _power(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Direction, and an estimate of the largest eigenvalue from below, by power iteration."""
     value = torch.zeros_like(q[:, 0])
     for _ in range(steps):
-        moved = image(q)
+        q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        moved = product(q)
         value = moved.norm(dim=1)
-        q = torch.where((value > 0).unsqueeze(1), moved / value.clamp(min=1e-30).unsqueeze(1), q)
-    return q, value.double() * (height.squeeze(1) * unit).square() if quadratic.by_rows else value
+        q = torch.where((value > 0).unsqueeze(1), moved, q)
+    return q, value
 
 
-def _conjugate_gradient(quadratic: Quadratic, g: Tensor, mu: Tensor, tau: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """y and its residual g - H y."""
-
-    def times(vectors: Tensor) -> Tensor:
-        return mu.unsqueeze(1) * vectors - (1 + tau).unsqueeze(1) * quadratic.product(vectors)
-
-    r = g - times(y)
-    p, square = r, r.square().sum(1)
-    for _ in range(INNER):
-        image = times(p)
-        alpha = (square / (p * image).sum(1).clamp(min=TINY)).unsqueeze(1)
-        y, r = y + alpha * p, r - alpha * image
-        new = r.square().sum(1)
-        p, square = r + (new / square.clamp(min=TINY)).unsqueeze(1) * p, new
-    return y, r
+def _balanced(
+    nodes: Tensor, masses: Tensor, largest: Tensor, radius: Tensor, of_rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best (mu, tau), (batch,) each: Newton's steps on 1/||y|| = 1/radius, and the tau of each mu."""
+    e = radius.clamp(min=TINY)
+    tau = torch.zeros_like(e)
+    mu = MARGIN * largest + masses.sum(1).sqrt() / e + TINY
+    for _ in range(ROOT_STEPS):
+        gaps = mu.unsqueeze(1) - (1 + tau).unsqueeze(1) * nodes
+        squares = masses / gaps.square()
+        size = squares.sum(1).sqrt()
+        newton = mu + (size / e - 1) * size.square() / (squares / gaps).sum(1)
+        mu = torch.where(newton.isfinite(), newton, mu)
+        curved = (squares * nodes).sum(1) * (e / size).square()  # as if y had the ball's radius already
+        tau = (of_rest / curved.clamp(min=TINY)).sqrt().nan_to_num(nan=1.0).clamp(*TAUS)
+        mu = torch.maximum(mu, (1 + tau) * largest * MARGIN + TINY)
+    return mu, tau

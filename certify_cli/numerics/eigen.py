@@ -23,6 +23,8 @@ LANCZOS_STEPS = 40
 BREAKDOWN = 1e-10
 FIRST_GAP = 1e-9
 """The first t lies this much (relative) above the estimate; each failed factorisation takes a tenfold step."""
+FIRST_STEP, STEP_GROWTH = 2.0**-13, 6.0
+"""By what part t grows after a first failed factorisation in single precision, and how that part grows."""
 UNSCALED = (1e-50, 1e50)
 """Largest entries within which squares, and sums of them, are far from underflow and overflow."""
 
@@ -121,3 +123,45 @@ def _prove(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     terms = (n + 2) * (4 if matrices.is_complex() else 1)
     value = t + flaw * (1 + gamma(n * n + 8)) + (gamma(terms) + 2 * UNIT) * sizes
     return (info == 0) & value.isfinite(), up(value, 8)
+
+
+def factored(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(t, L, bound): single-precision factors L of about I - S / t, and proved upper bounds of lambda_max(S) by them.
+
+    matrices (batch, n, n): real, positive semidefinite up to rounding, float64; t (batch,): where to begin. Where there
+    is no factor t grows, `tries` times at most; then the bound is n times the largest entry, inf if that is no number.
+    """
+    most = up(matrices.shape[-1] * matrices.abs().amax((1, 2)), 2)
+    t = torch.where(t.isfinite() & (t > 0), t, most).clamp(min=UNDERFLOW)
+    lower = torch.zeros_like(matrices, dtype=torch.float32)
+    bound = torch.where(most.isfinite(), most, torch.full_like(most, math.inf))
+    open_, step = most.isfinite().nonzero().squeeze(1), FIRST_STEP
+    for _ in range(tries):
+        if not len(open_):
+            break
+        whole = len(open_) == len(matrices)
+        factor, good, value = _single(matrices if whole else matrices[open_], t[open_])
+        lower[open_] = factor
+        bound[open_] = torch.where(good, torch.fmin(value, bound[open_]), bound[open_])
+        open_ = open_[~good]
+        t[open_] *= 1 + step
+        step *= STEP_GROWTH
+    return t, lower, bound
+
+
+def _single(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor of I - S / t in single precision, whether there is one, and the bound of lambda_max(S) that it proves.
+
+    The residual is taken in double precision: with E = (I - S/t) - L L^T,  lambda_max(S) <= t (1 + ||E||_F).
+    """
+    n = matrices.shape[-1]
+    shifted = matrices / -t.reshape(-1, 1, 1)
+    shifted.diagonal(dim1=1, dim2=2).add_(1.0)
+    factor, info = torch.linalg.cholesky_ex(shifted.float())
+    lower = factor.double()
+    sizes = lower.square().sum((1, 2)) + torch.linalg.matrix_norm(shifted)
+    flaw = torch.linalg.matrix_norm(torch.baddbmm(shifted, lower, lower.mT, alpha=-1))
+    # the last term: S / t was rounded (its norm is at most that of I - S/t and of I), and so was the difference
+    flaw = flaw * (1 + gamma(n * n + 8)) + (gamma(n + 2) + 4 * UNIT) * (sizes + n)
+    value = up(t * (1 + flaw), 8)
+    return factor, (info == 0) & value.isfinite(), value
