@@ -7,13 +7,15 @@ with the tangents at the sample, so that v_l and g do not change with the ball; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.local import Ball, Linearised, span
+from certify_cli.bounds.local import MIXED, Ball, Linearised, span
 from certify_cli.bounds.ranges import Ranges
+from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.linearised import Slope, Vectors, head, nonlinear_nodes
 from certify_cli.network.spans import Span
 from certify_cli.numerics.rounding import UNDERFLOW, up, vector_norm_up
@@ -22,35 +24,112 @@ SQUARED_ENTRIES = 2**23
 """Largest stacked Gram matrix that is squared entrywise for the free eigenvalue bound (64 MiB a sample)."""
 
 
-def fast_losses(point: Linearised, ranges: Ranges, pulled: Mapping[int, Vectors], known: Ball | None = None) -> Tensor:
+def fast_losses(
+    point: Linearised, ranges: Ranges, pulled: Mapping[int, Vectors], known: Ball | None = None, sharp: bool = True
+) -> Tensor:
     """Upper bounds (batch, rivals) of how much the margins lose on the ball of `ranges`, the gradient's part included.
 
     pulled: the margins' adjoints (batch, rivals, *shape) and, at 0, gradients, in the network linearised at the sample.
     Where the ball's Jacobians are known, all layers' quadratic parts are also bounded together, by the free eigenvalue
-    bound  lambda_max(A^T diag(w) A)^2 <= w^T (G o G) w  with G = A A^T.
+    bound  lambda_max(A^T diag(w) A)^2 <= w^T (G o G) w  with G = A A^T. Unless `sharp`, a neuron's remainder is bounded
+    by the ranges of phi' and phi'' alone, at a fraction of the price.
     """
     radius = ranges.radius.unsqueeze(1)
     straight = up(up(pulled[0].size + pulled[0].error, 2) * radius)
+    parts = node_parts(point, ranges, pulled, sharp)
     apart, flaws = torch.zeros_like(straight), torch.zeros_like(straight)
     by_head: dict[int, Tensor] = {}
-    layers = [k for k in nonlinear_nodes(point.network) if k in pulled]
-    for layer in layers:
-        here, target = span(point, layer, ranges), head(point.network, layer)
-        bottom, top = (end.unsqueeze(1) for end in here.quadratics())
-        v, error = pulled[layer].value.flatten(2), pulled[layer].error
-        reach = torch.maximum(-here.lo, here.hi)
-        low, high = (end.unsqueeze(1) for end in _tangents(here, point.slopes[layer]))
-        weights = torch.maximum(-v * bottom, -v * top).clamp(min=0.0)
-        each = torch.minimum(up(0.5 * weights * reach.square().unsqueeze(1), 4), torch.maximum(-v * low, -v * high))
-        norm = ranges.norm[target].unsqueeze(1)
-        together = up(0.5 * weights.amax(2) * norm.square(), 4)
-        size = vector_norm_up(torch.maximum(-low, high)).clamp(min=0.0)
-        loss = torch.fmin(up(each.clamp(min=0.0).sum(2), v.shape[2] + 2), together)
-        apart, flaws = apart + loss, flaws + up(error * size) + UNDERFLOW
-        by_head[target] = up(by_head[target] + weights, 1) if target in by_head else weights
+    for part in parts:
+        together = up(0.5 * part.weights.amax(2) * ranges.norm[part.head].unsqueeze(1).square(), 4)
+        apart = apart + torch.fmin(up(torch.minimum(part.quadratic, part.interval).sum(2), part.weights.shape[2] + 2), together)
+        flaws = flaws + part.flaw
+        by_head[part.head] = up(by_head[part.head] + part.weights, 1) if part.head in by_head else part.weights
     if known is not None and known.jacobians.rows.count**2 <= SQUARED_ENTRIES:
-        apart = torch.fmin(up(apart, len(layers)), _together(known, by_head))
-    return up(straight + apart + flaws, 4 * len(layers) + 2)
+        apart = torch.fmin(up(apart, len(parts)), _together(known, by_head))
+    return up(straight + apart + flaws, 4 * len(parts) + 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one nonlinear node takes from the margins: at most weights D^2 / 2, or interval, by rival and neuron.
+
+    (batch, rivals, size) each; `quadratic` is weights D^2 / 2 at its largest. `flaw` (batch, rivals): the adjoints'
+    errors.
+    """
+
+    head: int
+    weights: Tensor
+    quadratic: Tensor
+    interval: Tensor
+    flaw: Tensor
+
+
+def node_parts(point: Linearised, ranges: Ranges, pulled: Mapping[int, Vectors], sharp: bool = True) -> list[Part]:
+    """Of every nonlinear node that the margins depend on. Unless `sharp`: see `fast_losses`."""
+    parts = []
+    for layer in (k for k in nonlinear_nodes(point.network) if k in pulled):
+        here = span(point, layer, ranges)
+        bottom, top = (end.unsqueeze(1) for end in (here.quadratics() if sharp else here.curvatures()))
+        low, high = (end.unsqueeze(1) for end in _tangents(here, point.slopes[layer], sharp))
+        v, error = pulled[layer].value.flatten(2), pulled[layer].error
+        weights = torch.maximum(-v * bottom, -v * top).clamp(min=0.0)
+        interval = torch.maximum(-v * low, -v * high).clamp(min=0.0)
+        reach = torch.maximum(-here.lo, here.hi).unsqueeze(1)
+        quadratic = up(0.5 * weights * reach.square(), 4)
+        size = vector_norm_up(torch.maximum(-low, high)).clamp(min=0.0)
+        flaw = up(error * size) + UNDERFLOW
+        parts.append(Part(head(point.network, layer), weights, quadratic, interval, flaw))
+    return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Tangents:
+    """The margins towards one rival each, expanded at the samples: -<gradient, d> + the quadratic + flat.
+
+    `flat` (batch,): what is neither; gradient (batch, inputs) within `error` (batch,).
+    """
+
+    quadratic: Quadratic
+    flat: Tensor
+    gradient: Tensor
+    error: Tensor
+    radius: Tensor
+
+    def at(self, index: Tensor) -> Tangents:
+        """Of the items at `index`."""
+        rest = self.gradient[index], self.error[index], self.radius[index]
+        return Tangents(self.quadratic.at(index), self.flat[index], *rest)
+
+    def losses(self, mu: Tensor, tau: Tensor) -> Tensor:
+        """Upper bounds (batch,), with hints mu and tau (batch,) as in `trust_region_loss`."""
+        bent = trust_region_loss(self.quadratic, self.gradient, self.error, self.radius, mu, tau)
+        return up(bent + self.flat, 2)
+
+
+def tangents(known: Ball, parts: Sequence[Part], pulled: Mapping[int, Vectors], sample: Tensor, rival: Tensor) -> Tangents:
+    """Of `rival` (count,) for every `sample` (count,) of the ball's.
+
+    A neuron counts by its quadratic, or where that is much larger, by its interval.
+    """
+    heads = known.jacobians.heads
+    weights = {t: torch.zeros_like(known.ranges.low[t][sample]) for t in heads}
+    flat = torch.zeros_like(known.radius[sample])
+    for part in parts:
+        interval, quadratic = part.interval[sample, rival], part.quadratic[sample, rival]
+        even = interval < MIXED * quadratic
+        flat = flat + part.flaw[sample, rival] + up(torch.where(even, interval, 0.0).sum(1), interval.shape[1] + 1)
+        weights[part.head] = up(weights[part.head] + part.weights[sample, rival].masked_fill(even, 0.0), 1)
+    return Tangents(
+        Quadratic(
+            known.jacobians.rows.at(sample),
+            torch.cat([weights[t] for t in heads], dim=1),
+            torch.cat([known.rest[t][sample] for t in heads], dim=1),
+        ),
+        up(flat, 2 * len(parts)),
+        pulled[0].value[sample, rival].flatten(1),
+        pulled[0].error[sample, rival],
+        known.radius[sample],
+    )
 
 
 def _together(ball: Ball, weights: Mapping[int, Tensor]) -> Tensor:
@@ -64,9 +143,15 @@ def _together(ball: Ball, weights: Mapping[int, Tensor]) -> Tensor:
     return up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12)
 
 
-def _tangents(here: Span, slope: Slope) -> tuple[Tensor, Tensor]:
+def _tangents(here: Span, slope: Slope, sharp: bool) -> tuple[Tensor, Tensor]:
     """What the tangents at the samples leave over the ranges, (batch, size) each."""
     value, error = slope.value.flatten(1), slope.error.flatten(1)  # type: ignore[union-attr]
-    least, most = here.remainders(value)
+    if sharp:
+        least, most = here.remainders(value)
+    else:  # the slope's range, less the tangent's slope, times the offset
+        low, high = here.slopes()
+        below, above = up((value - low).clamp(min=0.0), 2), up((high - value).clamp(min=0.0), 2)
+        most = up(torch.maximum(above * here.hi, -below * here.lo), 1)
+        least = -up(torch.maximum(below * here.hi, -above * here.lo), 1)
     linear = up(error * torch.maximum(-here.lo, here.hi))  # the computed slope is not phi'(z)
     return -up(linear - least), up(linear + most)

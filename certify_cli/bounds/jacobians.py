@@ -52,15 +52,17 @@ class Rows:
         rows = Rows(part(self.blocks), part(self.errors))
         if "_stacked" in self.__dict__:
             (rows.__dict__["_stacked"],) = part((self._stacked,))
+        if "short" in self.__dict__:
+            rows.__dict__["short"] = part(self.short[0]), self.short[1]
         return rows
 
     def apply(self, d: Tensor) -> Tensor:
-        """A d: (batch, k, inputs) -> (batch, k, count)."""
-        return torch.cat([_product(block.mT, d) for block in self.blocks], dim=2)
+        """A d: (batch, inputs) -> (batch, count)."""
+        return torch.cat([_product(block.mT, d) for block in self.blocks], dim=1)
 
     def transpose(self, p: Tensor) -> Tensor:
-        """A^T p: (batch, k, count) -> (batch, k, inputs)."""
-        parts = p.split([block.shape[1] for block in self.blocks], dim=2)
+        """A^T p: (batch, count) -> (batch, inputs)."""
+        parts = p.split([block.shape[1] for block in self.blocks], dim=1)
         total = _product(self.blocks[0], parts[0])
         for block, part in zip(self.blocks[1:], parts[1:], strict=True):
             total = total + _product(block, part)
@@ -105,8 +107,10 @@ class Rows:
 
 
 def _product(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """(batch or 1, m, n) and (batch, k, m) -> (batch, k, n)."""
-    return vectors @ (matrix[0] if len(matrix) == 1 else matrix)
+    """(batch or 1, m, n) and (batch, m) -> (batch, n)."""
+    if len(matrix) == 1:
+        return vectors @ matrix[0]
+    return (vectors.unsqueeze(1) @ matrix).squeeze(1)
 
 
 @dataclass(frozen=True, eq=False)

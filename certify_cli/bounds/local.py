@@ -46,15 +46,42 @@ class Linearised(Samples, Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Frame:
+    """What (2) is linearised at, and what follows from it whatever the ball.
+
+    `slopes` of every nonlinear node that a pre-activation follows, `chorded` (batch, size) where it is no tangent, the
+    Jacobians with these slopes, and the squares of their Gram matrices by head (batch or 1, size, size).
+    """
+
+    slopes: Mapping[int, Slope]
+    chorded: Mapping[int, Tensor]
+    jacobians: Jacobians
+    squared: Mapping[int, Tensor]
+
+    def at(self, index: Tensor) -> Frame:
+        """Of the samples at `index`."""
+        return Frame(
+            {k: Slope(s.value[index]) for k, s in self.slopes.items()},  # type: ignore[index]
+            {k: c[index] for k, c in self.chorded.items()},
+            self.jacobians.at(index),
+            {k: s if len(s) == 1 else s[index] for k, s in self.squared.items()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Ball:
     """What (2) says of a ball: `ranges` of D_l, and `rest[head]` (batch, size), at least |D_l - A_l d| for all d there.
 
     A_l is the computed Jacobian: its error times the ball's radius is part of `rest`.
     """
 
-    jacobians: Jacobians
+    frame: Frame
     ranges: Ranges
     rest: Mapping[int, Tensor]
+
+    @property
+    def jacobians(self) -> Jacobians:
+        return self.frame.jacobians
 
     @property
     def radius(self) -> Tensor:
@@ -62,13 +89,15 @@ class Ball:
 
     def at(self, index: Tensor) -> Ball:
         """Of the samples at `index`."""
+        if len(index) == len(self.radius) and bool((index == torch.arange(len(index), device=index.device)).all()):
+            return self
         r = self.ranges
 
         def part(table: Mapping[int, Tensor]) -> dict[int, Tensor]:
             return {k: t[index] for k, t in table.items()}
 
         ranges = Ranges(r.radius[index], part(r.low), part(r.high), part(r.norm))
-        return Ball(self.jacobians.at(index), ranges, part(self.rest))
+        return Ball(self.frame.at(index), ranges, part(self.rest))
 
 
 def span(point: Samples, layer: int, ranges: Ranges) -> Span:
@@ -101,21 +130,29 @@ class _Remainder:
         return vector_norm_up(up(curved + torch.maximum(-self.least, self.most)))
 
 
-def ball(point: Linearised, start: Ranges) -> Ball:
+def ball(point: Linearised, start: Ranges, frame: Frame | None = None) -> Ball:
     """The ball of `start`, whose ranges it never widens: layer by layer, as each needs only earlier ones.
 
-    A neuron's slope is phi'(z), with the quadratic remainder of theory section 4, or, where that would be much larger
-    than what the chord leaves (a wide range, saturated ends), the chord's, with an interval.
+    In a `frame` made for another ball of the same samples, or in one of its own: there a neuron's slope is phi'(z),
+    with the quadratic remainder of theory section 4, or, where that would be much larger than what the chord leaves (a
+    wide range, saturated ends), the chord's, with an interval.
     """
     network, radius = point.network, start.radius
     low, high, rest = dict(start.low), dict(start.high), {}
     outer: dict[int, Vectors] = {}
     inner: dict[tuple[int, int], Vectors] = {}
     slopes: dict[int, Slope] = {}
+    chorded: dict[int, Tensor] = {}
+    squared: dict[int, Tensor] = {}
     known: dict[int, _Remainder] = {}
+    last = nonlinear_nodes(network)[-1]
     for target in sorted({head(network, k) for k in nonlinear_nodes(network)}):
-        rows = pulled_rows(network, target, slopes)
-        outer[target] = rows.pop(0)
+        if frame is None:
+            rows = pulled_rows(network, target, slopes)
+            outer[target] = rows.pop(0)
+        else:
+            outer[target] = frame.jacobians.outer[target]
+            rows = {k: b for (t, k), b in frame.jacobians.inner.items() if t == target}
         inner.update({(target, k): b for k, b in rows.items()})
         reach = up(radius.unsqueeze(1) * up(outer[target].size + outer[target].error, 2))
         above = torch.zeros_like(low[target])
@@ -128,36 +165,46 @@ def ball(point: Linearised, start: Ranges) -> Ball:
         norm = start.norm[target].unsqueeze(1)
         low[target] = torch.fmax(torch.fmax(low[target], -up(reach + below)), -norm)
         high[target] = torch.fmin(torch.fmin(high[target], up(reach + above)), norm)
-        squared: Tensor | None = None
         here = Ranges(radius, low, high, start.norm)
-        for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target):
-            if any(layer < other for other in nonlinear_nodes(network)):
-                squared = squared_gram(outer[target]) if squared is None else squared
-                slopes[layer], known[layer] = _chosen(point, layer, here, rest[target], squared)
-    return Ball(Jacobians(outer, inner), Ranges(radius, low, high, start.norm), rest)
+        for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target and k < last):
+            if target not in squared:
+                squared[target] = squared_gram(outer[target]) if frame is None else frame.squared[target]
+            on = span(point, layer, here)
+            if frame is None:
+                slopes[layer], chorded[layer] = _chosen(point, layer, on)
+            else:
+                slopes[layer], chorded[layer] = frame.slopes[layer], frame.chorded[layer]
+            known[layer] = _remainder(point, layer, on, slopes[layer], chorded[layer], rest[target], squared[target])
+    if frame is None:
+        frame = Frame(slopes, chorded, Jacobians(outer, inner), squared)
+    return Ball(frame, Ranges(radius, low, high, start.norm), rest)
 
 
-def _chosen(point: Linearised, layer: int, ranges: Ranges, beyond: Tensor, squared: Tensor) -> tuple[Slope, _Remainder]:
-    here = span(point, layer, ranges)
+def _chosen(point: Linearised, layer: int, here: Span) -> tuple[Slope, Tensor]:
+    """A slope for every neuron, and where (batch, size) it is the chord's."""
+    tangent = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
     bottom, top = here.quadratics()
-    tangent, error = (t.flatten(1) for t in (point.slopes[layer].value, point.slopes[layer].error))  # type: ignore[union-attr]
-    reach = torch.maximum(-here.lo, here.hi)
-    half_square = up(0.5 * reach.square(), 2)
     chord, least, most = chords(here, tangent)
+    half_square = 0.5 * torch.maximum(-here.lo, here.hi).square()
     flat = torch.maximum(-least, most) < MIXED * torch.maximum(-bottom, top) * half_square
     slope = torch.where(flat, chord, tangent)
+    return Slope(slope.reshape(-1, *point.network.nodes[layer].shape)), flat
+
+
+def _remainder(
+    point: Linearised, layer: int, here: Span, slope: Slope, flat: Tensor, beyond: Tensor, squared: Tensor
+) -> _Remainder:
+    """Tangents leave quadratics, and what their own error makes of the offset; `flat` neurons leave an interval."""
+    error = point.slopes[layer].error.flatten(1)  # type: ignore[union-attr]
+    reach = torch.maximum(-here.lo, here.hi)
     linear = up(error * reach)  # the computed slope is not phi'(z)
-    nothing = torch.zeros_like(chord)
-    remainder = _Remainder(
-        torch.where(flat, nothing, bottom.clamp(max=0.0)),
-        torch.where(flat, nothing, top.clamp(min=0.0)),
-        torch.where(flat, least, -linear),
-        torch.where(flat, most, linear),
-        half_square,
-        beyond,
-        squared,
-    )
-    return Slope(slope.reshape(-1, *point.network.nodes[layer].shape)), remainder
+    bottom, top, least, most = torch.zeros_like(reach), torch.zeros_like(reach), -linear, linear
+    if bool(flat.any()):
+        least[flat], most[flat] = here.at(flat).remainders(slope.value.flatten(1)[flat])  # type: ignore[union-attr]
+    if not bool(flat.all()):
+        low, high = here.at(~flat).quadratics()
+        bottom[~flat], top[~flat] = low.clamp(max=0.0), high.clamp(min=0.0)
+    return _Remainder(bottom, top, least, most, up(0.5 * reach.square(), 2), beyond, squared)
 
 
 def chords(here: Span, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,6 +263,15 @@ class Choice:
             self.tau[index],
         )
 
+    def put(self, index: Tensor, part: Choice) -> Choice:
+        """With the items at `index` replaced."""
+        return Choice(
+            {k: s.index_copy(0, index, part.slopes[k]) for k, s in self.slopes.items()},
+            {k: w.index_copy(0, index, part.weights[k]) for k, w in self.weights.items()},
+            self.mu.index_copy(0, index, part.mu),
+            self.tau.index_copy(0, index, part.tau),
+        )
+
     def where(self, take: Tensor, other: Choice) -> Choice:
         """The other one's items where `take` (batch,) is true."""
         wide = take.unsqueeze(1)
@@ -256,8 +312,6 @@ def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, 
         torch.cat([weights[t] for t in jacobians.heads], dim=1),
         torch.cat([ball.rest[t] for t in jacobians.heads], dim=1),
     )
-    bent = trust_region_loss(
-        quadratic, gradient.unsqueeze(1), flaw.unsqueeze(1), ranges.radius, choice.mu.unsqueeze(1), choice.tau
-    )
-    total = up(loss + bent.squeeze(1), 2)
+    bent = trust_region_loss(quadratic, gradient, flaw, ranges.radius, choice.mu, choice.tau)
+    total = up(loss + bent, 2)
     return torch.where(total.isfinite() & margin.isfinite(), difference_down(margin, total), -torch.inf)

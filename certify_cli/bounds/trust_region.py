@@ -9,7 +9,7 @@ H = mu I - (1+tau) A^T diag(w) A >= lam I, lam > 0, and every y,
 
 mu, tau and y decide how sharp it is, never whether it holds; lam comes from a proved eigenvalue. One Cholesky factor, in
 single precision, gives both: what it leaves of the matrix is measured in double precision (`eigen.factored`), and
-conjugate gradients preconditioned by it find y. Several gradients, with a mu each, share one factor.
+conjugate gradients preconditioned by it find y.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, u
 NEAREST = 2.0**-16
 """How close, relatively, mu may come to the largest eigenvalue: beyond, the proof of lam drowns in rounding."""
 TRIES = 7
+CACHE = 2**24
+"""Bytes of the matrices treated at once."""
 LEAST_TAU = 1e-9
-STEPS = 4
+STEPS = 2
 """Of conjugate gradients; the preconditioner differs from H by about NEAREST."""
 
 
@@ -42,9 +44,13 @@ class Quadratic:
     weights: Tensor
     rest: Tensor
 
+    def at(self, index: Tensor) -> Quadratic:
+        """Of the samples at `index`."""
+        return Quadratic(self.rows.at(index), self.weights[index], self.rest[index])
+
     def product(self, d: Tensor) -> Tensor:
-        """A^T diag(w) A d: (batch, k, inputs) both."""
-        return self.rows.transpose(self.weights.unsqueeze(1) * self.rows.apply(d))
+        """A^T diag(w) A d, (batch, inputs)."""
+        return self.rows.transpose(self.weights * self.rows.apply(d))
 
     @property
     def of_rest(self) -> Tensor:
@@ -77,37 +83,39 @@ class Quadratic:
 
 
 def trust_region_loss(
-    quadratic: Quadratic, gradients: Tensor, errors: Tensor, radius: Tensor, mu: Tensor, tau: Tensor
+    quadratic: Quadratic, gradient: Tensor, error: Tensor, radius: Tensor, mu: Tensor, tau: Tensor
 ) -> Tensor:
-    """Upper bounds (batch, k) of sup -<g,d> + 1/2 sum w D^2 over ||d|| <= radius; inf where something overflows.
+    """Upper bounds (batch,) of sup -<g,d> + 1/2 sum w D^2 over ||d|| <= radius; inf where something overflows.
 
-    gradients (batch, k, inputs) within `errors` (batch, k) of the exact ones; radius (batch,). mu (batch, k) and tau
-    (batch,) are hints (see the module).
+    gradient (batch, inputs) within `error` (batch,) of the exact g. mu, tau (batch,): hints (see the module).
     """
-    batch, _, n = gradients.shape
+    side = min(quadratic.rows.count, quadratic.rows.inputs)
+    at_once = max(1, CACHE // (8 * side * side))
+    if len(gradient) > at_once:  # matrices that the allocator hands out again, and caches hold in part
+        every = torch.arange(len(gradient), device=gradient.device)
+        parts = [(quadratic.at(i), gradient[i], error[i], radius[i], mu[i], tau[i]) for i in every.split(at_once)]
+        return torch.cat([trust_region_loss(*part) for part in parts])
+    n = gradient.shape[1]
     matrix, slack = quadratic.matrix()
     of_rest = quadratic.of_rest
     bare = of_rest == 0  # not so for NaN (no weight times an infinite rest), which must not pass for no rest
     tau = torch.where(bare, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9))
-    spread = (1 + tau).unsqueeze(1)
-    t, factor, proved = factored(matrix, (mu.amin(1) / (1 + tau)) * (1 - 2 * NEAREST), TRIES)
-    largest = times(up(proved + slack, 2), up(1 + tau, 2)).unsqueeze(1)
+    t, lower, proved = factored(matrix, mu / (1 + tau) * (1 - 2 * NEAREST), TRIES)
+    largest = times(up(proved + slack, 2), up(1 + tau, 2))
     mu = torch.fmax(mu, largest * (1 + NEAREST) + UNDERFLOW)
     least = down(mu - largest, 1)  # both are float64 numbers: one subtraction
-    y = _solve(quadratic, _Factor(quadratic, t, factor), gradients, mu, spread)
+    y = _solve(_Factor(quadratic, t, lower), gradient, mu, tau)
     size = vector_norm_up(y)
-    image = quadratic.product(y)
-    residual = gradients - (mu.unsqueeze(2) * y - spread.unsqueeze(2) * image)
+    residual = gradient - (mu.unsqueeze(1) * y - (1 + tau).unsqueeze(1) * quadratic.product(y))
     rounding = gamma(n + quadratic.rows.count + 8) * (
-        vector_norm_up(gradients) + (mu + spread * quadratic.trace.unsqueeze(1)) * size
+        vector_norm_up(gradient) + (mu + (1 + tau) * quadratic.trace) * size
     )
     r = up(vector_norm_up(residual) + rounding, 6) + UNDERFLOW
-    inner = (gradients * y).sum(2)
-    inner = inner + gamma(n + 3) * (gradients * y).abs().sum(2) + UNDERFLOW  # its own rounding, and a little more
+    inner = (gradient * y).sum(1)
+    inner = inner + gamma(n + 3) * (gradient * y).abs().sum(1) + UNDERFLOW  # its own rounding, and a little more
     form = up(inner.clamp(min=0.0) + size * r + r * r / least, 6)
     rest = torch.where(bare, torch.zeros_like(tau), times(of_rest, up(1 + 1 / tau.clamp(min=LEAST_TAU), 2)))
-    e = radius.unsqueeze(1)
-    total = up(0.5 * (times(mu, e, e) + form + rest.unsqueeze(1)) + times(errors, e), 6)
+    total = up(0.5 * (times(mu, radius, radius) + form + rest) + times(error, radius), 6)
     good = total.isfinite() & (least > 0) & mu.isfinite()
     return torch.where(good, total, torch.full_like(total, torch.inf))
 
@@ -121,31 +129,30 @@ class _Factor:
     lower: Tensor
 
     def solve(self, r: Tensor) -> Tensor:
-        """About (I - A^T diag(w) A / t)^-1 r, (batch, k, inputs) both."""
+        """About (I - A^T diag(w) A / t)^-1 r, (batch, inputs) both."""
         if not self.quadratic.by_rows:
             return self._on_side(r)
-        root, rows = self.quadratic.weights.sqrt().unsqueeze(1), self.quadratic.rows
+        root, rows = self.quadratic.weights.sqrt(), self.quadratic.rows
         inside = self._on_side(root * rows.apply(r))
-        return r + rows.transpose(root * inside) / self.t.reshape(-1, 1, 1)
+        return r + rows.transpose(root * inside) / self.t.unsqueeze(1)
 
     def _on_side(self, r: Tensor) -> Tensor:
-        size = r.abs().amax(2, keepdim=True).clamp(min=1e-300)  # nothing may leave the range of single precision
-        return torch.cholesky_solve((r / size).to(self.lower.dtype).mT, self.lower).mT.to(r.dtype) * size
+        size = r.abs().amax(1, keepdim=True).clamp(min=1e-300)  # nothing may leave the range of single precision
+        single = (r / size).to(self.lower.dtype).unsqueeze(2)
+        return torch.cholesky_solve(single, self.lower).squeeze(2).to(r.dtype) * size
 
 
-def _solve(quadratic: Quadratic, factor: _Factor, gradients: Tensor, mu: Tensor, spread: Tensor) -> Tensor:
-    """About H^-1 g: any answer will do. Every mu is scaled to 1."""
-    ratio = (spread / mu).unsqueeze(2)
-    r = gradients
-    y = torch.zeros_like(r)
+def _solve(factor: _Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
+    """About H^-1 g by preconditioned conjugate gradients on H / mu: any answer will do."""
+    ratio = ((1 + tau) / mu).unsqueeze(1)
+    r, y = gradient, torch.zeros_like(gradient)
     z = factor.solve(r)
-    p, square = z, (r * z).sum(2, keepdim=True)
+    p, square = z, (r * z).sum(1, keepdim=True)
     for _ in range(STEPS):
-        image = p - ratio * quadratic.product(p)
-        step = square / (p * image).sum(2, keepdim=True)
-        step = step.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        image = p - ratio * factor.quadratic.product(p)
+        step = (square / (p * image).sum(1, keepdim=True)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         y, r = y + step * p, r - step * image
         z = factor.solve(r)
-        new = (r * z).sum(2, keepdim=True)
+        new = (r * z).sum(1, keepdim=True)
         p, square = z + (new / square).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * p, new
-    return (y / mu.unsqueeze(2)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return (y / mu.unsqueeze(1)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

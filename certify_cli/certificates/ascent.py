@@ -12,7 +12,7 @@ bound: offsets come from a grid, d from a few conjugate-gradient steps. What is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -36,8 +36,6 @@ WEIGHT_STEP = 0.3
 """And a weight by this part of what the curvature's extreme would give a neuron of mean adjoint, at least."""
 SLIP, SHORTER = 0.03, 0.4
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
-SHIFTS = (0.5, 1.0)
-"""How far towards the minimiser the expansion is moved, one try after the other."""
 NEAR = 1e-3
 """A grid point nearer to p than this part of the range says nothing of the bend there; the curvature at p does."""
 BISECTIONS = 10
@@ -106,29 +104,24 @@ def ascend(
     ball: Ball,
     margin: Tensor,
     cotangents: Tensor,
-    more: Sequence[Choice],
+    begin: Choice | None,
     steps: int,
-    settle: bool = True,
+    enough: Tensor | None = None,
 ) -> Ascended:
-    """The best choice met in `steps` steps from each item's best start; unless `settle`, that start as it is.
+    """The best choice met in `steps` steps from `begin`, or from each item's best start (`_Problem.starts`).
 
-    Starts are the problem's own (`_Problem.starts`) and `more`.
+    It ends early where every estimate is above `enough` (items,).
     """
     problem = _Problem(point, ball, margin, cotangents)
-    begin, *others = problem.starts()
-    rough = problem.rough(begin)
-    for start in (*others, *more):
-        value = problem.rough(start)
-        take = value > rough
-        begin, rough = begin.where(take, start), torch.where(take, value, rough)
-    if not settle:
-        return Ascended(begin, rough)
-    first = problem.at(begin, None)
-    for way in SHIFTS if steps else ():
-        shifted = problem.at(problem.shifted(first, way), first)
-        first = first.where(shifted.ascended.estimate > first.ascended.estimate, shifted)
+    if begin is not None:
+        first = problem.at(begin, None)
+    else:
+        first = problem.at(problem.best_start()[0], None)
+        if steps:
+            shifted = problem.at(problem.shifted(first), first)
+            first = first.where(shifted.ascended.estimate > first.ascended.estimate, shifted)
     best = first.ascended
-    if not steps:
+    if not steps or _reached(best, enough):
         return best
     layers = nonlinear_nodes(point.network)
     slopes, weights = {}, {}
@@ -160,7 +153,18 @@ def ascend(
         for adam, value in held:
             adam.value = torch.where(good.unsqueeze(1), adam.value, value)
         state = after.where(~good, state)
+        if _reached(best, enough):
+            break
     return best
+
+
+def _reached(found: Ascended, enough: Tensor | None) -> bool:
+    return enough is not None and bool((found.estimate > enough).all())
+
+
+def rough(point: Point, ball: Ball, margin: Tensor, cotangents: Tensor) -> Tensor:
+    """About the bound (items,) at each item's best start, without a trust region: an estimate, and a low one."""
+    return _Problem(point, ball, margin, cotangents).best_start()[1]
 
 
 def starts(point: Point, ball: Ball, cotangents: Tensor) -> list[Choice]:
@@ -231,6 +235,16 @@ class _Problem:
                 slopes[k], weights[k] = slope, v[k].abs() * weight
         return [Choice(slopes, weights, none, none) for slopes, weights in found]
 
+    def best_start(self) -> tuple[Choice, Tensor]:
+        """Of the starts, by their rough values, which come with it."""
+        begin, *others = self.starts()
+        value = self.rough(begin)
+        for start in others:
+            other = self.rough(start)
+            take = other > value
+            begin, value = begin.where(take, start), torch.where(take, other, value)
+        return begin, value
+
     def rough(self, choice: Choice) -> Tensor:
         """About the bound (batch,) with gradient and curvature each at their worst: no trust region is solved."""
         _, g, touch, quadratic = self._parts(choice)
@@ -266,8 +280,8 @@ class _Problem:
         estimate = estimate.nan_to_num(nan=-torch.inf)
         return _State(Ascended(Choice(s, w, mu, tau), estimate), v, touch, solution)
 
-    def shifted(self, state: _State, share: float) -> Choice:
-        """The expansion about another point: each neuron's at `share` of the way to where the minimiser takes it.
+    def shifted(self, state: _State) -> Choice:
+        """The expansion about another point: each neuron's where the minimiser takes it.
 
         At p the tangent has slope phi'(z+p), and the remainder's bend b is the largest there is from p on; about z this
         is the slope phi'(z+p) + sign(v) b p with the same bend.
@@ -276,7 +290,7 @@ class _Problem:
         slopes, bends = {}, {}
         for k in self.layers:
             sign = torch.where(state.adjoints[k] < 0, -1.0, 1.0).to(self.margin.dtype)
-            slopes[k], bends[k] = self.grids[k].about(share * moved[head(self.network, k)], sign)
+            slopes[k], bends[k] = self.grids[k].about(moved[head(self.network, k)], sign)
         v, _ = self._pulled(slopes)
         none = torch.zeros_like(self.margin)
         return Choice(slopes, {k: v[k].abs() * bends[k] for k in self.layers}, none, none)
@@ -292,7 +306,7 @@ class _Problem:
         choice, touch = state.ascended.choice, state.touch
         d = -state.solution.y
         rows = self.jacobians.rows
-        parts = rows.apply(d.unsqueeze(1)).squeeze(1).split([b.shape[1] for b in rows.blocks], dim=1)
+        parts = rows.apply(d).split([b.shape[1] for b in rows.blocks], dim=1)
         straight = dict(zip(self.jacobians.heads, parts, strict=True))
         moved = self._moved(state)
         by_slope, by_weight = {}, {}

@@ -9,49 +9,54 @@ where that suffices; a rival that resists shrinks the ball. Every ball that coun
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.fast import fast_losses
-from certify_cli.bounds.local import Ball, Choice, ball, lower_bound
+from certify_cli.bounds.fast import fast_losses, node_parts, tangents
+from certify_cli.bounds.local import Ball, Choice, Frame, ball, lower_bound
 from certify_cli.bounds.ranges import fast_ranges
-from certify_cli.certificates.ascent import Ascended, ascend
+from certify_cli.certificates.ascent import Ascended, ascend, rough
+from certify_cli.certificates.bracket import HOPELESS, Bracket, power_step
 from certify_cli.certificates.point import Point
+from certify_cli.certificates.solver import solved
 from certify_cli.network.graph import Network
-from certify_cli.network.linearised import Vectors, head, nonlinear_nodes, pull
+from certify_cli.network.linearised import Vectors, head, nonlinear_nodes
 from certify_cli.numerics.rounding import difference_down
 
 RESOLUTION = 0.02
 """How far from each other, relatively, two searches of one sample may end whose roundings differ."""
-GROWTH = 0.67
-"""Losses grow about like radius^1.5: the next ball is radius (margin / loss)^GROWTH."""
 START = 0.5
 """Where to begin, as a part of the radius that there would be without curvature."""
-INSIDE = 0.998
-"""The next ball is this part of where the bound seems to vanish."""
-PROBES = 5
 FAST_BALLS = 14
-ROUGH = 0.3
-CLOSE = 2e-3
-"""A margin of less than this part left on a proved ball is not worth another try."""
+PROBES, MOST_PROBES = 2, 14
+"""Balls probed before a search, and where none of them says anything of the radius."""
+ASCENT = 1.08
+"""About what an ascent adds to the radius."""
+ROUGH, FAST_CLOSE = 0.3, 2e-3
+"""How closely, relatively, probes and the fast tier find what they look for."""
+SAFE = 4e-3
+"""Estimates count less this part of the margin: what their proofs give is less by about that."""
+BACK = (1.0, 0.99, 0.95)
+"""Parts of the radius found to which a search goes back for its proof."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """By effort: balls tried, and steps of the ascent on the first and on every further one."""
+    """By effort: balls tried at most, steps of the ascent on the first and on every further one, and how closely,
+    relatively, it looks for the largest ball."""
 
     balls: int
     first: int
     further: int
+    close: float
 
 
 EFFORTS: dict[str, Search | None] = {
     "fast": None,
-    "normal": Search(balls=5, first=12, further=6),
-    "max": Search(balls=10, first=40, further=15),
+    "normal": Search(balls=8, first=8, further=8, close=1e-2),
+    "max": Search(balls=14, first=40, further=20, close=2e-3),
 }
 
 
@@ -81,9 +86,14 @@ class Task:
     ball: Ball
     items: Items
 
-    def ascended(self, more: list[Choice], steps: int, settle: bool = True) -> Ascended:
-        """From the ascent's own starts, and `more`."""
-        return ascend(self.point, self.ball, self.items.margin, self.items.cotangents, more, steps, settle)
+    def ascended(self, begin: Choice | None, steps: int, enough: Tensor | None = None) -> Ascended:
+        """From `begin`, or the ascent's own starts; `enough` (items,) are parts of the margin to stop at."""
+        least = None if enough is None else enough * self.items.margin
+        return ascend(self.point, self.ball, self.items.margin, self.items.cotangents, begin, steps, least)
+
+    def left(self, value: Tensor) -> Tensor:
+        """As a part of the margin."""
+        return value / self.items.margin
 
     def proved(self, found: Ascended) -> Tensor:
         """The bound itself (count,): every proof comes through here. -inf where the estimate has no hope."""
@@ -137,60 +147,47 @@ class Batch:
     def __init__(self, analysis: Analysis, point: Point, jacobians: bool = True) -> None:
         self.analysis, self.point = analysis, point
         self.search = EFFORTS[analysis.effort] if jacobians else None
+        self.frame: Frame | None = None
 
-    @cached_property
-    def pulled(self) -> dict[int, Vectors]:
-        """Adjoints and gradients of the margins towards every class, linearised at the samples."""
-        point = self.point
-        eye = torch.eye(point.network.classes, dtype=point.x.dtype, device=point.x.device)
-        return pull(point.network, eye[point.prediction].unsqueeze(1) - eye.unsqueeze(0), point.slopes)
+    def pulled(self, samples: Tensor) -> dict[int, Vectors]:
+        """Adjoints and gradients of the margins of some samples."""
+        return {k: Vectors(v.value[samples], v.error[samples]) for k, v in self.point.adjoints.items()}
 
-    def fast(self, start: Tensor) -> tuple[Tensor, Tensor]:
+    def fast(self, start: Tensor, sharp: bool) -> tuple[Tensor, Tensor]:
         """Balls (batch,) proved without a Jacobian, and about the radius of each rival (batch, classes).
 
         start (batch,): where to begin; every ball is tried by all rivals at once.
         """
-        point = self.point
-        proved, failed = torch.zeros_like(start), torch.full_like(start, torch.inf)
-        radius, about = start.clone(), torch.full_like(point.margin_low, torch.inf)
+        bracket = Bracket.around(start)
+        about = torch.full_like(self.point.margin_low, torch.inf)
         live = torch.arange(len(start), device=start.device)
         for _ in range(FAST_BALLS):
-            part, pulled = point.at(live), {k: Vectors(v.value[live], v.error[live]) for k, v in self.pulled.items()}
-            here, margin = radius[live], point.margin_low[live]
-            loss = fast_losses(part, fast_ranges(part, self.analysis.weights, here), pulled)
-            value = difference_down(margin, loss).masked_fill(point.own[live], torch.inf)
-            about[live] = _next(here.unsqueeze(1), margin, margin - loss).masked_fill(point.own[live], torch.inf)
-            least, most = proved[live], failed[live]
-            good = (value > 0).all(1)
-            least = torch.where(good, torch.maximum(least, here), least)
-            most = torch.where(good, most, torch.minimum(most, here))
-            proved[live], failed[live] = least, most
-            following = about[live].amin(1)
-            inside = (following > least) & (following < most)
-            bisected = torch.where(least > 0, (least * most).sqrt(), 0.2 * most)
-            radius[live] = torch.where(inside, following, bisected)
-            done = (most < least * (1 + CLOSE)) | ~radius[live].isfinite()
-            live = live[~done]
+            part, here = self.point.at(live), bracket.radius[live]
+            ranges = fast_ranges(part, self.analysis.weights, here)
+            left = difference_down(part.margin_low, fast_losses(part, ranges, self.pulled(live), sharp=sharp))
+            left = (left / part.margin_low).masked_fill(part.own, torch.inf)
+            about[live] = power_step(here.unsqueeze(1), left).masked_fill(part.own, torch.inf)
+            bracket.told(live, left.amin(1))
+            live = bracket.open(live, FAST_CLOSE)
             if not len(live):
                 break
-        return proved, about
+        return bracket.inside, about
 
     def radii(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """Certified radii (batch,) and the rivals that decide them. start (batch,): where to begin to look."""
-        point = self.point
-        batch = len(point.x)
-        every = torch.arange(batch, device=point.x.device)
-        radius, order = self.fast(start)
-        decides = order.argmin(1)
         if self.search is None:
-            return radius, decides
+            return self._fast(start)
+        point = self.point
+        every = torch.arange(len(start), device=start.device)
+        first_order = (point.margin_low / point.gradient_norm).masked_fill(point.own, torch.inf)
+        begin = self._probed(Items.of(point, every, first_order.argmin(1)), start)
+        order = self._ordered(begin)
+        decides = order.argmin(1)
         first = decides.clone()
-        found = self._searched(Items.of(point, every, first), order.amin(1), torch.full_like(start, torch.inf))
+        found = self._searched(Items.of(point, every, first), begin, torch.full_like(start, torch.inf))
         rivals = (~point.own).nonzero()
-        rivals = rivals[(rivals[:, 1] != first[rivals[:, 0]]) & (found[rivals[:, 0]] > radius[rivals[:, 0]])]
-        rivals = rivals[~self._proved_together(rivals, found)]
-        if len(rivals):
-            rivals = rivals[~self._proved(Items.of(point, rivals[:, 0], rivals[:, 1]), found[rivals[:, 0]])]
+        rivals = rivals[(rivals[:, 1] != first[rivals[:, 0]]) & (found[rivals[:, 0]] > 0)]
+        rivals = rivals[~self._proved_by_tangents(rivals, found)]
         while len(rivals):  # the nearest of each sample's open rivals
             near = torch.full_like(order, torch.inf)
             near[rivals[:, 0], rivals[:, 1]] = order[rivals[:, 0], rivals[:, 1]]
@@ -199,98 +196,122 @@ class Batch:
             part = self._searched(Items.of(point, sample, rival), found[sample], found[sample])
             smaller = part < found[sample]
             found[sample[smaller]], decides[sample[smaller]] = part[smaller], rival[smaller]
-            treated = _lookup(sample, rival, batch)[rivals[:, 0]]
-            rivals = rivals[(rivals[:, 1] != treated) & (found[rivals[:, 0]] > radius[rivals[:, 0]])]
-        return torch.maximum(radius, found), decides
+            treated = _lookup(sample, rival, len(start))[rivals[:, 0]]
+            rivals = rivals[(rivals[:, 1] != treated) & (found[rivals[:, 0]] > 0)]
+        lost = (found == 0).nonzero()[:, 0]
+        if len(lost):
+            found[lost], decides[lost] = Batch(self.analysis, point.at(lost))._fast(start[lost])
+        return found, decides
 
-    def _proved_together(self, rivals: Tensor, radius: Tensor) -> Tensor:
-        """Which (sample, rival) rows are proved on the samples' balls by bounds that cost nothing a rival."""
+    def _fast(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The fast tier alone."""
+        rough, _ = self.fast(start, sharp=False)
+        radius, order = self.fast(torch.where(rough > 0, rough, start), sharp=True)
+        return torch.maximum(rough, radius), order.argmin(1)
+
+    def _ordered(self, radius: Tensor) -> Tensor:
+        """About the radius of each rival (batch, classes), by the balls of the given radii."""
+        every = torch.arange(len(radius), device=radius.device)
+        known = self._ball(every, radius)
+        low, own = self.point.margin_low, self.point.own
+        left = (low - fast_losses(self.point, known.ranges, self.pulled(every), known)) / low
+        return power_step(radius.unsqueeze(1), left).nan_to_num(nan=0.0).masked_fill(own, torch.inf)
+
+    def _proved_by_tangents(self, rivals: Tensor, radius: Tensor) -> Tensor:
+        """Which (sample, rival) rows are proved on the samples' balls: by a bound that costs nothing a rival, or by the
+        trust region of tangents at the samples, a rival at a time."""
         sample = rivals[:, 0].unique()
         if not len(sample):
             return torch.zeros(0, dtype=torch.bool, device=rivals.device)
-        part = self.point.at(sample)
-        known = ball(part, fast_ranges(part, self.analysis.weights, radius[sample]))
-        pulled = {k: Vectors(v.value[sample], v.error[sample]) for k, v in self.pulled.items()}
-        value = torch.full_like(self.point.margin_low, -torch.inf)
-        value[sample] = difference_down(part.margin_low, fast_losses(part, known.ranges, pulled, known))
-        return value[rivals[:, 0], rivals[:, 1]] > 0
-
-    def _proved(self, items: Items, radius: Tensor) -> Tensor:
-        """Which items are proved on the given balls without an ascent."""
-        task = self._task(items, radius)
-        return task.proved(task.ascended([], 0)) > 0
+        part, known, pulled = self.point.at(sample), self._ball(sample, radius[sample]), self.pulled(sample)
+        low = part.margin_low
+        value = difference_down(low, fast_losses(part, known.ranges, pulled, known))
+        open_ = torch.zeros_like(self.point.own)
+        open_[rivals[:, 0], rivals[:, 1]] = True
+        open_ = open_[sample] & (value <= 0) & (value > HOPELESS * low)
+        parts = node_parts(part, known.ranges, pulled)
+        while bool(open_.any()):
+            some = open_.any(1).nonzero()[:, 0]
+            rival = open_[some].int().argmax(1)
+            open_[some, rival] = False
+            each = tangents(known, parts, pulled, some, rival)
+            hints = solved(each.quadratic, each.gradient, each.radius, None)
+            about = 0.5 * (hints.mu * each.radius.square() + hints.form + (1 + 1 / hints.tau) * each.quadratic.of_rest)
+            todo = (about + each.flat < low[some, rival]).nonzero()[:, 0]
+            if len(todo):
+                losses = each.at(todo).losses(hints.mu[todo], hints.tau[todo])
+                value[some[todo], rival[todo]] = difference_down(low[some[todo], rival[todo]], losses)
+        whole = torch.full_like(self.point.margin_low, -torch.inf).index_copy(0, sample, value)
+        return whole[rivals[:, 0], rivals[:, 1]] > 0
 
     def _searched(self, items: Items, start: Tensor, cap: Tensor) -> Tensor:
         """The largest proved balls (count,), at most `cap`; 0 where none was proved."""
         search = self.search
         assert search is not None
-        radius = torch.minimum(start, cap)
-        if not bool(cap.isfinite().all()):
-            radius = self._probed(items, radius)
-        proved, failed = torch.zeros_like(radius), torch.full_like(radius, torch.inf)
-        left, short = torch.zeros_like(radius), torch.zeros_like(radius)  # the bound on those two balls
+        alone = not bool(cap.isfinite().any())  # each sample's first search: its balls make the frame
+        bracket = Bracket.around(torch.minimum(start, cap))
+        enough = torch.where(cap.isfinite(), 2 * SAFE, torch.inf)
+        best: Choice | None = None
         choice: Choice | None = None
-        live = torch.arange(len(radius), device=radius.device)
+        live = torch.arange(len(start), device=start.device)
         for count in range(search.balls):
-            task = self._task(items.at(live), radius[live])
-            found = task.ascended([] if choice is None else [choice], search.further if count else search.first)
-            value, margin, here = task.proved(found), items.margin[live], radius[live]
-            good = value > 0
-            value = torch.where(good, value, found.estimate.clamp(max=0.0))  # no proof: only where to look next
-            left[live] = torch.where(good & (here > proved[live]), value, left[live])
-            proved[live] = torch.where(good, torch.maximum(proved[live], here), proved[live])
-            short[live] = torch.where(~good & (here < failed[live]), value, short[live])
-            failed[live] = torch.where(good, failed[live], torch.minimum(failed[live], here))
-            least, most = proved[live], failed[live]
-            between = least + (most - least) * (left[live] / (left[live] - short[live]).clamp(min=1e-300))
-            following = torch.where((least > 0) & most.isfinite(), between, _next(here, margin, value))
-            inside = (following > least) & (following < most)
-            following = torch.where(inside, following, 0.5 * (least + most))
-            radius[live] = torch.minimum(following * (1 - CLOSE / 4), cap[live])
-            done = (least >= cap[live]) | (most < least * (1 + CLOSE)) | (good & (value < CLOSE * margin))
-            keep = (~done & radius[live].isfinite() & (radius[live] > least)).nonzero().squeeze(1)
-            live, choice = live[keep], found.choice.at(keep)
+            if alone and count == 1:
+                self._reframe(items.sample, bracket.radius)
+            task = self._task(items.at(live), bracket.radius[live])
+            found = task.ascended(choice, search.further if count else search.first, enough[live])
+            raised = bracket.told(live, task.left(found.estimate) - SAFE)
+            best = found.choice if best is None else best.put(live[raised], found.choice.at(raised.nonzero()[:, 0]))
+            bracket.radius = torch.minimum(bracket.radius, cap)
+            following = bracket.open(live, search.close)
+            choice = found.choice.at(torch.isin(live, following).nonzero()[:, 0])
+            live = following
             if not len(live):
                 break
+        assert best is not None
+        return self._confirmed(items, bracket.inside, best)
+
+    def _confirmed(self, items: Items, radius: Tensor, choice: Choice) -> Tensor:
+        """The balls that are proved, at or a little below `radius`; 0 where none is."""
+        proved = torch.zeros_like(radius)
+        live = (radius > 0).nonzero()[:, 0]
+        for part in BACK:
+            if not len(live):
+                break
+            task = self._task(items.at(live), part * radius[live])
+            value = task.proved(task.ascended(choice.at(live), 0))
+            proved[live] = torch.where(value > 0, part * radius[live], proved[live])
+            live = live[value <= 0]
         return proved
 
     def _probed(self, items: Items, radius: Tensor) -> Tensor:
-        """About the ball that needs no ascent, to begin at: from estimates alone."""
-        radius = radius.clone()
-        inside, outside = torch.zeros_like(radius), torch.full_like(radius, torch.inf)
+        """About the ball that an ascent reaches, to begin at: from estimates alone. One item for every sample."""
+        self._reframe(items.sample, radius)
+        bracket = Bracket.around(radius)
         live = torch.arange(len(radius), device=radius.device)
-        for _ in range(PROBES):
-            task = self._task(items.at(live), radius[live])
-            value, margin, here = task.ascended([], 0, settle=False).estimate, items.margin[live], radius[live]
-            good = value > 0
-            inside[live] = torch.where(good, torch.maximum(inside[live], here), inside[live])
-            outside[live] = torch.where(good, outside[live], torch.minimum(outside[live], here))
-            least, most = inside[live], outside[live]
-            following = _next(here, margin, value)
-            bisected = torch.where(least > 0, (least * most).sqrt(), 0.2 * most)
-            usable = (following > least) & (following < most) & (value > -margin)
-            radius[live] = torch.where(usable, following, bisected)
-            done = (good & (value < ROUGH * margin)) | (most < (1 + ROUGH) * least)
-            live = live[~done]
+        for count in range(1, MOST_PROBES + 1):
+            task = self._task(items.at(live), bracket.radius[live])
+            left = task.left(rough(task.point, task.ball, task.items.margin, task.items.cotangents))
+            bracket.told(live, left)
+            live = bracket.open(live[(left < HOPELESS) | (count < PROBES)], ROUGH)
             if not len(live):
                 break
-        return torch.where(inside > 0, inside, radius)
+        return ASCENT * bracket.radius
+
+    def _reframe(self, samples: Tensor, radius: Tensor) -> None:
+        """A frame made for these balls, of all samples in their order."""
+        assert len(samples) == len(self.point.x)
+        self.frame = ball(self.point, fast_ranges(self.point, self.analysis.weights, radius)).frame
+
+    def _ball(self, samples: Tensor, radius: Tensor) -> Ball:
+        part = self.point.at(samples)
+        frame = self.frame if self.frame is None or len(samples) == len(self.point.x) else self.frame.at(samples)
+        return ball(part, fast_ranges(part, self.analysis.weights, radius), frame)
 
     def _task(self, items: Items, radius: Tensor) -> Task:
         """radius: of each item; items of one sample must have one ball."""
         samples, place = items.sample.unique(return_inverse=True)
         first = torch.empty_like(samples).index_copy(0, place, torch.arange(len(place), device=place.device))
-        part = self.point.at(samples)
-        known = ball(part, fast_ranges(part, self.analysis.weights, radius[first]))
-        return Task(self.point.at(items.sample), known.at(place), items)
-
-
-def _next(radius: Tensor, margin: Tensor, value: Tensor) -> Tensor:
-    """About where the bound vanishes, from its value on one ball."""
-    loss = (margin - value).clamp(min=1e-300)
-    ratio = (margin / loss).pow(GROWTH).nan_to_num(nan=0.5, posinf=2.0).clamp(min=0.3, max=2.0)
-    # a factor that asked whether value > 0 would make rounding, and so the batch, decide where the next ball lies
-    return radius * ratio * INSIDE
+        return Task(self.point.at(items.sample), self._ball(samples, radius[first]).at(place), items)
 
 
 def _lookup(sample: Tensor, rival: Tensor, batch: int) -> Tensor:

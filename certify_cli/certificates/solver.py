@@ -22,7 +22,7 @@ from torch import Tensor
 from certify_cli.bounds.trust_region import Quadratic
 
 TINY = 1e-300
-STEPS = 10
+STEPS = 7
 """Of Lanczos; also of the first power iteration."""
 FURTHER = 2
 """Further power iterations, from the call before."""
@@ -101,7 +101,7 @@ class _Side:
         """g as this side sees it, double precision."""
         if not self.quadratic.by_rows:
             return g
-        return self.quadratic.weights.sqrt() * self.quadratic.rows.apply(g.unsqueeze(1)).squeeze(1)
+        return self.quadratic.weights.sqrt() * self.quadratic.rows.apply(g)
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | N
     inverse = size.unsqueeze(1) * vectors[:, 0].double() / gaps[:, : values.shape[1]]
     y = ((vectors.double() @ inverse.unsqueeze(2)).mT @ basis.double()).squeeze(1)
     if quadratic.by_rows:
-        weighted = (quadratic.weights.sqrt() * y).unsqueeze(1)
-        y = (g + (1 + tau).unsqueeze(1) * quadratic.rows.transpose(weighted).squeeze(1)) / mu.unsqueeze(1)
+        image = quadratic.rows.transpose(quadratic.weights.sqrt() * y)
+        y = (g + (1 + tau).unsqueeze(1) * image) / mu.unsqueeze(1)
     return Solution(y, mu, tau, (masses / gaps).sum(1), top)
 
 

@@ -69,6 +69,10 @@ class Span:
     lo: Tensor  # <= 0, may be -inf
     hi: Tensor  # >= 0, may be +inf
 
+    def at(self, mask: Tensor) -> Span:
+        """The entries where the mask is true, in a row."""
+        return Span(self.activation, self.z[mask], self._errors[mask], self.lo[mask], self.hi[mask])
+
     def slopes(self) -> Ends:
         """phi'(z + t) over the span."""
         return self.activation.slope.on(*self._places)

@@ -23,7 +23,7 @@ LANCZOS_STEPS = 40
 BREAKDOWN = 1e-10
 FIRST_GAP = 1e-9
 """The first t lies this much (relative) above the estimate; each failed factorisation takes a tenfold step."""
-FIRST_STEP, STEP_GROWTH = 2.0**-13, 6.0
+FIRST_STEP, STEP_GROWTH = 2.0**-16, 6.0
 """By what part t grows after a first failed factorisation in single precision, and how that part grows."""
 UNSCALED = (1e-50, 1e50)
 """Largest entries within which squares, and sums of them, are far from underflow and overflow."""

@@ -158,7 +158,9 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
             for layer in nonlinear_nodes(network):
                 target, phi = head(network, layer), network.nodes[layer].op
                 gram = squared_gram(found.jacobians.outer[target])
-                slope, q = local._chosen(point, layer, found.ranges, found.rest[target], gram)
+                on = span(point, layer, found.ranges)
+                slope, flat = local._chosen(point, layer, on)
+                q = local._remainder(point, layer, on, slope, flat, found.rest[target], gram)
                 shared = torch.randn(1, 7, network.nodes[layer].size, generator=g, dtype=D)
                 own = torch.randn(5, 7, network.nodes[layer].size, generator=g, dtype=D)
                 blocks = [Vectors(b, 0.1 * torch.rand(b.shape[:2], generator=g, dtype=D)) for b in (shared, own)]
@@ -236,7 +238,7 @@ def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
             point, found = here.at(sample), known.at(sample)
             least = attacked(network, point.x, cotangents, found.radius)
             choices = starts(point, found, cotangents)
-            best = ascend(point, found, margin, cotangents, choices, 6).choice
+            best = ascend(point, found, margin, cotangents, None, 6).choice
             choices += [best, Choice(best.slopes, best.weights, best.tau, best.mu)]
             choices += [random_choice(point, found, seed) for seed in range(2)]
             problem = _Problem(point, found, margin, cotangents)
@@ -278,7 +280,7 @@ def test_tiny_balls_lose_the_gradient_and_no_more() -> None:
             here, known = around(network, 4, 1e-4)
             sample, margin, cotangents = pairs(here)
             point, found = here.at(sample), known.at(sample)
-            choice = ascend(point, found, margin, cotangents, [], 0).choice
+            choice = ascend(point, found, margin, cotangents, None, 0).choice
             value = lower_bound(point, found, margin, cotangents, choice)
             losses = fast_losses(here, known.ranges, here.adjoints)[sample, (-cotangents).argmax(1)]
             straight = here.gradient_norm[sample, (-cotangents).argmax(1)] * 1e-4
@@ -294,7 +296,7 @@ def test_a_choice_of_nonsense_claims_nothing_wrong() -> None:
         sample, margin, cotangents = pairs(here)
         point, found = here.at(sample), known.at(sample)
         least = attacked(network, point.x, cotangents, found.radius)
-        good = ascend(point, found, margin, cotangents, [], 6).choice
+        good = ascend(point, found, margin, cotangents, None, 6).choice
 
         def spoil(table: dict[int, Tensor], change: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
             return {k: torch.where(torch.arange(t.shape[1]) % 3 == 0, change(t), t) for k, t in table.items()}
@@ -363,7 +365,7 @@ def test_samples_that_are_no_numbers_stay_alone() -> None:
                 rival = (point.prediction + 1) % network.classes
                 eye = torch.eye(network.classes, dtype=D)
                 cotangents, margin = eye[point.prediction] - eye[rival], point.margin_low[torch.arange(5), rival]
-                choice = ascend(point, known, margin, cotangents, [], 4).choice
+                choice = ascend(point, known, margin, cotangents, None, 4).choice
                 found.append(lower_bound(point, known, margin, cotangents, choice))
                 losses = fast_losses(point, known.ranges, point.adjoints, known)
                 assert bool(losses[2][rival[2]].isinf() | losses[2][rival[2]].isnan())

@@ -114,7 +114,7 @@ def test_good_hints_give_the_exact_value(shape: str, seed: int) -> None:
     value = bound(quadratic, gradient, radius, mu, 0.0)
     assert bool((value >= exact * (1 - 1e-12)).all())
     # the exact mu may lie closer to the largest eigenvalue than a proof of that can: then mu is pushed away a little
-    assert bool((value <= exact * (1 + 1e-6)).all())
+    assert bool((value <= exact * (1 + 1e-4)).all())
     assert torch.allclose(worst(quadratic, gradient, radius), exact, rtol=2e-2)  # the attack is a good one
 
 

@@ -31,7 +31,7 @@ D = torch.float64
 MODELS = Path(__file__).parents[2] / "models"
 BATCHES = 0.05
 """Relatively, what another order of summation may make of the ascent, whose estimates are in single precision."""
-RESOLUTION = 3 * local.CLOSE
+RESOLUTION = 3 * local.FAST_CLOSE
 """What two searches of the same bound may differ by, relatively."""
 
 

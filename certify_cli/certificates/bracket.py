@@ -1,0 +1,72 @@
+"""The search for the largest radius, of many items at once: what is known of each, and which ball to try next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROWTH, GROWTHS = 1.5, (1.0, 5.0)
+"""Losses grow about like this power of the radius; and the powers believed where two balls tell."""
+INSIDE = 0.998
+"""The next ball is this part of where the bound seems to vanish."""
+HOPELESS = -1.0
+"""Values below say too little of where the bound vanishes."""
+
+
+def power_step(radius: Tensor, value: Tensor, growth: Tensor | float = GROWTH) -> Tensor:
+    """About where a bound vanishes of which, at `radius`, the part `value` (of its value at 0) is left."""
+    ratio = (1 - value).clamp(min=1e-300).pow(-1 / growth).nan_to_num(nan=0.5).clamp(min=0.3, max=2.0)
+    # a factor that asked whether value > 0 would make rounding, and so the batch, decide where the next ball lies
+    return radius * ratio * INSIDE
+
+
+@dataclass(eq=False)
+class Bracket:
+    """(items,) each: the radius to try; the largest one inside (0: none) and the least one outside (inf: none) so far,
+    the bound's value on those two balls, as a part of its value at 0, and the last ball and what was lost there."""
+
+    radius: Tensor
+    inside: Tensor
+    outside: Tensor
+    left: Tensor
+    short: Tensor
+    before: Tensor
+    loss: Tensor
+
+    @classmethod
+    def around(cls, radius: Tensor) -> Bracket:
+        """Nothing known but where to begin."""
+        none = torch.zeros_like(radius)
+        outside = torch.full_like(radius, torch.inf)
+        return cls(radius.clone(), none.clone(), outside, none.clone(), none.clone(), none.clone(), none.clone())
+
+    def told(self, items: Tensor, value: Tensor) -> Tensor:
+        """Enters the values found on the items' balls and moves on; which of them (a mask) are the largest inside."""
+        here = self.radius[items]
+        value = value.nan_to_num(nan=-torch.inf)
+        good = value > 0
+        raised, lowered = good & (here > self.inside[items]), ~good & (here < self.outside[items])
+        self.left[items] = torch.where(raised, value, self.left[items])
+        self.short[items] = torch.where(lowered, value, self.short[items])
+        self.inside[items] = inside = torch.where(raised, here, self.inside[items])
+        self.outside[items] = outside = torch.where(lowered, here, self.outside[items])
+        left, short = self.left[items], self.short[items]
+        both = (inside > 0) & outside.isfinite() & (short > HOPELESS)
+        between = inside + (outside - inside) * (left / (left - short).clamp(min=1e-300))
+        loss = 1 - value
+        growth = (loss / self.loss[items]).log() / (here / self.before[items]).log()
+        growth = growth.nan_to_num(nan=GROWTH, posinf=GROWTH, neginf=GROWTH).clamp(*GROWTHS)
+        self.before[items], self.loss[items] = here, loss
+        following = torch.where(both, between, power_step(here, value, growth))
+        middle = torch.where(inside > 0, (inside * outside).sqrt(), 0.2 * outside)
+        within = (following < outside) & ((following > inside) | outside.isinf())
+        self.radius[items] = torch.where(within, following, middle)
+        return raised
+
+    def open(self, items: Tensor, close: float) -> Tensor:
+        """Those of the items whose largest radius is not known to `close`, relatively."""
+        gap = self.outside[items] > self.inside[items] * (1 + close)
+        onward = self.radius[items] > self.inside[items] * (1 + close / 2)
+        return items[gap & onward & self.radius[items].isfinite()]
