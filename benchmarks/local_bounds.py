@@ -7,7 +7,7 @@ DIR holds ONNX files and an index.json (see global_bounds.py; train_mlps.py make
 smooth model. Radii are means over the correctly classified ones of the first samples:
 
 - composition: the closed form at the sample, with the compositional curvature bound only; attack: the nearest
-  adversarial example by `--attack search`; curvature, dual: the methods; fast, local, max: `methods.LOCAL` by effort;
+  adversarial example by `--attack search`; curvature, dual: the methods; fast, local, max: `local` by effort;
 - CROWN: auto_LiRPA's backward mode, measured in the same run with as many threads, by a bisection of 12 steps a sample
   (to 1/2048) in float32; from --peers ("stored") where auto_LiRPA is not importable. `log(1+exp)` marks softplus
   written so, as auto_LiRPA relaxes nothing nearer.
@@ -93,10 +93,9 @@ def by_composition(subject: Subject) -> Tensor:
 
 def by_method(name: str) -> Callable[[Subject], Tensor]:
     def radii(subject: Subject) -> Tensor:
-        from certify_cli.certificates.methods import LOCAL, METHODS
+        from certify_cli.certificates.methods import METHODS
 
-        method = {**METHODS, LOCAL.name: LOCAL}[name]
-        return method.certify(subject.analysis, subject.point, False).radius
+        return METHODS[name].certify(subject.analysis, subject.point, False, None).radius
 
     return radii
 
@@ -109,7 +108,7 @@ def by_attack(subject: Subject) -> Tensor:
     from certify_cli.certificates.search import searched
 
     point = subject.point
-    found = METHODS["curvature"].certify(subject.analysis, point, True)
+    found = METHODS["curvature"].certify(subject.analysis, point, True, None)
     _, norm = searched(point, found.near, found.radius, subject.analysis.effort)
     return torch.minimum(norm.nan_to_num(nan=torch.inf), found.attack.nan_to_num(nan=torch.inf))
 
@@ -148,8 +147,8 @@ def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[st
     for effort in dict.fromkeys(COLUMNS[column][0] for column in columns):
         subjects[effort] = Subject(network, x[right], Analysis(network, effort))
         some = subjects[effort].first(each)
-        _, cold = _timed(lambda some=some: METHODS["curvature"].certify(some.analysis, some.point, False))  # type: ignore[misc]
-        _, warm = _timed(lambda some=some: METHODS["curvature"].certify(some.analysis, some.point, False))  # type: ignore[misc]
+        _, cold = _timed(lambda some=some: METHODS["curvature"].certify(some.analysis, some.point, False, None))  # type: ignore[misc]
+        _, warm = _timed(lambda some=some: METHODS["curvature"].certify(some.analysis, some.point, False, None))  # type: ignore[misc]
         bounds = max(bounds, cold - warm)
     radii, ms = {}, {}
     for column in columns:

@@ -19,6 +19,9 @@ from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slopes, Vectors, pull
 from certify_cli.numerics.rounding import gamma, power_of_two, up
 
+SMALL = 128
+"""Rows or inputs up to which nothing is gained by single precision."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -96,14 +99,15 @@ class Rows:
 
     @cached_property
     def short(self) -> tuple[tuple[Tensor, ...], float]:
-        """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit: in single precision, for estimates.
+        """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit: for estimates, unit a power of two.
 
-        unit is a power of two.
+        In single precision where it saves something; small ones repeat better in double precision.
         """
         unit = max(power_of_two(block) for block in self.blocks)
+        dtype = torch.float64 if min(self.count, self.inputs) <= SMALL else torch.float32
         if self.count <= self.inputs:
-            return ((self._stacked / unit / unit).float(),), unit
-        return tuple((block / unit).float() for block in self.blocks), unit
+            return ((self._stacked / unit / unit).to(dtype),), unit
+        return tuple((block / unit).to(dtype) for block in self.blocks), unit
 
 
 def _product(matrix: Tensor, vectors: Tensor) -> Tensor:

@@ -93,9 +93,9 @@ class Ascended:
     choice: Choice
     estimate: Tensor
 
-    def better_of(self, other: Ascended) -> Ascended:
-        """Item by item the one with the larger estimate."""
-        take = other.estimate > self.estimate
+    def better_of(self, other: Ascended, among: Tensor) -> Ascended:
+        """Item by item the one with the larger estimate, but this one outside of `among` (batch,)."""
+        take = among & (other.estimate > self.estimate)
         return Ascended(self.choice.where(take, other.choice), torch.where(take, other.estimate, self.estimate))
 
 
@@ -108,11 +108,11 @@ def ascend(
     steps: int,
     enough: Tensor | None = None,
 ) -> Ascended:
-    """The best choice met in `steps` steps from `begin`, or from each item's best start (`_Problem.starts`).
+    """The best choice met in `steps` steps from `begin`, or from each item's best start (`Problem.starts`).
 
-    It ends early where every estimate is above `enough` (items,).
+    An item ends early where its estimate is above `enough` (items,).
     """
-    problem = _Problem(point, ball, margin, cotangents)
+    problem = Problem(point, ball, margin, cotangents)
     if begin is not None:
         first = problem.at(begin, None)
     else:
@@ -121,7 +121,8 @@ def ascend(
             shifted = problem.at(problem.shifted(first), first)
             first = first.where(shifted.ascended.estimate > first.ascended.estimate, shifted)
     best = first.ascended
-    if not steps or _reached(best, enough):
+    done = _reached(best, enough)
+    if not steps or bool(done.all()):
         return best
     layers = nonlinear_nodes(point.network)
     slopes, weights = {}, {}
@@ -146,30 +147,31 @@ def ascend(
             state.ascended.choice.tau,
         )
         after = problem.at(moved, state)
-        best = best.better_of(after.ascended)
+        best = best.better_of(after.ascended, ~done)  # what is done stays as it is, whatever the others need
         # a step too long for an item is taken back, and its next ones are shorter
         good = after.ascended.estimate > best.estimate - SLIP * margin
         rate = torch.where(good, rate, SHORTER * rate)
         for adam, value in held:
             adam.value = torch.where(good.unsqueeze(1), adam.value, value)
         state = after.where(~good, state)
-        if _reached(best, enough):
+        done = _reached(best, enough)
+        if bool(done.all()):
             break
     return best
 
 
-def _reached(found: Ascended, enough: Tensor | None) -> bool:
-    return enough is not None and bool((found.estimate > enough).all())
+def _reached(found: Ascended, enough: Tensor | None) -> Tensor:
+    return torch.zeros_like(found.estimate, dtype=torch.bool) if enough is None else found.estimate > enough
 
 
 def rough(point: Point, ball: Ball, margin: Tensor, cotangents: Tensor) -> Tensor:
     """About the bound (items,) at each item's best start, without a trust region: an estimate, and a low one."""
-    return _Problem(point, ball, margin, cotangents).best_start()[1]
+    return Problem(point, ball, margin, cotangents).best_start()[1]
 
 
 def starts(point: Point, ball: Ball, cotangents: Tensor) -> list[Choice]:
-    """Where an ascent begins (see `_Problem.starts`)."""
-    return _Problem(point, ball, torch.zeros_like(ball.radius), cotangents).starts()
+    """Where an ascent begins (see `Problem.starts`)."""
+    return Problem(point, ball, torch.zeros_like(ball.radius), cotangents).starts()
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +195,7 @@ class _State:
         )
 
 
-class _Problem:
+class Problem:
     """The bound of a batch of items on given balls, as a function of the choice."""
 
     def __init__(self, point: Point, ball: Ball, margin: Tensor, cotangents: Tensor) -> None:
@@ -260,6 +262,16 @@ class _Problem:
         touch = {k: self.grids[k].least(v[k], s[k], w[k]) for k in self.layers}
         return v, g, touch, self.quadratic(w)
 
+    def straight(self, d: Tensor) -> dict[int, Tensor]:
+        """A_l d by head, (batch, size)."""
+        rows = self.jacobians.rows
+        parts = rows.apply(d).split([b.shape[1] for b in rows.blocks], dim=1)
+        return dict(zip(self.jacobians.heads, parts, strict=True))
+
+    def gradient_of(self, choice: Choice) -> Tensor:
+        """The margins' gradients (batch, inputs) in the network linearised at the choice's slopes."""
+        return self._pulled(choice.slopes)[1]
+
     def _pulled(self, slopes: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
         """Adjoints and gradient of the network linearised at `slopes`."""
         shaped = {k: Slope(s.reshape(-1, *self.network.nodes[k].shape)) for k, s in slopes.items()}
@@ -305,9 +317,7 @@ class _Problem:
         """By slopes and by weights, at the state's minimiser d = -y and its touching points."""
         choice, touch = state.ascended.choice, state.touch
         d = -state.solution.y
-        rows = self.jacobians.rows
-        parts = rows.apply(d).split([b.shape[1] for b in rows.blocks], dim=1)
-        straight = dict(zip(self.jacobians.heads, parts, strict=True))
+        straight = self.straight(d)
         moved = self._moved(state)
         by_slope, by_weight = {}, {}
         for k in self.layers:

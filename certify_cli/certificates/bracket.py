@@ -48,6 +48,9 @@ class Bracket:
         value = value.nan_to_num(nan=-torch.inf)
         good = value > 0
         raised, lowered = good & (here > self.inside[items]), ~good & (here < self.outside[items])
+        # more is left on a larger ball: the bound has become better since a ball was found to be outside
+        forgotten = raised & (self.inside[items] > 0) & (value > self.left[items])
+        self.outside[items] = self.outside[items].masked_fill(forgotten, torch.inf)
         self.left[items] = torch.where(raised, value, self.left[items])
         self.short[items] = torch.where(lowered, value, self.short[items])
         self.inside[items] = inside = torch.where(raised, here, self.inside[items])

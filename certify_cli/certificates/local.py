@@ -123,11 +123,15 @@ def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor
         return torch.zeros_like(start), point.margin.argmin(1)
     able = ((point.margin_low > 0).all(1) & ~known.isinf()).nonzero().squeeze(1)
     radius, rival = torch.zeros_like(start), point.margin.argmin(1)
-    footprint = _footprint(point.network)
-    for part in able.split(max(1, analysis.memory // footprint)):
-        batch = Batch(analysis, point.at(part), jacobians=footprint <= analysis.memory)
+    for part in able.split(max(1, analysis.memory // _footprint(point.network))) if len(able) else ():
+        batch = Batch(analysis, point.at(part), jacobians=fits(analysis))
         radius[part], rival[part] = batch.radii(start[part])
     return radius, rival
+
+
+def fits(analysis: Analysis) -> bool:
+    """Whether the Jacobians of one sample fit the memory that there is."""
+    return _footprint(analysis.network) <= analysis.memory
 
 
 def _footprint(network: Network) -> int:
@@ -255,8 +259,6 @@ class Batch:
         choice: Choice | None = None
         live = torch.arange(len(start), device=start.device)
         for count in range(search.balls):
-            if alone and count == 1:
-                self._reframe(items.sample, bracket.radius)
             task = self._task(items.at(live), bracket.radius[live])
             found = task.ascended(choice, search.further if count else search.first, enough[live])
             raised = bracket.told(live, task.left(found.estimate) - SAFE)
@@ -265,6 +267,8 @@ class Batch:
             following = bracket.open(live, search.close)
             choice = found.choice.at(torch.isin(live, following).nonzero()[:, 0])
             live = following
+            if alone and not count:  # of all samples, done or not: none may depend on its neighbours
+                self._reframe(items.sample, torch.where(bracket.radius.isfinite(), bracket.radius, start))
             if not len(live):
                 break
         assert best is not None

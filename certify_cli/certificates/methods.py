@@ -18,7 +18,8 @@ from certify_cli.certificates.anchoring import Constants, anchored, promised_att
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
-from certify_cli.certificates.local import RESOLUTION, local_radii
+from certify_cli.certificates.local import RESOLUTION, fits, local_radii
+from certify_cli.certificates.local_attack import promised_locally
 from certify_cli.certificates.on_ball import grown, promised_on_ball
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.tangent import sharpened
@@ -34,7 +35,8 @@ DUAL_STEPS = {"fast": 4, "normal": 20, "max": 100}
 
 @dataclass(frozen=True)
 class Method:
-    """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?).
+    """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?, what
+    cheaper methods have found for these samples or None).
 
     `attacks`: whether it can promise attacks; of several methods only the first that can is asked to. `dear`: `auto`
     spares it a sample whose verdicts are known. `resolution`: how far (relative) its search may stop from where it
@@ -44,13 +46,13 @@ class Method:
     name: str
     summary: str
     applies: Callable[[Network], str | None]
-    certify: Callable[[Analysis, Point, bool], Certificates]
+    certify: Callable[[Analysis, Point, bool, Certificates | None], Certificates]
     attacks: bool = False
     dear: bool = False
     resolution: float = 0.0
 
 
-def by_lipschitz(analysis: Analysis, point: Point, attack: bool) -> Certificates:
+def by_lipschitz(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
     """Margin over Lipschitz constant, for every rival."""
     lipschitz = analysis.lipschitz_pairs.rows(point.prediction)
     radius, rival = _weakest(point, lipschitz_radius(point.margin_low, lipschitz))
@@ -69,13 +71,13 @@ def by_lipschitz(analysis: Analysis, point: Point, attack: bool) -> Certificates
     )
 
 
-def by_curvature(analysis: Analysis, point: Point, attack: bool) -> Certificates:
+def by_curvature(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
     """The closed form with the global curvature bound, joined with the Lipschitz constant, at the sample and at few
     further points, or with bounds anchored at the sample, whichever certifies more; attack along -g."""
     return _by_tangents("curvature", TANGENTS, analysis, point, attack)
 
 
-def by_dual(analysis: Analysis, point: Point, attack: bool) -> Certificates:
+def by_dual(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
     """The same, at further points until the gap stops closing: the published dual (CRC) for all rivals; then with the
     curvature of balls little larger than what is certified."""
     return _by_tangents("dual", DUAL_STEPS, analysis, point, attack, balls=True)
@@ -120,17 +122,18 @@ def _by_tangents(
     )
 
 
-def by_local(analysis: Analysis, point: Point, attack: bool) -> Certificates:
-    """Curvature on the ball around the sample, expanded there layer by layer; never less than `curvature`."""
-    found = by_curvature(analysis, point, attack)
+def by_local(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
+    """Curvature on the ball around the sample, expanded there layer by layer; never less than what was found before, or
+    `curvature` finds."""
+    found = by_curvature(analysis, point, attack, None) if before is None else before
     radius, rival = local_radii(analysis, point, found.radius)
     better = radius > found.radius
-    none = torch.full_like(radius, torch.nan)
+    none, own = torch.full_like(radius, torch.nan), torch.full_like(rival, _index("local"))
 
     def unless(value: Tensor) -> Tensor:
         return torch.where(better, none, value)
 
-    return replace(
+    found = replace(
         found,
         radius=torch.where(better, radius, found.radius),
         rival=torch.where(better, rival, found.rival),
@@ -138,7 +141,19 @@ def by_local(analysis: Analysis, point: Point, attack: bool) -> Certificates:
         curvature_lower=unless(found.curvature_lower),
         curvature_upper=unless(found.curvature_upper),
         lipschitz=unless(found.lipschitz),
-        method=torch.full_like(found.method, len(METHODS)),
+        method=torch.where(better, own, found.method) if before is not None else own,
+    )
+    open_ = found.attack.isnan().nonzero()[:, 0]
+    if not attack or not len(open_):
+        return found
+    part = point.at(open_)
+    nearest, target = promised_locally(analysis, part, analysis.effort != "fast" and fits(analysis))
+    direction = -part.gradients.value[torch.arange(len(target), device=target.device), target]
+    witness, norm = replayed(part, direction, nearest)
+    return replace(
+        found,
+        attack=found.attack.index_copy(0, open_, norm),
+        witness=found.witness.index_copy(0, open_, witness),
     )
 
 
@@ -178,20 +193,17 @@ METHODS: dict[str, Method] = {
             attacks=True,
             dear=True,
         ),
+        Method(
+            "local",
+            "curvature on the ball around the sample, expanded there layer by layer, proved ball by ball",
+            why_no_curvature,
+            by_local,
+            attacks=True,
+            dear=True,
+            resolution=RESOLUTION,
+        ),
     )
 }
-
-LOCAL = Method(
-    "local",
-    "curvature on the ball around the sample, expanded there layer by layer, proved ball by ball",
-    why_no_curvature,
-    by_local,
-    attacks=True,
-    dear=True,
-    resolution=RESOLUTION,
-)
-"""Sound, and measured by benchmarks/local_bounds.py, but not in the table yet: its search is slow, and where it stops
-still depends on roundings (batch size, threads) by more than `resolution` on small networks."""
 
 
 def _index(name: str) -> int:
@@ -225,7 +237,7 @@ def certify_batch(
     levels: radii whose verdicts are wanted. Where they are given, a sample for which every verdict is known (certified
     above the level, or attacked at or below it) is spared the dear methods, unless the effort is `max`.
     """
-    best = methods[0].certify(analysis, point, attack and methods[0].attacks)
+    best = methods[0].certify(analysis, point, attack and methods[0].attacks, None)
     asked = methods[0].attacks
     for method in methods[1:]:
         todo = torch.arange(len(point.x), device=point.x.device)
@@ -234,8 +246,9 @@ def certify_batch(
         if not len(todo):
             continue
         part = point if len(todo) == len(point.x) else point.at(todo)
-        found = method.certify(analysis, part, attack and method.attacks and not asked)
-        best = best.put(todo, best.at(todo).best_of(found))
+        known = best.at(todo)
+        found = method.certify(analysis, part, attack and method.attacks and not asked, known)
+        best = best.put(todo, known.best_of(found))
         asked = asked or method.attacks
     return best
 

@@ -68,7 +68,7 @@ class _Side:
     def root(self) -> Tensor:
         """sqrt(w), divided so that the largest is 1."""
         root = self.quadratic.weights.sqrt()
-        return (root / root.amax(1, keepdim=True).clamp(min=TINY)).float()
+        return (root / root.amax(1, keepdim=True).clamp(min=TINY)).to(self.quadratic.rows.short[0][0].dtype)
 
     @property
     def first(self) -> Tensor:
@@ -116,7 +116,7 @@ def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | N
     top, largest = _power(product, *((side.first, STEPS) if before is None else (before.top, FURTHER)))
     begin = side.start(g)
     size = begin.norm(dim=1).clamp(min=TINY)
-    values, vectors, basis = _lanczos(product, (begin / size.unsqueeze(1)).float())
+    values, vectors, basis = _lanczos(product, (begin / size.unsqueeze(1)).to(top.dtype))
     nodes = values.clamp(min=0.0).double() * square.unsqueeze(1)
     masses = (vectors[:, 0].double() * size.unsqueeze(1)).square()
     if quadratic.by_rows:  # as g sees it: what is in no row has eigenvalue 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from certify_cli.cli import options as opt
 from certify_cli.cli.inspect import shape_text
@@ -10,8 +11,13 @@ from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
 from certify_cli.output.console import Column, grid
 from certify_cli.output.json import pretty
-from certify_cli.output.numbers import UP, number
+from certify_cli.errors import UsageError
+from certify_cli.output.numbers import DOWN, UP, number
 from certify_cli.records import SCHEMA
+
+if TYPE_CHECKING:
+    from certify_cli.bounds.layers import LayerRow
+    from certify_cli.certificates.losses import Losses
 
 COLUMNS = (
     Column("layer", wraps=True),  # name, kind and shape: a narrow terminal has them below one another
@@ -23,37 +29,113 @@ COLUMNS = (
 )
 
 
+LOSS_COLUMNS = (
+    Column("term", wraps=True),
+    Column("range", right=True),
+    Column("bent", right=True),
+    Column("constant", right=True),
+    Column("curved", right=True),
+    Column("beyond", right=True),
+    Column("loss", right=True),
+    Column("of margin", right=True),
+)
+
+
 def bounds(
     model: opt.ModelFile,
+    sample: opt.SampleIndex = None,
+    data: opt.DataOfSample = None,
+    data_root: opt.DataRoot = None,
+    split: opt.Split = "test",
+    data_layout: opt.DataLayout = "nchw",
+    offline: opt.Offline = False,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    layout: opt.Layout = None,
     activation: opt.ActivationName = None,
+    memory: opt.Memory = "auto",
     format: opt.PlainFormat = None,
     output: opt.OutputFile = None,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Show Lipschitz and curvature bounds, layer by layer.
+    """Show Lipschitz and curvature bounds, layer by layer; with --sample, where the local bound loses.
 
     All figures are upper bounds; the table shows them rounded up. Lipschitz, curvature and share are those of the
-    network up to and with the layer.
+    network up to and with the layer. With --sample the margin on the sample's certified ball is proved, and spent term
+    by term: those parts are estimates.
     """
     form = opt.format_of(format, output, opt.PLAIN_FORMATS)
+    if (sample is None) != (data is None):
+        raise UsageError("--sample I and --data SOURCE belong together: sample number I of that data set")
+    opt.one_of("--split", split, opt.SPLITS)
+    opt.one_of("--data-layout", data_layout, opt.DATA_LAYOUTS)
+    limit = opt.memory_size("--memory", memory)
     with sink(output) as out, Reporter(quiet) as reporter:
-        from certify_cli import load_model
+        from certify_cli import load_data, load_model
         from certify_cli.bounds.layers import layer_table
 
         loaded = load_model(model, activation=activation)
         reporter.notes(loaded.notes)
-        reporter.stage("bounding the network")
-        rows = layer_table(loaded.network)
-        if form == "json":
-            layers = [row.to_dict() for row in rows]
-            out.write(pretty({"schema": SCHEMA, "model": asdict(loaded.info), "layers": layers}) + "\n")
+        if sample is None or data is None:
+            reporter.stage("bounding the network")
+            rows = layer_table(loaded.network)
+            if form == "json":
+                layers = [row.to_dict() for row in rows]
+                out.write(pretty({"schema": SCHEMA, "model": asdict(loaded.info), "layers": layers}) + "\n")
+            else:
+                out.write(grid(COLUMNS, [_layer_cells(row) for row in rows], out.view))
             return
-        cells = [
-            (
-                f"{row.name} {row.kind.replace('(', ' (')} {shape_text(row.shape)}",  # breaks before parameters
-                *(number(value, UP) for value in (row.norm, row.slope, row.lipschitz, row.curvature)),
-                "-" if row.share is None else f"{100 * row.share:.1f} %",
+        from certify_cli.certificates.losses import of_sample
+        from certify_cli.load.fit import fit
+
+        chosen = load_data(
+            data,
+            root=data_root,
+            split=split,
+            samples=f"{sample}:{sample + 1}",
+            data_layout=data_layout,
+            offline=offline,
+            notify=None if quiet else reporter.note,
+        )
+        network = fit(
+            loaded.network,
+            tuple(chosen.x.shape[1:]),
+            mean=opt.numbers("--mean", mean) or None,
+            std=opt.numbers("--std", std) or None,
+            layout=layout,
+        )
+        reporter.stage("bounding the network")
+        found = of_sample(network, chosen.x.double(), limit)
+        if form == "json":
+            out.write(
+                pretty({"schema": SCHEMA, "model": asdict(loaded.info), "sample": sample, "losses": found.to_dict()}) + "\n"
             )
-            for row in rows
-        ]
-        out.write(grid(COLUMNS, cells, out.view))
+            return
+        out.write(
+            f"sample {sample}: class {found.prediction} against {found.rival}, margin {number(found.margin, DOWN)}; at "
+            f"least {number(found.left, DOWN)} of it is left\non the certified ball of radius "
+            f"{number(found.radius, DOWN)}, and {number(found.margin - found.left, UP)} at most is lost:\n"
+        )
+        out.write(grid(LOSS_COLUMNS, _loss_cells(found), out.view))
+
+
+def _layer_cells(row: LayerRow) -> tuple[str, ...]:
+    return (
+        f"{row.name} {row.kind.replace('(', ' (')} {shape_text(row.shape)}",  # breaks before parameters
+        *(number(value, UP) for value in (row.norm, row.slope, row.lipschitz, row.curvature)),
+        "-" if row.share is None else f"{100 * row.share:.1f} %",
+    )
+
+
+def _loss_cells(found: Losses) -> list[tuple[str, ...]]:
+    def share(value: float) -> str:
+        return f"{100 * value / found.margin:.1f} %"
+
+    blank = ("",) * 5
+    rows = [("gradient", *blank, number(found.gradient), share(found.gradient))]
+    for row in found.layers:
+        parts = (number(value) for value in (row.constant, row.curved, row.beyond, row.total))
+        title = f"{row.name} {row.kind.replace('(', ' (')} {shape_text(row.shape)}"
+        rows.append((title, number(row.range), f"{100 * row.bent:.1f} %", *parts, share(row.total)))
+    rows.append(("proof", *blank, number(found.gap), share(found.gap)))
+    return rows

@@ -16,7 +16,7 @@ from certify_cli.errors import UsageError
 from certify_cli.output.formats import FORMATS
 from certify_cli.run.settings import ATTACKS, EFFORTS, LAYOUTS
 
-METHOD_NAMES = ("auto", "lipschitz", "curvature", "dual")
+METHOD_NAMES = ("auto", "lipschitz", "curvature", "dual", "local")
 """For help and completion only, which must not load torch; `certificates.methods.METHODS` decides what is valid."""
 
 DATA_LAYOUTS = ("nchw", "nhwc")
@@ -65,6 +65,15 @@ DataSource = Annotated[
         "images with one folder a class.",
         show_default=False,
     ),
+]
+SampleIndex = Annotated[
+    int | None,
+    typer.Option(
+        "--sample", metavar="I", min=0, help="Where the local bound loses for this sample of --data.", show_default=False
+    ),
+]
+DataOfSample = Annotated[
+    str | None, typer.Option("--data", metavar="SOURCE", help="The data set of --sample.", show_default=False)
 ]
 DataRoot = Annotated[
     str | None,

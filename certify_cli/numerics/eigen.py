@@ -23,6 +23,8 @@ LANCZOS_STEPS = 40
 BREAKDOWN = 1e-10
 FIRST_GAP = 1e-9
 """The first t lies this much (relative) above the estimate; each failed factorisation takes a tenfold step."""
+SMALL = 128
+"""Size up to which single precision saves nothing."""
 FIRST_STEP, STEP_GROWTH = 2.0**-16, 6.0
 """By what part t grows after a first failed factorisation in single precision, and how that part grows."""
 UNSCALED = (1e-50, 1e50)
@@ -126,21 +128,21 @@ def _prove(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factored(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(t, L, bound): single-precision factors L of about I - S / t, and proved upper bounds of lambda_max(S) by them.
+    """(t, L, bound): factors L, in single precision where they are large, of about I - S / t, and proved upper bounds of lambda_max(S) by them.
 
     matrices (batch, n, n): real, positive semidefinite up to rounding, float64; t (batch,): where to begin. Where there
     is no factor t grows, `tries` times at most; then the bound is n times the largest entry, inf if that is no number.
     """
     most = up(matrices.shape[-1] * matrices.abs().amax((1, 2)), 2)
     t = torch.where(t.isfinite() & (t > 0), t, most).clamp(min=UNDERFLOW)
-    lower = torch.zeros_like(matrices, dtype=torch.float32)
+    lower = torch.zeros_like(matrices, dtype=_precision(matrices))
     bound = torch.where(most.isfinite(), most, torch.full_like(most, math.inf))
     open_, step = most.isfinite().nonzero().squeeze(1), FIRST_STEP
     for _ in range(tries):
         if not len(open_):
             break
         whole = len(open_) == len(matrices)
-        factor, good, value = _single(matrices if whole else matrices[open_], t[open_])
+        factor, good, value = _factored(matrices if whole else matrices[open_], t[open_])
         lower[open_] = factor
         bound[open_] = torch.where(good, torch.fmin(value, bound[open_]), bound[open_])
         open_ = open_[~good]
@@ -149,15 +151,20 @@ def factored(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, T
     return t, lower, bound
 
 
-def _single(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factor of I - S / t in single precision, whether there is one, and the bound of lambda_max(S) that it proves.
+def _precision(matrices: Tensor) -> torch.dtype:
+    """Single, where that saves something."""
+    return torch.float64 if matrices.shape[-1] <= SMALL else torch.float32
+
+
+def _factored(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor of I - S / t, whether there is one, and the bound of lambda_max(S) that it proves.
 
     The residual is taken in double precision: with E = (I - S/t) - L L^T,  lambda_max(S) <= t (1 + ||E||_F).
     """
     n = matrices.shape[-1]
     shifted = matrices / -t.reshape(-1, 1, 1)
     shifted.diagonal(dim1=1, dim2=2).add_(1.0)
-    factor, info = torch.linalg.cholesky_ex(shifted.float())
+    factor, info = torch.linalg.cholesky_ex(shifted.to(_precision(shifted)))
     lower = factor.double()
     sizes = lower.square().sum((1, 2)) + torch.linalg.matrix_norm(shifted)
     flaw = torch.linalg.matrix_norm(torch.baddbmm(shifted, lower, lower.mT, alpha=-1))

@@ -213,7 +213,7 @@ def assert_never_worse(network: Network, x: Tensor) -> float:
         assert (decided.lipschitz <= constants.lipschitz).all()
         without = sharpened(point, closed, constants.lower, constants.upper, 1).radius
         without = without.masked_fill(point.own, torch.inf).amin(1)
-        radius = METHODS["curvature"].certify(analysis, point, False).radius
+        radius = METHODS["curvature"].certify(analysis, point, False, None).radius
         assert (radius >= without).all()
         assert (radius >= raised.masked_fill(point.own, torch.inf).amin(1)).all()
         finite = without.isfinite() & (without > 0)
@@ -254,6 +254,6 @@ def test_samples_out_of_range_and_weights_that_overflow_give_no_claim() -> None:
         for bound in ("lipschitz", "change", "lower", "upper"):
             value = getattr(anchors, bound)(index, 1 - point.prediction)
             assert not value.isnan().any()
-        radius = METHODS["curvature"].certify(analysis, point, True).radius
+        radius = METHODS["curvature"].certify(analysis, point, True, None).radius
     assert not radius.isnan().any()
     assert float(radius[2]) == 0.0

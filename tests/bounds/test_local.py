@@ -15,7 +15,7 @@ from certify_cli.bounds.fast import fast_losses
 from certify_cli.bounds.jacobians import squared_gram
 from certify_cli.bounds.local import Ball, Choice, ball, lower_bound, span
 from certify_cli.bounds.ranges import fast_ranges
-from certify_cli.certificates.ascent import _Problem, ascend, starts
+from certify_cli.certificates.ascent import Problem, ascend, starts
 from certify_cli.certificates.point import Point
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense
@@ -241,7 +241,7 @@ def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
             best = ascend(point, found, margin, cotangents, None, 6).choice
             choices += [best, Choice(best.slopes, best.weights, best.tau, best.mu)]
             choices += [random_choice(point, found, seed) for seed in range(2)]
-            problem = _Problem(point, found, margin, cotangents)
+            problem = Problem(point, found, margin, cotangents)
             choices += [problem.at(choice, None).ascended.choice for choice in choices]  # with the hints that they want
             for choice in choices:
                 value = lower_bound(point, found, margin, cotangents, choice)

@@ -60,8 +60,8 @@ def test_more_points_never_lower_a_radius(name: str) -> None:
     analysis = Analysis(network)
     with exact_kernels():
         point = Point(network, points(network, 30))
-        closed = METHODS["curvature"].certify(analysis, point, False).radius
-        dual = METHODS["dual"].certify(analysis, point, False).radius
+        closed = METHODS["curvature"].certify(analysis, point, False, None).radius
+        dual = METHODS["dual"].certify(analysis, point, False, None).radius
         lower, upper = (
             rows(point.prediction) for rows in (analysis.curvature_pairs.rows, analysis.curvature_pairs.columns)
         )

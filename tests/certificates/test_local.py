@@ -14,7 +14,7 @@ from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.certificates import local
 from certify_cli.certificates.local import Batch, local_radii
-from certify_cli.certificates.methods import LOCAL
+from certify_cli.certificates.methods import METHODS
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.search import searched
 from certify_cli.load.fit import fit
@@ -202,8 +202,8 @@ def test_tiny_and_huge_weights_lose_nothing_silently() -> None:
 @pytest.mark.parametrize("name", [*PIECEWISE, "max pooling"])
 def test_what_has_no_curvature_is_refused(name: str) -> None:
     network = pooled_net() if name == "max pooling" else PIECEWISE[name]
-    assert LOCAL.applies(network) == why_no_curvature(network)
-    assert LOCAL.applies(network) is not None
+    assert METHODS["local"].applies(network) == why_no_curvature(network)
+    assert METHODS["local"].applies(network) is not None
 
 
 def test_one_hopeless_rival_among_many_decides() -> None:

@@ -112,7 +112,7 @@ def modules() -> dict[str, ModuleType]:
     """The replaced modules by name."""
     made = {
         "certify_cli.run.engine": {"prepare": prepare},
-        "certify_cli.certificates.methods": {"METHODS": {"lipschitz": None, "curvature": None, "dual": None}},
+        "certify_cli.certificates.methods": {"METHODS": dict.fromkeys(("lipschitz", "curvature", "dual", "local"))},
     }
     result = {}
     for name, members in made.items():

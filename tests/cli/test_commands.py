@@ -69,6 +69,7 @@ def test_inspect_json(curvcert: Curvcert) -> None:
         "lipschitz": True,
         "curvature": True,
         "dual": True,
+        "local": True,
     }
     assert all(method["reason"] is None for method in found["methods"])
 

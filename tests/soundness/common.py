@@ -7,7 +7,7 @@ from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import AUTO, LOCAL, METHODS, certify_batch, select
+from certify_cli.certificates.methods import AUTO, METHODS, certify_batch, select
 from certify_cli.certificates.point import Point
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
@@ -19,8 +19,7 @@ def certify(
 ) -> Certificates:
     """Certificates of the samples x (batch, *input shape)."""
     with exact_kernels():
-        methods = (LOCAL,) if method == LOCAL.name else select(method, network)
-        return certify_batch(methods, Analysis(network, effort), Point(network, x), attack)
+        return certify_batch(select(method, network), Analysis(network, effort), Point(network, x), attack)
 
 
 def every_radius(network: Network, x: Tensor, effort: str = "normal") -> dict[str, float]:
