@@ -18,7 +18,7 @@ from certify_cli.bounds.ranges import Ranges
 from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.linearised import Slope, Vectors, head, nonlinear_nodes
 from certify_cli.network.spans import Span
-from certify_cli.numerics.rounding import UNDERFLOW, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, powers_of_two, up, vector_norm_up
 
 SQUARED_ENTRIES = 2**23
 """Largest stacked Gram matrix that is squared entrywise for the free eigenvalue bound (64 MiB a sample)."""
@@ -40,7 +40,7 @@ def fast_losses(
     apart, flaws = torch.zeros_like(straight), torch.zeros_like(straight)
     by_head: dict[int, Tensor] = {}
     for part in parts:
-        together = up(0.5 * part.weights.amax(2) * ranges.norm[part.head].unsqueeze(1).square(), 4)
+        together = up(part.weights.amax(2) * up(0.5 * ranges.norm[part.head].unsqueeze(1).square(), 2), 3)
         apart = apart + torch.fmin(up(torch.minimum(part.quadratic, part.interval).sum(2), part.weights.shape[2] + 2), together)
         flaws = flaws + part.flaw
         by_head[part.head] = up(by_head[part.head] + part.weights, 1) if part.head in by_head else part.weights
@@ -75,7 +75,7 @@ def node_parts(point: Linearised, ranges: Ranges, pulled: Mapping[int, Vectors],
         weights = torch.maximum(-v * bottom, -v * top).clamp(min=0.0)
         interval = torch.maximum(-v * low, -v * high).clamp(min=0.0)
         reach = torch.maximum(-here.lo, here.hi).unsqueeze(1)
-        quadratic = up(0.5 * weights * reach.square(), 4)
+        quadratic = up(weights * up(0.5 * reach.square(), 2), 3)
         size = vector_norm_up(torch.maximum(-low, high)).clamp(min=0.0)
         flaw = up(error * size) + UNDERFLOW
         parts.append(Part(head(point.network, layer), weights, quadratic, interval, flaw))
@@ -138,9 +138,11 @@ def _together(ball: Ball, weights: Mapping[int, Tensor]) -> Tensor:
     w = torch.cat([weights[t] for t in ball.jacobians.heads], dim=2)
     rest = torch.cat([ball.rest[t] for t in ball.jacobians.heads], dim=1)
     count = w.shape[2]
-    form = up((w @ rows.squared * w).sum(2), 2 * count + 4).sqrt().sqrt()
-    own = up((w * rest.square().unsqueeze(1)).sum(2), count + 2).sqrt()
-    return up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12)
+    unit = powers_of_two(w.flatten(0, 1)).reshape(w.shape[:2])  # no square of a weight may vanish
+    w = w / unit.unsqueeze(2)
+    form = (up((w @ rows.squared * w).sum(2), 2 * count + 4) + UNDERFLOW).sqrt().sqrt()
+    own = (up((w * up(rest.square()).unsqueeze(1)).sum(2), count + 3) + UNDERFLOW).sqrt()
+    return up(unit * up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12))
 
 
 def _tangents(here: Span, slope: Slope, sharp: bool) -> tuple[Tensor, Tensor]:

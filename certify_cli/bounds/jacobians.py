@@ -17,7 +17,7 @@ from torch import Tensor
 
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slopes, Vectors, pull
-from certify_cli.numerics.rounding import gamma, power_of_two, up
+from certify_cli.numerics.rounding import UNDERFLOW, gamma, power_of_two, up
 
 SMALL = 128
 """Rows or inputs up to which nothing is gained by single precision."""
@@ -95,7 +95,7 @@ class Rows:
         """Entrywise upper bounds (batch or 1, count, count) of (A A^T)^2, for the computed A."""
         sizes = torch.cat([s.expand(len(self._stacked), -1) for s in self.sizes], dim=1)
         slack = gamma(self.inputs + 2) * sizes.unsqueeze(2) * sizes.unsqueeze(1)
-        return up((self._stacked.abs() + slack).square(), 8)
+        return up((self._stacked.abs() + slack).square(), 8) + UNDERFLOW
 
     @cached_property
     def short(self) -> tuple[tuple[Tensor, ...], float]:
@@ -162,4 +162,4 @@ def squared_gram(rows: Vectors) -> Tensor:
         + norms.unsqueeze(2) * error.unsqueeze(1)
         + error.unsqueeze(2) * (norms + error).unsqueeze(1)
     )
-    return up((gram.abs() + slack).square(), 8)
+    return up((gram.abs() + slack).square(), 8) + UNDERFLOW

@@ -228,8 +228,8 @@ def _sums(block: Vectors, radius: Tensor, q: _Remainder) -> tuple[Tensor, Tensor
     def total(plus: Tensor, minus: Tensor) -> Tensor:
         u = plus * q.top.unsqueeze(1) + minus * (-q.bottom).unsqueeze(1)
         image = u @ q.squared[0] if len(q.squared) == 1 else u @ q.squared
-        form = up((image * u).sum(2), 2 * terms).sqrt().sqrt()
-        own = _rows_times(u, q.beyond.square()).sqrt()
+        form = (up((image * u).sum(2), 2 * terms) + UNDERFLOW).sqrt().sqrt()
+        own = (_rows_times(u, up(q.beyond.square())) + UNDERFLOW).sqrt()
         squares = up(0.5 * (radius.unsqueeze(1) * form + own).square(), terms)
         curved = torch.fmin(squares, up(_rows_times(u, q.half_square), terms))
         flat = up(_rows_times(plus, q.most) + _rows_times(minus, -q.least), terms)
@@ -303,7 +303,7 @@ def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, 
         depth = depths(here, torch.where(v < 0, -1.0, 1.0).to(v.dtype), slope, bend)
         reach = torch.maximum(-here.lo, here.hi)
         far = vector_norm_up(up((here.activation.lipschitz + slope.abs()) * reach, 3))
-        loss = up(loss + up((v.abs() * depth).sum(1), v.shape[1] + 1) + error * far, 4)
+        loss = up(loss + up((v.abs() * depth).sum(1), v.shape[1] + 1) + error * far, 4) + UNDERFLOW
         target = head(network, layer)
         weights[target] = up(weights[target] + up(bend * v.abs()), 1)
     gradient, flaw = pulled[0].value[:, 0].flatten(1), pulled[0].error[:, 0]

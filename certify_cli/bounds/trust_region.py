@@ -21,7 +21,7 @@ from torch import Tensor
 
 from certify_cli.bounds.jacobians import Rows
 from certify_cli.numerics.eigen import factored
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, powers_of_two, times, up, vector_norm_up
 
 NEAREST = 2.0**-16
 """How close, relatively, mu may come to the largest eigenvalue: beyond, the proof of lam drowns in rounding."""
@@ -55,13 +55,18 @@ class Quadratic:
     @property
     def of_rest(self) -> Tensor:
         """sum w rest^2, up, (batch,)."""
-        return up((self.weights * self.rest.square()).sum(1), self.weights.shape[1] + 3)
+        return up((self.weights * up(self.rest.square())).sum(1), self.weights.shape[1] + 5) + UNDERFLOW
+
+    @property
+    def bare(self) -> Tensor:
+        """Where no weight meets a rest, (batch,); not so for NaN (no weight times an infinite rest)."""
+        return ((self.weights == 0) | (self.rest == 0)).all(1)
 
     @property
     def trace(self) -> Tensor:
         """Of A^T diag(w) A, up, (batch,)."""
         squares = torch.cat([up(s.square(), 2).expand(len(self.weights), -1) for s in self.rows.sizes], dim=1)
-        return up((self.weights * squares).sum(1), self.weights.shape[1] + 3)
+        return up((self.weights * squares).sum(1), self.weights.shape[1] + 3) + UNDERFLOW
 
     def matrix(self) -> tuple[Tensor, Tensor]:
         """A matrix with the eigenvalues of A^T diag(w) A (but for zeros), on the smaller side, and its rounding."""
@@ -98,7 +103,7 @@ def trust_region_loss(
     n = gradient.shape[1]
     matrix, slack = quadratic.matrix()
     of_rest = quadratic.of_rest
-    bare = of_rest == 0  # not so for NaN (no weight times an infinite rest), which must not pass for no rest
+    bare = quadratic.bare & of_rest.isfinite()
     tau = torch.where(bare, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9))
     t, lower, proved = factored(matrix, mu / (1 + tau) * (1 - 2 * NEAREST), TRIES)
     largest = times(up(proved + slack, 2), up(1 + tau, 2))
@@ -113,7 +118,7 @@ def trust_region_loss(
     r = up(vector_norm_up(residual) + rounding, 6) + UNDERFLOW
     inner = (gradient * y).sum(1)
     inner = inner + gamma(n + 3) * (gradient * y).abs().sum(1) + UNDERFLOW  # its own rounding, and a little more
-    form = up(inner.clamp(min=0.0) + size * r + r * r / least, 6)
+    form = up(inner.clamp(min=0.0) + size * r + up(r * up(r / least)), 6)  # r^2 could vanish before the division
     rest = torch.where(bare, torch.zeros_like(tau), times(of_rest, up(1 + 1 / tau.clamp(min=LEAST_TAU), 2)))
     total = up(0.5 * (times(mu, radius, radius) + form + rest) + times(error, radius), 6)
     good = total.isfinite() & (least > 0) & mu.isfinite()
@@ -145,7 +150,8 @@ class _Factor:
 def _solve(factor: _Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
     """About H^-1 g by preconditioned conjugate gradients on H / mu: any answer will do."""
     ratio = ((1 + tau) / mu).unsqueeze(1)
-    r, y = gradient, torch.zeros_like(gradient)
+    unit = powers_of_two(gradient).unsqueeze(1)  # no square of a gradient may vanish
+    r, y = gradient / unit, torch.zeros_like(gradient)
     z = factor.solve(r)
     p, square = z, (r * z).sum(1, keepdim=True)
     for _ in range(STEPS):
@@ -155,4 +161,4 @@ def _solve(factor: _Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor
         z = factor.solve(r)
         new = (r * z).sum(1, keepdim=True)
         p, square = z + (new / square).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * p, new
-    return (y / mu.unsqueeze(1)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return (y / mu.unsqueeze(1) * unit).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -22,6 +22,11 @@ def certify(
         return certify_batch(select(method, network), Analysis(network, effort), Point(network, x), attack)
 
 
+def slack(method: str, least: float = 1e-9) -> float:
+    """How far (relative) a radius may be from where it would be with other roundings: `least`, or what a search resolves."""
+    return max(least, *(m.resolution for m in METHODS.values() if method in (m.name, AUTO)))
+
+
 def every_radius(network: Network, x: Tensor, effort: str = "normal") -> dict[str, float]:
     """The certified radius of the one sample x by each method that applies, and by `auto`."""
     names = [name for name, method in METHODS.items() if method.applies(network) is None]

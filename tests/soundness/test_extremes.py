@@ -21,7 +21,7 @@ from certify_cli.numerics.eigen import largest_eigenvalue
 from certify_cli.numerics.norms import conv_symbol_norm, matrix_norm
 from certify_cli.numerics.rounding import times, up
 from tests.networks import mlp, points
-from tests.soundness.common import certify, dense_stack, tensor
+from tests.soundness.common import certify, dense_stack, slack, tensor
 
 TANH = from_name("tanh")
 POWERS = (-1000, -700, -540, -520, -500, -400, -300, -270, -200, -60, 60, 200, 300, 400, 480, 510, 530, 700, 1000)
@@ -36,47 +36,52 @@ FIRST, BIAS, LAST = _random(1, 7, 5), _random(2, 7), _random(3, 3, 7)
 X = _random(4, 6, 5)
 
 
+@pytest.mark.parametrize("method", ["dual", "local"])
 @pytest.mark.parametrize("effort", ["fast", "max"])
 @pytest.mark.parametrize("activation", ["tanh", "softplus"])
 @pytest.mark.parametrize("power", POWERS)
-def test_units_of_the_input_change_nothing(power: int, activation: str, effort: str) -> None:
+def test_units_of_the_input_change_nothing(power: int, activation: str, effort: str, method: str) -> None:
     """x / c with first weights c W. Below c = 1e-81 the curvature of such a network once came out as 0."""
     phi = from_name(activation)
-    plain = certify(dense_stack((FIRST, BIAS), phi, (LAST, None)), X, effort=effort)
+    if method == "local" and ((effort, activation) == ("fast", "tanh") or abs(power) not in (60, 200, 400, 700)):
+        pytest.skip("some scales of the searched method suffice")
+    plain = certify(dense_stack((FIRST, BIAS), phi, (LAST, None)), X, method, effort)
     c = 2.0**power
-    scaled = certify(dense_stack((c * FIRST, BIAS), phi, (LAST, None)), X / c, effort=effort)
+    scaled = certify(dense_stack((c * FIRST, BIAS), phi, (LAST, None)), X / c, method, effort)
     # never more than in plain units, whatever is lost at the ends of the range; beyond 2^400 other points of the dual's
     # balls overflow than in plain units, so that their search may stop 1e-4 (`tangent.GAIN`) away
-    slack = 1e-4 if abs(power) > 400 and effort == "max" else 1e-9
-    assert bool((scaled.radius * c <= plain.radius * (1 + slack)).all())
+    allowed = slack(method, 1e-4 if abs(power) > 400 and effort == "max" else 1e-9)
+    assert bool((scaled.radius * c <= plain.radius * (1 + allowed)).all())
     assert bool((scaled.radius >= 0).all())
-    if abs(power) <= 400:
-        assert torch.allclose(scaled.radius * c, plain.radius, rtol=1e-9, atol=0)
+    if abs(power) <= (200 if method == "local" else 400):  # the fourth powers of `local` leave the range earlier
+        assert torch.allclose(scaled.radius * c, plain.radius, rtol=slack(method), atol=0)
 
 
 @pytest.mark.parametrize("power", POWERS)
 def test_units_of_the_logits_change_nothing(power: int) -> None:
     c = 2.0**power
-    plain = certify(dense_stack((FIRST, BIAS), TANH, (LAST, None)), X)
-    scaled = certify(dense_stack((FIRST, BIAS), TANH, (c * LAST, None)), X)
-    assert bool((scaled.radius <= plain.radius * (1 + 1e-9)).all())
-    if abs(power) <= 400:
-        assert torch.allclose(scaled.radius, plain.radius, rtol=1e-9, atol=0)
+    for method in ("dual", "local"):
+        plain = certify(dense_stack((FIRST, BIAS), TANH, (LAST, None)), X, method)
+        scaled = certify(dense_stack((FIRST, BIAS), TANH, (c * LAST, None)), X, method)
+        assert bool((scaled.radius <= plain.radius * (1 + slack(method))).all())
+        if abs(power) <= (200 if method == "local" else 400):
+            assert torch.allclose(scaled.radius, plain.radius, rtol=slack(method), atol=0)
 
 
+@pytest.mark.parametrize("method", ["dual", "local"])
 @pytest.mark.parametrize("power", POWERS)
-def test_a_factor_that_is_given_and_taken_back(power: int) -> None:
+def test_a_factor_that_is_given_and_taken_back(power: int, method: str) -> None:
     """c I, then W / c: no product of norms may vanish on the way."""
     c = 2.0**power
     eye = c * torch.eye(5, dtype=torch.float64)
-    plain = certify(dense_stack((FIRST, BIAS), TANH, (LAST, None)), X)
+    plain = certify(dense_stack((FIRST, BIAS), TANH, (LAST, None)), X, method)
     for parts in (((eye, None), (FIRST / c, BIAS)), ((eye / c / c, None), (FIRST * c, BIAS))):
         if abs(power) > 500 and parts[0][0].abs().max() in (0.0, math.inf):
             continue
-        scaled = certify(dense_stack(*parts, TANH, (LAST, None)), X)
-        assert bool((scaled.radius <= plain.radius * (1 + 1e-9)).all())
-        if abs(power) <= 300:
-            assert torch.allclose(scaled.radius, plain.radius, rtol=1e-9, atol=0)
+        scaled = certify(dense_stack(*parts, TANH, (LAST, None)), X, method)
+        assert bool((scaled.radius <= plain.radius * (1 + slack(method))).all())
+        if abs(power) <= (200 if method == "local" else 300):
+            assert torch.allclose(scaled.radius, plain.radius, rtol=slack(method), atol=0)
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -182,7 +187,7 @@ def test_classes_that_differ_by_a_constant_never_flip(method: str) -> None:
     three = dense_stack((FIRST, BIAS), TANH, (torch.cat([twins, LAST[1:2]]), tensor(2.0, 0.0, 0.0)))
     two = dense_stack((FIRST, BIAS), TANH, (torch.cat([twins[:1], LAST[1:2]]), tensor(2.0, 0.0)))
     with_twin, without = certify(three, X, method), certify(two, X, method)
-    assert torch.allclose(with_twin.radius, without.radius, rtol=1e-9, atol=0)
+    assert torch.allclose(with_twin.radius, without.radius, rtol=slack(method), atol=0)
 
 
 @pytest.mark.parametrize("where", ["first", "last", "all"])
@@ -205,7 +210,7 @@ def test_denormal_weights_among_ordinary_ones() -> None:
     clean = first.masked_fill(first.abs() < 1e-300, 0.0)
     noisy = certify(dense_stack((first, BIAS), TANH, (LAST, None)), X)
     plain = certify(dense_stack((clean, BIAS), TANH, (LAST, None)), X)
-    assert torch.allclose(noisy.radius, plain.radius, rtol=1e-9, atol=0)
+    assert torch.allclose(noisy.radius, plain.radius, rtol=slack("auto"), atol=0)
 
 
 @pytest.mark.parametrize("method", ["lipschitz", "curvature", "auto"])
@@ -213,7 +218,7 @@ def test_a_sample_that_is_not_finite_spoils_no_other(method: str) -> None:
     network = mlp((5, 8, 7, 3), "softplus", seed=3)
     bad = torch.cat([X, tensor([math.nan] * 5, [math.inf] * 5, [1e308] * 5)])
     mixed, alone = certify(network, bad, method), certify(network, X, method)
-    assert torch.allclose(mixed.radius[:6], alone.radius, rtol=1e-12, atol=0)
+    assert torch.allclose(mixed.radius[:6], alone.radius, rtol=slack(method, 1e-12), atol=0)
     assert bool((mixed.radius[6:] == 0).all())
     assert bool(mixed.attack[6:].isnan().all())
 
