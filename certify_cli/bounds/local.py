@@ -26,6 +26,7 @@ from torch import Tensor
 
 from certify_cli.bounds.jacobians import Jacobians, pulled_rows, squared_gram
 from certify_cli.bounds.ranges import Ranges, Samples
+from certify_cli.bounds.supports import Supports
 from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.activations import Activation
 from certify_cli.network.linearised import Slope, Slopes, Vectors, head, nonlinear_nodes, pull
@@ -50,13 +51,15 @@ class Frame:
     """What (2) is linearised at, and what follows from it whatever the ball.
 
     `slopes` of every nonlinear node that a pre-activation follows, `chorded` (batch, size) where it is no tangent, the
-    Jacobians with these slopes, and the squares of their Gram matrices by head (batch or 1, size, size).
+    Jacobians with these slopes, the squares of their Gram matrices by head (batch or 1, size, size), and the supports of
+    the inner Jacobians' rows.
     """
 
     slopes: Mapping[int, Slope]
     chorded: Mapping[int, Tensor]
     jacobians: Jacobians
     squared: Mapping[int, Tensor]
+    supports: Mapping[tuple[int, int], Supports]
 
     def at(self, index: Tensor) -> Frame:
         """Of the samples at `index`."""
@@ -65,6 +68,7 @@ class Frame:
             {k: c[index] for k, c in self.chorded.items()},
             self.jacobians.at(index),
             {k: s if len(s) == 1 else s[index] for k, s in self.squared.items()},
+            self.supports,
         )
 
 
@@ -130,12 +134,13 @@ class _Remainder:
         return vector_norm_up(up(curved + torch.maximum(-self.least, self.most)))
 
 
-def ball(point: Linearised, start: Ranges, frame: Frame | None = None) -> Ball:
+def ball(point: Linearised, start: Ranges, frame: Frame | None = None, like: Frame | None = None) -> Ball:
     """The ball of `start`, whose ranges it never widens: layer by layer, as each needs only earlier ones.
 
     In a `frame` made for another ball of the same samples, or in one of its own: there a neuron's slope is phi'(z),
     with the quadratic remainder of theory section 4, or, where that would be much larger than what the chord leaves (a
-    wide range, saturated ends), the chord's, with an interval.
+    wide range, saturated ends), the chord's, with an interval. `like` is another frame of the network's, from which the
+    Gram matrices are taken that no slope changes.
     """
     network, radius = point.network, start.radius
     low, high, rest = dict(start.low), dict(start.high), {}
@@ -144,6 +149,7 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None) -> Ball:
     slopes: dict[int, Slope] = {}
     chorded: dict[int, Tensor] = {}
     squared: dict[int, Tensor] = {}
+    supports: dict[tuple[int, int], Supports] = {}
     known: dict[int, _Remainder] = {}
     last = nonlinear_nodes(network)[-1]
     for target in sorted({head(network, k) for k in nonlinear_nodes(network)}):
@@ -158,7 +164,9 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None) -> Ball:
         above = torch.zeros_like(low[target])
         below = torch.zeros_like(above)
         for source, block in rows.items():
-            more, less = _sums(block, radius, known[source])
+            pair = target, source
+            supports[pair] = Supports.of(block.value) if frame is None else frame.supports[pair]
+            more, less = _sums(block, radius, known[source], supports[pair])
             above, below = above + more, below + less
         above, below = up(above, len(rows)), up(below, len(rows))
         rest[target] = up(torch.maximum(above, below) + radius.unsqueeze(1) * outer[target].error, 4) + UNDERFLOW
@@ -168,7 +176,8 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None) -> Ball:
         here = Ranges(radius, low, high, start.norm)
         for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target and k < last):
             if target not in squared:
-                squared[target] = squared_gram(outer[target]) if frame is None else frame.squared[target]
+                same = frame if frame is not None or slopes else like
+                squared[target] = squared_gram(outer[target]) if same is None else same.squared[target]
             on = span(point, layer, here)
             if frame is None:
                 slopes[layer], chorded[layer] = _chosen(point, layer, on)
@@ -176,7 +185,7 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None) -> Ball:
                 slopes[layer], chorded[layer] = frame.slopes[layer], frame.chorded[layer]
             known[layer] = _remainder(point, layer, on, slopes[layer], chorded[layer], rest[target], squared[target])
     if frame is None:
-        frame = Frame(slopes, chorded, Jacobians(outer, inner), squared)
+        frame = Frame(slopes, chorded, Jacobians(outer, inner), squared, supports)
     return Ball(frame, Ranges(radius, low, high, start.norm), rest)
 
 
@@ -215,7 +224,7 @@ def chords(here: Span, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return slope, *here.remainders(slope)
 
 
-def _sums(block: Vectors, radius: Tensor, q: _Remainder) -> tuple[Tensor, Tensor]:
+def _sums(block: Vectors, radius: Tensor, q: _Remainder, supports: Supports) -> tuple[Tensor, Tensor]:
     """Upper bounds (batch, size) of sum_j B_ij q_j and of its negative, over the ball.
 
     The quadratic part, u_j = max(0, B_ij bottom_j, B_ij top_j), is at most the sum of u_j t_j^2 / 2 and, G = A A^T,
@@ -227,8 +236,7 @@ def _sums(block: Vectors, radius: Tensor, q: _Remainder) -> tuple[Tensor, Tensor
 
     def total(plus: Tensor, minus: Tensor) -> Tensor:
         u = plus * q.top.unsqueeze(1) + minus * (-q.bottom).unsqueeze(1)
-        image = u @ q.squared[0] if len(q.squared) == 1 else u @ q.squared
-        form = (up((image * u).sum(2), 2 * terms) + UNDERFLOW).sqrt().sqrt()
+        form = (up(supports.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt().sqrt()
         own = (_rows_times(u, up(q.beyond.square())) + UNDERFLOW).sqrt()
         squares = up(0.5 * (radius.unsqueeze(1) * form + own).square(), terms)
         curved = torch.fmin(squares, up(_rows_times(u, q.half_square), terms))

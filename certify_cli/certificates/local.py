@@ -304,7 +304,8 @@ class Batch:
     def _reframe(self, samples: Tensor, radius: Tensor) -> None:
         """A frame made for these balls, of all samples in their order."""
         assert len(samples) == len(self.point.x)
-        self.frame = ball(self.point, fast_ranges(self.point, self.analysis.weights, radius)).frame
+        ranges = fast_ranges(self.point, self.analysis.weights, radius)
+        self.frame = ball(self.point, ranges, like=self.frame).frame
 
     def _ball(self, samples: Tensor, radius: Tensor) -> Ball:
         part = self.point.at(samples)

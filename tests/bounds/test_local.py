@@ -15,6 +15,7 @@ from certify_cli.bounds.fast import fast_losses
 from certify_cli.bounds.jacobians import squared_gram
 from certify_cli.bounds.local import Ball, Choice, ball, lower_bound, span
 from certify_cli.bounds.ranges import fast_ranges
+from certify_cli.bounds.supports import Supports
 from certify_cli.certificates.ascent import Problem, ascend, starts
 from certify_cli.certificates.point import Point
 from certify_cli.network.activations import from_name
@@ -166,7 +167,7 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
                 blocks = [Vectors(b, 0.1 * torch.rand(b.shape[:2], generator=g, dtype=D)) for b in (shared, own)]
                 blocks += [b for (_, source), b in found.jacobians.inner.items() if source == layer]
                 for block in blocks:
-                    more, less = local._sums(block, found.radius, q)
+                    more, less = local._sums(block, found.radius, q, Supports.of(block.value))
                     off = torch.randn(block.value.shape, generator=g, dtype=D)
                     off = off / off.norm(dim=2, keepdim=True) * block.error.unsqueeze(2)  # the exact block
                     for after in moved:
@@ -392,3 +393,19 @@ def test_a_part_of_a_ball_is_the_ball_of_that_part() -> None:
             (cut.jacobians.outer[target].value, fresh.jacobians.outer[target].value),
         ):
             assert torch.allclose(one, other, rtol=1e-9, atol=1e-13)
+
+
+def test_supports_change_no_form() -> None:
+    """Rows grouped by where they are not zero, or not: the same quadratic forms."""
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.rand(6, 40, generator=g) < 0.15).repeat(5, 1)
+    mask[7] = False
+    for batch in (1, 3):
+        u = torch.randn(3, 30, 40, generator=g, dtype=D) * mask
+        matrix = torch.randn(batch, 40, 40, generator=g, dtype=D)
+        found = Supports.of(u)
+        assert found.groups is not None
+        assert sum(len(rows) for rows, _ in found.groups) == 30
+        expected = torch.einsum("bmi,bij,bmj->bm", u, matrix.expand(3, -1, -1), u)
+        assert torch.allclose(found.forms(u, matrix), expected, rtol=1e-12, atol=1e-12)
+    assert Supports.of(torch.ones(1, 4, 9)).groups is None

@@ -1,0 +1,46 @@
+"""Where the rows of a matrix are not zero: a convolution's rows see a patch each, and rows of one place the same patch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DENSE = 0.3
+"""Where a row's support is more than this part of the columns, on average, it is not worth looking for."""
+GROUPS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Supports:
+    """Rows grouped by common support: (rows, columns), index tensors each; None for one group of everything."""
+
+    groups: tuple[tuple[Tensor, Tensor], ...] | None
+
+    @classmethod
+    def of(cls, matrices: Tensor) -> Supports:
+        """Of matrices (batch or 1, m, n): what is outside of a row's columns is zero in all of them."""
+        mask = (matrices != 0).any(0)
+        if float(mask.double().mean()) > DENSE:
+            return cls(None)
+        patterns, which = mask.unique(dim=0, return_inverse=True)
+        if len(patterns) > GROUPS:
+            return cls(None)
+        rows = [(which == number).nonzero()[:, 0] for number in range(len(patterns))]
+        return cls(tuple((r, p.nonzero()[:, 0]) for r, p in zip(rows, patterns, strict=True)))
+
+    def forms(self, u: Tensor, matrix: Tensor) -> Tensor:
+        """u_i^T M u_i (batch, m), for u (batch, m, n) with these supports and M (batch or 1, n, n)."""
+        if self.groups is None:
+            return _forms(u, matrix)
+        found = u.new_zeros(u.shape[:2])
+        for rows, columns in self.groups:
+            if len(columns):
+                part = u[:, rows.unsqueeze(1), columns.unsqueeze(0)]
+                found[:, rows] = _forms(part, matrix[:, columns.unsqueeze(1), columns.unsqueeze(0)])
+        return found
+
+
+def _forms(u: Tensor, matrix: Tensor) -> Tensor:
+    return ((u @ matrix[0] if len(matrix) == 1 else u @ matrix) * u).sum(2)
