@@ -81,7 +81,9 @@ def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: st
 
         def by_method(name: str) -> float | None:
             method = METHODS[name]
-            return mean(method.certify(analysis, point, False, None).radius) if method.applies(network) is None else None
+            return (
+                mean(method.certify(analysis, point, False, None).radius) if method.applies(network) is None else None
+            )
 
         def by_curvature() -> float | None:
             """The method `curvature` without what is anchored at the sample."""

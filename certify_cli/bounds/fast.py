@@ -41,7 +41,9 @@ def fast_losses(
     by_head: dict[int, Tensor] = {}
     for part in parts:
         together = up(part.weights.amax(2) * up(0.5 * ranges.norm[part.head].unsqueeze(1).square(), 2), 3)
-        apart = apart + torch.fmin(up(torch.minimum(part.quadratic, part.interval).sum(2), part.weights.shape[2] + 2), together)
+        apart = apart + torch.fmin(
+            up(torch.minimum(part.quadratic, part.interval).sum(2), part.weights.shape[2] + 2), together
+        )
         flaws = flaws + part.flaw
         by_head[part.head] = up(by_head[part.head] + part.weights, 1) if part.head in by_head else part.weights
     if known is not None and known.jacobians.rows.count**2 <= SQUARED_ENTRIES:
@@ -106,7 +108,9 @@ class Tangents:
         return up(bent + self.flat, 2)
 
 
-def tangents(known: Ball, parts: Sequence[Part], pulled: Mapping[int, Vectors], sample: Tensor, rival: Tensor) -> Tangents:
+def tangents(
+    known: Ball, parts: Sequence[Part], pulled: Mapping[int, Vectors], sample: Tensor, rival: Tensor
+) -> Tangents:
     """Of `rival` (count,) for every `sample` (count,) of the ball's.
 
     A neuron counts by its quadratic, or where that is much larger, by its interval.

@@ -99,7 +99,7 @@ class Rows:
 
     @cached_property
     def short(self) -> tuple[tuple[Tensor, ...], float]:
-        """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit: for estimates, unit a power of two.
+        """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit, a power of two: for estimates.
 
         In single precision where it saves something; small ones repeat better in double precision.
         """

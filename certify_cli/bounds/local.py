@@ -51,8 +51,8 @@ class Frame:
     """What (2) is linearised at, and what follows from it whatever the ball.
 
     `slopes` of every nonlinear node that a pre-activation follows, `chorded` (batch, size) where it is no tangent, the
-    Jacobians with these slopes, the squares of their Gram matrices by head (batch or 1, size, size), and the supports of
-    the inner Jacobians' rows.
+    Jacobians with these slopes, the squares of their Gram matrices by head (batch or 1, size, size), and the supports
+    of the inner Jacobians' rows.
     """
 
     slopes: Mapping[int, Slope]

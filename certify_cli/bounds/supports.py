@@ -1,10 +1,12 @@
-"""Where the rows of a matrix are not zero: a convolution's rows see a patch each, and rows of one place the same patch."""
+"""Where the rows of a matrix are not zero.
+
+A convolution's rows see a patch each, and rows of one place the same patch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 DENSE = 0.3

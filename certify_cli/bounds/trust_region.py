@@ -7,8 +7,8 @@ H = mu I - (1+tau) A^T diag(w) A >= lam I, lam > 0, and every y,
     sup_{||d|| <= e}  -<g,d> + (1+tau)/2 d^T A^T diag(w) A d  <=  mu e^2/2 + 1/2 g^T H^-1 g
                                             g^T H^-1 g        <=  g^T y + y^T r + ||r||^2 / lam ,      r = g - H y.
 
-mu, tau and y decide how sharp it is, never whether it holds; lam comes from a proved eigenvalue. One Cholesky factor, in
-single precision, gives both: what it leaves of the matrix is measured in double precision (`eigen.factored`), and
+mu, tau and y decide how sharp it is, never whether it holds; lam comes from a proved eigenvalue. One Cholesky factor,
+in single precision, gives both: what it leaves of the matrix is measured in double precision (`eigen.factored`), and
 conjugate gradients preconditioned by it find y.
 """
 

@@ -29,12 +29,15 @@ RESOLUTION = 0.02
 """How far from each other, relatively, two searches of one sample may end whose roundings differ."""
 START = 0.5
 """Where to begin, as a part of the radius that there would be without curvature."""
-FAST_BALLS = 14
+ROUGH_BALLS, SHARP_BALLS = 14, 2
+"""Balls that the fast tier tries, with ranges of phi'' alone and with the sharp remainders that cost the most there."""
+SHARPER = 1.08
+"""About what these add to the radius."""
 PROBES, MOST_PROBES = 2, 14
 """Balls probed before a search, and where none of them says anything of the radius."""
 ASCENT = 1.08
 """About what an ascent adds to the radius."""
-ROUGH, FAST_CLOSE = 0.3, 2e-3
+ROUGH, FAST_CLOSE = 0.3, 1e-2
 """How closely, relatively, probes and the fast tier find what they look for."""
 SAFE = 4e-3
 """Estimates count less this part of the margin: what their proofs give is less by about that."""
@@ -157,7 +160,7 @@ class Batch:
         """Adjoints and gradients of the margins of some samples."""
         return {k: Vectors(v.value[samples], v.error[samples]) for k, v in self.point.adjoints.items()}
 
-    def fast(self, start: Tensor, sharp: bool) -> tuple[Tensor, Tensor]:
+    def fast(self, start: Tensor, balls: int, sharp: bool) -> tuple[Tensor, Tensor]:
         """Balls (batch,) proved without a Jacobian, and about the radius of each rival (batch, classes).
 
         start (batch,): where to begin; every ball is tried by all rivals at once.
@@ -165,7 +168,7 @@ class Batch:
         bracket = Bracket.around(start)
         about = torch.full_like(self.point.margin_low, torch.inf)
         live = torch.arange(len(start), device=start.device)
-        for _ in range(FAST_BALLS):
+        for _ in range(balls):
             part, here = self.point.at(live), bracket.radius[live]
             ranges = fast_ranges(part, self.analysis.weights, here)
             left = difference_down(part.margin_low, fast_losses(part, ranges, self.pulled(live), sharp=sharp))
@@ -209,8 +212,8 @@ class Batch:
 
     def _fast(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """The fast tier alone."""
-        rough, _ = self.fast(start, sharp=False)
-        radius, order = self.fast(torch.where(rough > 0, rough, start), sharp=True)
+        rough, _ = self.fast(start, ROUGH_BALLS, sharp=False)
+        radius, order = self.fast(torch.where(rough > 0, SHARPER * rough, start), SHARP_BALLS, sharp=True)
         return torch.maximum(rough, radius), order.argmin(1)
 
     def _ordered(self, radius: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the local bound loses: a sample's margin, spent term by term on its certified ball (`curvcert bounds --sample`).
+"""Where the local bound loses: a sample's margin, spent term by term on its ball (`curvcert bounds --sample`).
 
 The whole is proved by `bounds.local.lower_bound`; how it is shared out is an account at the point where the bound is
 least, so the parts are estimates that add up to it.
@@ -35,8 +35,8 @@ class LossRow:
     """What one nonlinear layer takes from the margin, and why; parts of the margin's loss, estimates.
 
     `range`: half the mean width of the pre-activation's range on the ball; `bent`: which part of that is not the
-    linearisation's. `constant`: how deep the minorants lie below the activation; `curved`: their quadratic parts, at the
-    linearised offsets; `beyond`: what the rest of the offsets adds to these.
+    linearisation's. `constant`: how deep the minorants lie below the activation; `curved`: their quadratic parts, at
+    the linearised offsets; `beyond`: what the rest of the offsets adds to these.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Losses:
 
 
 def of_sample(network: Network, x: Tensor, memory: int | None = None) -> Losses:
-    """Of the one sample x (1, *input shape), on the ball that `local` certifies. MethodError where that says nothing."""
+    """Of the one sample x (1, *input shape), on the ball that `local` certifies; MethodError if it says nothing."""
     reason = why_no_curvature(network)
     if reason is not None:
         raise MethodError(f"--sample shows the local curvature bound, which cannot apply to this model: {reason}")

@@ -35,8 +35,8 @@ DUAL_STEPS = {"fast": 4, "normal": 20, "max": 100}
 
 @dataclass(frozen=True)
 class Method:
-    """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?, what
-    cheaper methods have found for these samples or None).
+    """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?,
+    what cheaper methods have found for these samples or None).
 
     `attacks`: whether it can promise attacks; of several methods only the first that can is asked to. `dear`: `auto`
     spares it a sample whose verdicts are known. `resolution`: how far (relative) its search may stop from where it

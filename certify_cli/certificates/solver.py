@@ -6,9 +6,9 @@ m with g^T p(Q) g about sum m p(theta). In them the loss of `bounds.trust_region
     mu e^2/2 + 1/2 sum m / (mu - (1+tau) theta) + 1/2 (1 + 1/tau) rest ,
 
 costs nothing, and the best mu (where y = (mu I - (1+tau) Q)^-1 g has the ball's radius as its length) and tau follow.
-Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; all products are
-in single precision. A gradient may be blind to the largest eigenvalue, so a power iteration follows that one from call
-to call.
+Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; large
+products are in single precision. A gradient may be blind to the largest eigenvalue, so a power iteration follows that
+one from call to call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TAUS = (1e-9, 1e9)
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """y (batch, inputs), mu and tau (batch,), and `form` (batch,): about g^T H^-1 g; the direction of most curvature."""
+    """y (batch, inputs), mu and tau (batch,), and `form` (batch,), about g^T H^-1 g; top: of most curvature."""
 
     y: Tensor
     mu: Tensor
@@ -54,7 +54,7 @@ class Solution:
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """A matrix with the nonzero eigenvalues of A^T diag(w) A on the smaller side, divided by unit^2 for single precision."""
+    """A matrix with the nonzero eigenvalues of A^T diag(w) A on the smaller side, over unit^2."""
 
     quadratic: Quadratic
     unit: Tensor
@@ -178,9 +178,7 @@ def _power(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[
     return q, value
 
 
-def _balanced(
-    nodes: Tensor, masses: Tensor, largest: Tensor, radius: Tensor, of_rest: Tensor
-) -> tuple[Tensor, Tensor]:
+def _balanced(nodes: Tensor, masses: Tensor, largest: Tensor, radius: Tensor, of_rest: Tensor) -> tuple[Tensor, Tensor]:
     """The best (mu, tau), (batch,) each: Newton's steps on 1/||y|| = 1/radius, and the tau of each mu."""
     e = radius.clamp(min=TINY)
     tau = torch.zeros_like(e)

@@ -9,9 +9,9 @@ from certify_cli.cli import options as opt
 from certify_cli.cli.inspect import shape_text
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
+from certify_cli.errors import UsageError
 from certify_cli.output.console import Column, grid
 from certify_cli.output.json import pretty
-from certify_cli.errors import UsageError
 from certify_cli.output.numbers import DOWN, UP, number
 from certify_cli.records import SCHEMA
 
@@ -108,7 +108,8 @@ def bounds(
         found = of_sample(network, chosen.x.double(), limit)
         if form == "json":
             out.write(
-                pretty({"schema": SCHEMA, "model": asdict(loaded.info), "sample": sample, "losses": found.to_dict()}) + "\n"
+                pretty({"schema": SCHEMA, "model": asdict(loaded.info), "sample": sample, "losses": found.to_dict()})
+                + "\n"
             )
             return
         out.write(
@@ -132,7 +133,7 @@ def _loss_cells(found: Losses) -> list[tuple[str, ...]]:
         return f"{100 * value / found.margin:.1f} %"
 
     blank = ("",) * 5
-    rows = [("gradient", *blank, number(found.gradient), share(found.gradient))]
+    rows: list[tuple[str, ...]] = [("gradient", *blank, number(found.gradient), share(found.gradient))]
     for row in found.layers:
         parts = (number(value) for value in (row.constant, row.curved, row.beyond, row.total))
         title = f"{row.name} {row.kind.replace('(', ' (')} {shape_text(row.shape)}"

@@ -69,7 +69,11 @@ DataSource = Annotated[
 SampleIndex = Annotated[
     int | None,
     typer.Option(
-        "--sample", metavar="I", min=0, help="Where the local bound loses for this sample of --data.", show_default=False
+        "--sample",
+        metavar="I",
+        min=0,
+        help="Where the local bound loses for this sample of --data.",
+        show_default=False,
     ),
 ]
 DataOfSample = Annotated[

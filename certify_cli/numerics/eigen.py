@@ -128,7 +128,9 @@ def _prove(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factored(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(t, L, bound): factors L, in single precision where they are large, of about I - S / t, and proved upper bounds of lambda_max(S) by them.
+    """(t, L, bound): factors L of about I - S / t, and the upper bounds of lambda_max(S) that they prove.
+
+    Large factors are in single precision, which costs the bound about 1e-6 of itself.
 
     matrices (batch, n, n): real, positive semidefinite up to rounding, float64; t (batch,): where to begin. Where there
     is no factor t grows, `tries` times at most; then the bound is n times the largest entry, inf if that is no number.

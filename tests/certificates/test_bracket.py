@@ -37,7 +37,9 @@ def test_a_curve_with_a_step_and_values_that_are_no_numbers() -> None:
     for _ in range(40):
         here = bracket.radius[live]
         step = torch.where(here < 0.37, 0.9, -50.0)
-        value = torch.stack([step, torch.full_like(here, math.nan), torch.full_like(here, -math.inf)])[live, torch.arange(len(live))]
+        value = torch.stack([step, torch.full_like(here, math.nan), torch.full_like(here, -math.inf)])[
+            live, torch.arange(len(live))
+        ]
         bracket.told(live, value.double())
         live = bracket.open(live, 1e-3)
     assert 0.36 < float(bracket.inside[0]) < 0.37

@@ -17,8 +17,8 @@ from certify_cli.network.graph import Builder, Network
 from certify_cli.records import ModelInfo
 from certify_cli.run.engine import NEVER, NOT_FINITE, TIED, certify, prepare
 from certify_cli.run.settings import Settings
-from tests.soundness.common import slack
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
+from tests.soundness.common import slack
 
 
 def model_of(network: Network) -> LoadedModel:

@@ -23,7 +23,7 @@ def certify(
 
 
 def slack(method: str, least: float = 1e-9) -> float:
-    """How far (relative) a radius may be from where it would be with other roundings: `least`, or what a search resolves."""
+    """How far (relative) other roundings may move a radius: `least`, or what a search resolves."""
     return max(least, *(m.resolution for m in METHODS.values() if method in (m.name, AUTO)))
 
 

@@ -204,7 +204,9 @@ def test_a_unit_in_two_halves(method: str) -> None:
         plain = dense_stack((w0, b0), from_name(name), (w1, b1))
         halved = dense_stack((w0[twice], b0[twice]), from_name(name), (w1[:, twice] * share, b1))
         before, after = certify(plain, x, method), certify(halved, x, method)
-        assert torch.allclose(after.radius.log(), before.radius.log(), rtol=0, atol=0.5 * math.log(2) + slack(method, ROUNDING))
+        assert torch.allclose(
+            after.radius.log(), before.radius.log(), rtol=0, atol=0.5 * math.log(2) + slack(method, ROUNDING)
+        )
         for one, other in ((before, after), (after, before)):
             attacked = one.attack.isfinite()
             assert bool((one.attack > other.radius)[attacked].all())
