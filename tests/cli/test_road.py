@@ -143,3 +143,34 @@ def test_options_refused_further_down_the_road(curvcert: Curvcert, words: str, c
     done = curvcert("certify", "digits.onnx", "--data", "digits", *words.split())
     assert (done.code, done.out) == (code, "")
     assert option in done.last
+
+
+def test_where_a_sample_loses(curvcert: Curvcert) -> None:
+    words = ("bounds", "digits.onnx", "--sample", "3", "--data", "digits")
+    found = json.loads(curvcert(*words, "--format", "json").out)
+    assert (found["sample"], found["losses"]["prediction"] != found["losses"]["rival"]) == (3, True)
+    losses = found["losses"]
+    parts = losses["gradient"] + losses["gap"] + sum(row["total"] for row in losses["layers"])
+    assert losses["margin"] - losses["left"] == pytest.approx(parts)
+    assert [row["name"] for row in losses["layers"]] == ["softplus"]
+    table = curvcert(*words)
+    assert table.code == 0
+    assert "sample 3: class" in table.out
+    lines = table.out.splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["gradient", "softplus", "proof"]
+    certified = document(curvcert, "--method", "local", "--samples", "3:4")["samples"][0]
+    assert losses["radius"] == pytest.approx(certified["certified_radius"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--sample 3", "--sample I and --data SOURCE belong together"),
+        ("--data digits", "--sample I and --data SOURCE belong together"),
+        ("--sample 99999 --data digits", "99999"),
+    ],
+)
+def test_a_sample_that_is_not_there(curvcert: Curvcert, words: str, says: str) -> None:
+    done = curvcert("bounds", "digits.onnx", *words.split())
+    assert done.code in (2, 3)
+    assert says in done.last
