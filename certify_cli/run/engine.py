@@ -28,7 +28,8 @@ from certify_cli.run.settings import Settings
 
 DEFAULT_MEMORY = 2**29
 """Bytes for the tensors of one batch on a CPU, unless `--memory` says otherwise."""
-LARGEST_BATCH = 512
+LARGEST_BATCH, SEARCHED_BATCH = 512, 128
+"""Samples; fewer where a method searches, so that a run shows progress."""
 
 TIED = "the two largest logits are equal up to rounding error"
 NOT_FINITE = "a logit is not a finite number"
@@ -74,7 +75,7 @@ class Job:
         self.search_seconds: float | None = None
         self._network, self._data, self._settings = network, data, settings
         self._methods = select(settings.method, network)
-        self._analysis = Analysis(network, settings.effort, settings.memory or MEMORY)
+        self._analysis = Analysis(network, settings.effort, _memory(network.device, settings.memory, MEMORY))
 
     def samples(self) -> Iterator[Sample]:
         """Records in the data's order, a batch at a time."""
@@ -198,7 +199,9 @@ def prepare(model: LoadedModel, data: Dataset, settings: Settings, arguments: di
     device = _device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    batch_size = settings.batch_size or min(len(data.x), _batch_size(network, device, settings.memory))
+    searched = any(method.resolution for method in select(settings.method, network)) and settings.effort != "fast"
+    most = SEARCHED_BATCH if searched else LARGEST_BATCH
+    batch_size = settings.batch_size or min(len(data.x), most, _batch_size(network, device, settings.memory))
     run = describe(
         model,
         data,
@@ -271,9 +274,14 @@ def _device(name: str) -> torch.device:
 
 def _batch_size(network: Network, device: torch.device, memory: int | None) -> int:
     """Samples a batch such that its tensors fit: values, errors and one cotangent per class at the widest nodes."""
-    if memory is None:
-        memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_MEMORY
     every = sum(node.size for node in network.nodes)
     widest = max(node.size for node in network.nodes)
     sample = 8 * (4 * every + 8 * network.classes * widest)
-    return max(1, min(LARGEST_BATCH, memory // sample))
+    return max(1, _memory(device, memory, DEFAULT_MEMORY) // sample)
+
+
+def _memory(device: torch.device, asked: int | None, otherwise: int) -> int:
+    """Bytes that a batch may take: as asked, half of what a GPU has free, or `otherwise`."""
+    if asked is not None:
+        return asked
+    return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else otherwise
