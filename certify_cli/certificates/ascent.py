@@ -44,6 +44,8 @@ ROUGH_POWER = 6
 FIRST, SECOND = 0.8, 0.95
 """Adam's averages."""
 LEAST_SHARE = 1e-3
+SOFTNESS = 0.01
+"""Grid points whose values are this part of the whole spread above the least one count 1/e as much."""
 TINY = 1e-300
 
 
@@ -214,12 +216,12 @@ class Problem:
         return Quadratic(self.jacobians.rows, torch.cat([total[t] for t in self.jacobians.heads], dim=1), self.rest)
 
     def starts(self) -> list[Choice]:
-        """Tangents at the sample with the quadratics that need no constant, the lines of the convex envelopes, and a
-        mixture: lines where they leave little against the quadratic's end. All neurons can be as deep as their lines at
-        once, but no d moves all of them to their ends.
+        """Tangents at the sample with the quadratics that need no constant; the lines of the convex envelopes; half way
+        between them, as the bound is concave; and lines where they leave little against the quadratic's end. All
+        neurons can be as deep as their lines at once, but no d moves all of them to their ends.
         """
         none = torch.zeros_like(self.margin)
-        found: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = [({}, {}), ({}, {}), ({}, {})]
+        found: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = [({}, {}) for _ in range(4)]
         v, _ = self._pulled({k: grid.op.slope(grid.z) for k, grid in self.grids.items()})
         for k, grid in self.grids.items():
             sign = torch.where(v[k] < 0, -1.0, 1.0).to(none.dtype)
@@ -230,6 +232,7 @@ class Problem:
             flat = depth < MIXED * 0.5 * bend * reach.square()
             pairs = (
                 (tangent, bend),
+                (0.5 * (tangent + line), 0.5 * bend),
                 (line, zero),
                 (torch.where(flat, line, tangent), torch.where(flat, zero, bend)),
             )
@@ -310,7 +313,7 @@ class Problem:
     def _moved(self, state: _State) -> dict[int, Tensor]:
         """Where the trust region's minimiser takes every head, with the sources at the touching points."""
         choice, touch = state.ascended.choice, state.touch
-        sources = {k: self.grids[k].rise(touch[k].index) - choice.slopes[k] * touch[k].place for k in self.layers}
+        sources = {k: touch[k].rise - choice.slopes[k] * touch[k].place for k in self.layers}
         return linear_offsets(self.network, -state.solution.y, choice.slopes, sources)
 
     def gradient(self, state: _State) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -325,22 +328,26 @@ class Problem:
             by_slope[k] = state.adjoints[k] * (moved[target] - t)
             second = (1 + choice.tau).unsqueeze(1) * straight[target].square()
             second = second + (1 + 1 / choice.tau).unsqueeze(1) * self.ball.rest[target].square()
-            by_weight[k] = 0.5 * (t.square() - second)
+            by_weight[k] = 0.5 * (touch[k].square - second)
         return by_slope, by_weight
 
 
 @dataclass(frozen=True, eq=False)
 class _Touch:
-    """Where a minorant touches (batch, size): the grid's index, the offset, and the least value there."""
+    """Where a minorant touches (batch, size), softly: means over the grid of the offset, its square and phi's rise;
+    and the least value itself. At a kink the bound's gradient is a mean of those at both touching points.
+    """
 
-    index: Tensor
     place: Tensor
+    square: Tensor
+    rise: Tensor
     value: Tensor
 
     def where(self, take: Tensor, other: _Touch) -> _Touch:
         return _Touch(
-            torch.where(take, other.index, self.index),
             torch.where(take, other.place, self.place),
+            torch.where(take, other.square, self.square),
+            torch.where(take, other.rise, self.rise),
             torch.where(take, other.value, self.value),
         )
 
@@ -370,8 +377,11 @@ class _Grid:
 
     def least(self, v: Tensor, slope: Tensor, weight: Tensor) -> _Touch:
         values = v * (self.rises - slope * self.places) + 0.5 * weight * self.places.square()
-        value, index = values.min(0)
-        return _Touch(index, self.places.gather(0, index.unsqueeze(0)).squeeze(0), value)
+        value = values.amin(0)
+        spread = (values.amax(0) - value).clamp(min=TINY)
+        share = ((value - values) / (SOFTNESS * spread)).softmax(0)
+        place, square = share * self.places, share * self.places.square()
+        return _Touch(place.sum(0), square.sum(0), (share * self.rises).sum(0), value)
 
     def about(self, p: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
         """Slope and bend, both about z, of the expansion about z + p for adjoints of the given sign."""
@@ -406,6 +416,3 @@ class _Grid:
         left = self.rises - chord * self.places
         depth = left.amax(0) - left.amin(0)
         return 4 * depth / width, 8 * depth / width.square().clamp(min=TINY)
-
-    def rise(self, index: Tensor) -> Tensor:
-        return self.rises.gather(0, index.unsqueeze(0)).squeeze(0)

@@ -37,7 +37,7 @@ seeds = st.integers(0, 2**31)
 
 def few(method: str) -> settings:
     """How many examples: a searched method takes its time."""
-    return settings(max_examples=3 if slack(method, 0.0) else 8)
+    return settings(max_examples=2 if slack(method, 0.0) else 8)
 
 
 Layers = list[tuple[Tensor, Tensor] | object]
