@@ -17,10 +17,8 @@ from torch import Tensor
 
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slopes, Vectors, pull
+from certify_cli.numerics.batched import proposing, row_times
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, power_of_two, up
-
-SMALL = 128
-"""Rows or inputs up to which nothing is gained by single precision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +59,14 @@ class Rows:
 
     def apply(self, d: Tensor) -> Tensor:
         """A d: (batch, inputs) -> (batch, count)."""
-        return torch.cat([_product(block.mT, d) for block in self.blocks], dim=1)
+        return torch.cat([row_times(d, block.mT) for block in self.blocks], dim=1)
 
     def transpose(self, p: Tensor) -> Tensor:
         """A^T p: (batch, count) -> (batch, inputs)."""
         parts = p.split([block.shape[1] for block in self.blocks], dim=1)
-        total = _product(self.blocks[0], parts[0])
+        total = row_times(parts[0], self.blocks[0])
         for block, part in zip(self.blocks[1:], parts[1:], strict=True):
-            total = total + _product(block, part)
+            total = total + row_times(part, block)
         return total
 
     @cached_property
@@ -99,22 +97,12 @@ class Rows:
 
     @cached_property
     def short(self) -> tuple[tuple[Tensor, ...], float]:
-        """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit, a power of two: for estimates.
-
-        In single precision where it saves something; small ones repeat better in double precision.
-        """
+        """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit, a power of two: for estimates."""
         unit = max(power_of_two(block) for block in self.blocks)
-        dtype = torch.float64 if min(self.count, self.inputs) <= SMALL else torch.float32
+        dtype = proposing(min(self.count, self.inputs))
         if self.count <= self.inputs:
             return ((self._stacked / unit / unit).to(dtype),), unit
         return tuple((block / unit).to(dtype) for block in self.blocks), unit
-
-
-def _product(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """(batch or 1, m, n) and (batch, m) -> (batch, n)."""
-    if len(matrix) == 1:
-        return vectors @ matrix[0]
-    return (vectors.unsqueeze(1) @ matrix).squeeze(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +125,7 @@ class Jacobians:
         """Of the samples at `index`."""
 
         def part(vectors: Vectors) -> Vectors:
-            return vectors if len(vectors.value) == 1 else Vectors(vectors.value[index], vectors.error[index])
+            return vectors if len(vectors.value) == 1 else vectors.at(index)
 
         jacobians = Jacobians({k: part(v) for k, v in self.outer.items()}, {k: part(v) for k, v in self.inner.items()})
         jacobians.__dict__["rows"] = self.rows.at(index)

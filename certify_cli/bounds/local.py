@@ -32,9 +32,11 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.linearised import Slope, Slopes, Vectors, head, nonlinear_nodes, pull
 from certify_cli.network.minorants import depths
 from certify_cli.network.spans import Span
+from certify_cli.numerics.batched import row_times
 from certify_cli.numerics.rounding import UNDERFLOW, difference_down, up, vector_norm_up
 
 MIXED = 0.2
+"""An interval or a line takes the place of a quadratic where it leaves less than this part of it."""
 LARGEST_BEND = 1e9
 """Weights of more than this times |v| bend no function: the neuron's adjoint is as good as zero."""
 
@@ -237,20 +239,13 @@ def _sums(block: Vectors, radius: Tensor, q: _Remainder, supports: Supports) -> 
     def total(plus: Tensor, minus: Tensor) -> Tensor:
         u = plus * q.top.unsqueeze(1) + minus * (-q.bottom).unsqueeze(1)
         form = (up(supports.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt().sqrt()
-        own = (_rows_times(u, up(q.beyond.square())) + UNDERFLOW).sqrt()
+        own = (row_times(up(q.beyond.square()), u.mT) + UNDERFLOW).sqrt()
         squares = up(0.5 * (radius.unsqueeze(1) * form + own).square(), terms)
-        curved = torch.fmin(squares, up(_rows_times(u, q.half_square), terms))
-        flat = up(_rows_times(plus, q.most) + _rows_times(minus, -q.least), terms)
+        curved = torch.fmin(squares, up(row_times(q.half_square, u.mT), terms))
+        flat = up(row_times(q.most, plus.mT) + row_times(-q.least, minus.mT), terms)
         return up(curved + flat + slack, 4)
 
     return total(positive, negative), total(negative, positive)
-
-
-def _rows_times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """(batch or 1, m, n) and (batch, n) -> (batch, m)."""
-    if len(matrix) == 1:
-        return vectors @ matrix[0].T
-    return (matrix @ vectors.unsqueeze(2)).squeeze(2)
 
 
 @dataclass(frozen=True, eq=False)

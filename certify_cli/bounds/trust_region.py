@@ -21,7 +21,7 @@ from torch import Tensor
 
 from certify_cli.bounds.jacobians import Rows
 from certify_cli.numerics.eigen import factored
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, powers_of_two, times, up, vector_norm_up
+from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, down, gamma, powers_of_two, times, up, vector_norm_up
 
 NEAREST = 2.0**-16
 """How close, relatively, mu may come to the largest eigenvalue: beyond, the proof of lam drowns in rounding."""
@@ -142,7 +142,7 @@ class _Factor:
         return r + rows.transpose(root * inside) / self.t.unsqueeze(1)
 
     def _on_side(self, r: Tensor) -> Tensor:
-        size = r.abs().amax(1, keepdim=True).clamp(min=1e-300)  # nothing may leave the range of single precision
+        size = r.abs().amax(1, keepdim=True).clamp(min=TINY)  # nothing may leave the range of single precision
         single = (r / size).to(self.lower.dtype).unsqueeze(2)
         return torch.cholesky_solve(single, self.lower).squeeze(2).to(r.dtype) * size
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from certify_cli.bounds.blocks import Budget
 from certify_cli.numerics.eigen import largest_eigenvalue, ritz_estimate, starting_vectors
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, power_of_two, times, up, vector_norm_up
+from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, gamma, power_of_two, times, up, vector_norm_up
 
 CHUNK_ENTRIES = 2**22
 """Matrices are proved in chunks of at most this many entries (32 MiB, and a few times that while proving)."""
@@ -94,5 +94,5 @@ def _perron(matrix: Tensor, weights: Tensor) -> Tensor:
     for _ in range(PERRON_STEPS):
         image = (weights * p) @ gram
         best = torch.minimum(best, up((image / p).amax(1), rows + 6))
-        p = image / image.amax(1, keepdim=True).clamp(min=1e-300) + 1e-12  # any positive vector will do
+        p = image / image.amax(1, keepdim=True).clamp(min=TINY) + 1e-12  # any positive vector will do
     return best

@@ -7,7 +7,7 @@ problem, and the offsets t at which the neurons' minorants touch, the gradient i
     d/ds_l = v_l (D_l - t_l) ,      d/dw_l = (t_l^2 - (1+tau) (A_l d)^2 - (1+1/tau) rest^2) / 2 ,
 
 D_l being what d does to pre-activation l in the network linearised at s with the sources q_l(t_l). Nothing here is a
-bound: offsets come from a grid, d from a few conjugate-gradient steps. What is chosen is proved by `lower_bound`.
+bound: offsets come from a grid, d from a few Lanczos steps. What is chosen is proved by `lower_bound`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.local import Ball, Choice
+from certify_cli.bounds.local import MIXED, Ball, Choice
 from certify_cli.bounds.ranges import Ranges
 from certify_cli.bounds.trust_region import Quadratic
 from certify_cli.certificates.point import Point
@@ -27,26 +27,25 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network
 from certify_cli.network.linearised import Slope, head, nonlinear_nodes, pull
+from certify_cli.numerics.rounding import TINY
 
 GRID = 25
 RATE = 0.3
 SLOPE_STEP = 0.3
-"""One step of rate 1 moves a slope by this part of the activation's Lipschitz constant."""
+"""One step of rate 1 moves a slope by this part of the size that `_Grid.scales` gives."""
 WEIGHT_STEP = 0.3
-"""And a weight by this part of what the curvature's extreme would give a neuron of mean adjoint, at least."""
+"""And a weight by this part of the larger of itself and what `_Grid.scales` gives for the neuron's adjoint."""
 SLIP, SHORTER = 0.03, 0.4
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
 NEAR = 1e-3
 """A grid point nearer to p than this part of the range says nothing of the bend there; the curvature at p does."""
 BISECTIONS = 10
-MIXED = 0.2
 ROUGH_POWER = 6
 FIRST, SECOND = 0.8, 0.95
 """Adam's averages."""
 LEAST_SHARE = 1e-3
 SOFTNESS = 0.01
 """Grid points whose values are this part of the whole spread above the least one count 1/e as much."""
-TINY = 1e-300
 
 
 def linear_offsets(

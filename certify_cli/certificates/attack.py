@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.certificates.point import Point
-from certify_cli.numerics.rounding import up, vector_norm_up
+from certify_cli.numerics.rounding import TINY, up, vector_norm_up
 
 FIRST_PUSH = 1e-12
 PUSHES = 24
@@ -27,7 +27,7 @@ def replayed(point: Point, direction: Tensor, radius: Tensor) -> tuple[Tensor, T
     changed the prediction.
     """
     shape = (-1, *[1] * (point.x.dim() - 1))
-    unit = direction / vector_norm_up(direction.flatten(1)).clamp(min=1e-300).reshape(shape)
+    unit = direction / vector_norm_up(direction.flatten(1)).clamp(min=TINY).reshape(shape)
     witness, norm = point.x.clone(), torch.full_like(radius, torch.nan)
     open_ = radius.isfinite().nonzero().squeeze(1)
     push = FIRST_PUSH

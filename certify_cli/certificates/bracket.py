@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from certify_cli.numerics.rounding import TINY
+
 GROWTH, GROWTHS = 1.5, (1.0, 5.0)
 """Losses grow about like this power of the radius; and the powers believed where two balls tell."""
 INSIDE = 0.998
@@ -17,7 +19,7 @@ HOPELESS = -1.0
 
 def power_step(radius: Tensor, value: Tensor, growth: Tensor | float = GROWTH) -> Tensor:
     """About where a bound vanishes of which, at `radius`, the part `value` (of its value at 0) is left."""
-    ratio = (1 - value).clamp(min=1e-300).pow(-1 / growth).nan_to_num(nan=0.5).clamp(min=0.3, max=2.0)
+    ratio = (1 - value).clamp(min=TINY).pow(-1 / growth).nan_to_num(nan=0.5).clamp(min=0.3, max=2.0)
     # a factor that asked whether value > 0 would make rounding, and so the batch, decide where the next ball lies
     return radius * ratio * INSIDE
 
@@ -57,7 +59,7 @@ class Bracket:
         self.outside[items] = outside = torch.where(lowered, here, self.outside[items])
         left, short = self.left[items], self.short[items]
         both = (inside > 0) & outside.isfinite() & (short > HOPELESS)
-        between = inside + (outside - inside) * (left / (left - short).clamp(min=1e-300))
+        between = inside + (outside - inside) * (left / (left - short).clamp(min=TINY))
         loss = 1 - value
         growth = (loss / self.loss[items]).log() / (here / self.before[items]).log()
         growth = growth.nan_to_num(nan=GROWTH, posinf=GROWTH, neginf=GROWTH).clamp(*GROWTHS)

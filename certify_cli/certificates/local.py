@@ -22,11 +22,9 @@ from certify_cli.certificates.bracket import HOPELESS, Bracket, power_step
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.solver import solved
 from certify_cli.network.graph import Network
-from certify_cli.network.linearised import Vectors, head, nonlinear_nodes
+from certify_cli.network.linearised import head, nonlinear_nodes
 from certify_cli.numerics.rounding import difference_down
 
-RESOLUTION = 0.02
-"""How far from each other, relatively, two searches of one sample may end whose roundings differ."""
 START = 0.5
 """Where to begin, as a part of the radius that there would be without curvature."""
 ROUGH_BALLS, SHARP_BALLS = 14, 2
@@ -119,8 +117,7 @@ def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor
     known (batch,): radii certified already; a start for the search. Samples are treated in chunks that fit
     `analysis.memory`; where one sample's Jacobians do not, the fast tier alone decides.
     """
-    first_order = (point.margin_low / point.gradient_norm).masked_fill(point.own, torch.inf).amin(1)
-    start = torch.maximum(START * first_order, 1.5 * known)
+    start = torch.maximum(START * point.first_order.amin(1), 1.5 * known)
     start = torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
     if not nonlinear_nodes(point.network):  # affine: there is no curvature, and nothing to gain
         return torch.zeros_like(start), point.margin.argmin(1)
@@ -156,10 +153,6 @@ class Batch:
         self.search = EFFORTS[analysis.effort] if jacobians else None
         self.frame: Frame | None = None
 
-    def pulled(self, samples: Tensor) -> dict[int, Vectors]:
-        """Adjoints and gradients of the margins of some samples."""
-        return {k: Vectors(v.value[samples], v.error[samples]) for k, v in self.point.adjoints.items()}
-
     def fast(self, start: Tensor, balls: int, sharp: bool) -> tuple[Tensor, Tensor]:
         """Balls (batch,) proved without a Jacobian, and about the radius of each rival (batch, classes).
 
@@ -171,7 +164,7 @@ class Batch:
         for _ in range(balls):
             part, here = self.point.at(live), bracket.radius[live]
             ranges = fast_ranges(part, self.analysis.weights, here)
-            left = difference_down(part.margin_low, fast_losses(part, ranges, self.pulled(live), sharp=sharp))
+            left = difference_down(part.margin_low, fast_losses(part, ranges, part.adjoints, sharp=sharp))
             left = (left / part.margin_low).masked_fill(part.own, torch.inf)
             about[live] = power_step(here.unsqueeze(1), left).masked_fill(part.own, torch.inf)
             bracket.told(live, left.amin(1))
@@ -186,8 +179,7 @@ class Batch:
             return self._fast(start)
         point = self.point
         every = torch.arange(len(start), device=start.device)
-        first_order = (point.margin_low / point.gradient_norm).masked_fill(point.own, torch.inf)
-        begin = self._probed(Items.of(point, every, first_order.argmin(1)), start)
+        begin = self._probed(Items.of(point, every, point.first_order.argmin(1)), start)
         order = self._ordered(begin)
         decides = order.argmin(1)
         first = decides.clone()
@@ -221,7 +213,7 @@ class Batch:
         every = torch.arange(len(radius), device=radius.device)
         known = self._ball(every, radius)
         low, own = self.point.margin_low, self.point.own
-        left = (low - fast_losses(self.point, known.ranges, self.pulled(every), known)) / low
+        left = (low - fast_losses(self.point, known.ranges, self.point.adjoints, known)) / low
         return power_step(radius.unsqueeze(1), left).nan_to_num(nan=0.0).masked_fill(own, torch.inf)
 
     def _proved_by_tangents(self, rivals: Tensor, radius: Tensor) -> Tensor:
@@ -230,8 +222,8 @@ class Batch:
         sample = rivals[:, 0].unique()
         if not len(sample):
             return torch.zeros(0, dtype=torch.bool, device=rivals.device)
-        part, known, pulled = self.point.at(sample), self._ball(sample, radius[sample]), self.pulled(sample)
-        low = part.margin_low
+        part, known = self.point.at(sample), self._ball(sample, radius[sample])
+        low, pulled = part.margin_low, part.adjoints
         value = difference_down(low, fast_losses(part, known.ranges, pulled, known))
         open_ = torch.zeros_like(self.point.own)
         open_[rivals[:, 0], rivals[:, 1]] = True

@@ -42,7 +42,7 @@ def promised_locally(analysis: Analysis, point: Point, jacobians: bool) -> tuple
         radius, target = nearest[live].min(1)
         ranges = fast_ranges(part, analysis.weights, radius)
         known = ball(part, ranges) if jacobians else None
-        added = fast_losses(part, known.ranges if known else ranges, _reversed(point, live), known)
+        added = fast_losses(part, known.ranges if known else ranges, _reversed(part), known)
         high, steep = part.margin_high, part.gradient_norm_low
         wanted = ((high + added) / steep).masked_fill(part.own, torch.inf).nan_to_num(nan=torch.inf)
         done = wanted.gather(1, target.unsqueeze(1)).squeeze(1) <= radius
@@ -52,7 +52,7 @@ def promised_locally(analysis: Analysis, point: Point, jacobians: bool) -> tuple
     return found, rival
 
 
-def _reversed(point: Point, samples: Tensor) -> dict[int, Vectors]:
+def _reversed(point: Point) -> dict[int, Vectors]:
     """The margins' adjoints with their signs reversed, and a gradient of 0 within its error."""
-    found = {k: Vectors(-v.value[samples], v.error[samples]) for k, v in point.adjoints.items()}
+    found = {k: Vectors(-v.value, v.error) for k, v in point.adjoints.items()}
     return found | {0: Vectors(torch.zeros_like(found[0].value), found[0].error)}

@@ -25,6 +25,7 @@ from certify_cli.errors import MethodError
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes
+from certify_cli.numerics.rounding import TINY
 
 STEPS = 60
 """Of the ascent: one sample can have them."""
@@ -108,7 +109,7 @@ def losses(analysis: Analysis, point: Point, radius: float, rival: int) -> Losse
     choice = state.ascended.choice
     left = float(lower_bound(point, known, items.margin, items.cotangents, choice))
     offset = -state.solution.y
-    offset = offset * (radius / offset.norm(dim=1, keepdim=True).clamp(min=1e-300))
+    offset = offset * (radius / offset.norm(dim=1, keepdim=True).clamp(min=TINY))
     straight = problem.straight(offset)
     tau = float(choice.tau)
     rows = []
@@ -122,7 +123,7 @@ def losses(analysis: Analysis, point: Point, radius: float, rival: int) -> Losse
                 node.op.title,
                 node.shape,
                 range=float(width.mean()),
-                bent=float(known.rest[target].mean() / width.mean().clamp(min=1e-300)),
+                bent=float(known.rest[target].mean() / width.mean().clamp(min=TINY)),
                 constant=-float(state.touch[k].value.sum()),
                 curved=0.5 * (1 + tau) * float((weights * straight[target].square()).sum()),
                 beyond=0.5 * (1 + 1 / max(tau, 1e-12)) * float((weights * known.rest[target].square()).sum()),

@@ -18,7 +18,7 @@ from certify_cli.certificates.anchoring import Constants, anchored, promised_att
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
-from certify_cli.certificates.local import RESOLUTION, fits, local_radii
+from certify_cli.certificates.local import fits, local_radii
 from certify_cli.certificates.local_attack import promised_locally
 from certify_cli.certificates.on_ball import grown, promised_on_ball
 from certify_cli.certificates.point import Point
@@ -39,8 +39,7 @@ class Method:
     what cheaper methods have found for these samples or None).
 
     `attacks`: whether it can promise attacks; of several methods only the first that can is asked to. `dear`: `auto`
-    spares it a sample whose verdicts are known. `resolution`: how far (relative) its search may stop from where it
-    would with another batch size, thread count or unit, all of which move roundings; every radius is proved anyway.
+    spares it a sample whose verdicts are known. `searched`: it tries many balls a sample, so that small batches do.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Method:
     certify: Callable[[Analysis, Point, bool, Certificates | None], Certificates]
     attacks: bool = False
     dear: bool = False
-    resolution: float = 0.0
+    searched: bool = False
 
 
 def by_lipschitz(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
@@ -106,8 +105,7 @@ def _by_tangents(
         nearest, target, decided = promised_attack(anchors, point, decided)
         if balls:
             nearest, target = promised_on_ball(analysis, point, nearest, target)
-        direction = -point.gradients.value[torch.arange(len(target), device=target.device), target]
-        witness, norm = replayed(point, direction, nearest)
+        witness, norm = _along_gradient(point, target, nearest)
     return Certificates(
         radius=radius,
         rival=rival,
@@ -148,13 +146,18 @@ def by_local(analysis: Analysis, point: Point, attack: bool, before: Certificate
         return found
     part = point.at(open_)
     nearest, target = promised_locally(analysis, part, analysis.effort != "fast" and fits(analysis))
-    direction = -part.gradients.value[torch.arange(len(target), device=target.device), target]
-    witness, norm = replayed(part, direction, nearest)
+    witness, norm = _along_gradient(part, target, nearest)
     return replace(
         found,
         attack=found.attack.index_copy(0, open_, norm),
         witness=found.witness.index_copy(0, open_, witness),
     )
+
+
+def _along_gradient(point: Point, target: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """Adversarial examples promised at `radius` (batch,) down the margin to `target` (batch,), and their norms."""
+    every = torch.arange(len(target), device=target.device)
+    return replayed(point, -point.gradients.value[every, target], radius)
 
 
 def _weakest(point: Point, radius: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +203,7 @@ METHODS: dict[str, Method] = {
             by_local,
             attacks=True,
             dear=True,
-            resolution=RESOLUTION,
+            searched=True,
         ),
     )
 }

@@ -31,6 +31,11 @@ class Point:
             part.__dict__["evaluation"] = Evaluation([v[index] for v in e.values], [v[index] for v in e.errors])
         if "slopes" in self.__dict__:
             part.__dict__["slopes"] = {k: Slope(s.value[index], s.error[index]) for k, s in self.slopes.items()}  # type: ignore[index]
+        if "adjoints" in self.__dict__:  # large, and seldom asked of a part: taken when they are
+            part.__dict__["_whole"] = self.adjoints, index
+        elif "_whole" in self.__dict__:
+            adjoints, mine = self.__dict__["_whole"]
+            part.__dict__["_whole"] = adjoints, mine[index]
         return part
 
     @cached_property
@@ -101,6 +106,9 @@ class Point:
     def adjoints(self) -> dict[int, Vectors]:
         """Adjoints v_l of the margins towards every class, (batch, classes, *shape), at every nonlinear node's output;
         0: at the input."""
+        if "_whole" in self.__dict__:
+            adjoints, index = self.__dict__.pop("_whole")
+            return {k: v.at(index) for k, v in adjoints.items()}
         eye = torch.eye(self.network.classes, dtype=self.x.dtype, device=self.x.device)
         cotangents = eye[self.prediction].unsqueeze(1) - eye.unsqueeze(0)
         return pull(self.network, cotangents, self.slopes)
@@ -114,6 +122,11 @@ class Point:
     def gradient_norm(self) -> Tensor:
         """Upper bounds (batch, classes) of ||g_i||."""
         return up(self.gradients.size + self.gradients.error, 2)
+
+    @cached_property
+    def first_order(self) -> Tensor:
+        """Radii (batch, classes) that there would be without curvature; inf at the prediction. No bound."""
+        return (self.margin_low / self.gradient_norm).masked_fill(self.own, torch.inf)
 
     @cached_property
     def gradient_norm_low(self) -> Tensor:

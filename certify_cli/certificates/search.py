@@ -15,6 +15,7 @@ from torch import Tensor
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.point import Point
 from certify_cli.network.graph import Network
+from certify_cli.numerics.rounding import TINY
 
 STEPS = {"fast": 30, "normal": 100, "max": 300}
 """Gradient steps by effort."""
@@ -37,7 +38,7 @@ def searched(point: Point, start: Tensor, reach: Tensor, effort: str) -> tuple[T
     for rank in range(-1, min(RIVALS[effort], point.network.classes - 1)):
         target = None if rank < 0 else order[:, rank]
         margin, gradient = _margin(point.network, point.x, point.prediction, target)
-        size = gradient.flatten(1).norm(dim=1).clamp(min=1e-300)
+        size = gradient.flatten(1).norm(dim=1).clamp(min=TINY)
         along = -gradient * _wide(margin / size.square(), gradient)
         step = start - point.x
         usable = (step.flatten(1) != 0).any(1) & (rank < 0) & (reach > 0) & reach.isfinite()
@@ -62,8 +63,8 @@ def _ddn(point: Point, step: Tensor, steps: int, target: Tensor | None) -> Tenso
         shrink = SHRINK * max(cooling, 0.02)
         norm = norm * torch.where(flipped, 1 - shrink, 1 + shrink)
         rate = norm * (0.01 + 0.5 * cooling)
-        step = step - gradient * _wide(rate / gradient.flatten(1).norm(dim=1).clamp(min=1e-300), step)
-        step = step * _wide(norm / step.flatten(1).norm(dim=1).clamp(min=1e-300), step)
+        step = step - gradient * _wide(rate / gradient.flatten(1).norm(dim=1).clamp(min=TINY), step)
+        step = step * _wide(norm / step.flatten(1).norm(dim=1).clamp(min=TINY), step)
     return torch.where(_wide(best_norm.isinf(), step), step, best)
 
 

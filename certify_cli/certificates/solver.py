@@ -6,9 +6,9 @@ m with g^T p(Q) g about sum m p(theta). In them the loss of `bounds.trust_region
     mu e^2/2 + 1/2 sum m / (mu - (1+tau) theta) + 1/2 (1 + 1/tau) rest ,
 
 costs nothing, and the best mu (where y = (mu I - (1+tau) Q)^-1 g has the ball's radius as its length) and tau follow.
-Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; large
-products are in single precision. A gradient may be blind to the largest eigenvalue, so a power iteration follows that
-one from call to call.
+Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; matrices
+are in the precision of `Rows.short`. A gradient may be blind to the largest eigenvalue, so a power iteration follows
+that one from call to call.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.trust_region import Quadratic
+from certify_cli.numerics.batched import row_times
+from certify_cli.numerics.rounding import TINY
 
-TINY = 1e-300
 STEPS = 7
 """Of Lanczos; also of the first power iteration."""
 FURTHER = 2
@@ -78,21 +79,21 @@ class _Side:
         return self._gathered(self.root)
 
     def _gathered(self, p: Tensor) -> Tensor:
-        """A^T p, (batch, count) -> (batch, inputs), in single precision."""
+        """A^T p over the unit, (batch, count) -> (batch, inputs)."""
         parts, _ = self.quadratic.rows.short
         pieces = p.split([part.shape[1] for part in parts], dim=1)
-        return torch.stack([_times(part, piece) for part, piece in zip(parts, pieces, strict=True)]).sum(0)
+        return torch.stack([row_times(piece, part) for part, piece in zip(parts, pieces, strict=True)]).sum(0)
 
     def product(self) -> Callable[[Tensor], Tensor]:
-        """(batch, n) in single precision to the same."""
+        """(batch, n) to the same, in the precision of `Rows.short`."""
         parts, _ = self.quadratic.rows.short
         root = self.root
         if self.quadratic.by_rows:
             gram = parts[0]
-            return lambda q: root * _times(gram, root * q)
+            return lambda q: root * row_times(root * q, gram)
 
         def through(q: Tensor) -> Tensor:
-            moved = root * torch.cat([_times(part.mT, q) for part in parts], dim=1)
+            moved = root * torch.cat([row_times(q, part.mT) for part in parts], dim=1)
             return self._gathered(root * moved)
 
         return through
@@ -102,11 +103,6 @@ class _Side:
         if not self.quadratic.by_rows:
             return g
         return self.quadratic.weights.sqrt() * self.quadratic.rows.apply(g)
-
-
-def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """(batch or 1, m, n) and (batch, m) -> (batch, n)."""
-    return vectors @ matrix[0] if len(matrix) == 1 else (vectors.unsqueeze(1) @ matrix).squeeze(1)
 
 
 def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | None) -> Solution:

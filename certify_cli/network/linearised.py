@@ -48,6 +48,10 @@ class Vectors:
         """Euclidean norm of each computed vector, up: (*batch)."""
         return vector_norm_up(self.value.flatten(self.error.dim()))
 
+    def at(self, index: Tensor) -> Vectors:
+        """Of the samples at `index`, along the first axis."""
+        return Vectors(self.value[index], self.error[index])
+
     def __add__(self, other: Vectors) -> Vectors:
         total = Vectors(self.value + other.value, self.error)
         return Vectors(total.value, up(self.error + other.error + UNIT * total.size, 4))

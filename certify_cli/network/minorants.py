@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.network.spans import Span
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT
+from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT
 
 CELLS = 16
 CHUNK = 2**13
@@ -86,7 +86,7 @@ def _knots(span: Span, error: Tensor) -> Tensor:
 
 def _least(height: Tensor, tilt: Tensor, bend: Tensor, width: Tensor) -> Tensor:
     """The least of height + tilt tau + bend tau^2 / 2 over 0 <= tau <= width."""
-    vertex = torch.where(bend > 0, -tilt / bend.clamp(min=1e-300), width)
+    vertex = torch.where(bend > 0, -tilt / bend.clamp(min=TINY), width)
     place = torch.minimum(vertex.clamp(min=0.0), width)
     inner = height + place * (tilt + 0.5 * bend * place)
     end = height + width * (tilt + 0.5 * bend * width)

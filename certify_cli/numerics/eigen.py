@@ -17,14 +17,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, powers_of_two, times, up
+from certify_cli.numerics.batched import proposing
+from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, gamma, powers_of_two, times, up
 
 LANCZOS_STEPS = 40
 BREAKDOWN = 1e-10
 FIRST_GAP = 1e-9
 """The first t lies this much (relative) above the estimate; each failed factorisation takes a tenfold step."""
-SMALL = 128
-"""Size up to which single precision saves nothing."""
 FIRST_STEP, STEP_GROWTH = 2.0**-16, 6.0
 """By what part t grows after a first failed factorisation in single precision, and how that part grows."""
 UNSCALED = (1e-50, 1e50)
@@ -58,7 +57,7 @@ def ritz_estimate(product: Product, start: Tensor, steps: int = LANCZOS_STEPS) -
             # an invariant subspace is found: what is left of w is rounding, and would be no direction at all
             alive = beta > BREAKDOWN * torch.stack(alphas).abs().amax(0)
             betas[-1] = beta = torch.where(alive, beta, torch.zeros_like(beta))
-            q = torch.where(alive.unsqueeze(-1), w / beta.clamp(min=1e-300).unsqueeze(-1), torch.zeros_like(w))
+            q = torch.where(alive.unsqueeze(-1), w / beta.clamp(min=TINY).unsqueeze(-1), torch.zeros_like(w))
     diagonal = torch.diag_embed(torch.stack(alphas, dim=1))
     if steps > 1:
         off = torch.stack(betas[:-1], dim=1)
@@ -137,7 +136,7 @@ def factored(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, T
     """
     most = up(matrices.shape[-1] * matrices.abs().amax((1, 2)), 2)
     t = torch.where(t.isfinite() & (t > 0), t, most).clamp(min=UNDERFLOW)
-    lower = torch.zeros_like(matrices, dtype=_precision(matrices))
+    lower = torch.zeros_like(matrices, dtype=proposing(matrices.shape[-1]))
     bound = torch.where(most.isfinite(), most, torch.full_like(most, math.inf))
     open_, step = most.isfinite().nonzero().squeeze(1), FIRST_STEP
     for _ in range(tries):
@@ -153,11 +152,6 @@ def factored(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, T
     return t, lower, bound
 
 
-def _precision(matrices: Tensor) -> torch.dtype:
-    """Single, where that saves something."""
-    return torch.float64 if matrices.shape[-1] <= SMALL else torch.float32
-
-
 def _factored(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factor of I - S / t, whether there is one, and the bound of lambda_max(S) that it proves.
 
@@ -166,7 +160,7 @@ def _factored(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = matrices.shape[-1]
     shifted = matrices / -t.reshape(-1, 1, 1)
     shifted.diagonal(dim1=1, dim2=2).add_(1.0)
-    factor, info = torch.linalg.cholesky_ex(shifted.to(_precision(shifted)))
+    factor, info = torch.linalg.cholesky_ex(shifted.to(proposing(n)))
     lower = factor.double()
     sizes = lower.square().sum((1, 2)) + torch.linalg.matrix_norm(shifted)
     flaw = torch.linalg.matrix_norm(torch.baddbmm(shifted, lower, lower.mT, alpha=-1))

@@ -19,6 +19,9 @@ UNIT = 2.0**-53
 UNDERFLOW = 1e-290
 """More than the absolute error that underflowing products can add to any one sum, or to the norm of any vector."""
 
+TINY = 1e-300
+"""Keeps quotients of estimates numbers; too small to be in any bound."""
+
 Number = TypeVar("Number", float, Tensor)
 
 

@@ -199,7 +199,7 @@ def prepare(model: LoadedModel, data: Dataset, settings: Settings, arguments: di
     device = _device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    searched = any(method.resolution for method in select(settings.method, network)) and settings.effort != "fast"
+    searched = any(method.searched for method in select(settings.method, network)) and settings.effort != "fast"
     most = SEARCHED_BATCH if searched else LARGEST_BATCH
     batch_size = settings.batch_size or min(len(data.x), most, _batch_size(network, device, settings.memory))
     run = describe(
