@@ -29,8 +29,6 @@ from tests.soundness.test_shared_models import INDEX, load, pgd
 
 D = torch.float64
 MODELS = Path(__file__).parents[2] / "models"
-BATCHES = 0.05
-"""Relatively, what another order of summation may make of the ascent, whose estimates are in single precision."""
 RESOLUTION = 3 * local.FAST_CLOSE
 """What two searches of the same bound may differ by, relatively."""
 
@@ -67,7 +65,7 @@ def test_effort_pays() -> None:
         fast, normal, most = (radii(network, x, effort)[1] for effort in ("fast", "normal", "max"))
         assert bool((normal >= fast * (1 - RESOLUTION)).all())
         assert bool((most >= fast * (1 - RESOLUTION)).all())
-        assert bool((most >= normal * 0.85).all())
+        assert bool((most >= normal * 0.97).all())
         assert float(normal.mean()) > 1.05 * float(fast.mean())
         assert float(most.mean()) >= 0.98 * float(normal.mean())
 
@@ -81,17 +79,24 @@ def test_the_method_is_never_below_curvature(name: str, effort: str) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param("four layers, sigmoid", marks=pytest.mark.slow), "shared heads"])
-def test_how_samples_are_cut_into_batches_hardly_matters(name: str) -> None:
-    """Kernels sum a batch in another order than a sample: the fast tier feels the rounding alone, the ascent ends
-    a little elsewhere. Every end is proved."""
+def test_how_samples_are_cut_into_batches_does_not_matter(name: str) -> None:
+    """Kernels sum a batch in another order than a sample: small networks, in double precision, feel that alone."""
     network = NETWORKS[name]
     x = points(network, 4, 2)
-    for effort, tolerance in (("fast", 1e-9), ("normal", BATCHES)):
+    for effort in ("fast", "normal"):
         _, whole, rival = radii(network, x, effort)
         parts = [radii(network, part, effort)[1:] for part in (x[:1], x[1:])]
-        assert torch.allclose(whole, torch.cat([p[0] for p in parts]), rtol=tolerance)
-        if effort == "fast":
-            assert torch.equal(rival, torch.cat([p[1] for p in parts]))
+        assert torch.allclose(whole, torch.cat([p[0] for p in parts]), rtol=1e-9)
+        assert torch.equal(rival, torch.cat([p[1] for p in parts]))
+
+
+def test_estimates_in_single_precision_repeat_closely() -> None:
+    network = mlp((140, 150, 5), "tanh")
+    x = points(network, 6)
+    _, whole, rival = radii(network, x)
+    parts = [radii(network, part)[1:] for part in (x[:1], x[1:])]
+    assert torch.allclose(whole, torch.cat([p[0] for p in parts]), rtol=1e-5)
+    assert torch.equal(rival, torch.cat([p[1] for p in parts]))
 
 
 @pytest.mark.parametrize("memory", [1, pytest.param(30_000, marks=pytest.mark.slow)])
@@ -103,7 +108,7 @@ def test_little_memory_is_chunks_or_the_fast_tier(memory: int) -> None:
         point, none = Point(network, x), torch.zeros(4, dtype=D)
         radius, _ = local_radii(Analysis(network, "normal", memory), point, none)
         plain, _ = local_radii(Analysis(network, "fast" if memory == 1 else "normal"), point, none)
-    assert torch.allclose(radius, plain, rtol=1e-9 if memory == 1 else BATCHES)
+    assert torch.allclose(radius, plain, rtol=1e-9)
 
 
 def test_where_the_search_begins_hardly_matters() -> None:
@@ -118,7 +123,7 @@ def test_where_the_search_begins_hardly_matters() -> None:
         for factor in (0.3, 30.0):
             radius, _ = batch.radii(start * factor)
             assert bool((radius <= norm).all())
-            assert torch.allclose(radius, usual, rtol=0.15)
+            assert torch.allclose(radius, usual, rtol=0.05)
         for start in (0.0, math.inf, math.nan, 1e300, 1e-300):
             radius, _ = batch.radii(torch.full((4,), start, dtype=D))
             assert not bool(radius.isnan().any())
@@ -132,7 +137,7 @@ def test_ties_and_what_is_no_number_are_not_certified() -> None:
     x[1], x[3], x[4] = torch.nan, 1e308, torch.inf
     _, beside, rival = radii(network, x)
     assert bool((beside[[1, 3, 4]] == 0).all())
-    assert torch.allclose(beside[[0, 2, 5]], clean[[0, 2, 5]], rtol=BATCHES)
+    assert torch.allclose(beside[[0, 2, 5]], clean[[0, 2, 5]], rtol=1e-9)
     assert bool(((rival >= 0) & (rival < network.classes)).all())
     _, nothing, _ = radii(network, x[[1, 4]])
     assert bool((nothing == 0).all())

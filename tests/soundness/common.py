@@ -22,9 +22,9 @@ def certify(
         return certify_batch(select(method, network), Analysis(network, effort), Point(network, x), attack)
 
 
-def slack(method: str, least: float = 1e-9) -> float:
-    """How far (relative) other roundings may move a radius: `least`, or what a search resolves."""
-    return max(least, *(m.resolution for m in METHODS.values() if method in (m.name, AUTO)))
+def searches(method: str) -> bool:
+    """Whether `method` searches, so that it takes its time."""
+    return method == AUTO or METHODS[method].searched
 
 
 def every_radius(network: Network, x: Tensor, effort: str = "normal") -> dict[str, float]:
