@@ -29,18 +29,19 @@ from certify_cli.network.graph import Add, Concat, Network
 from certify_cli.network.linearised import Slope, head, nonlinear_nodes, pull
 from certify_cli.numerics.rounding import TINY
 
-GRID = 25
-RATE = 0.3
+GRID = 33
+RATE, LONGEST = 0.3, 0.6
+"""Of the first step, and of any: a step that does not fail lets the next one be longer."""
 SLOPE_STEP = 0.3
 """One step of rate 1 moves a slope by this part of the size that `_Grid.scales` gives."""
 WEIGHT_STEP = 0.3
 """And a weight by this part of the larger of itself and what `_Grid.scales` gives for the neuron's adjoint."""
-SLIP, SHORTER = 0.03, 0.4
+SLIP, SHORTER, LONGER = 0.03, 0.4, 1.3
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
 NEAR = 1e-3
 """A grid point nearer to p than this part of the range says nothing of the bend there; the curvature at p does."""
 BISECTIONS = 10
-ROUGH_POWER = 6
+ROUGH_STEPS = 6
 FIRST, SECOND = 0.8, 0.95
 """Adam's averages."""
 LEAST_SHARE = 1e-3
@@ -151,7 +152,7 @@ def ascend(
         best = best.better_of(after.ascended, ~done)  # what is done stays as it is, whatever the others need
         # a step too long for an item is taken back, and its next ones are shorter
         good = after.ascended.estimate > best.estimate - SLIP * margin
-        rate = torch.where(good, rate, SHORTER * rate)
+        rate = torch.where(good, (LONGER * rate).clamp(max=LONGEST), SHORTER * rate)
         for adam, value in held:
             adam.value = torch.where(good.unsqueeze(1), adam.value, value)
         state = after.where(~good, state)
@@ -252,7 +253,7 @@ class Problem:
     def rough(self, choice: Choice) -> Tensor:
         """About the bound (batch,) with gradient and curvature each at their worst: no trust region is solved."""
         _, g, touch, quadratic = self._parts(choice)
-        largest = largest_about(quadratic, ROUGH_POWER)
+        largest = largest_about(quadratic, ROUGH_STEPS)
         bent = 0.5 * (self.radius * largest.sqrt() + quadratic.of_rest.sqrt()).square()
         value = self.margin + _total(touch) - g.norm(dim=1) * self.radius - bent
         return value.nan_to_num(nan=-torch.inf)
@@ -266,8 +267,11 @@ class Problem:
 
     def straight(self, d: Tensor) -> dict[int, Tensor]:
         """A_l d by head, (batch, size)."""
-        rows = self.jacobians.rows
-        parts = rows.apply(d).split([b.shape[1] for b in rows.blocks], dim=1)
+        return self._by_head(self.jacobians.rows.apply(d))
+
+    def _by_head(self, rows: Tensor) -> dict[int, Tensor]:
+        """(batch, count) apart."""
+        parts = rows.split([block.shape[1] for block in self.jacobians.rows.blocks], dim=1)
         return dict(zip(self.jacobians.heads, parts, strict=True))
 
     def gradient_of(self, choice: Choice) -> Tensor:
@@ -319,13 +323,13 @@ class Problem:
         """By slopes and by weights, at the state's minimiser d = -y and its touching points."""
         choice, touch = state.ascended.choice, state.touch
         d = -state.solution.y
-        straight = self.straight(d)
+        straight, ridge = self.straight(d), self._by_head(state.solution.ridge)
         moved = self._moved(state)
         by_slope, by_weight = {}, {}
         for k in self.layers:
             t, target = touch[k].place, head(self.network, k)
             by_slope[k] = state.adjoints[k] * (moved[target] - t)
-            second = (1 + choice.tau).unsqueeze(1) * straight[target].square()
+            second = (1 + choice.tau).unsqueeze(1) * (straight[target].square() + ridge[target])
             second = second + (1 + 1 / choice.tau).unsqueeze(1) * self.ball.rest[target].square()
             by_weight[k] = 0.5 * (touch[k].square - second)
         return by_slope, by_weight
@@ -357,7 +361,7 @@ def _total(touch: Mapping[int, _Touch]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """phi(z+t) - phi(z) on a grid of each neuron's range: (GRID, batch, size)."""
+    """phi(z+t) - phi(z) on an even grid of each neuron's range, and at t = 0: (GRID + 1, batch, size)."""
 
     op: Activation
     z: Tensor

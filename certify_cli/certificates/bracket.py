@@ -13,6 +13,9 @@ GROWTH, GROWTHS = 1.5, (1.0, 5.0)
 """Losses grow about like this power of the radius; and the powers believed where two balls tell."""
 INSIDE = 0.998
 """The next ball is this part of where the bound seems to vanish."""
+STALE = 0.03
+"""What an outside ball may have left by `GROWTH` without being believed to be inside."""
+DOUBTS = 2
 HOPELESS = -1.0
 """Values below say too little of where the bound vanishes."""
 
@@ -27,7 +30,8 @@ def power_step(radius: Tensor, value: Tensor, growth: Tensor | float = GROWTH) -
 @dataclass(eq=False)
 class Bracket:
     """(items,) each: the radius to try; the largest one inside (0: none) and the least one outside (inf: none) so far,
-    the bound's value on those two balls, as a part of its value at 0, and the last ball and what was lost there."""
+    the bound's value on those two balls, as a part of its value at 0, the last ball and what was lost there, and how
+    often an outside ball may still be doubted."""
 
     radius: Tensor
     inside: Tensor
@@ -36,13 +40,15 @@ class Bracket:
     short: Tensor
     before: Tensor
     loss: Tensor
+    doubts: Tensor
 
     @classmethod
     def around(cls, radius: Tensor) -> Bracket:
         """Nothing known but where to begin."""
         none = torch.zeros_like(radius)
         outside = torch.full_like(radius, torch.inf)
-        return cls(radius.clone(), none.clone(), outside, none.clone(), none.clone(), none.clone(), none.clone())
+        doubts = torch.full_like(radius, DOUBTS, dtype=torch.long)
+        return cls(radius.clone(), none.clone(), outside, none.clone(), none.clone(), none.clone(), none, doubts)
 
     def told(self, items: Tensor, value: Tensor) -> Tensor:
         """Enters the values found on the items' balls and moves on; which of them (a mask) are the largest inside."""
@@ -50,8 +56,11 @@ class Bracket:
         value = value.nan_to_num(nan=-torch.inf)
         good = value > 0
         raised, lowered = good & (here > self.inside[items]), ~good & (here < self.outside[items])
-        # more is left on a larger ball: the bound has become better since a ball was found to be outside
-        forgotten = raised & (self.inside[items] > 0) & (value > self.left[items])
+        # so much is left that the bound must have become better since a ball was found to be outside
+        there = 1 - (1 - value) * (self.outside[items] / here).pow(GROWTH)
+        better = (there > STALE) & self.outside[items].isfinite() & (self.doubts[items] > 0)
+        self.doubts[items] -= (raised & better).long()
+        forgotten = raised & (better | ((self.inside[items] > 0) & (value > self.left[items])))
         self.outside[items] = self.outside[items].masked_fill(forgotten, torch.inf)
         self.left[items] = torch.where(raised, value, self.left[items])
         self.short[items] = torch.where(lowered, value, self.short[items])

@@ -39,7 +39,7 @@ ROUGH, FAST_CLOSE = 0.3, 1e-2
 """How closely, relatively, probes and the fast tier find what they look for."""
 SAFE = 4e-3
 """Estimates count less this part of the margin: what their proofs give is less by about that."""
-BACK = (1.0, 0.99, 0.95)
+BACK = (1.0, 0.995, 0.98, 0.94, 0.8)
 """Parts of the radius found to which a search goes back for its proof."""
 
 
@@ -117,8 +117,7 @@ def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor
     known (batch,): radii certified already; a start for the search. Samples are treated in chunks that fit
     `analysis.memory`; where one sample's Jacobians do not, the fast tier alone decides.
     """
-    start = torch.maximum(START * point.first_order.amin(1), 1.5 * known)
-    start = torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
+    start = beginning(point, known)
     if not nonlinear_nodes(point.network):  # affine: there is no curvature, and nothing to gain
         return torch.zeros_like(start), point.margin.argmin(1)
     able = ((point.margin_low > 0).all(1) & ~known.isinf()).nonzero().squeeze(1)
@@ -127,6 +126,12 @@ def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor
         batch = Batch(analysis, point.at(part), jacobians=fits(analysis))
         radius[part], rival[part] = batch.radii(start[part])
     return radius, rival
+
+
+def beginning(point: Point, known: Tensor) -> Tensor:
+    """Where a search begins, (batch,), radii known (batch,) being certified already."""
+    start = torch.maximum(START * point.first_order.amin(1), 1.5 * known)
+    return torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
 
 
 def fits(analysis: Analysis) -> bool:
@@ -211,7 +216,7 @@ class Batch:
     def _ordered(self, radius: Tensor) -> Tensor:
         """About the radius of each rival (batch, classes), by the balls of the given radii."""
         every = torch.arange(len(radius), device=radius.device)
-        known = self._ball(every, radius)
+        known = self.ball(every, radius)
         low, own = self.point.margin_low, self.point.own
         left = (low - fast_losses(self.point, known.ranges, self.point.adjoints, known)) / low
         return power_step(radius.unsqueeze(1), left).nan_to_num(nan=0.0).masked_fill(own, torch.inf)
@@ -222,7 +227,7 @@ class Batch:
         sample = rivals[:, 0].unique()
         if not len(sample):
             return torch.zeros(0, dtype=torch.bool, device=rivals.device)
-        part, known = self.point.at(sample), self._ball(sample, radius[sample])
+        part, known = self.point.at(sample), self.ball(sample, radius[sample])
         low, pulled = part.margin_low, part.adjoints
         value = difference_down(low, fast_losses(part, known.ranges, pulled, known))
         open_ = torch.zeros_like(self.point.own)
@@ -302,7 +307,8 @@ class Batch:
         ranges = fast_ranges(self.point, self.analysis.weights, radius)
         self.frame = ball(self.point, ranges, like=self.frame).frame
 
-    def _ball(self, samples: Tensor, radius: Tensor) -> Ball:
+    def ball(self, samples: Tensor, radius: Tensor) -> Ball:
+        """Balls (count,) of the samples (count,) of the batch, in the frame that the search made."""
         part = self.point.at(samples)
         frame = self.frame if self.frame is None or len(samples) == len(self.point.x) else self.frame.at(samples)
         return ball(part, fast_ranges(part, self.analysis.weights, radius), frame)
@@ -311,7 +317,7 @@ class Batch:
         """radius: of each item; items of one sample must have one ball."""
         samples, place = items.sample.unique(return_inverse=True)
         first = torch.empty_like(samples).index_copy(0, place, torch.arange(len(place), device=place.device))
-        return Task(self.point.at(items.sample), self._ball(samples, radius[first]).at(place), items)
+        return Task(self.point.at(items.sample), self.ball(samples, radius[first]).at(place), items)
 
 
 def _lookup(sample: Tensor, rival: Tensor, batch: int) -> Tensor:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from certify_cli.bounds.analysis import MEMORY, Analysis
 from certify_cli.bounds.curvature import why_no_curvature
-from certify_cli.bounds.local import ball, lower_bound
-from certify_cli.bounds.ranges import fast_ranges
+from certify_cli.bounds.local import lower_bound
 from certify_cli.certificates.ascent import Problem, ascend
-from certify_cli.certificates.local import Items, fits
+from certify_cli.certificates.local import Batch, Items, beginning, fits
 from certify_cli.certificates.methods import METHODS
 from certify_cli.certificates.point import Point
 from certify_cli.errors import MethodError
@@ -27,8 +26,10 @@ from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes
 from certify_cli.numerics.rounding import TINY
 
-STEPS = 60
-"""Of the ascent: one sample can have them."""
+ASCENTS, MOST_ASCENTS, STEPS = 8, 50, 8
+"""One sample can have them. A fresh start, with long steps again, helps more than further short steps."""
+ENOUGH = 5e-3
+"""With less than this part of the margin left by the estimate the proof may fail."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class LossRow:
 
 @dataclass(frozen=True)
 class Losses:
-    """A margin on a ball: `margin` at the sample (down), `left` of it on the ball (a proved lower bound), and the loss
-    between them: the gradient's part, the layers' parts, and `gap`, what the proof rounds up (all estimates)."""
+    """A margin on a ball: `margin` at the sample (down), `left` of it on the ball (a proved lower bound; not
+    positive where `curvature` certifies the ball and `local` does not), and the loss between them: the gradient's part,
+    the layers' parts, and `gap`, what the proof rounds up (all estimates)."""
 
     prediction: int
     rival: int
@@ -78,44 +80,58 @@ class Losses:
 def of_sample(network: Network, x: Tensor, memory: int | None = None) -> Losses:
     """Of the one sample x (1, *input shape), on the ball that `local` certifies; MethodError if it says nothing."""
     reason = why_no_curvature(network)
+    if reason is None and not nonlinear_nodes(network):
+        reason = "it is affine, and nothing is lost to curvature"
     if reason is not None:
         raise MethodError(f"--sample shows the local curvature bound, which cannot apply to this model: {reason}")
     with exact_kernels():
         analysis, point = Analysis(network, "normal", memory or MEMORY), Point(network, x)
-        found = METHODS["local"].certify(analysis, point, False, None)
-        radius, rival = float(found.radius), int(found.rival)
-        if not 0 < radius < math.inf:
-            raise MethodError(
-                "--sample shows the local curvature bound, which says nothing here: the sample "
-                + ("is not certified at all (a tie, or no number)" if radius == 0 else "cannot change its class")
-            )
-        result = losses(analysis, point, radius, rival)
-    if result is None:
-        raise MethodError("--sample needs the sample's Jacobians, which do not fit in --memory; give it more")
+        if not fits(analysis):
+            raise MethodError("--sample needs the sample's Jacobians, which do not fit in --memory; give it more")
+        result = _losses(analysis, point)
+    if not math.isfinite(result.left):
+        raise MethodError(
+            "--sample shows the local curvature bound, which overflows on the ball that a closed form certifies here"
+        )
     return result
 
 
-def losses(analysis: Analysis, point: Point, radius: float, rival: int) -> Losses | None:
-    """Of the one sample of `point`, towards `rival`, on the ball of `radius`. None without memory for its Jacobians."""
-    if not fits(analysis):
-        return None
+def _losses(analysis: Analysis, point: Point) -> Losses:
     network = point.network
+    closed = METHODS["curvature"].certify(analysis, point, False, None)
+    known, rival = closed.radius, closed.rival
+    batch = Batch(analysis, point)
+    if bool(point.finite) and 0 < float(known) < math.inf:
+        radius, decides = batch.radii(beginning(point, known))
+        rival = torch.where(radius > known, decides, rival)
+        known = torch.maximum(radius, known)
+    if not 0 < float(known) < math.inf:
+        raise MethodError(
+            "--sample shows the local curvature bound, which says nothing here: the sample "
+            + ("is not certified at all (a tie, or no number)" if float(known) == 0 else "cannot change its class")
+        )
     index = torch.zeros(1, dtype=torch.long, device=point.x.device)
-    items = Items.of(point, index, index + rival)
-    known = ball(point, fast_ranges(point, analysis.weights, torch.full_like(items.margin, radius)))
-    problem = Problem(point, known, items.margin, items.cotangents)
-    best = ascend(point, known, items.margin, items.cotangents, None, STEPS).choice
+    items = Items.of(point, index, rival)
+    ball = batch.ball(index, known)
+    problem = Problem(point, ball, items.margin, items.cotangents)
+    best = None
+    for count in range(MOST_ASCENTS):
+        found = ascend(point, ball, items.margin, items.cotangents, best, STEPS)
+        best = found.choice
+        if count + 1 >= ASCENTS and bool(found.estimate > ENOUGH * items.margin):
+            break
+    assert best is not None
     state = problem.at(best, None)
     choice = state.ascended.choice
-    left = float(lower_bound(point, known, items.margin, items.cotangents, choice))
+    left = float(lower_bound(point, ball, items.margin, items.cotangents, choice))
     offset = -state.solution.y
-    offset = offset * (radius / offset.norm(dim=1, keepdim=True).clamp(min=TINY))
+    offset = offset * (known / offset.norm(dim=1, keepdim=True).clamp(min=TINY))
     straight = problem.straight(offset)
     tau = float(choice.tau)
     rows = []
     for k in nonlinear_nodes(network):
         node, target = network.nodes[k], head(network, k)
-        width = 0.5 * (known.ranges.high[target] - known.ranges.low[target])
+        width = 0.5 * (ball.ranges.high[target] - ball.ranges.low[target])
         weights = choice.weights[k]
         rows.append(
             LossRow(
@@ -123,13 +139,13 @@ def losses(analysis: Analysis, point: Point, radius: float, rival: int) -> Losse
                 node.op.title,
                 node.shape,
                 range=float(width.mean()),
-                bent=float(known.rest[target].mean() / width.mean().clamp(min=TINY)),
+                bent=float(ball.rest[target].mean() / width.mean().clamp(min=TINY)),
                 constant=-float(state.touch[k].value.sum()),
                 curved=0.5 * (1 + tau) * float((weights * straight[target].square()).sum()),
-                beyond=0.5 * (1 + 1 / max(tau, 1e-12)) * float((weights * known.rest[target].square()).sum()),
+                beyond=0.5 * (1 + 1 / max(tau, 1e-12)) * float((weights * ball.rest[target].square()).sum()),
             )
         )
     gradient = -float((problem.gradient_of(choice) * offset).sum())
     margin = float(items.margin)
     gap = margin - left - gradient - sum(row.total for row in rows)
-    return Losses(int(point.prediction), rival, radius, margin, left, gradient, tuple(rows), gap)
+    return Losses(int(point.prediction), int(rival), float(known), margin, left, gradient, tuple(rows), gap)

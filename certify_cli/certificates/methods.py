@@ -38,9 +38,9 @@ class Method:
     """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?,
     what cheaper methods have found for these samples or None).
 
-    `attacks`: whether it can promise attacks; of several methods only the first that can is asked to (on the shared
-    models the dear ones add one for few samples, at the price of a search). `dear`: `auto`
-    spares it a sample whose verdicts are known. `searched`: it tries many balls a sample, so that small batches do.
+    `attacks`: whether it can promise attacks; of several methods only the first that can is asked to (on the
+    models measured the dear ones add one for few samples, at the price of a search). `dear`: `auto` spares it a sample
+    whose verdicts are known. `searched`: it tries many balls a sample, so that small batches do.
     """
 
     name: str

@@ -7,8 +7,8 @@ m with g^T p(Q) g about sum m p(theta). In them the loss of `bounds.trust_region
 
 costs nothing, and the best mu (where y = (mu I - (1+tau) Q)^-1 g has the ball's radius as its length) and tau follow.
 Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; matrices
-are in the precision of `Rows.short`. A gradient may be blind to the largest eigenvalue, so a power iteration follows
-that one from call to call.
+are in the precision of `Rows.short`. A gradient may be blind to the largest eigenvalue, so Lanczos steps of
+their own follow that one from call to call.
 """
 
 from __future__ import annotations
@@ -24,24 +24,32 @@ from certify_cli.numerics.batched import row_times
 from certify_cli.numerics.rounding import TINY
 
 STEPS = 7
-"""Of Lanczos; also of the first power iteration."""
+"""Of Lanczos, from the gradient, and for the largest eigenvalue in the first call."""
 FURTHER = 2
-"""Further power iterations, from the call before."""
+"""For the largest eigenvalue, from the call before."""
 ROOT_STEPS = 12
 MARGIN = 1.0 + 2.0**-12
 """How far above the largest eigenvalue (an estimate from below) mu stays."""
 TAUS = (1e-9, 1e9)
+LEAST_MISSING = 1e-3
+"""A smaller part of the radius' square needs no direction of its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """y (batch, inputs), mu and tau (batch,), and `form` (batch,), about g^T H^-1 g; top: of most curvature."""
+    """y (batch, inputs), mu and tau (batch,), and `form` (batch,), about g^T H^-1 g; top: of most curvature.
+
+    Where mu is all but the largest eigenvalue, y does not reach the sphere (the hard case): the minimisers are y and
+    what is missing along either side of the direction u of most curvature. `ridge` (batch, count) is what that adds to
+    (A d)^2, missing^2 (A u)^2.
+    """
 
     y: Tensor
     mu: Tensor
     tau: Tensor
     form: Tensor
     top: Tensor
+    ridge: Tensor
 
     def where(self, take: Tensor, other: Solution) -> Solution:
         """The other one's items where `take` (batch,) is true."""
@@ -73,7 +81,7 @@ class _Side:
 
     @property
     def first(self) -> Tensor:
-        """Where a power iteration begins: rows added up by the roots of their weights."""
+        """Where the search for the largest eigenvalue begins: rows added up by the roots of their weights."""
         if self.quadratic.by_rows:
             return self.root
         return self._gathered(self.root)
@@ -98,6 +106,16 @@ class _Side:
 
         return through
 
+    def along(self, top: Tensor) -> Tensor:
+        """A u, (batch, count), for u the unit vector of the inputs that `top` stands for."""
+        parts, unit = self.quadratic.rows.short
+        if not self.quadratic.by_rows:
+            return self.quadratic.rows.apply((top / top.norm(dim=1, keepdim=True).clamp(min=1e-30)).double())
+        inside = self.root * top
+        moved = row_times(inside, parts[0])
+        length = (inside * moved).sum(1, keepdim=True).clamp(min=1e-30).sqrt()
+        return unit * (moved / length).double()
+
     def start(self, g: Tensor) -> Tensor:
         """g as this side sees it, double precision."""
         if not self.quadratic.by_rows:
@@ -109,10 +127,10 @@ def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | N
     """For gradients g (batch, inputs) on balls of `radius` (batch,); `before` knows the direction of most curvature."""
     side = _Side.of(quadratic)
     product, square = side.product(), side.unit.squeeze(1).square()
-    top, largest = _power(product, *((side.first, STEPS) if before is None else (before.top, FURTHER)))
+    top, largest = _leading(product, *((side.first, STEPS) if before is None else (before.top, FURTHER)))
     begin = side.start(g)
     size = begin.norm(dim=1).clamp(min=TINY)
-    values, vectors, basis = _lanczos(product, (begin / size.unsqueeze(1)).to(top.dtype))
+    values, vectors, basis = _lanczos(product, (begin / size.unsqueeze(1)).to(top.dtype), STEPS)
     nodes = values.clamp(min=0.0).double() * square.unsqueeze(1)
     masses = (vectors[:, 0].double() * size.unsqueeze(1)).square()
     if quadratic.by_rows:  # as g sees it: what is in no row has eigenvalue 0
@@ -129,19 +147,26 @@ def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | N
     if quadratic.by_rows:
         image = quadratic.rows.transpose(quadratic.weights.sqrt() * y)
         y = (g + (1 + tau).unsqueeze(1) * image) / mu.unsqueeze(1)
-    return Solution(y, mu, tau, (masses / gaps).sum(1), top)
+    return Solution(y, mu, tau, (masses / gaps).sum(1), top, _ridge(side, top, radius, y))
+
+
+def _ridge(side: _Side, top: Tensor, radius: Tensor, y: Tensor) -> Tensor:
+    missing = (1 - LEAST_MISSING - y.square().sum(1) / radius.square()).clamp(min=0.0)
+    if not bool((missing > 0).any()):
+        return torch.zeros_like(side.quadratic.weights)
+    return (missing * radius.square()).unsqueeze(1) * side.along(top).square()
 
 
 def largest_about(quadratic: Quadratic, steps: int) -> Tensor:
     """The largest eigenvalue of A^T diag(w) A, (batch,): an estimate from below."""
     side = _Side.of(quadratic)
-    _, value = _power(side.product(), side.first, steps)
+    _, value = _leading(side.product(), side.first, steps)
     return value.double() * side.unit.squeeze(1).square()
 
 
-def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ritz values (batch, k), their vectors (batch, k, k) in the basis (batch, k, n); q (batch, n) of length 1 or 0."""
-    steps = min(STEPS, q.shape[1])
+    steps = min(steps, q.shape[1])
     basis, alphas, betas = [q], [], []
     for step in range(steps):
         w = product(q)
@@ -163,15 +188,11 @@ def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor) -> tuple[Tensor, Te
     return values, vectors, torch.stack(basis, dim=1)
 
 
-def _power(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Direction, and an estimate of the largest eigenvalue from below, by power iteration."""
-    value = torch.zeros_like(q[:, 0])
-    for _ in range(steps):
-        q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        moved = product(q)
-        value = moved.norm(dim=1)
-        q = torch.where((value > 0).unsqueeze(1), moved, q)
-    return q, value
+def _leading(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The direction (batch, n) of the largest eigenvalue, about, and an estimate of that from below, (batch,)."""
+    q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    values, vectors, basis = _lanczos(product, q, steps)
+    return (vectors[:, :, -1:].mT @ basis).squeeze(1), values[:, -1]
 
 
 def _balanced(nodes: Tensor, masses: Tensor, largest: Tensor, radius: Tensor, of_rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from certify_cli.records import SCHEMA
 
 if TYPE_CHECKING:
     from certify_cli.bounds.layers import LayerRow
-    from certify_cli.certificates.losses import Losses
+    from certify_cli.certificates.losses import Losses, LossRow
 
 COLUMNS = (
     Column("layer", wraps=True),  # name, kind and shape: a narrow terminal has them below one another
@@ -67,6 +67,21 @@ def bounds(
     form = opt.format_of(format, output, opt.PLAIN_FORMATS)
     if (sample is None) != (data is None):
         raise UsageError("--sample I and --data SOURCE belong together: sample number I of that data set")
+    if sample is None:
+        of_data = {
+            "--data-root": data_root,
+            "--split": split != "test",
+            "--data-layout": data_layout != "nchw",
+            "--offline": offline,
+            "--mean": mean,
+            "--std": std,
+            "--layout": layout,
+        }
+        given = [name for name, value in of_data.items() if value]
+        if given:
+            raise UsageError(
+                f"{given[0]} says how a sample is read, but none is asked for; add --sample I --data SOURCE"
+            )
     opt.one_of("--split", split, opt.SPLITS)
     opt.one_of("--data-layout", data_layout, opt.DATA_LAYOUTS)
     limit = opt.memory_size("--memory", memory)
@@ -112,17 +127,30 @@ def bounds(
                 + "\n"
             )
             return
-        out.write(
-            f"sample {sample}: class {found.prediction} against {found.rival}, margin {number(found.margin, DOWN)}; at "
-            f"least {number(found.left, DOWN)} of it is left\non the certified ball of radius "
-            f"{number(found.radius, DOWN)}, and {number(found.margin - found.left, UP)} at most is lost:\n"
-        )
+        out.write(f"sample {sample}: {_account(found)}")
         out.write(grid(LOSS_COLUMNS, _loss_cells(found), out.view))
+
+
+def _account(found: Losses) -> str:
+    margin, radius = number(found.margin, DOWN), number(found.radius, DOWN)
+    lost = number(found.margin - found.left, UP)
+    begin = f"class {found.prediction} against {found.rival}, margin {margin}; "
+    if found.left > 0:
+        left = number(found.left, DOWN)
+        return (
+            f"{begin}at least {left} of it is left\non the certified ball of radius {radius}; {lost} at most is lost:\n"
+        )
+    return f"{begin}the certified ball of radius {radius}\nis proved otherwise; by this bound {lost} at most is lost:\n"
+
+
+def _title(row: LayerRow | LossRow) -> str:
+    """Name, kind and shape; breaks before parameters."""
+    return f"{row.name} {row.kind.replace('(', ' (')} {shape_text(row.shape)}"
 
 
 def _layer_cells(row: LayerRow) -> tuple[str, ...]:
     return (
-        f"{row.name} {row.kind.replace('(', ' (')} {shape_text(row.shape)}",  # breaks before parameters
+        _title(row),
         *(number(value, UP) for value in (row.norm, row.slope, row.lipschitz, row.curvature)),
         "-" if row.share is None else f"{100 * row.share:.1f} %",
     )
@@ -136,7 +164,6 @@ def _loss_cells(found: Losses) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("gradient", *blank, number(found.gradient), share(found.gradient))]
     for row in found.layers:
         parts = (number(value) for value in (row.constant, row.curved, row.beyond, row.total))
-        title = f"{row.name} {row.kind.replace('(', ' (')} {shape_text(row.shape)}"
-        rows.append((title, number(row.range), f"{100 * row.bent:.1f} %", *parts, share(row.total)))
+        rows.append((_title(row), number(row.range), f"{100 * row.bent:.1f} %", *parts, share(row.total)))
     rows.append(("proof", *blank, number(found.gap), share(found.gap)))
     return rows

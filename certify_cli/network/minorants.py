@@ -17,7 +17,7 @@ from torch import Tensor
 from certify_cli.network.spans import Span
 from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT
 
-CELLS = 16
+CELLS = 24
 CHUNK = 2**13
 """Entries treated at once, so that all knots stay in the cache."""
 SLACK = 64 * UNIT

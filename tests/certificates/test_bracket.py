@@ -44,3 +44,14 @@ def test_a_curve_with_a_step_and_values_that_are_no_numbers() -> None:
         live = bracket.open(live, 1e-3)
     assert 0.36 < float(bracket.inside[0]) < 0.37
     assert bool((bracket.inside[1:] == 0).all())
+
+
+def test_a_ball_that_was_outside_before_the_bound_became_better() -> None:
+    """The first ball is judged by a poor bound; what is left on smaller ones by a better bound belies it."""
+    bracket, live = Bracket.around(torch.tensor([1.0], dtype=D)), torch.arange(1)
+    for count in range(12):
+        value = 1 - (bracket.radius / (0.7 if count == 0 else 1.3)) ** 1.5
+        bracket.told(live, value)
+        if not len(bracket.open(live, 1e-2)):
+            break
+    assert 1.28 < float(bracket.inside) < 1.3

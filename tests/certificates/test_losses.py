@@ -14,7 +14,7 @@ from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.linearised import nonlinear_nodes
 from tests.bounds.test_local import NETWORKS, attacked
 from tests.networks import PIECEWISE, SMOOTH, points
-from tests.soundness.common import dense_stack, tensor
+from tests.soundness.common import certify, dense_stack, tensor
 
 D = torch.float64
 
@@ -54,3 +54,16 @@ def test_what_cannot_be_shown_says_why() -> None:
         of_sample(even, tensor([0.3, -0.2]))
     with pytest.raises(MethodError, match="--memory"):
         of_sample(SMOOTH["two layers, tanh"], points(SMOOTH["two layers, tanh"], 1), memory=1)
+
+
+def test_an_affine_model_loses_nothing() -> None:
+    with pytest.raises(MethodError, match="affine"):
+        of_sample(SMOOTH["linear"], points(SMOOTH["linear"], 1))
+
+
+@pytest.mark.parametrize("name", ["convolutional", "residual, gelu", "batch norms, silu"])
+def test_the_account_is_of_the_ball_that_the_search_proved(name: str) -> None:
+    network = SMOOTH[name]
+    found = of_sample(network, points(network, 1))
+    assert found.left > 0
+    assert found.radius == pytest.approx(float(certify(network, points(network, 1), "local").radius), rel=1e-9)

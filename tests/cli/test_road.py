@@ -174,3 +174,10 @@ def test_a_sample_that_is_not_there(curvcert: Curvcert, words: str, says: str) -
     done = curvcert("bounds", "digits.onnx", *words.split())
     assert done.code in (2, 3)
     assert says in done.last
+
+
+@pytest.mark.parametrize("option", ["--mean 0.5", "--split train", "--data-root .", "--layout nhwc"])
+def test_what_says_how_a_sample_is_read_needs_one(curvcert: Curvcert, option: str) -> None:
+    done = curvcert("bounds", "digits.onnx", *option.split())
+    assert done.code == 2
+    assert option.split()[0] in done.last
