@@ -1,0 +1,19 @@
+"""Products of vectors with matrices of their own or a shared one, and the precision of what only proposes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALL = 128
+"""Size of a matrix up to which single precision saves nothing."""
+
+
+def row_times(vectors: Tensor, matrix: Tensor) -> Tensor:
+    """(batch, m) and (batch or 1, m, n) -> (batch, n)."""
+    return vectors @ matrix[0] if len(matrix) == 1 else (vectors.unsqueeze(1) @ matrix).squeeze(1)
+
+
+def proposing(size: int) -> torch.dtype:
+    """Of matrices that propose and prove nothing: single precision where that saves something."""
+    return torch.float64 if size <= SMALL else torch.float32
