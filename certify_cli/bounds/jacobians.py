@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.supports import Supports
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slopes, Vectors, pull
 from certify_cli.numerics.batched import proposing, row_times
@@ -44,6 +45,11 @@ class Rows:
         """Upper bounds (batch or 1, size) of the norms of the computed rows."""
         return tuple(Vectors(b, e).size for b, e in zip(self.blocks, self.errors, strict=True))
 
+    @cached_property
+    def supports(self) -> tuple[Supports, ...]:
+        """Of each block's rows."""
+        return tuple(Supports.of(block) for block in self.blocks)
+
     def at(self, index: Tensor) -> Rows:
         """Of the samples at `index`."""
 
@@ -53,6 +59,8 @@ class Rows:
         rows = Rows(part(self.blocks), part(self.errors))
         if "_stacked" in self.__dict__:
             (rows.__dict__["_stacked"],) = part((self._stacked,))
+        if self.count > self.inputs:  # wanted for every matrix: looked for once
+            rows.__dict__["supports"] = self.supports
         if "short" in self.__dict__:
             rows.__dict__["short"] = part(self.short[0]), self.short[1]
         return rows

@@ -43,6 +43,17 @@ class Supports:
                 found[:, rows] = _forms(part, matrix[:, columns.unsqueeze(1), columns.unsqueeze(0)])
         return found
 
+    def add_form(self, total: Tensor, matrix: Tensor, weights: Tensor) -> None:
+        """Adds M^T diag(w) M to `total` (batch, n, n), for M (batch or 1, m, n) with these supports, w (batch, m)."""
+        if self.groups is None:
+            total += (matrix * weights.unsqueeze(2)).mT @ matrix
+            return
+        for rows, columns in self.groups:
+            if len(columns):
+                part = matrix[:, rows.unsqueeze(1), columns.unsqueeze(0)]
+                square = (part * weights[:, rows].unsqueeze(2)).mT @ part
+                total[:, columns.unsqueeze(1), columns.unsqueeze(0)] += square
+
 
 def _forms(u: Tensor, matrix: Tensor) -> Tensor:
     return ((u @ matrix[0] if len(matrix) == 1 else u @ matrix) * u).sum(2)

@@ -78,9 +78,9 @@ class Quadratic:
             return matrix, up((gamma(self.rows.inputs + 2) + 8 * UNIT) * self.trace, 4) + UNDERFLOW
         parts = self.weights.split([block.shape[1] for block in self.rows.blocks], dim=1)
         total = torch.zeros(batch, self.rows.inputs, self.rows.inputs, dtype=torch.float64, device=self.weights.device)
-        for block, part in zip(self.rows.blocks, parts, strict=True):
-            total += (block * part.unsqueeze(2)).mT @ block
-        return total, up(gamma(count + len(parts) + 3) * self.trace, 4) + UNDERFLOW
+        for block, part, supports in zip(self.rows.blocks, parts, self.rows.supports, strict=True):
+            supports.add_form(total, block, part)
+        return total, up(gamma(2 * count + len(parts) + 3) * self.trace, 4) + UNDERFLOW
 
     @property
     def by_rows(self) -> bool:

@@ -409,3 +409,19 @@ def test_supports_change_no_form() -> None:
         expected = torch.einsum("bmi,bij,bmj->bm", u, matrix.expand(3, -1, -1), u)
         assert torch.allclose(found.forms(u, matrix), expected, rtol=1e-12, atol=1e-12)
     assert Supports.of(torch.ones(1, 4, 9)).groups is None
+
+
+def test_forms_added_by_supports_are_those_of_the_whole() -> None:
+    """A^T diag(w) A of a convolution's Jacobian, patch by patch."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(2, 1, 3, 3, dtype=D, generator=generator)
+    units = torch.eye(64, dtype=D).reshape(64, 1, 8, 8)
+    matrix = torch.nn.functional.conv2d(units, weight, padding=1).flatten(1).T.unsqueeze(0)
+    weights = torch.rand(3, matrix.shape[1], dtype=D, generator=generator)
+    found = Supports.of(matrix)
+    assert found.groups is not None
+    assert len(found.groups) == 64
+    total = torch.ones(3, 64, 64, dtype=D)
+    found.add_form(total, matrix, weights)
+    whole = 1 + (matrix * weights.unsqueeze(2)).mT @ matrix
+    assert torch.allclose(total, whole, rtol=1e-12)

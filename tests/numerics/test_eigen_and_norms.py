@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.numerics.eigen import largest_eigenvalue, ritz_estimate, starting_vectors
+from certify_cli.numerics.eigen import _distance, largest_eigenvalue, ritz_estimate, starting_vectors
 from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, matrix_norm
 from certify_cli.numerics.rounding import UNIT, down, gamma, up, vector_norm_up
 
@@ -156,3 +156,15 @@ def test_vector_norms_survive_overflow_and_underflow() -> None:
     assert float(norms[0] / 5e200) < 1 + 1e-12
     assert float(norms[2]) < 1e-300
     assert frobenius_norm(rows) >= 5e200
+
+
+@pytest.mark.parametrize("n", [5, 512, 700])
+def test_the_distance_of_a_matrix_from_its_factor(n: int) -> None:
+    """By strips of the lower half: what lies above the blocks on the diagonal is not looked at."""
+    generator = torch.Generator().manual_seed(n)
+    root = torch.randn(2, n, n, dtype=torch.float64, generator=generator).tril()
+    apart = 1e-3 * torch.randn(2, n, n, dtype=torch.float64, generator=generator)
+    apart = apart + apart.mT
+    matrix = root @ root.mT + apart
+    matrix[:, :512, 512:] = math.nan
+    assert torch.allclose(_distance(matrix, root), torch.linalg.matrix_norm(apart), rtol=1e-9)
