@@ -15,10 +15,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.operators import Operator, Whole, operator
 from certify_cli.bounds.supports import Supports
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slopes, Vectors, pull
-from certify_cli.numerics.batched import proposing, row_times
+from certify_cli.numerics.batched import proposing
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, power_of_two, up
 
 
@@ -50,6 +51,13 @@ class Rows:
         """Of each block's rows."""
         return tuple(Supports.of(block) for block in self.blocks)
 
+    @cached_property
+    def operators(self) -> tuple[Operator, ...]:
+        """The blocks to multiply with; where the Gram matrix is the smaller side, whole."""
+        if self.count <= self.inputs:
+            return tuple(Whole(block) for block in self.blocks)
+        return tuple(operator(block, s) for block, s in zip(self.blocks, self.supports, strict=True))
+
     def at(self, index: Tensor) -> Rows:
         """Of the samples at `index`."""
 
@@ -59,23 +67,21 @@ class Rows:
         rows = Rows(part(self.blocks), part(self.errors))
         if "_stacked" in self.__dict__:
             (rows.__dict__["_stacked"],) = part((self._stacked,))
-        if self.count > self.inputs:  # wanted for every matrix: looked for once
+        if self.count > self.inputs:  # wanted for every product: looked for once
             rows.__dict__["supports"] = self.supports
+            rows.__dict__["operators"] = tuple(o.at(index) for o in self.operators)
         if "short" in self.__dict__:
-            rows.__dict__["short"] = part(self.short[0]), self.short[1]
+            rows.__dict__["short"] = tuple(o.at(index) for o in self.short[0]), self.short[1]
         return rows
 
     def apply(self, d: Tensor) -> Tensor:
         """A d: (batch, inputs) -> (batch, count)."""
-        return torch.cat([row_times(d, block.mT) for block in self.blocks], dim=1)
+        return torch.cat([o.times(d) for o in self.operators], dim=1)
 
     def transpose(self, p: Tensor) -> Tensor:
         """A^T p: (batch, count) -> (batch, inputs)."""
         parts = p.split([block.shape[1] for block in self.blocks], dim=1)
-        total = row_times(parts[0], self.blocks[0])
-        for block, part in zip(self.blocks[1:], parts[1:], strict=True):
-            total = total + row_times(part, block)
-        return total
+        return torch.stack([o.transposed(part) for o, part in zip(self.operators, parts, strict=True)]).sum(0)
 
     @cached_property
     def grams(self) -> dict[tuple[int, int], Tensor]:
@@ -104,13 +110,13 @@ class Rows:
         return up((self._stacked.abs() + slack).square(), 8) + UNDERFLOW
 
     @cached_property
-    def short(self) -> tuple[tuple[Tensor, ...], float]:
+    def short(self) -> tuple[tuple[Operator, ...], float]:
         """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit, a power of two: for estimates."""
         unit = max(power_of_two(block) for block in self.blocks)
         dtype = proposing(min(self.count, self.inputs))
         if self.count <= self.inputs:
-            return ((self._stacked / unit / unit).to(dtype),), unit
-        return tuple((block / unit).to(dtype) for block in self.blocks), unit
+            return (Whole(self._stacked / unit).over(unit, dtype),), unit
+        return tuple(o.over(unit, dtype) for o in self.operators), unit
 
 
 @dataclass(frozen=True, eq=False)

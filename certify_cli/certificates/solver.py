@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.trust_region import Quadratic
-from certify_cli.numerics.batched import row_times
 from certify_cli.numerics.rounding import TINY
 
 STEPS = 7
@@ -77,7 +76,7 @@ class _Side:
     def root(self) -> Tensor:
         """sqrt(w), divided so that the largest is 1."""
         root = self.quadratic.weights.sqrt()
-        return (root / root.amax(1, keepdim=True).clamp(min=TINY)).to(self.quadratic.rows.short[0][0].dtype)
+        return (root / root.amax(1, keepdim=True).clamp(min=TINY)).to(self.quadratic.rows.short[0][0].values.dtype)
 
     @property
     def first(self) -> Tensor:
@@ -89,8 +88,8 @@ class _Side:
     def _gathered(self, p: Tensor) -> Tensor:
         """A^T p over the unit, (batch, count) -> (batch, inputs)."""
         parts, _ = self.quadratic.rows.short
-        pieces = p.split([part.shape[1] for part in parts], dim=1)
-        return torch.stack([row_times(piece, part) for part, piece in zip(parts, pieces, strict=True)]).sum(0)
+        pieces = p.split([part.shape[0] for part in parts], dim=1)
+        return torch.stack([part.transposed(piece) for part, piece in zip(parts, pieces, strict=True)]).sum(0)
 
     def product(self) -> Callable[[Tensor], Tensor]:
         """(batch, n) to the same, in the precision of `Rows.short`."""
@@ -98,10 +97,10 @@ class _Side:
         root = self.root
         if self.quadratic.by_rows:
             gram = parts[0]
-            return lambda q: root * row_times(root * q, gram)
+            return lambda q: root * gram.times(root * q)
 
         def through(q: Tensor) -> Tensor:
-            moved = root * torch.cat([row_times(q, part.mT) for part in parts], dim=1)
+            moved = root * torch.cat([part.times(q) for part in parts], dim=1)
             return self._gathered(root * moved)
 
         return through
@@ -112,7 +111,7 @@ class _Side:
         if not self.quadratic.by_rows:
             return self.quadratic.rows.apply((top / top.norm(dim=1, keepdim=True).clamp(min=1e-30)).double())
         inside = self.root * top
-        moved = row_times(inside, parts[0])
+        moved = parts[0].times(inside)
         length = (inside * moved).sum(1, keepdim=True).clamp(min=1e-30).sqrt()
         return unit * (moved / length).double()
 
