@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.operators import Operator, Whole, operator
+from certify_cli.bounds.operators import Operator, Whole, operator, times, transposed
 from certify_cli.bounds.supports import Supports
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import Slopes, Vectors, pull
@@ -76,12 +76,11 @@ class Rows:
 
     def apply(self, d: Tensor) -> Tensor:
         """A d: (batch, inputs) -> (batch, count)."""
-        return torch.cat([o.times(d) for o in self.operators], dim=1)
+        return times(self.operators, d)
 
     def transpose(self, p: Tensor) -> Tensor:
         """A^T p: (batch, count) -> (batch, inputs)."""
-        parts = p.split([block.shape[1] for block in self.blocks], dim=1)
-        return torch.stack([o.transposed(part) for o, part in zip(self.operators, parts, strict=True)]).sum(0)
+        return transposed(self.operators, p)
 
     @cached_property
     def grams(self) -> dict[tuple[int, int], Tensor]:

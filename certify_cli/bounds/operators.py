@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,3 +103,14 @@ Operator = Whole | Grouped
 def operator(matrix: Tensor, supports: Supports) -> Operator:
     """Of a matrix (batch or 1, m, n), as its supports suggest."""
     return Whole(matrix) if supports.groups is None else Grouped.of(matrix, supports.groups)
+
+
+def times(stack: Sequence[Operator], d: Tensor) -> Tensor:
+    """A d of matrices on top of each other: (batch, n) -> (batch, all rows)."""
+    return torch.cat([part.times(d) for part in stack], dim=1)
+
+
+def transposed(stack: Sequence[Operator], p: Tensor) -> Tensor:
+    """A^T p of the same: (batch, all rows) -> (batch, n)."""
+    pieces = p.split([part.shape[0] for part in stack], dim=1)
+    return torch.stack([part.transposed(piece) for part, piece in zip(stack, pieces, strict=True)]).sum(0)

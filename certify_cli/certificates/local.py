@@ -120,12 +120,17 @@ def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor
     start = beginning(point, known)
     if not nonlinear_nodes(point.network):  # affine: there is no curvature, and nothing to gain
         return torch.zeros_like(start), point.margin.argmin(1)
-    able = ((point.margin_low > 0).all(1) & ~known.isinf()).nonzero().squeeze(1)
+    able = searchable(point, known).nonzero().squeeze(1)
     radius, rival = torch.zeros_like(start), point.margin.argmin(1)
     for part in able.split(max(1, analysis.memory // _footprint(point.network))) if len(able) else ():
         batch = Batch(analysis, point.at(part), jacobians=fits(analysis))
         radius[part], rival[part] = batch.radii(start[part])
     return radius, rival
+
+
+def searchable(point: Point, known: Tensor) -> Tensor:
+    """(batch,): whether there is a ball to look for, beyond the radii known (batch,)."""
+    return (point.margin_low > 0).all(1) & ~known.isinf()
 
 
 def beginning(point: Point, known: Tensor) -> Tensor:

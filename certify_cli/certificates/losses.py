@@ -17,7 +17,7 @@ from certify_cli.bounds.analysis import MEMORY, Analysis
 from certify_cli.bounds.curvature import why_no_curvature
 from certify_cli.bounds.local import lower_bound
 from certify_cli.certificates.ascent import Problem, ascend
-from certify_cli.certificates.local import Batch, Items, beginning, fits
+from certify_cli.certificates.local import Batch, Items, beginning, fits, searchable
 from certify_cli.certificates.methods import METHODS
 from certify_cli.certificates.point import Point
 from certify_cli.errors import MethodError
@@ -101,7 +101,7 @@ def _losses(analysis: Analysis, point: Point) -> Losses:
     closed = METHODS["curvature"].certify(analysis, point, False, None)
     known, rival = closed.radius, closed.rival
     batch = Batch(analysis, point)
-    if bool(point.finite) and 0 < float(known) < math.inf:
+    if bool(searchable(point, known)):
         radius, decides = batch.radii(beginning(point, known))
         rival = torch.where(radius > known, decides, rival)
         known = torch.maximum(radius, known)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.operators import times, transposed
 from certify_cli.bounds.trust_region import Quadratic
 from certify_cli.numerics.rounding import TINY
 
@@ -88,8 +89,7 @@ class _Side:
     def _gathered(self, p: Tensor) -> Tensor:
         """A^T p over the unit, (batch, count) -> (batch, inputs)."""
         parts, _ = self.quadratic.rows.short
-        pieces = p.split([part.shape[0] for part in parts], dim=1)
-        return torch.stack([part.transposed(piece) for part, piece in zip(parts, pieces, strict=True)]).sum(0)
+        return transposed(parts, p)
 
     def product(self) -> Callable[[Tensor], Tensor]:
         """(batch, n) to the same, in the precision of `Rows.short`."""
@@ -100,7 +100,7 @@ class _Side:
             return lambda q: root * gram.times(root * q)
 
         def through(q: Tensor) -> Tensor:
-            moved = root * torch.cat([part.times(q) for part in parts], dim=1)
+            moved = root * times(parts, q)
             return self._gathered(root * moved)
 
         return through
