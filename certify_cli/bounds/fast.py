@@ -18,7 +18,7 @@ from certify_cli.bounds.ranges import Ranges
 from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.linearised import Slope, Vectors, head, nonlinear_nodes
 from certify_cli.network.spans import Span
-from certify_cli.numerics.rounding import UNDERFLOW, powers_of_two, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, positive_up, powers_of_two, up, vector_norm_up
 
 SQUARED_ENTRIES = 2**23
 """Largest stacked Gram matrix that is squared entrywise for the free eigenvalue bound (64 MiB a sample)."""
@@ -45,7 +45,7 @@ def fast_losses(
             up(torch.minimum(part.quadratic, part.interval).sum(2), part.weights.shape[2] + 2), together
         )
         flaws = flaws + part.flaw
-        by_head[part.head] = up(by_head[part.head] + part.weights, 1) if part.head in by_head else part.weights
+        by_head[part.head] = positive_up(by_head[part.head] + part.weights) if part.head in by_head else part.weights
     if known is not None and known.jacobians.rows.count**2 <= SQUARED_ENTRIES:
         apart = torch.fmin(up(apart, len(parts)), _together(known, by_head))
     return up(straight + apart + flaws, 4 * len(parts) + 2)
@@ -122,7 +122,7 @@ def tangents(
         interval, quadratic = part.interval[sample, rival], part.quadratic[sample, rival]
         even = interval < MIXED * quadratic
         flat = flat + part.flaw[sample, rival] + up(torch.where(even, interval, 0.0).sum(1), interval.shape[1] + 1)
-        weights[part.head] = up(weights[part.head] + part.weights[sample, rival].masked_fill(even, 0.0), 1)
+        weights[part.head] = positive_up(weights[part.head] + part.weights[sample, rival].masked_fill(even, 0.0))
     return Tangents(
         Quadratic(
             known.jacobians.rows.at(sample),
@@ -145,7 +145,7 @@ def _together(ball: Ball, weights: Mapping[int, Tensor]) -> Tensor:
     unit = powers_of_two(w.flatten(0, 1)).reshape(w.shape[:2])  # no square of a weight may vanish
     w = w / unit.unsqueeze(2)
     form = (up((w @ rows.squared * w).sum(2), 2 * count + 4) + UNDERFLOW).sqrt().sqrt()
-    own = (up((w * up(rest.square()).unsqueeze(1)).sum(2), count + 3) + UNDERFLOW).sqrt()
+    own = (up((w * positive_up(rest.square()).unsqueeze(1)).sum(2), count + 3) + UNDERFLOW).sqrt()
     return up(unit * up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12))
 
 

@@ -151,16 +151,3 @@ def pulled_rows(network: Network, target: int, slopes: Slopes) -> dict[int, Vect
     units = torch.eye(node.size, dtype=torch.float64, device=network.device).reshape(1, node.size, *node.shape)
     found = pull(network, units, slopes, target)
     return {source: Vectors(rows.value.flatten(2), rows.error) for source, rows in found.items()}
-
-
-def squared_gram(rows: Vectors) -> Tensor:
-    """Entrywise upper bounds (batch or 1, size, size) of (A A^T)^2 of the exact A, for A (batch or 1, size, inputs)."""
-    norms, error = rows.size, rows.error
-    gram = rows.value @ rows.value.mT
-    # |a.b - (a+p).(b+q)| <= |a||q| + |p||b| + |p||q|, and the product's own rounding
-    slack = (
-        gamma(rows.value.shape[2] + 2) * norms.unsqueeze(2) * norms.unsqueeze(1)
-        + norms.unsqueeze(2) * error.unsqueeze(1)
-        + error.unsqueeze(2) * (norms + error).unsqueeze(1)
-    )
-    return up((gram.abs() + slack).square(), 8) + UNDERFLOW

@@ -24,19 +24,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.jacobians import Jacobians, pulled_rows, squared_gram
+from certify_cli.bounds.jacobians import Jacobians, pulled_rows
 from certify_cli.bounds.ranges import Ranges, Samples
 from certify_cli.bounds.supports import Supports
+from certify_cli.bounds.swings import Swing, together
 from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.activations import Activation
 from certify_cli.network.linearised import Slope, Slopes, Vectors, head, nonlinear_nodes, pull
 from certify_cli.network.minorants import depths
 from certify_cli.network.spans import Span
 from certify_cli.numerics.batched import row_times
-from certify_cli.numerics.rounding import UNDERFLOW, difference_down, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, difference_down, positive_up, up, vector_norm_up
 
 MIXED = 0.2
 """An interval or a line takes the place of a quadratic where it leaves less than this part of it."""
+LEAST_WEIGHT = 1e-150
+"""A smaller one is none: what is next to nothing makes the smallest numbers there are, which are slow."""
 LARGEST_BEND = 1e9
 """Weights of more than this times |v| bend no function: the neuron's adjoint is as good as zero."""
 
@@ -53,8 +56,8 @@ class Frame:
     """What (2) is linearised at, and what follows from it whatever the ball.
 
     `slopes` of every nonlinear node that a pre-activation follows, `chorded` (batch, size) where it is no tangent, the
-    Jacobians with these slopes, the squares of their Gram matrices by head (batch or 1, size, size), and the supports
-    of the inner Jacobians' rows.
+    Jacobians with these slopes, the squares of their Gram matrices by head (batch or 1, size, size), the supports of
+    the inner Jacobians' rows, and for them the squared products of A_l and A_k (see `Supports.products`).
     """
 
     slopes: Mapping[int, Slope]
@@ -62,6 +65,7 @@ class Frame:
     jacobians: Jacobians
     squared: Mapping[int, Tensor]
     supports: Mapping[tuple[int, int], Supports]
+    crossed: Mapping[tuple[int, int], tuple[Tensor, ...]]
 
     def at(self, index: Tensor) -> Frame:
         """Of the samples at `index`."""
@@ -71,6 +75,7 @@ class Frame:
             self.jacobians.at(index),
             {k: s if len(s) == 1 else s[index] for k, s in self.squared.items()},
             self.supports,
+            {k: tuple(p if len(p) == 1 else p[index] for p in parts) for k, parts in self.crossed.items()},
         )
 
 
@@ -152,6 +157,7 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None, like: Fra
     chorded: dict[int, Tensor] = {}
     squared: dict[int, Tensor] = {}
     supports: dict[tuple[int, int], Supports] = {}
+    crossed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
     known: dict[int, _Remainder] = {}
     last = nonlinear_nodes(network)[-1]
     for target in sorted({head(network, k) for k in nonlinear_nodes(network)}):
@@ -162,24 +168,29 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None, like: Fra
             outer[target] = frame.jacobians.outer[target]
             rows = {k: b for (t, k), b in frame.jacobians.inner.items() if t == target}
         inner.update({(target, k): b for k, b in rows.items()})
-        reach = up(radius.unsqueeze(1) * up(outer[target].size + outer[target].error, 2))
-        above = torch.zeros_like(low[target])
-        below = torch.zeros_like(above)
+        swings = []
         for source, block in rows.items():
             pair = target, source
             supports[pair] = Supports.of(block.value) if frame is None else frame.supports[pair]
-            more, less = _sums(block, radius, known[source], supports[pair])
-            above, below = above + more, below + less
-        above, below = up(above, len(rows)), up(below, len(rows))
-        rest[target] = up(torch.maximum(above, below) + radius.unsqueeze(1) * outer[target].error, 4) + UNDERFLOW
+            if frame is None:
+                crossed[pair] = supports[pair].products(outer[target], outer[head(network, source)])
+            else:
+                crossed[pair] = frame.crossed[pair]
+            swings.append(_sums(block, known[source], supports[pair], crossed[pair]))
+        size = up(outer[target].size + outer[target].error, 2)
+        rise, fall = (together(size, radius, side) for side in ([s[0] for s in swings], [s[1] for s in swings]))
+        apart = [torch.maximum(*(side.alone(radius) for side in sides)) for sides in swings]
+        flaw = radius.unsqueeze(1) * outer[target].error
+        rest[target] = up(torch.stack([*apart, flaw]).sum(0), len(apart) + 4) + UNDERFLOW
         norm = start.norm[target].unsqueeze(1)
-        low[target] = torch.fmax(torch.fmax(low[target], -up(reach + below)), -norm)
-        high[target] = torch.fmin(torch.fmin(high[target], up(reach + above)), norm)
+        low[target] = torch.fmax(torch.fmax(low[target], -fall), -norm)
+        high[target] = torch.fmin(torch.fmin(high[target], rise), norm)
         here = Ranges(radius, low, high, start.norm)
         for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target and k < last):
             if target not in squared:
                 same = frame if frame is not None or slopes else like
-                squared[target] = squared_gram(outer[target]) if same is None else same.squared[target]
+                own = outer[target]
+                squared[target] = own.squared_products(own) if same is None else same.squared[target]
             on = span(point, layer, here)
             if frame is None:
                 slopes[layer], chorded[layer] = _chosen(point, layer, on)
@@ -187,7 +198,7 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None, like: Fra
                 slopes[layer], chorded[layer] = frame.slopes[layer], frame.chorded[layer]
             known[layer] = _remainder(point, layer, on, slopes[layer], chorded[layer], rest[target], squared[target])
     if frame is None:
-        frame = Frame(slopes, chorded, Jacobians(outer, inner), squared, supports)
+        frame = Frame(slopes, chorded, Jacobians(outer, inner), squared, supports, crossed)
     return Ball(frame, Ranges(radius, low, high, start.norm), rest)
 
 
@@ -226,26 +237,23 @@ def chords(here: Span, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return slope, *here.remainders(slope)
 
 
-def _sums(block: Vectors, radius: Tensor, q: _Remainder, supports: Supports) -> tuple[Tensor, Tensor]:
-    """Upper bounds (batch, size) of sum_j B_ij q_j and of its negative, over the ball.
-
-    The quadratic part, u_j = max(0, B_ij bottom_j, B_ij top_j), is at most the sum of u_j t_j^2 / 2 and, G = A A^T,
-    at most 1/2 (e (u^T (G o G) u)^(1/4) + ||sqrt(u) o rest||)^2  (theory section 4, (a) and (c)).
-    """
+def _sums(block: Vectors, q: _Remainder, supports: Supports, crossed: tuple[Tensor, ...]) -> tuple[Swing, Swing]:
+    """Of sum_j B_ij q_j over the ball, and of its negative; crossed: squared products of A_i and A_j."""
     terms = block.value.shape[2] + 6
     slack = up(block.error * q.norm.unsqueeze(1)) + UNDERFLOW
     positive, negative = block.value.clamp(min=0.0), (-block.value).clamp(min=0.0)
 
-    def total(plus: Tensor, minus: Tensor) -> Tensor:
+    def swing(plus: Tensor, minus: Tensor) -> Swing:
         u = plus * q.top.unsqueeze(1) + minus * (-q.bottom).unsqueeze(1)
-        form = (up(supports.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt().sqrt()
-        own = (row_times(up(q.beyond.square()), u.mT) + UNDERFLOW).sqrt()
-        squares = up(0.5 * (radius.unsqueeze(1) * form + own).square(), terms)
-        curved = torch.fmin(squares, up(row_times(q.half_square, u.mT), terms))
-        flat = up(row_times(q.most, plus.mT) + row_times(-q.least, minus.mT), terms)
-        return up(curved + flat + slack, 4)
+        return Swing(
+            largest=up((up(supports.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt(), 2),
+            along=up(supports.sums(u, crossed), terms) + UNDERFLOW,
+            rest=up(row_times(positive_up(q.beyond.square()), u.mT), terms) + UNDERFLOW,
+            whole=up(row_times(q.half_square, u.mT), terms),
+            flat=up(up(row_times(q.most, plus.mT) + row_times(-q.least, minus.mT), terms) + slack),
+        )
 
-    return total(positive, negative), total(negative, positive)
+    return swing(positive, negative), swing(negative, positive)
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,12 +311,13 @@ def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, 
         v, error = pulled[layer].value[:, 0].flatten(1), pulled[layer].error[:, 0]
         weight = choice.weights[layer]
         bend = (weight / v.abs()).nan_to_num(nan=0.0).clamp(min=0.0, max=LARGEST_BEND)
+        bend = torch.where(bend * v.abs() > LEAST_WEIGHT, bend, torch.zeros_like(bend))
         depth = depths(here, torch.where(v < 0, -1.0, 1.0).to(v.dtype), slope, bend)
         reach = torch.maximum(-here.lo, here.hi)
         far = vector_norm_up(up((here.activation.lipschitz + slope.abs()) * reach, 3))
         loss = up(loss + up((v.abs() * depth).sum(1), v.shape[1] + 1) + error * far, 4) + UNDERFLOW
         target = head(network, layer)
-        weights[target] = up(weights[target] + up(bend * v.abs()), 1)
+        weights[target] = positive_up(weights[target] + bend * v.abs(), 2)
     gradient, flaw = pulled[0].value[:, 0].flatten(1), pulled[0].error[:, 0]
     quadratic = Quadratic(
         jacobians.rows,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from certify_cli.network.linearised import Vectors
+
 DENSE = 0.3
 """Where a row's support is more than this part of the columns, on average, it is not worth looking for."""
 GROUPS = 1024
@@ -43,6 +45,21 @@ class Supports:
                 found[:, rows] = _forms(part, matrix[:, columns.unsqueeze(1), columns.unsqueeze(0)])
         return found
 
+    def products(self, first: Vectors, second: Vectors) -> tuple[Tensor, ...]:
+        """Squared products of rows (batch or 1, m, inputs) and (batch or 1, n, inputs), group by group."""
+        if self.groups is None:
+            return (first.squared_products(second),)
+        return tuple(_rows(first, rows).squared_products(_rows(second, columns)) for rows, columns in self.groups)
+
+    def sums(self, u: Tensor, products: tuple[Tensor, ...]) -> Tensor:
+        """sum over j of u_ij p_ij, (batch, m), for u (batch, m, n) with these supports and products as above."""
+        if self.groups is None:
+            return (u * products[0]).sum(2)
+        found = u.new_zeros(u.shape[:2])
+        for (rows, columns), squares in zip(self.groups, products, strict=True):
+            found[:, rows] = (u[:, rows.unsqueeze(1), columns.unsqueeze(0)] * squares).sum(2)
+        return found
+
     def add_form(self, total: Tensor, matrix: Tensor, weights: Tensor) -> None:
         """Adds M^T diag(w) M to `total` (batch, n, n), for M (batch or 1, m, n) with these supports, w (batch, m)."""
         if self.groups is None:
@@ -53,6 +70,10 @@ class Supports:
                 part = matrix[:, rows.unsqueeze(1), columns.unsqueeze(0)]
                 square = (part * weights[:, rows].unsqueeze(2)).mT @ part
                 total[:, columns.unsqueeze(1), columns.unsqueeze(0)] += square
+
+
+def _rows(vectors: Vectors, index: Tensor) -> Vectors:
+    return Vectors(vectors.value[:, index], vectors.error[:, index])
 
 
 def _forms(u: Tensor, matrix: Tensor) -> Tensor:

@@ -18,35 +18,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.local import MIXED, Ball, Choice
-from certify_cli.bounds.ranges import Ranges
+from certify_cli.bounds.local import MIXED, Ball, Choice, span
 from certify_cli.bounds.trust_region import Quadratic
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.solver import Solution, largest_about, solved
-from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network
+from certify_cli.network.grids import Grid, Touch
 from certify_cli.network.linearised import Slope, head, nonlinear_nodes, pull
 from certify_cli.numerics.rounding import TINY
 
-GRID = 33
-RATE, LONGEST = 0.3, 0.6
+RATE, LONGEST = 0.3, 1.0
 """Of the first step, and of any: a step that does not fail lets the next one be longer."""
-SLOPE_STEP = 0.3
-"""One step of rate 1 moves a slope by this part of the size that `_Grid.scales` gives."""
-WEIGHT_STEP = 0.3
-"""And a weight by this part of the larger of itself and what `_Grid.scales` gives for the neuron's adjoint."""
+SLOPE_STEP, WEIGHT_STEP = 2.0, 4.0
+"""One step of rate 1 moves a slope or weight by this part of its scale (`Grid.scales`) where the gradient is as large
+as it can be, and by as much less as that is smaller."""
+LEAST_ADJOINT = 0.05
+"""A neuron's adjoint counts at least this part of the layer's largest."""
+MOMENTUM = 0.6
 SLIP, SHORTER, LONGER = 0.03, 0.4, 1.3
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
-NEAR = 1e-3
-"""A grid point nearer to p than this part of the range says nothing of the bend there; the curvature at p does."""
-BISECTIONS = 10
 ROUGH_STEPS = 6
-FIRST, SECOND = 0.8, 0.95
-"""Adam's averages."""
-LEAST_SHARE = 1e-3
-SOFTNESS = 0.01
-"""Grid points whose values are this part of the whole spread above the least one count 1/e as much."""
 
 
 def linear_offsets(
@@ -68,24 +60,19 @@ def linear_offsets(
 
 
 @dataclass(eq=False)
-class _Adam:
-    """One tensor, its scale, and Adam's averages."""
+class _Climber:
+    """One tensor (batch, size), what a step along its gradient is multiplied by, and the gradients' running mean."""
 
     value: Tensor
     scale: Tensor
-    first: Tensor = field(init=False)
-    second: Tensor = field(init=False)
+    mean: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.first, self.second = torch.zeros_like(self.value), torch.zeros_like(self.value)
+        self.mean = torch.zeros_like(self.value)
 
     def step(self, gradient: Tensor, rate: Tensor, count: int) -> None:
-        gradient = gradient * self.scale
-        self.first = FIRST * self.first + (1 - FIRST) * gradient
-        self.second = SECOND * self.second + (1 - SECOND) * gradient.square()
-        mean, size = self.first / (1 - FIRST**count), (self.second / (1 - SECOND**count)).sqrt()
-        floor = LEAST_SHARE * size.amax(1, keepdim=True)  # what is next to nothing moves little: it may be rounding
-        self.value = self.value + rate * self.scale * mean / (size + floor + TINY)
+        self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * gradient
+        self.value = self.value + rate * self.scale * self.mean / (1 - MOMENTUM**count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +116,12 @@ def ascend(
     layers = nonlinear_nodes(point.network)
     slopes, weights = {}, {}
     for k in layers:
-        s, w = best.choice.slopes[k], best.choice.weights[k]
-        steepness, bending = problem.grids[k].scales()
-        slopes[k] = _Adam(s, SLOPE_STEP * steepness)
-        weights[k] = _Adam(w, WEIGHT_STEP * torch.maximum(w, first.adjoints[k].abs() * bending))
+        w, (steepness, bending, width) = best.choice.weights[k], problem.grids[k].scales()
+        v = first.adjoints[k].abs()
+        v = torch.maximum(v, LEAST_ADJOINT * v.amax(1, keepdim=True)).clamp(min=TINY)
+        # gradients by slopes are at most about |v| width, by weights about width^2 / 8
+        slopes[k] = _Climber(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
+        weights[k] = _Climber(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())
     state, rate = first, torch.full_like(margin, RATE)
     for count in range(1, steps + 1):
         by_slope, by_weight = problem.gradient(state)
@@ -153,8 +142,9 @@ def ascend(
         # a step too long for an item is taken back, and its next ones are shorter
         good = after.ascended.estimate > best.estimate - SLIP * margin
         rate = torch.where(good, (LONGER * rate).clamp(max=LONGEST), SHORTER * rate)
-        for adam, value in held:
-            adam.value = torch.where(good.unsqueeze(1), adam.value, value)
+        for climber, value in held:
+            climber.value = torch.where(good.unsqueeze(1), climber.value, value)
+            climber.mean = torch.where(good.unsqueeze(1), climber.mean, 0.0)
         state = after.where(~good, state)
         done = _reached(best, enough)
         if bool(done.all()):
@@ -182,7 +172,7 @@ class _State:
 
     ascended: Ascended
     adjoints: Mapping[int, Tensor]
-    touch: Mapping[int, _Touch]
+    touch: Mapping[int, Touch]
     solution: Solution
 
     def where(self, take: Tensor, other: _State) -> _State:
@@ -204,7 +194,7 @@ class Problem:
         self.network, self.jacobians, self.ball = point.network, ball.jacobians, ball
         self.margin, self.cotangents, self.radius = margin, cotangents.unsqueeze(1), ball.radius
         self.layers = nonlinear_nodes(point.network)
-        self.grids = {k: _Grid.of(point, k, ball.ranges) for k in self.layers}
+        self.grids = {k: Grid.of(span(point, k, ball.ranges)) for k in self.layers}
         self.rest = torch.cat([ball.rest[t] for t in self.jacobians.heads], dim=1)
 
     def quadratic(self, weights: Mapping[int, Tensor]) -> Quadratic:
@@ -228,7 +218,7 @@ class Problem:
             zero = torch.zeros_like(sign)
             tangent, bend = grid.about(zero, sign)
             line, depth = grid.envelope(zero, sign)
-            reach = torch.maximum(-grid.places[0], grid.places[GRID - 1])
+            reach = torch.maximum(-grid.ends[0], grid.ends[1])
             flat = depth < MIXED * 0.5 * bend * reach.square()
             pairs = (
                 (tangent, bend),
@@ -258,7 +248,7 @@ class Problem:
         value = self.margin + _total(touch) - g.norm(dim=1) * self.radius - bent
         return value.nan_to_num(nan=-torch.inf)
 
-    def _parts(self, choice: Choice) -> tuple[dict[int, Tensor], Tensor, dict[int, _Touch], Quadratic]:
+    def _parts(self, choice: Choice) -> tuple[dict[int, Tensor], Tensor, dict[int, Touch], Quadratic]:
         """Adjoints, gradient, touching points, and what is quadratic."""
         s, w = choice.slopes, choice.weights
         v, g = self._pulled(s)
@@ -335,87 +325,5 @@ class Problem:
         return by_slope, by_weight
 
 
-@dataclass(frozen=True, eq=False)
-class _Touch:
-    """Where a minorant touches (batch, size), softly: means over the grid of the offset, its square and phi's rise;
-    and the least value itself. At a kink the bound's gradient is a mean of those at both touching points.
-    """
-
-    place: Tensor
-    square: Tensor
-    rise: Tensor
-    value: Tensor
-
-    def where(self, take: Tensor, other: _Touch) -> _Touch:
-        return _Touch(
-            torch.where(take, other.place, self.place),
-            torch.where(take, other.square, self.square),
-            torch.where(take, other.rise, self.rise),
-            torch.where(take, other.value, self.value),
-        )
-
-
-def _total(touch: Mapping[int, _Touch]) -> Tensor:
+def _total(touch: Mapping[int, Touch]) -> Tensor:
     return torch.stack([t.value.sum(1) for t in touch.values()]).sum(0)
-
-
-@dataclass(frozen=True, eq=False)
-class _Grid:
-    """phi(z+t) - phi(z) on an even grid of each neuron's range, and at t = 0: (GRID + 1, batch, size)."""
-
-    op: Activation
-    z: Tensor
-    places: Tensor
-    rises: Tensor
-
-    @classmethod
-    def of(cls, point: Point, layer: int, ranges: Ranges) -> _Grid:
-        op, target = point.network.nodes[layer].op, head(point.network, layer)
-        assert isinstance(op, Activation)
-        z = point.evaluation.values[target].flatten(1)
-        low, high = ranges.low[target], ranges.high[target]
-        steps = torch.linspace(0, 1, GRID, dtype=z.dtype, device=z.device).reshape(-1, 1, 1)
-        places = torch.cat([low + (high - low) * steps, torch.zeros_like(z).unsqueeze(0)])
-        return cls(op, z, places, op.value(z + places) - op.value(z))
-
-    def least(self, v: Tensor, slope: Tensor, weight: Tensor) -> _Touch:
-        values = v * (self.rises - slope * self.places) + 0.5 * weight * self.places.square()
-        value = values.amin(0)
-        spread = (values.amax(0) - value).clamp(min=TINY)
-        share = ((value - values) / (SOFTNESS * spread)).softmax(0)
-        place, square = share * self.places, share * self.places.square()
-        return _Touch(place.sum(0), square.sum(0), (share * self.rises).sum(0), value)
-
-    def about(self, p: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope and bend, both about z, of the expansion about z + p for adjoints of the given sign."""
-        p = torch.minimum(torch.maximum(p, self.places[0]), self.places[GRID - 1])
-        slope = self.op.slope(self.z + p)
-        away = self.places - p
-        near = NEAR * (self.places[GRID - 1] - self.places[0])
-        remainder = self.rises - (self.op.value(self.z + p) - self.op.value(self.z)) - slope * away
-        bend = -2 * sign * remainder / torch.maximum(away.square(), near.square() + TINY)
-        curvature = -sign * self.op.curvature(self.z + p) if self.op.curvature is not None else torch.zeros_like(p)
-        largest = torch.maximum(bend.amax(0), curvature).clamp(min=0.0)
-        return slope + sign * largest * p, largest
-
-    def envelope(self, p: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope of the line below sign * phi that is highest at z + p, and how deep phi falls below it from z on."""
-        low, high = (torch.full_like(p, end) for end in self.op.slope_range)
-        for _ in range(BISECTIONS):
-            slope = 0.5 * (low + high)
-            _, index = (sign * (self.rises - slope * self.places)).min(0)
-            left = self.places.gather(0, index.unsqueeze(0)).squeeze(0) < p  # touches left of p: steeper, sign * slope
-            steeper = left == (sign > 0)
-            low, high = torch.where(steeper, slope, low), torch.where(steeper, high, slope)
-        slope = 0.5 * (low + high)
-        return slope, -(sign * (self.rises - slope * self.places)).amin(0)
-
-    def scales(self) -> tuple[Tensor, Tensor]:
-        """The sizes of a neuron's steps, (batch, size): the slope and the weight (for v = 1) that matter as much at the
-        ends of its range as what its chord leaves."""
-        first, last = self.places[0], self.places[GRID - 1]
-        width = (last - first).clamp(min=TINY)
-        chord = (self.rises[GRID - 1] - self.rises[0]) / width
-        left = self.rises - chord * self.places
-        depth = left.amax(0) - left.amin(0)
-        return 4 * depth / width, 8 * depth / width.square().clamp(min=TINY)

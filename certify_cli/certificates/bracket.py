@@ -13,6 +13,8 @@ GROWTH, GROWTHS = 1.5, (1.0, 5.0)
 """Losses grow about like this power of the radius; and the powers believed where two balls tell."""
 INSIDE = 0.998
 """The next ball is this part of where the bound seems to vanish."""
+SHY = 0.98
+"""The secant's ball is drawn a little inward: from outside alone it would close in for ever."""
 STALE = 0.03
 """What an outside ball may have left by `GROWTH` without being believed to be inside."""
 DOUBTS = 2
@@ -68,7 +70,7 @@ class Bracket:
         self.outside[items] = outside = torch.where(lowered, here, self.outside[items])
         left, short = self.left[items], self.short[items]
         both = (inside > 0) & outside.isfinite() & (short > HOPELESS)
-        between = inside + (outside - inside) * (left / (left - short).clamp(min=TINY))
+        between = inside + SHY * (outside - inside) * (left / (left - short).clamp(min=TINY))
         loss = 1 - value
         growth = (loss / self.loss[items]).log() / (here / self.before[items]).log()
         growth = growth.nan_to_num(nan=GROWTH, posinf=GROWTH, neginf=GROWTH).clamp(*GROWTHS)

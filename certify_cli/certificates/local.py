@@ -56,7 +56,7 @@ class Search:
 
 EFFORTS: dict[str, Search | None] = {
     "fast": None,
-    "normal": Search(balls=8, first=8, further=8, close=1e-2),
+    "normal": Search(balls=8, first=16, further=8, close=1e-2),
     "max": Search(balls=14, first=40, further=20, close=2e-3),
 }
 

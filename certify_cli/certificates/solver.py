@@ -27,7 +27,7 @@ STEPS = 7
 """Of Lanczos, from the gradient, and for the largest eigenvalue in the first call."""
 FURTHER = 2
 """For the largest eigenvalue, from the call before."""
-ROOT_STEPS = 12
+ROOT_STEPS = 8
 MARGIN = 1.0 + 2.0**-12
 """How far above the largest eigenvalue (an estimate from below) mu stays."""
 TAUS = (1e-9, 1e9)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ class Slope:
         errors = self.error.max() if isinstance(self.error, Tensor) else self.error
         return up(float(values) + float(errors), 2)
 
+    def back(self, vectors: Vectors) -> Vectors:
+        """The `Passage` that is the same for every row."""
+        value = self.value.unsqueeze(1) if isinstance(self.value, Tensor) else self.value
+        error = self.error.unsqueeze(1) if isinstance(self.error, Tensor) else self.error
+        return scaled(vectors, Slope(value, error))
+
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
@@ -52,12 +59,30 @@ class Vectors:
         """Of the samples at `index`, along the first axis."""
         return Vectors(self.value[index], self.error[index])
 
+    def squared_products(self, other: Vectors) -> Tensor:
+        """Entrywise upper bounds (batch, rows, others) of the squares of all inner products of the exact vectors.
+
+        Both are (batch or 1, count, inputs).
+        """
+        sizes, others = self.size.unsqueeze(2), other.size.unsqueeze(1)
+        error, off = self.error.unsqueeze(2), other.error.unsqueeze(1)
+        # |a.b - (a+p).(b+q)| <= |a||q| + |p||b| + |p||q|, and the product's own rounding
+        slack = gamma(self.value.shape[2] + 2) * sizes * others + sizes * off + error * (others + off)
+        return up(((self.value @ other.value.mT).abs() + slack).square(), 8) + UNDERFLOW
+
     def __add__(self, other: Vectors) -> Vectors:
         total = Vectors(self.value + other.value, self.error)
         return Vectors(total.value, up(self.error + other.error + UNIT * total.size, 4))
 
 
 Slopes = Mapping[int, Slope]
+
+
+class Passage(Protocol):
+    """What a nonlinear node that was made linear does to vectors that arrive at its output."""
+
+    def back(self, vectors: Vectors) -> Vectors:
+        """(batch or 1, rows, *shape of the node) to (batch, rows, *shape of its input)."""
 
 
 def is_nonlinear(node: Node) -> bool:
@@ -121,7 +146,7 @@ def _forward(network: Network, node: Node, inputs: list[Vectors | None], slope: 
             present[0].value.new_zeros(batch, *s) if v is None else v.value for v, s in zip(inputs, shapes, strict=True)
         ]
         return Vectors(op.apply(*parts), up(torch.stack([v.error for v in present]).sum(0), len(present)))
-    return None if slope is None else _scaled(present[0], slope)
+    return None if slope is None else scaled(present[0], slope)
 
 
 def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tensor) -> Vectors:
@@ -131,8 +156,9 @@ def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tens
     return Vectors(image, error + UNDERFLOW if op.terms else error)
 
 
-def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
-    """Error of the product with slopes, whose own error e enters as ||e o vector|| <= max e ||vector||."""
+def scaled(vectors: Vectors, slope: Slope) -> Vectors:
+    """The product with slopes that broadcast to the vectors; their own error e enters as ||e o vector|| <= max e
+    ||vector||."""
     dims = vectors.error.dim()
     largest, off = _largest(slope.value, dims), _largest(slope.error, dims)
     error = (largest + off) * vectors.error + (UNIT * largest + off) * vectors.size
@@ -144,12 +170,15 @@ def _largest(slopes: Tensor | float, dims: int) -> Tensor | float:
     return slopes.abs().flatten(dims).amax(-1) if isinstance(slopes, Tensor) else abs(slopes)
 
 
-def pull(network: Network, cotangents: Tensor, slopes: Slopes, start: int | None = None) -> dict[int, Vectors]:
+def pull(
+    network: Network, cotangents: Tensor, passages: Mapping[int, Passage], start: int | None = None
+) -> dict[int, Vectors]:
     """Cotangents (batch, rows, *shape of node `start`) pulled back to every nonlinear node's output and the input.
 
-    `start` is the logits unless given. Slope tensors are (batch or 1, *shape); cotangents of batch 1 serve all samples,
-    and vectors keep batch 1 until they meet a slope of more. Returns vectors of shape (batch or 1, rows, *shape), keyed
-    by node; node 0 is always there (zeros if nothing arrives).
+    `start` is the logits unless given; a nonlinear node without a passage is cut. Slope tensors are (batch or 1,
+    *shape); cotangents of batch 1 serve all samples, and vectors keep batch 1 until they meet a passage of more.
+    Returns vectors of shape (batch or 1, rows, *shape), keyed by node; node 0 is
+    always there (zeros if nothing arrives).
     """
     start = len(network.nodes) - 1 if start is None else start
     batch, rows = cotangents.shape[:2]
@@ -163,7 +192,7 @@ def pull(network: Network, cotangents: Tensor, slopes: Slopes, start: int | None
         node = network.nodes[index]
         if is_nonlinear(node):
             found[index] = vectors
-        for i, image in zip(node.inputs, _backward(network, node, vectors, slopes.get(index)), strict=True):
+        for i, image in zip(node.inputs, _backward(network, node, vectors, passages.get(index)), strict=True):
             if image is not None:
                 live[i] = live[i] + image if i in live else image
     shape = network.input_shape
@@ -171,7 +200,7 @@ def pull(network: Network, cotangents: Tensor, slopes: Slopes, start: int | None
     return found
 
 
-def _backward(network: Network, node: Node, vectors: Vectors, slope: Slope | None) -> list[Vectors | None]:
+def _backward(network: Network, node: Node, vectors: Vectors, passage: Passage | None) -> list[Vectors | None]:
     op, (batch, rows) = node.op, vectors.error.shape
     if isinstance(op, AffineOp):
         shape = network.nodes[node.inputs[0]].shape
@@ -183,11 +212,7 @@ def _backward(network: Network, node: Node, vectors: Vectors, slope: Slope | Non
         shapes = [network.nodes[i].shape for i in node.inputs]
         parts = op.split(vectors.value.flatten(0, 1), shapes)
         return [Vectors(p.reshape(batch, rows, *s), vectors.error) for p, s in zip(parts, shapes, strict=True)]
-    if slope is None:
-        return [None]
-    value = slope.value.unsqueeze(1) if isinstance(slope.value, Tensor) else slope.value
-    error = slope.error.unsqueeze(1) if isinstance(slope.error, Tensor) else slope.error
-    return [_scaled(vectors, Slope(value, error))]
+    return [None if passage is None else passage.back(vectors)]
 
 
 Interval = tuple[Tensor, Tensor]

@@ -61,9 +61,24 @@ class MaxPool(Nonlinear):
             raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels: {error}") from error
         return out.shape[-1]
 
+    def members(self, shape: Shape) -> Tensor:
+        """The pixels of every window, (windows, members): numbers in a channel laid out flat, -1 for padding."""
+        table = torch.zeros(1, 1, dtype=torch.long)
+        for axis, size in enumerate(shape[1:]):
+            taps = self._taps(axis, size)
+            taps = torch.where((taps >= 0) & (taps < size), taps, torch.full_like(taps, -1))
+            both = table[:, None, :, None] * size + taps[None, :, None, :]
+            both = both.masked_fill((table[:, None, :, None] < 0) | (taps[None, :, None, :] < 0), -1)
+            table = both.reshape(len(table) * len(taps), -1)
+        return table
+
+    def _taps(self, axis: int, size: int) -> Tensor:
+        """The pixels of every window along one axis, (windows, kernel); outside of [0, size) they are padding."""
+        starts = torch.arange(self._outputs(axis, size)) * self.stride[axis] - self.padding[axis]
+        return starts[:, None] + torch.arange(self.kernel[axis]) * self.dilation[axis]
+
     def _windows(self, axis: int, size: int) -> int:
         """The largest number of windows along one axis that contain one pixel."""
-        starts = torch.arange(self._outputs(axis, size)) * self.stride[axis] - self.padding[axis]
-        taps = starts[:, None] + torch.arange(self.kernel[axis]) * self.dilation[axis]
+        taps = self._taps(axis, size)
         inside = taps[(taps >= 0) & (taps < size)]
         return int(torch.bincount(inside).max()) if inside.numel() else 0

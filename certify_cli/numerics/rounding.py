@@ -42,6 +42,14 @@ def up(value: Number, operations: int = 1) -> Number:
     return math.nextafter(value * factor, math.inf)
 
 
+def positive_up(value: Tensor, operations: int = 1) -> Tensor:
+    """`up`, but zero stays zero: for terms of a sum that UNDERFLOW is added to.
+
+    Of zero `up` makes the least number there is, and products of such numbers are slow.
+    """
+    return torch.where(value > 0, up(value, operations), value)
+
+
 def down(value: Number, operations: int = 1) -> Number:
     """At most the exact value of a non-negative expression that took `operations` roundings; never below 0."""
     factor = 1.0 - 2 * (operations + 1) * UNIT

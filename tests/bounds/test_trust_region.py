@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds import trust_region
-from certify_cli.bounds.jacobians import Rows, squared_gram
+from certify_cli.bounds.jacobians import Rows
 from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.linearised import Vectors
 
@@ -264,7 +264,8 @@ def test_rows_know_their_gram_matrix(shape: str) -> None:
 def test_squared_gram_covers_rows_within_their_errors() -> None:
     g = torch.Generator().manual_seed(0)
     value, error = torch.randn(3, 5, 8, generator=g, dtype=D), 0.3 * torch.rand(3, 5, generator=g, dtype=D)
-    squared = squared_gram(Vectors(value, error))
+    rows = Vectors(value, error)
+    squared = rows.squared_products(rows)
     for _ in range(200):
         off = torch.randn(3, 5, 8, generator=g, dtype=D)
         # the same direction for all rows is the worst

@@ -95,7 +95,7 @@ def test_searches_in_single_precision_may_part_but_end_near_each_other() -> None
     x = points(network, 6)
     _, whole, rival = radii(network, x)
     parts = [radii(network, part)[1:] for part in (x[:1], x[1:])]
-    assert torch.allclose(whole, torch.cat([p[0] for p in parts]), rtol=1e-3)
+    assert torch.allclose(whole, torch.cat([p[0] for p in parts]), rtol=2e-2)
     assert torch.equal(rival, torch.cat([p[1] for p in parts]))
 
 
