@@ -18,7 +18,7 @@ from torch import Tensor
 from certify_cli.bounds.operators import Operator, Whole, operator, times, transposed
 from certify_cli.bounds.supports import Supports
 from certify_cli.network.graph import Network
-from certify_cli.network.linearised import Slopes, Vectors, pull
+from certify_cli.network.linearised import Passage, Vectors, pull
 from certify_cli.numerics.batched import proposing
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, power_of_two, up
 
@@ -145,9 +145,9 @@ class Jacobians:
         return jacobians
 
 
-def pulled_rows(network: Network, target: int, slopes: Slopes) -> dict[int, Vectors]:
-    """A (key 0) and B (keyed by nonlinear node) of one head, in the network linearised at `slopes`."""
+def pulled_rows(network: Network, target: int, passages: Mapping[int, Passage]) -> dict[int, Vectors]:
+    """A (key 0) and B (keyed by nonlinear node) of one head, in the network made linear by `passages`."""
     node = network.nodes[target]
     units = torch.eye(node.size, dtype=torch.float64, device=network.device).reshape(1, node.size, *node.shape)
-    found = pull(network, units, slopes, target)
+    found = pull(network, units, passages, target)
     return {source: Vectors(rows.value.flatten(2), rows.error) for source, rows in found.items()}

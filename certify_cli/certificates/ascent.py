@@ -36,7 +36,7 @@ as it can be, and by as much less as that is smaller."""
 LEAST_ADJOINT = 0.05
 """A neuron's adjoint counts at least this part of the layer's largest."""
 MOMENTUM = 0.6
-SLIP, SHORTER, LONGER = 0.03, 0.4, 1.3
+SLIP, SHORTER, CALMER, LONGER = 0.03, 0.4, 0.7, 1.3
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
 ROUGH_STEPS = 6
 
@@ -141,7 +141,8 @@ def ascend(
         best = best.better_of(after.ascended, ~done)  # what is done stays as it is, whatever the others need
         # a step too long for an item is taken back, and its next ones are shorter
         good = after.ascended.estimate > best.estimate - SLIP * margin
-        rate = torch.where(good, (LONGER * rate).clamp(max=LONGEST), SHORTER * rate)
+        better = after.ascended.estimate > state.ascended.estimate
+        rate = (rate * torch.where(better, LONGER, torch.where(good, CALMER, SHORTER))).clamp(max=LONGEST)
         for climber, value in held:
             climber.value = torch.where(good.unsqueeze(1), climber.value, value)
             climber.mean = torch.where(good.unsqueeze(1), climber.mean, 0.0)

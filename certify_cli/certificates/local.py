@@ -122,7 +122,7 @@ def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor
         return torch.zeros_like(start), point.margin.argmin(1)
     able = searchable(point, known).nonzero().squeeze(1)
     radius, rival = torch.zeros_like(start), point.margin.argmin(1)
-    for part in able.split(max(1, analysis.memory // _footprint(point.network))) if len(able) else ():
+    for part in able.split(max(1, analysis.memory // footprint(point.network))) if len(able) else ():
         batch = Batch(analysis, point.at(part), jacobians=fits(analysis))
         radius[part], rival[part] = batch.radii(start[part])
     return radius, rival
@@ -141,10 +141,10 @@ def beginning(point: Point, known: Tensor) -> Tensor:
 
 def fits(analysis: Analysis) -> bool:
     """Whether the Jacobians of one sample fit the memory that there is."""
-    return _footprint(analysis.network) <= analysis.memory
+    return footprint(analysis.network) <= analysis.memory
 
 
-def _footprint(network: Network) -> int:
+def footprint(network: Network) -> int:
     """About the bytes that the Jacobians of one sample, and what is computed from them, take."""
     targets = sorted({head(network, k) for k in nonlinear_nodes(network)})
     inputs, before, entries, count = network.nodes[0].size, 0, 0, 0

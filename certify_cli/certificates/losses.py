@@ -26,7 +26,7 @@ from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes
 from certify_cli.numerics.rounding import TINY
 
-ASCENTS, MOST_ASCENTS, STEPS = 8, 50, 8
+ASCENTS, MOST_ASCENTS, STEPS = 8, 50, 16
 """One sample can have them. A fresh start, with long steps again, helps more than further short steps."""
 ENOUGH = 5e-3
 """With less than this part of the margin left by the estimate the proof may fail."""

@@ -18,6 +18,7 @@ from certify_cli.certificates.anchoring import Constants, anchored, promised_att
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
+from certify_cli.certificates.every_rival import LINEAR, LOCAL_LIPSCHITZ, Bound, largest_balls
 from certify_cli.certificates.local import fits, local_radii
 from certify_cli.certificates.local_attack import promised_locally
 from certify_cli.certificates.on_ball import grown, promised_on_ball
@@ -125,23 +126,7 @@ def by_local(analysis: Analysis, point: Point, attack: bool, before: Certificate
     """Curvature on the ball around the sample, expanded there layer by layer; never less than what was found before, or
     `curvature` finds."""
     found = by_curvature(analysis, point, attack, None) if before is None else before
-    radius, rival = local_radii(analysis, point, found.radius)
-    better = radius > found.radius
-    none, own = torch.full_like(radius, torch.nan), torch.full_like(rival, _index("local"))
-
-    def unless(value: Tensor) -> Tensor:
-        return torch.where(better, none, value)
-
-    found = replace(
-        found,
-        radius=torch.where(better, radius, found.radius),
-        rival=torch.where(better, rival, found.rival),
-        gradient=torch.where(better, _at(point.gradient_norm, rival), found.gradient),
-        curvature_lower=unless(found.curvature_lower),
-        curvature_upper=unless(found.curvature_upper),
-        lipschitz=unless(found.lipschitz),
-        method=torch.where(better, own, found.method) if before is not None else own,
-    )
+    found = _raised("local", point, found, *local_radii(analysis, point, found.radius), alone=before is None)
     open_ = found.attack.isnan().nonzero()[:, 0]
     if not attack or not len(open_):
         return found
@@ -152,6 +137,38 @@ def by_local(analysis: Analysis, point: Point, attack: bool, before: Certificate
         found,
         attack=found.attack.index_copy(0, open_, norm),
         witness=found.witness.index_copy(0, open_, witness),
+    )
+
+
+def by_linear(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
+    """Linear relaxation over the ball, for networks with or without curvature."""
+    return _by_balls("linear", LINEAR, analysis, point, before)
+
+
+def by_local_lipschitz(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
+    """Lipschitz constants on the ball, by the slopes that its pre-activations allow."""
+    return _by_balls("local-lipschitz", LOCAL_LIPSCHITZ, analysis, point, before)
+
+
+def _by_balls(name: str, bound: Bound, analysis: Analysis, point: Point, before: Certificates | None) -> Certificates:
+    """Never less than what was found before, or `lipschitz` finds."""
+    found = by_lipschitz(analysis, point, False, None) if before is None else before
+    return _raised(name, point, found, *largest_balls(bound, analysis, point, found.radius), alone=before is None)
+
+
+def _raised(name: str, point: Point, found: Certificates, radius: Tensor, rival: Tensor, alone: bool) -> Certificates:
+    """`found` with the larger radii of method `name`, and NaN for its figures. alone: every sample is this method's."""
+    better = radius > found.radius
+    none, own = torch.full_like(radius, torch.nan), torch.full_like(rival, _index(name))
+    return replace(
+        found,
+        radius=torch.where(better, radius, found.radius),
+        rival=torch.where(better, rival, found.rival),
+        gradient=torch.where(better, _at(point.gradient_norm, rival), found.gradient),
+        curvature_lower=torch.where(better, none, found.curvature_lower),
+        curvature_upper=torch.where(better, none, found.curvature_upper),
+        lipschitz=torch.where(better, none, found.lipschitz),
+        method=own if alone else torch.where(better, own, found.method),
     )
 
 
@@ -196,6 +213,22 @@ METHODS: dict[str, Method] = {
             by_dual,
             attacks=True,
             dear=True,
+        ),
+        Method(
+            "local-lipschitz",
+            "margin over a Lipschitz constant on the ball, by the slopes that its pre-activations allow",
+            _everywhere,
+            by_local_lipschitz,
+            dear=True,
+            searched=True,
+        ),
+        Method(
+            "linear",
+            "linear relaxation over the ball, substituted backward, for every activation and max pooling",
+            _everywhere,
+            by_linear,
+            dear=True,
+            searched=True,
         ),
         Method(
             "local",

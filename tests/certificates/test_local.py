@@ -123,7 +123,7 @@ def test_where_the_search_begins_hardly_matters() -> None:
         for factor in (0.3, 30.0):
             radius, _ = batch.radii(start * factor)
             assert bool((radius <= norm).all())
-            assert torch.allclose(radius, usual, rtol=0.15)
+            assert torch.allclose(radius, usual, rtol=0.2)
         for start in (0.0, math.inf, math.nan, 1e300, 1e-300):
             radius, _ = batch.radii(torch.full((4,), start, dtype=D))
             assert not bool(radius.isnan().any())
