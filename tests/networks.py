@@ -12,6 +12,7 @@ from torch import Tensor
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Conv, Dense, Reshape, Scale, Select, Shift
 from certify_cli.network.graph import Add, Builder, Concat, Network
+from certify_cli.network.pooling import MaxMin
 
 
 def _weights(generator: torch.Generator, *shape: int, gain: float = 1.0) -> Tensor:
@@ -136,12 +137,24 @@ def _skip_activation() -> Network:
 
 SMOOTH["residual around an activation"] = _skip_activation()
 
+
+def sorted_net(seed: int = 0) -> Network:
+    """Dense layers and GroupSort of two, some of whose pairs nearly tie."""
+    g = torch.Generator().manual_seed(seed)
+    b, last = Builder((5,)), 0
+    for number, (n, m) in enumerate(pairwise((5, 8, 6))):
+        last = b.add(f"fc{number}", Dense(_weights(g, m, n, gain=1.5), 0.3 * _weights(g, m, 1)[:, 0]), last)
+        last = b.add(f"sort{number}", MaxMin(), last)
+    return b.build(b.add("fc2", Dense(_weights(g, 3, 6)), last))
+
+
 PIECEWISE: dict[str, Network] = {
     "relu": mlp((5, 8, 7, 3), "relu"),
     "leaky relu, residual": residual_net("leaky_relu:0.2"),
     "relu, concatenating": concat_net("relu"),
     "relu, convolutional": conv_net("relu"),
     "relu6": mlp((5, 8, 3), "clip:0,6"),
+    "max min": sorted_net(),
 }
 
 

@@ -23,7 +23,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.evaluate import Evaluation
 from certify_cli.network.graph import Network, Nonlinear
 from certify_cli.network.linearised import head, heads, interval_push, nonlinear_nodes
-from certify_cli.network.pooling import MaxPool
+from certify_cli.network.pooling import GroupMap
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
 
 
@@ -179,7 +179,7 @@ def _through_nonlinear(point: Samples, index: int, before: Change) -> Change:
     op = point.network.nodes[index].op
     if isinstance(op, Activation):
         return _activated(point, index, op, before)
-    if isinstance(op, MaxPool):
+    if isinstance(op, GroupMap):
         return _pooled(point, index, op, before)
     if not isinstance(op, Nonlinear):
         raise TypeError(f"{op.title} is affine")
@@ -228,9 +228,9 @@ def _activated(point: Samples, index: int, op: Activation, before: Change) -> Ch
     return Change.of(low, high, up(steepest.amax(1) * before.norm) + UNDERFLOW)
 
 
-def _pooled(point: Samples, index: int, op: MaxPool, before: Change) -> Change:
-    """A maximum moves by no more than the largest move in its window, in either direction."""
+def _pooled(point: Samples, index: int, op: GroupMap, before: Change) -> Change:
+    """A largest or smallest member moves by no more than the largest move in its group, in either direction."""
     shape = (-1, *point.network.nodes[head(point.network, index)].shape)
     low, high = before.low.reshape(shape), before.high.reshape(shape)
-    # -inf pads the windows, so that the least move is found as the largest of the negated ones
-    return Change.of(-op.apply(-low).flatten(1), op.apply(high).flatten(1), _gained(point, index, before))
+    # where -inf pads the groups, the least move is found as the largest of the negated ones
+    return Change.of(-op.farthest(-low).flatten(1), op.farthest(high).flatten(1), _gained(point, index, before))

@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.local import span
+from certify_cli.bounds.planes import Planes, spent
 from certify_cli.bounds.ranges import Ranges, Samples
 from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network, Shape
@@ -34,9 +36,9 @@ from certify_cli.network.linearised import (
     pull,
     scaled,
 )
-from certify_cli.network.pooling import MaxPool
+from certify_cli.network.pooling import GroupMap
 from certify_cli.network.spans import Span
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, up, vector_norm_up
 
 TIGHT = 1e-9
 """A line that misses no more than this part of the rise over the range counts as touching."""
@@ -77,13 +79,7 @@ class Lines:
 
     def loss(self, vectors: Vectors) -> Tensor:
         v = vectors.value.flatten(2)
-        return _loss(v, self.below[1].unsqueeze(1), self.above[1].unsqueeze(1), vectors.error, self.far)
-
-
-def _loss(v: Tensor, below: Tensor, above: Tensor, error: Tensor, far: Tensor) -> Tensor:
-    """sum |v| constant, and what the vectors' own error adds; inf for NaN (0 times an infinite constant)."""
-    apart = torch.where(v < 0, -v * above, v * below).sum(2)
-    return (up(apart, v.shape[2] + 1) + up(error * far.unsqueeze(1)) + UNDERFLOW).nan_to_num(nan=torch.inf)
+        return spent(v, self.below[1].unsqueeze(1), self.above[1].unsqueeze(1), vectors.error, self.far)
 
 
 def supporting(here: Span) -> tuple[Tensor, Tensor]:
@@ -95,10 +91,11 @@ def supporting(here: Span) -> tuple[Tensor, Tensor]:
     tangent = phi.slope(here.z)
     (first, last), (fall, rise) = grid.ends, grid.end_rises
     chord = ((rise - fall) / (last - first)).nan_to_num(nan=0.0)
+    close = TIGHT * (grid.rises.amax(0) - grid.rises.amin(0))
+    close = close + 16 * UNIT * (phi.value(here.z).abs() + phi.lipschitz * here.z.abs())  # the rises' own rounding
     slopes = []
     for side in (1.0, -1.0):
         sign = torch.full_like(tangent, side)
-        close = TIGHT * (grid.rises.amax(0) - grid.rises.amin(0))
         touches = grid.depth(sign, tangent) <= close
         at_ends = torch.minimum(side * (fall - chord * first), side * (rise - chord * last))
         crosses = -grid.depth(sign, chord) < at_ends - close
@@ -110,89 +107,15 @@ def supporting(here: Span) -> tuple[Tensor, Tensor]:
     return slopes[0], slopes[1]
 
 
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Max pooling: below it the sample's winner, above it a weighted mean of the window.
-
-    members (windows, most): pixels of a channel, see `MaxPool.members`. winner (batch, channels, windows): a place in
-    them. weights (batch, channels, windows, members) of the line above; its constant and that of the line below are
-    (batch, channels * windows). For x in a box [l, u], any weights in [0, 1],
-
-        max_j x_j <= sum_i lam_i x_i + max_j ( (1 - lam_j) u_j + lam_j l_j ) - sum_i lam_i l_i ,
-
-    as x_j - sum lam_i x_i is largest at u_j and the other l_i.
-    """
-
-    shape: Shape
-    gain: float
-    members: Tensor
-    winner: Tensor
-    weights: Tensor
-    below: Tensor
-    above: Tensor
-    far: Tensor
-
-    @classmethod
-    def of(cls, op: MaxPool, shape: Shape, z: Tensor, error: Tensor, low: Tensor, high: Tensor) -> Windows:
-        """Pre-activations z (batch, *shape) within `error` of the exact ones, whose offsets are in [low, high]."""
-        members = op.members(shape).to(z.device)
-        padding = members < 0
-
-        def gathered(t: Tensor, pad: float) -> Tensor:
-            flat = t.reshape(len(t), shape[0], -1)[:, :, members.clamp(min=0)]
-            return flat.masked_fill(padding, pad)
-
-        values, off = gathered(z, -torch.inf), gathered(error, 0.0)
-        lo, hi = gathered(low, 0.0), gathered(high, 0.0)
-        off = up(off + 4 * UNIT * (values.abs().nan_to_num(posinf=0.0) + off - lo + hi), 4)  # the sums below as well
-        best, winner = values.max(3)
-        top, bottom = values + hi, values + lo
-        level = bottom.amax(3, keepdim=True)
-        if top.shape[3] > 2:  # two members at most are above the level
-            level = torch.maximum(level, top.topk(3, dim=3).values[..., 2:])
-        weights = ((top - level) / (top - bottom)).nan_to_num(nan=1.0).clamp(min=0.0, max=1.0)
-        weights = torch.where(top > level, weights, torch.zeros_like(weights))
-        own = torch.nn.functional.one_hot(winner, values.shape[3]).bool()
-        alone = (top.masked_fill(own, -torch.inf).amax(3) <= bottom.gather(3, winner.unsqueeze(3))[..., 0]).unsqueeze(3)
-        weights = torch.where(alone, own.to(weights.dtype), weights)
-        slack = 4 * off.amax(3)
-        peak = (values + ((1 - weights) * hi + weights * lo)).amax(3) - best
-        above = peak - (weights * lo).sum(3)
-        slack = slack + 4 * (values.shape[3] + 4) * UNIT * (weights * -lo).sum(3)
-        reach = torch.maximum(-lo, hi).sum(3)
-        far = vector_norm_up(up(2 * reach, values.shape[3] + 1).flatten(1))
-        below, above = up(slack, 4).flatten(1), up(above.clamp(min=0.0) + slack, 4).flatten(1)
-        return cls(shape, op.gain(shape), members, winner, weights, below, above, far)
-
-    def back(self, vectors: Vectors) -> Vectors:
-        batch, (channels, *space) = len(self.winner), self.shape
-        v = vectors.value.flatten(3)  # (batch or 1, rows, channels, windows)
-        rows, most = v.shape[1], self.members.shape[1]
-        own = torch.nn.functional.one_hot(self.winner, most).to(v.dtype)
-        passed = v.unsqueeze(4) * torch.where(v.unsqueeze(4) < 0, self.weights.unsqueeze(1), own.unsqueeze(1))
-        image = v.new_zeros(batch, rows, channels, torch.Size(space).numel() + 1)  # the last one takes the padding
-        place = self.members.reshape(-1) % image.shape[3]
-        image.index_add_(3, place, passed.flatten(3))
-        image = image[..., :-1].reshape(batch, rows, *self.shape)
-        # weights of a window add up to at most `most`, those on a pixel to the windows that hold it, gain^2
-        norm, terms = up(self.gain * most**0.5, 2), int(self.gain**2) + 3
-        return Vectors(image, up(norm * (vectors.error + gamma(terms) * vectors.size), 4) + UNDERFLOW)
-
-    def loss(self, vectors: Vectors) -> Tensor:
-        v = vectors.value.flatten(2)
-        return _loss(v, self.below.unsqueeze(1), self.above.unsqueeze(1), vectors.error, self.far)
-
-
 def relaxed(point: Samples, layer: int, ranges: Ranges) -> Relaxation:
     """Nonlinear node `layer` between lines on the ranges of its pre-activation."""
     node, target = point.network.nodes[layer], head(point.network, layer)
-    z, error = point.evaluation.values[target], point.evaluation.errors[target]
-    low, high = ranges.low[target], ranges.high[target]
     if isinstance(node.op, Activation):
-        return Lines.of(Span(node.op, z.flatten(1), error.flatten(1), low, high), node.shape)
-    if isinstance(node.op, MaxPool):
+        return Lines.of(span(point, layer, ranges), node.shape)
+    if isinstance(node.op, GroupMap):
+        z, error = point.evaluation.values[target], point.evaluation.errors[target]
         shape = point.network.nodes[target].shape
-        return Windows.of(node.op, shape, z, error, low.reshape(z.shape), high.reshape(z.shape))
+        return Planes.of(node.op, shape, z, error, ranges.low[target], ranges.high[target])
     raise TypeError(f"no linear relaxation of {node.op.title}")
 
 
@@ -224,24 +147,41 @@ def relaxed_ranges(point: Samples, known: Ranges, memory: int) -> tuple[Ranges, 
     low, high = dict(known.low), dict(known.high)
     between: dict[int, Relaxation] = {}
     for target in heads(network)[:-1]:
-        if reaches(network, target):
-            fall, rise = swings(point, between, known.radius, target, memory)
-            low[target], high[target] = torch.fmax(low[target], -fall), torch.fmin(high[target], rise)
         here = Ranges(known.radius, low, high, known.norm)
-        for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target):
-            between[layer] = relaxed(point, layer, here)
+        readers = [k for k in nonlinear_nodes(network) if head(network, k) == target]
+        if reaches(network, target):
+            asked = torch.stack([bends(point, k, here) for k in readers]).any(0)
+            rows = asked.any(0).nonzero()[:, 0]
+            if len(rows):
+                fall, rise = swings(point, between, known.radius, target, rows, memory)
+                # what nobody asked for stays as it is, whatever the other samples of the batch ask for
+                fall, rise = (torch.where(asked[:, rows], t, torch.inf) for t in (fall, rise))
+                low[target] = low[target].index_copy(1, rows, torch.fmax(low[target][:, rows], -fall))
+                high[target] = high[target].index_copy(1, rows, torch.fmin(high[target][:, rows], rise))
+        here = Ranges(known.radius, low, high, known.norm)
+        between |= {k: relaxed(point, k, here) for k in readers}
     return Ranges(known.radius, low, high, known.norm), between
 
 
+def bends(point: Samples, layer: int, ranges: Ranges) -> Tensor:
+    """Which pre-activations' ranges matter, (batch, size): not those on which the activation is a straight line."""
+    node, target = point.network.nodes[layer], head(point.network, layer)
+    if not isinstance(node.op, Activation):
+        return torch.ones_like(ranges.low[target], dtype=torch.bool)
+    least, most = span(point, layer, ranges).slopes()
+    return ~(most - least <= UNDERFLOW)
+
+
 def swings(
-    point: Samples, between: Mapping[int, Relaxation], radius: Tensor, target: int, memory: int
+    point: Samples, between: Mapping[int, Relaxation], radius: Tensor, target: int, rows: Tensor, memory: int
 ) -> tuple[Tensor, Tensor]:
-    """How far every entry of node `target` can fall, and rise, on the balls: (batch, size) each."""
+    """How far the entries `rows` (count,) of node `target` can fall, and rise, on the balls: (batch, count) each."""
     node = point.network.nodes[target]
     widest = max(n.size for n in point.network.nodes[: target + 1])
-    rows = max(1, memory // (64 * len(radius) * widest))
+    chunk = max(1, memory // (64 * len(radius) * widest))
     found = []
-    for units in torch.eye(node.size, dtype=radius.dtype, device=radius.device).split(rows):
+    for part in rows.split(chunk):
+        units = torch.nn.functional.one_hot(part, node.size).to(radius.dtype)
         both = torch.cat([units, -units]).reshape(1, -1, *node.shape)
         found.append(losses(point, between, radius, both, target).reshape(len(radius), 2, -1))
     fall, rise = torch.cat(found, dim=2).unbind(1)

@@ -79,7 +79,7 @@ def largest_balls(bound: Bound, analysis: Analysis, point: Point, known: Tensor)
     search = _Search(analysis, point.at(able))
     floor = BEYOND * known[able]
     start = torch.where(floor > 0, floor, beginning(search.point, floor))
-    rough, _ = search.largest(bound.rough, start, torch.zeros_like(floor), ROUGH_BALLS, ROUGH)
+    rough, _ = search.largest(bound.rough, start, floor, ROUGH_BALLS, ROUGH)
     start = torch.where(rough > floor, rough, start)
     effort = analysis.effort
     radius[able], rival[able] = search.largest(bound.losses, start, floor, BALLS[effort], CLOSE[effort])

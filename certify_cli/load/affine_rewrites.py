@@ -17,7 +17,18 @@ def _as_it_is(normal: Normal, node: NodeProto) -> None:
 @rewrites("Concat")
 def _concat(normal: Normal, node: NodeProto) -> None:
     axis = int(attributes_of(node)["axis"]) % len(normal.found.shape(node.output[0]))
-    normal.emit(node, "Concat", list(node.input), node.output[0], axis=axis)
+    join(normal, node, list(node.input), node.output[0], axis)
+
+
+def join(normal: Normal, node: NodeProto, parts: list[str], value: str, axis: int) -> None:
+    """`value`: the parts one behind the other. What was cut from one value is put together as movement again."""
+    origins = [normal.moved.get(part) for part in parts]
+    sources = {origin[0] if origin else None for origin in origins}
+    if len(sources) == 1 and None not in sources:
+        numbered = np.concatenate([origin[1] for origin in origins if origin], axis=axis)
+        emit_index(normal, node, next(source for source in sources if source), value, numbered)
+        return
+    normal.emit(node, "Concat", parts, value, axis=axis)
 
 
 @rewrites("Gemm")

@@ -1,4 +1,4 @@
-"""Converters that onnx2torch lacks: our own two operators, registered once, on import.
+"""Converters that onnx2torch lacks: our own operators, registered once, on import.
 
 Import only through `onnx.py`, which makes torchvision importable first.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from certify_cli.load.normal import DOMAIN
 from certify_cli.network.activations import ACTIVATIONS, Activation
+from certify_cli.network.pooling import MaxMin
 
 
 class ActivationLayer(nn.Module):
@@ -27,6 +28,13 @@ class ActivationLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation.apply(x)
+
+
+class MaxMinLayer(nn.Module):
+    """The halves of the channels as sorted pairs, the larger ones first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return MaxMin().apply(x)
 
 
 class SelectLayer(nn.Module):
@@ -47,6 +55,11 @@ def _activation(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
     row = json.loads(node.attributes["row"])
     activation = replace(ACTIVATIONS[row["name"]](**row["parameters"]), deviation=row["deviation"])
     return OperationConverterResult(ActivationLayer(activation), OnnxMapping(node.input_values, node.output_values))
+
+
+@add_converter(operation_type="MaxMin", version=1, domain=DOMAIN)
+def _max_min(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
+    return OperationConverterResult(MaxMinLayer(), OnnxMapping(node.input_values, node.output_values))
 
 
 @add_converter(operation_type="Select", version=1, domain=DOMAIN)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scal
 from certify_cli.network.graph import Add, Concat, Node
 from certify_cli.network.layers import pad_with
 from certify_cli.network.place import MODULES, Data, Place
-from certify_cli.network.pooling import MaxPool
+from certify_cli.network.pooling import MaxMin, MaxPool
 
 Row = Callable[[Entry, Place, Sequence[Data]], Data]
 
@@ -196,6 +197,22 @@ def _normalise(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
     return x
 
 
+@_row("MaxMin")
+def _max_min(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    """Pairs the two halves of the channels; the larger ones come first."""
+    return place.add(MaxMin(), _only(entry, inputs))
+
+
+@_row("GroupSort")
+def _group_sort(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    """Sorts neighbouring channels, two by two, in ascending order."""
+    x = _only(entry, inputs)
+    if entry.integer("group_size", 2, least=1) != 2:
+        entry.fail("group_size must be 2; larger groups are not supported")
+    halves = place.move(lambda t: torch.cat([t[:, 0::2], t[:, 1::2]], dim=1), x)
+    return place.move(lambda t: torch.stack(t.chunk(2, dim=1)[::-1], dim=2).flatten(1, 2), place.add(MaxMin(), halves))
+
+
 @_row(Add.title)
 def _add(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
     return place.add(Add(), *inputs)
@@ -219,7 +236,7 @@ def _activation(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
     return place.add(build(**entry.parameters(inspect.signature(build).parameters)), x)
 
 
-PRIMITIVES = {kind.title: kind for kind in (Dense, Conv, ConvTranspose, Scale, Shift, Reshape, Select, MaxPool)}
+PRIMITIVES = {kind.title: kind for kind in (Dense, Conv, ConvTranspose, Scale, Shift, Reshape, Select, MaxPool, MaxMin)}
 _LEAST_ONE = ("shape", "stride", "dilation", "groups", "kernel", "size")
 _BIAS_AXIS = {"dense": -1, "conv": 0, "conv_transpose": 0}
 

@@ -12,7 +12,7 @@ from onnx import NodeProto, helper
 from certify_cli.load.interpret import Interpretation
 
 DOMAIN = "curvcert"
-"""The domain of the operators that are ours: Select and Activation."""
+"""The domain of the operators that are ours: Select, Activation and MaxMin."""
 
 
 @dataclass
@@ -26,6 +26,8 @@ class Normal:
     same: dict[str, str] = field(default_factory=dict)
     origin: dict[str, NodeProto] = field(default_factory=dict)
     """Name of a rewritten node -> the node of the file that it comes from."""
+    moved: dict[str, tuple[str, np.ndarray]] = field(default_factory=dict)
+    """Value -> what it is moved from, and the numbers of its entries there (0 for zeros)."""
 
     def emit(
         self, node: NodeProto, operator: str, inputs: list[str], output: str, domain: str = "", **attributes: Any
@@ -81,7 +83,8 @@ def numbered_entries(shape: tuple[int, ...]) -> np.ndarray:
 
 def emit_index(normal: Normal, node: NodeProto, source: str, value: str, numbered: np.ndarray) -> None:
     """`value` from `source`, both one sample: entry j is entry numbered[j] - 1 of the source, or zero."""
-    before = normal.found.shape(source)
+    before = normal.shapes[source]
+    normal.moved[value] = source, numbered
     if np.array_equal(numbered.ravel(), np.arange(1, np.prod(before) + 1)):
         if numbered.shape == before:
             normal.same[value] = normal.same.get(source, source)

@@ -21,6 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from certify_cli.errors import ModelError
 from certify_cli.load import affine_rewrites as _affine  # noqa: F401  (enters its rewritings)
+from certify_cli.load import sorted_pairs as _pairs  # noqa: F401  (likewise)
 from certify_cli.load.interpret import Interpretation, evaluate
 from certify_cli.load.normal import DOMAIN, REWRITES, Normal, attributes_of, emit_index, numbered_entries, rewrites
 from certify_cli.load.patterns import fuse

@@ -18,10 +18,11 @@ from onnx2torch.node_converters.reduce import OnnxReduceStaticAxes, OnnxReduceSu
 from onnx2torch.node_converters.reshape import OnnxReshape
 from onnx2torch.node_converters.sum import OnnxSum
 
-from certify_cli.load.converters import ActivationLayer, SelectLayer
+from certify_cli.load.converters import ActivationLayer, MaxMinLayer, SelectLayer
 from certify_cli.network import layers
 from certify_cli.network.affine import Dense, Reshape, Select
 from certify_cli.network.place import Data, Place, lowers
+from certify_cli.network.pooling import MaxMin
 
 _ARITHMETIC = {torch.add: layers.add, torch.sub: layers.subtract, torch.mul: layers.multiply}
 """Everything else that OnnxBinaryMathOperation may hold is its division."""
@@ -98,6 +99,11 @@ def _along(place: Place, x: Data, axes: list[int], keep: bool, mean: bool) -> Da
 @lowers(ActivationLayer)
 def _activation(place: Place, layer: ActivationLayer, x: Any) -> Data:
     return place.add(layer.activation, place.data(x))
+
+
+@lowers(MaxMinLayer)
+def _max_min(place: Place, layer: MaxMinLayer, x: Any) -> Data:
+    return place.add(MaxMin(), place.data(x))
 
 
 @lowers(SelectLayer)

@@ -17,7 +17,7 @@ from torch import Tensor
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Node
-from certify_cli.network.pooling import MaxPool
+from certify_cli.network.pooling import GroupMap
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
 
 SAFETY = 1.001
@@ -101,8 +101,10 @@ def _error(node: Node, inputs: list[Tensor], errors: list[Tensor]) -> Tensor:
 
 def _error_of_joins(node: Node, errors: list[Tensor]) -> Tensor:
     """Errors through a node that moves or adds numbers (exact but for the sum's own rounding)."""
-    if isinstance(node.op, Add | Concat | MaxPool):  # |max a - max b| <= max |a - b|
+    if isinstance(node.op, Add | Concat):
         return node.op.apply(*errors)
+    if isinstance(node.op, GroupMap):  # |max a - max b| <= max |a - b|
+        return node.op.farthest(*errors)
     raise TypeError(f"no rounding rule for {type(node.op).__name__}")
 
 

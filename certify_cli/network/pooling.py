@@ -1,8 +1,9 @@
-"""Max pooling: a group map that has a Lipschitz constant and no curvature."""
+"""Group maps, largest and smallest ones of groups: they have a Lipschitz constant and no curvature."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,37 @@ from torch import Tensor
 from certify_cli.network.graph import Nonlinear, Shape
 from certify_cli.numerics.rounding import up
 
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """A group map's outputs: for each of `signs`, of `lanes` (equal parts of the value) and of the rows of `members`,
+    the largest member (sign 1) or the smallest (-1).
+
+    members (groups, most): places in a lane, -1 for none.
+    """
+
+    lanes: int
+    members: Tensor
+    signs: tuple[int, ...]
+
+
+class GroupMap(Nonlinear):
+    """Every output is the largest, or the smallest, of a group of inputs."""
+
+    @abstractmethod
+    def groups(self, shape: Shape) -> Groups:
+        """Of values of `shape`, in the order of the outputs."""
+
+    @abstractmethod
+    def farthest(self, moves: Tensor) -> Tensor:
+        """The largest of `moves` (batch, *shape) in every output's group: a bound of what the output moves."""
+
+
 _POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 
 
 @dataclass(frozen=True)
-class MaxPool(Nonlinear):
+class MaxPool(GroupMap):
     """Maximum over windows of (channels, *space), torch's conventions; one entry per spatial axis.
 
     `padding` counts pixels of -inf on both sides, so a padded pixel never wins.
@@ -61,8 +88,11 @@ class MaxPool(Nonlinear):
             raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels: {error}") from error
         return out.shape[-1]
 
-    def members(self, shape: Shape) -> Tensor:
-        """The pixels of every window, (windows, members): numbers in a channel laid out flat, -1 for padding."""
+    def farthest(self, moves: Tensor) -> Tensor:
+        return self.apply(moves)
+
+    def groups(self, shape: Shape) -> Groups:
+        """Channel by channel the pixels of every window."""
         table = torch.zeros(1, 1, dtype=torch.long)
         for axis, size in enumerate(shape[1:]):
             taps = self._taps(axis, size)
@@ -70,7 +100,7 @@ class MaxPool(Nonlinear):
             both = table[:, None, :, None] * size + taps[None, :, None, :]
             both = both.masked_fill((table[:, None, :, None] < 0) | (taps[None, :, None, :] < 0), -1)
             table = both.reshape(len(table) * len(taps), -1)
-        return table
+        return Groups(shape[0], table, (1,))
 
     def _taps(self, axis: int, size: int) -> Tensor:
         """The pixels of every window along one axis, (windows, kernel); outside of [0, size) they are padding."""
@@ -82,3 +112,35 @@ class MaxPool(Nonlinear):
         taps = self._taps(axis, size)
         inside = taps[(taps >= 0) & (taps < size)]
         return int(torch.bincount(inside).max()) if inside.numel() else 0
+
+
+@dataclass(frozen=True)
+class MaxMin(GroupMap):
+    """GroupSort of two (Anil et al., 2019): the halves of the first axis are paired, the larger ones come first."""
+
+    title: str = "max_min"
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        """ValueError where the first axis cannot be halved."""
+        (shape,) = shapes
+        if not shape or shape[0] % 2:
+            raise ValueError(f"max_min pairs the halves of the first axis, and a value of shape {shape} has no halves")
+        return shape
+
+    def apply(self, *values: Tensor) -> Tensor:
+        first, second = values[0].chunk(2, dim=1)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
+
+    def gain(self, shape: Shape) -> float:
+        """Sorting brings no two points farther apart."""
+        return 1.0
+
+    def farthest(self, moves: Tensor) -> Tensor:
+        first, second = moves.chunk(2, dim=1)
+        larger = torch.maximum(first, second)
+        return torch.cat([larger, larger], dim=1)
+
+    def groups(self, shape: Shape) -> Groups:
+        half = math.prod(shape) // 2
+        first = torch.arange(half)
+        return Groups(1, torch.stack([first, first + half], dim=1), (1, -1))

@@ -81,6 +81,33 @@ class MaxPooled(nn.Module):
         return self.head(F.max_pool2d(F.relu(self.conv(x)), 3, stride=2, padding=1).flatten(1))
 
 
+class MaxMin(nn.Module):
+    """The halves of the channels as sorted pairs, larger ones first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
+
+
+class GroupSort(nn.Module):
+    """Neighbouring channels, two by two, in ascending order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, 2)).sort(dim=2).values.flatten(1, 2)
+
+
+class Sorted(nn.Module):
+    """MaxMin of channels and of features, and a maximum of two values alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.head = nn.Conv2d(1, 4, 3), nn.Linear(144, 8), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = MaxMin()(self.hidden(MaxMin()(self.conv(x)).flatten(1)))
+        return self.head(torch.cat([torch.maximum(y[:, :4], y[:, 4:]), y[:, 2:4]], dim=1))
+
+
 class ChannelsLast(nn.Module):
     """An NHWC input, a shape read from the data, an upsampling and a split."""
 
@@ -130,6 +157,7 @@ NETWORKS: dict[str, Case] = {
     "convolutional": Case(Convolutional, (2, 8, 8), softmax=True),
     "residual": Case(Residual, (1, 8, 8), softmax=True),
     "max_pooled": Case(MaxPooled, (1, 8, 8)),
+    "sorted": Case(Sorted, (1, 8, 8)),
     "channels_last": Case(ChannelsLast, (4, 4, 3)),
     "column": Case(Column, (784, 1)),
 }

@@ -16,6 +16,7 @@ from torch import nn
 from certify_cli.errors import ModelError
 from certify_cli.load.loaded import LoadedModel
 from certify_cli.load.onnx import load_onnx
+from certify_cli.network.graph import Concat
 from tests.load.exports import (
     ACTIVATIONS,
     DEFAULT,
@@ -244,3 +245,20 @@ def test_every_shared_model_but_the_transformer_loads() -> None:
                 load_onnx(path)
         else:
             assert load_onnx(path).network.classes == 10
+
+
+def test_max_and_min_of_a_split_are_one_node(tmp_path: Path) -> None:
+    """MaxMin as torch writes it, and nothing around it: its norm is 1."""
+    case, file = NETWORKS["sorted"], tmp_path / "sorted.onnx"
+    write(case.build(), case.shape, file, Export("default", 18))
+    ops = [node.op for node in load_onnx(file).network.nodes]
+    assert [op.title for op in ops].count("max_min") == 3
+    assert not any(isinstance(op, Concat) for op in ops[:-4])
+
+
+def test_max_of_three_is_refused(tmp_path: Path) -> None:
+    names = ["a", "b", "c"]
+    parts = [helper.make_node("Identity", ["x"], [name]) for name in names]
+    file = save(tmp_path, [*parts, helper.make_node("Max", names, ["y"])], {}, (4,))
+    with pytest.raises(ModelError, match=r"Max.*two values of one shape"):
+        load_onnx(file)

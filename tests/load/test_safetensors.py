@@ -20,6 +20,7 @@ from certify_cli.load.safetensors import linear_stack
 from certify_cli.network.activations import ACTIVATIONS
 from certify_cli.network.graph import Network
 from tests import networks
+from tests.load.exports import GroupSort, MaxMin
 
 Layers = list[dict[str, Any]]
 
@@ -86,6 +87,10 @@ LAYER_CASES: list[tuple[str, dict[str, Any], nn.Module, list[int]]] = [
         [2, 5, 4],
     ),
     ("MaxPool3d", {"kernel_size": 2, "dilation": 2}, nn.MaxPool3d(2, 2, dilation=2), [1, 4, 5, 4]),
+    ("MaxMin", {}, MaxMin(), [4, 3]),
+    ("MaxMin", {}, MaxMin(), [6]),
+    ("GroupSort", {"group_size": 2}, GroupSort(), [4, 3]),
+    ("GroupSort", {}, GroupSort(), [6]),
     ("Flatten", {}, nn.Flatten(), [2, 3]),
     ("Identity", {}, nn.Identity(), [2, 3]),
     ("Pad", {"padding": [1, 2, 0, 1]}, nn.ZeroPad2d((1, 2, 0, 1)), [2, 3, 3]),
@@ -119,7 +124,7 @@ def test_a_declared_layer_computes_what_torchs_does(
 
 def test_every_type_of_the_table_is_tested() -> None:
     tested = {case[0] for case in LAYER_CASES} | {"Normalise", "add", "concat"}
-    primitives = {"dense", "conv", "conv_transpose", "scale", "shift", "reshape", "select", "max_pool"}
+    primitives = {"dense", "conv", "conv_transpose", "scale", "shift", "reshape", "select", "max_pool", "max_min"}
     assert set(DECLARED) - set(ACTIVATIONS) - primitives == tested - set(ACTIVATIONS)
 
 

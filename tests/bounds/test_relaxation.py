@@ -1,0 +1,273 @@
+"""Linear relaxation and local Lipschitz bounds on every topology: nothing sampled leaves them, and where the network is
+linear on the ball they are exact."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from certify_cli.bounds import relaxation
+from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.local_lipschitz import lipschitz_losses, matrix_norms
+from certify_cli.bounds.planes import Planes
+from certify_cli.bounds.ranges import Ranges, fast_ranges
+from certify_cli.bounds.relaxation import Lines, lines, losses, relaxed_ranges
+from certify_cli.certificates.point import Point
+from certify_cli.network.activations import ACTIVATIONS, from_name
+from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.graph import Builder, Network
+from certify_cli.network.linearised import Vectors, heads
+from certify_cli.network.pooling import GroupMap, MaxMin, MaxPool
+from certify_cli.network.spans import Span
+from tests.bounds.test_local import NETWORKS as LOCAL
+from tests.bounds.test_local import attacked, directions
+from tests.bounds.test_ranges import pooled_net
+from tests.networks import PIECEWISE, mlp, points
+
+D = torch.float64
+NETWORKS = LOCAL | PIECEWISE | {"max pooling": pooled_net(), "deep relu": mlp((6, 9, 9, 9, 9, 3), "relu", seed=2)}
+RADII = (1e-9, 0.05, 0.5, 3.0, 100.0)
+MEMORY = 2**26
+ROWS = {"celu": "celu:0.7", "centred_softplus": "centred_softplus:2", "clip": "clip:-0.5,1"}
+
+
+def known(network: Network, count: int, radius: float) -> tuple[Point, Ranges]:
+    point = Point(network, points(network, count))
+    radii = torch.full((count,), radius, dtype=D)
+    return point, fast_ranges(point, Analysis(network).weights, radii)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_sampled_offset_leaves_the_relaxed_ranges(name: str) -> None:
+    network = NETWORKS[name]
+    with exact_kernels():
+        for radius in RADII:
+            point, fast = known(network, 5, radius)
+            found, _ = relaxed_ranges(point, fast, MEMORY)
+            before = network.values(point.x)
+            for d in directions(network, point.x, 8):
+                after = network.values(point.x + d * radius * (1 - 1e-14))
+                for target in heads(network)[:-1]:
+                    offset = (after[target] - before[target]).flatten(1)
+                    slack = 1e-13 * (1 + before[target].flatten(1).abs() + offset.abs())
+                    assert bool((offset >= found.low[target] - slack).all())
+                    assert bool((offset <= found.high[target] + slack).all())
+            for target in found.low:
+                assert bool((found.low[target] >= fast.low[target]).all())
+                assert bool((found.high[target] <= fast.high[target]).all())
+
+
+def bounds_of(point: Point, fast: Ranges) -> dict[str, Callable[[Tensor], Tensor]]:
+    return {
+        "lines": lambda rows: losses(point, lines(point, fast), fast.radius, rows),
+        "relaxed": lambda rows: losses(point, relaxed_ranges(point, fast, MEMORY)[1], fast.radius, rows),
+        "slopes": lambda rows: lipschitz_losses(point, fast, rows),
+        "slopes, no Jacobian": lambda rows: lipschitz_losses(point, fast, rows, jacobians=False),
+    }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_attack_in_the_ball_loses_more(name: str) -> None:
+    """Random directions of the logits; somewhere an attack gets near the bound, or the test would show little."""
+    network = NETWORKS[name]
+    g = torch.Generator().manual_seed(5)
+    nearest = 0.0
+    with exact_kernels():
+        for radius in RADII:
+            point, fast = known(network, 4, radius)
+            rows = torch.randn(4, 3, network.classes, generator=g, dtype=D)
+            for bound in bounds_of(point, fast).values():
+                loss = bound(rows)
+                for number in range(3):
+                    row = rows[:, number]
+                    start = (network(point.x) * row).sum(1)
+                    fall = start - attacked(network, point.x, row, fast.radius)
+                    assert bool((fall <= loss[:, number] * (1 + 1e-9) + 1e-12 * (1 + start.abs())).all())
+                    nearest = max(nearest, float((fall / loss[:, number]).amax()))
+    assert nearest > 0.9
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky relu, residual", "relu6", "max pooling"])
+def test_exact_where_the_network_is_linear_on_the_ball(name: str) -> None:
+    """On a ball in which no unit changes its piece, what is lost is ||g|| e."""
+    network = PIECEWISE[name] if name in PIECEWISE else max_of_dense()
+    with exact_kernels():
+        point, fast = known(network, 6, 1e-5)
+        rows = torch.eye(network.classes, dtype=D).expand(6, -1, -1)
+        x = point.x.clone().requires_grad_(True)
+        with torch.enable_grad():
+            logits = network(x)
+            gradients = torch.stack([torch.autograd.grad(z.sum(), x, retain_graph=True)[0] for z in logits.T], 1)
+        exact = gradients.flatten(2).norm(dim=2) * 1e-5
+        everything = bounds_of(point, fast)
+        for kind in ("relaxed", "lines") if name == "max pooling" else everything:
+            assert torch.allclose(everything[kind](rows), exact, rtol=1e-6, atol=1e-18)
+
+
+def max_of_dense() -> Network:
+    g = torch.Generator().manual_seed(6)
+    b = Builder((5,))
+    z = b.add("fc0", Dense(torch.randn(8, 5, generator=g, dtype=D)), 0)
+    pooled = b.add("pool", MaxPool((2,), (2,), (0,), (1,)), b.add("rows", Reshape((2, 4)), z))
+    flat = b.add("flat", Reshape((4,)), pooled)
+    return b.build(b.add("fc1", Dense(torch.randn(3, 4, generator=g, dtype=D)), flat))
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_lines_hold_the_activation(name: str) -> None:
+    """On a fine grid of ranges of every width; they touch: some line misses phi by next to nothing somewhere."""
+    phi = from_name(ROWS.get(name, name))
+    g = torch.Generator().manual_seed(7)
+    z = 3 * torch.randn(1, 400, generator=g, dtype=D)
+    width = 10 ** (4 * torch.rand(1, 400, generator=g, dtype=D) - 3)
+    lo, hi = (-width * torch.rand(1, 400, generator=g, dtype=D), width * torch.rand(1, 400, generator=g, dtype=D))
+    found = Lines.of(Span(phi, z, 1e-15, lo, hi), (400,))
+    t = lo + (hi - lo) * torch.linspace(0, 1, 2001, dtype=D).reshape(-1, 1)
+    rise = phi.value(z + t) - phi.value(z)
+    slack = 1e-12 * (1 + rise.abs() + phi.value(z).abs() + t.abs())
+    below, above = found.below[0] * t - found.below[1], found.above[0] * t + found.above[1]
+    assert bool((below <= rise + slack).all())
+    assert bool((above >= rise - slack).all())
+    assert bool((found.below[1] >= 0).all())
+    assert bool((found.above[1] >= 0).all())
+    spread = rise.amax(0) - rise.amin(0) + 1e-9
+    for gap in ((rise - below).amin(0) / spread, (above - rise).amin(0) / spread):
+        assert float(gap.quantile(0.9)) < 2e-2
+    steepest = torch.maximum(found.below[0].abs(), found.above[0].abs())
+    left = torch.maximum((rise - found.below[0] * t).abs(), (rise - found.above[0] * t).abs()).amax(0)
+    assert float(found.far) >= float(left.norm()) * (1 - 1e-9)
+    assert bool((steepest <= phi.lipschitz * (1 + 1e-9) + 1e-9).all())
+
+
+POOLS = [
+    (MaxPool((2, 2), (2, 2), (0, 0), (1, 1)), (2, 4, 4)),
+    (MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), (2, 5, 5)),
+    (MaxPool((2, 3), (1, 2), (0, 1), (2, 1)), (1, 5, 6)),
+    (MaxPool((3,), (2,), (1,), (1,), ceil_mode=True), (2, 6)),
+    (MaxPool((2, 2, 2), (2, 1, 2), (0, 0, 0), (1, 1, 1)), (1, 4, 3, 4)),
+    (MaxMin(), (6,)),
+    (MaxMin(), (4, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("op", "shape"), POOLS)
+def test_groups_are_what_the_operation_takes(op: GroupMap, shape: tuple[int, ...]) -> None:
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(8), dtype=D)
+    groups = op.groups(shape)
+    lanes = x.reshape(3, groups.lanes, -1)
+    parts = []
+    for sign in groups.signs:
+        padded = torch.cat([sign * lanes, torch.full((3, groups.lanes, 1), -math.inf, dtype=D)], dim=2)
+        parts.append(sign * padded[:, :, groups.members].amax(3))
+    assert torch.equal(torch.stack(parts, dim=1).reshape(-1), op.apply(x).reshape(-1))
+    moved = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=D)
+    assert bool(((op.apply(moved) - op.apply(x)).abs() <= op.farthest((moved - x).abs()) * (1 + 1e-12)).all())
+    assert float((op.apply(moved) - op.apply(x)).norm()) <= op.gain(shape) * float((moved - x).norm())
+
+
+@pytest.mark.parametrize("width", [1e-12, 0.3, 5.0])
+@pytest.mark.parametrize(("op", "shape"), POOLS)
+def test_planes_hold_max_pooling(op: GroupMap, shape: tuple[int, ...], width: float) -> None:
+    """Rows of both signs; offsets at corners of the box, where a maximum is largest, and inside."""
+    g = torch.Generator().manual_seed(9)
+    z = torch.randn(3, *shape, generator=g, dtype=D)
+    error = torch.full_like(z, 1e-13)
+    low, high = (-width * torch.rand(z.shape, generator=g, dtype=D), width * torch.rand(z.shape, generator=g, dtype=D))
+    found = Planes.of(op, shape, z, error, low, high)
+    out = op.output_shape(shape)
+    rows = torch.randn(3, 4, *out, generator=g, dtype=D)
+    vectors = Vectors(rows, torch.zeros(3, 4, dtype=D))
+    back, loss = found.back(vectors), found.loss(vectors)
+    exact = z + 1e-13 * (2 * torch.rand(z.shape, generator=g, dtype=D) - 1)
+    base = op.apply(exact)
+    smallest = torch.full((3, 4), math.inf, dtype=D)
+    for number in range(300):
+        share = torch.rand(z.shape, generator=g, dtype=D)
+        share = share.round() if number % 2 else share
+        t = low + (high - low) * share
+        rise = op.apply(exact + t) - base
+        left = (rows * rise.unsqueeze(1)).flatten(2).sum(2) - (back.value * t.unsqueeze(1)).flatten(2).sum(2)
+        smallest = torch.minimum(smallest, left)
+        assert bool((left >= -loss - 1e-12).all())
+    if width < 1e-9:
+        assert bool((loss < 1e-8).all())
+    else:
+        assert float((-smallest / loss).amax()) > 0.3
+
+
+def test_a_pool_passes_back_no_more_than_it_says() -> None:
+    op, shape = POOLS[1]
+    g = torch.Generator().manual_seed(10)
+    z = torch.randn(2, *shape, generator=g, dtype=D)
+    found = Planes.of(op, shape, z, torch.zeros_like(z), -torch.ones_like(z), torch.ones_like(z))
+    rows = torch.randn(2, 3, *op.output_shape(shape), generator=g, dtype=D)
+    rows = rows + rows.sign()  # the push below changes no sign, and so no plane
+    push = torch.randn(rows.shape, generator=g, dtype=D)
+    push = 1e-3 * push / push.flatten(2).norm(dim=2).reshape(2, 3, *[1] * len(shape))
+    near = found.back(Vectors(rows, torch.full((2, 3), 1e-3, dtype=D)))
+    moved = found.back(Vectors(rows + push, torch.zeros(2, 3, dtype=D)))
+    assert bool(((moved.value - near.value).flatten(2).norm(dim=2) <= near.error).all())
+
+
+def test_rows_in_chunks_are_the_same_rows() -> None:
+    network = PIECEWISE["relu, convolutional"]
+    with exact_kernels():
+        point, fast = known(network, 3, 0.4)
+        whole, chunks = (relaxed_ranges(point, fast, memory)[0] for memory in (MEMORY, 1))
+    for target in whole.low:
+        assert torch.allclose(whole.low[target], chunks.low[target], rtol=1e-12, atol=1e-15)
+        assert torch.allclose(whole.high[target], chunks.high[target], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4), (4, 1), (5, 9), (9, 5), (600, 520)])
+def test_norms_of_matrices(rows: int, columns: int) -> None:
+    """Never below the largest singular value of anything within the errors; near it where a proof is affordable."""
+    g = torch.Generator().manual_seed(11)
+    value = torch.randn(2, rows, columns, generator=g, dtype=D)
+    error = torch.rand(2, rows, generator=g, dtype=D) * 1e-3
+    found = matrix_norms(Vectors(value, error))
+    largest = torch.linalg.matrix_norm(value, 2)
+    push = value / torch.linalg.vector_norm(value, dim=2, keepdim=True) * error.unsqueeze(2)
+    assert bool((found >= largest).all())
+    assert bool((found >= torch.linalg.matrix_norm(value + push, 2)).all())
+    if min(rows, columns) <= 512:
+        assert bool((found <= 1.2 * largest + error.norm(dim=1)).all())
+
+
+def test_an_overflow_is_its_own_sample_alone() -> None:
+    network = PIECEWISE["relu"]
+    with exact_kernels():
+        x = points(network, 3)
+        x[1] = 1e300
+        point = Point(network, x)
+        fast = fast_ranges(point, Analysis(network).weights, torch.tensor([0.1, 1e300, 0.1], dtype=D))
+        rows = torch.eye(3, dtype=D).expand(3, -1, -1)
+        alone, ranges = Point(network, x[:1]), fast.at(torch.tensor([0]))
+        for kind, bound in bounds_of(point, fast).items():
+            loss = bound(rows)
+            assert not bool(loss.isnan().any())
+            assert torch.allclose(loss[:1], bounds_of(alone, ranges)[kind](rows[:1]), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("mutant", "line"), list(itertools.product(("below", "above"), ("slope", "constant"))))
+def test_a_wrong_line_would_be_noticed(mutant: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampling above sees a constant left out or a slope of the other side."""
+    right = Lines.of
+
+    def wrong(here: Span, shape: tuple[int, ...]) -> Lines:
+        found = right(here, shape)
+        slope, constant = getattr(found, mutant)
+        other = found.above if mutant == "below" else found.below
+        pair = (slope, 0 * constant) if line == "constant" else (other[0], constant)
+        parts = {"below": found.below, "above": found.above, mutant: pair}
+        return Lines(parts["below"], parts["above"], found.far)
+
+    monkeypatch.setattr(relaxation.Lines, "of", wrong)
+    with pytest.raises(AssertionError):
+        test_no_attack_in_the_ball_loses_more("saturated")
