@@ -22,13 +22,17 @@ from certify_cli.network.pooling import GroupMap, Groups
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
 
 
-def spent(v: Tensor, below: Tensor, above: Tensor, error: Tensor, far: Tensor) -> Tensor:
-    """sum |v| constant (batch, rows), and what the vectors' own error adds; inf for NaN (0 times infinity).
+def spent(vectors: Vectors, below: Tensor, above: Tensor, far: Tensor) -> Tensor:
+    """sum of v below where v >= 0 and of -v above elsewhere, and what the vectors' own error adds: (batch, rows).
 
-    v (batch, rows, size), constants (batch, 1, size) of the planes below and above, error (batch, rows), far (batch,).
+    below, above (batch, size): constants >= 0 of the lines or planes. far (batch,). inf for NaN (0 times infinity).
+    As |v| (below + above) / 2 + v (below - above) / 2, whose rounding is in proportion to the first part.
     """
-    apart = torch.where(v < 0, -v * above, v * below).sum(2)
-    return (up(apart, v.shape[2] + 1) + up(error * far.unsqueeze(1)) + UNDERFLOW).nan_to_num(nan=torch.inf)
+    v, size = vectors.value.flatten(2), vectors.magnitudes.flatten(2)
+    even = (size @ (0.5 * (below + above)).unsqueeze(2)).squeeze(2)
+    odd = (v @ (0.5 * (below - above)).unsqueeze(2)).squeeze(2)
+    apart = (even + odd).clamp(min=0.0) + gamma(2 * v.shape[2] + 8) * even
+    return (up(apart, 3) + up(vectors.error * far.unsqueeze(1)) + UNDERFLOW).nan_to_num(nan=torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +140,10 @@ class Planes:
         """Upper bounds (batch, rows) of -<v, q>; see `relaxation.Relaxation`."""
         total = torch.zeros_like(vectors.error)
         for sign, side, part in zip(self.groups.signs, self.sides, self._parts(vectors.value), strict=True):
-            below, above = side.below.flatten(1).unsqueeze(1), side.above.flatten(1).unsqueeze(1)
-            far = vector_norm_up(side.reach.flatten(1))
-            total = total + spent(sign * part.flatten(2), below, above, vectors.error, far)
+            rows = Vectors(sign * part, vectors.error)
+            total = total + spent(
+                rows, side.below.flatten(1), side.above.flatten(1), vector_norm_up(side.reach.flatten(1))
+            )
         return up(total, len(self.sides))
 
 

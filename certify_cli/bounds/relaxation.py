@@ -27,19 +27,19 @@ from certify_cli.network.graph import Network, Shape
 from certify_cli.network.grids import Grid
 from certify_cli.network.linearised import (
     Passage,
-    Slope,
     Vectors,
     head,
     heads,
     is_nonlinear,
     nonlinear_nodes,
     pull,
-    scaled,
 )
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.spans import Span
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, up, vector_norm_up
 
+CACHE = 2**25
+"""Bytes of what is treated at once: rows are many, and every pass over them is short."""
 TIGHT = 1e-9
 """A line that misses no more than this part of the rise over the range counts as touching."""
 
@@ -65,7 +65,11 @@ class Lines:
     @classmethod
     def of(cls, here: Span, shape: Shape) -> Lines:
         """On a span (batch, size) of a node of the given shape."""
-        slopes = supporting(here)
+        return cls.sloped(here, shape, *supporting(here))
+
+    @classmethod
+    def sloped(cls, here: Span, shape: Shape, *slopes: Tensor) -> Lines:
+        """With these slopes (batch, size) below and above, and the constants that they need."""
         reach = torch.maximum(-here.lo, here.hi)
         steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())
         far = vector_norm_up(up((here.activation.lipschitz + steepest) * reach, 3))
@@ -73,37 +77,47 @@ class Lines:
         below, above = (slope.reshape(-1, *shape) for slope in slopes)
         return cls((below, -least), (above, most), far)
 
+    def at(self, index: Tensor) -> Lines:
+        """Of the samples at `index`."""
+        below, above = (tuple(part[index] for part in pair) for pair in (self.below, self.above))
+        return Lines((below[0], below[1]), (above[0], above[1]), self.far[index])
+
     def back(self, vectors: Vectors) -> Vectors:
+        """Entry by entry v below where v >= 0, else v above: v (below + above) / 2 + |v| (below - above) / 2."""
         below, above = self.below[0].unsqueeze(1), self.above[0].unsqueeze(1)
-        return scaled(vectors, Slope(torch.where(vectors.value < 0, above, below)))
+        value = torch.addcmul(vectors.value * (0.5 * (below + above)), vectors.magnitudes, 0.5 * (below - above))
+        largest = torch.maximum(below.abs(), above.abs()).flatten(1).amax(1, keepdim=True)
+        return Vectors(value, up(largest * (vectors.error + 8 * UNIT * vectors.size), 4) + UNDERFLOW)
 
     def loss(self, vectors: Vectors) -> Tensor:
-        v = vectors.value.flatten(2)
-        return spent(v, self.below[1].unsqueeze(1), self.above[1].unsqueeze(1), vectors.error, self.far)
+        return spent(vectors, self.below[1], self.above[1], self.far)
 
 
 def supporting(here: Span) -> tuple[Tensor, Tensor]:
-    """Slopes (batch, size) of a line below and of one above phi, each as near to phi(z) at t = 0 as its range allows.
+    """Slopes (batch, size) of a line below and one above phi, each as near to phi as can be in the middle of its range.
 
-    The tangent at the sample where it does not cross phi, else the chord where it does not, else what a grid says.
+    That leaves the least area between line and range. The tangent there where it does not cross phi, else the chord
+    where it does not, else what a grid says.
     """
     grid, phi = Grid.of(here), here.activation
-    tangent = phi.slope(here.z)
-    (first, last), (fall, rise) = grid.ends, grid.end_rises
-    chord = ((rise - fall) / (last - first)).nan_to_num(nan=0.0)
+    middle = (0.5 * (here.lo + here.hi)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    tangent = phi.slope(here.z + middle)
+    rise = phi.value(here.z + middle) - phi.value(here.z)
+    (first, last), (start, end) = grid.ends, grid.end_rises
+    chord = ((end - start) / (last - first)).nan_to_num(nan=0.0)
     close = TIGHT * (grid.rises.amax(0) - grid.rises.amin(0))
     close = close + 16 * UNIT * (phi.value(here.z).abs() + phi.lipschitz * here.z.abs())  # the rises' own rounding
     slopes = []
     for side in (1.0, -1.0):
         sign = torch.full_like(tangent, side)
-        touches = grid.depth(sign, tangent) <= close
-        at_ends = torch.minimum(side * (fall - chord * first), side * (rise - chord * last))
+        touches = (side * (grid.rises - rise - tangent * (grid.places - middle))).amin(0) >= -close
+        at_ends = torch.minimum(side * (start - chord * first), side * (end - chord * last))
         crosses = -grid.depth(sign, chord) < at_ends - close
         slope = torch.where(touches, tangent, chord)
         rest = crosses & ~touches
         if bool(rest.any()):
-            slope = torch.where(rest, grid.envelope(torch.zeros_like(sign), sign)[0], slope)
-        slopes.append(torch.where(slope.isfinite(), slope, tangent))
+            slope = torch.where(rest, grid.envelope(middle, sign)[0], slope)
+        slopes.append(torch.where(slope.isfinite(), slope, phi.slope(here.z)))
     return slopes[0], slopes[1]
 
 
@@ -178,7 +192,7 @@ def swings(
     """How far the entries `rows` (count,) of node `target` can fall, and rise, on the balls: (batch, count) each."""
     node = point.network.nodes[target]
     widest = max(n.size for n in point.network.nodes[: target + 1])
-    chunk = max(1, memory // (64 * len(radius) * widest))
+    chunk = max(1, min(memory, CACHE) // (64 * len(radius) * widest))
     found = []
     for part in rows.split(chunk):
         units = torch.nn.functional.one_hot(part, node.size).to(radius.dtype)

@@ -60,7 +60,7 @@ def linear_offsets(
 
 
 @dataclass(eq=False)
-class _Climber:
+class Climber:
     """One tensor (batch, size), what a step along its gradient is multiplied by, and the gradients' running mean."""
 
     value: Tensor
@@ -120,8 +120,8 @@ def ascend(
         v = first.adjoints[k].abs()
         v = torch.maximum(v, LEAST_ADJOINT * v.amax(1, keepdim=True)).clamp(min=TINY)
         # gradients by slopes are at most about |v| width, by weights about width^2 / 8
-        slopes[k] = _Climber(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
-        weights[k] = _Climber(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())
+        slopes[k] = Climber(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
+        weights[k] = Climber(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())
     state, rate = first, torch.full_like(margin, RATE)
     for count in range(1, steps + 1):
         by_slope, by_weight = problem.gradient(state)

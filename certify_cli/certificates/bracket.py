@@ -11,6 +11,8 @@ from certify_cli.numerics.rounding import TINY
 
 GROWTH, GROWTHS = 1.5, (1.0, 5.0)
 """Losses grow about like this power of the radius; and the powers believed where two balls tell."""
+STRIDE = 2.0
+"""How many times larger the next ball may be."""
 INSIDE = 0.998
 """The next ball is this part of where the bound seems to vanish."""
 SHY = 0.98
@@ -22,9 +24,12 @@ HOPELESS = -1.0
 """Values below say too little of where the bound vanishes."""
 
 
-def power_step(radius: Tensor, value: Tensor, growth: Tensor | float = GROWTH) -> Tensor:
-    """About where a bound vanishes of which, at `radius`, the part `value` (of its value at 0) is left."""
-    ratio = (1 - value).clamp(min=TINY).pow(-1 / growth).nan_to_num(nan=0.5).clamp(min=0.3, max=2.0)
+def power_step(radius: Tensor, value: Tensor, growth: Tensor | float = GROWTH, stride: float = STRIDE) -> Tensor:
+    """About where a bound vanishes of which, at `radius`, the part `value` (of its value at 0) is left.
+
+    At most `stride` times as far.
+    """
+    ratio = (1 - value).clamp(min=TINY).pow(-1 / growth).nan_to_num(nan=0.5).clamp(min=0.3, max=stride)
     # a factor that asked whether value > 0 would make rounding, and so the batch, decide where the next ball lies
     return radius * ratio * INSIDE
 
@@ -43,14 +48,17 @@ class Bracket:
     before: Tensor
     loss: Tensor
     doubts: Tensor
+    stride: float = STRIDE
 
     @classmethod
-    def around(cls, radius: Tensor) -> Bracket:
+    def around(cls, radius: Tensor, stride: float = STRIDE) -> Bracket:
         """Nothing known but where to begin."""
         none = torch.zeros_like(radius)
         outside = torch.full_like(radius, torch.inf)
         doubts = torch.full_like(radius, DOUBTS, dtype=torch.long)
-        return cls(radius.clone(), none.clone(), outside, none.clone(), none.clone(), none.clone(), none, doubts)
+        return cls(
+            radius.clone(), none.clone(), outside, none.clone(), none.clone(), none.clone(), none, doubts, stride
+        )
 
     def told(self, items: Tensor, value: Tensor) -> Tensor:
         """Enters the values found on the items' balls and moves on; which of them (a mask) are the largest inside."""
@@ -75,7 +83,7 @@ class Bracket:
         growth = (loss / self.loss[items]).log() / (here / self.before[items]).log()
         growth = growth.nan_to_num(nan=GROWTH, posinf=GROWTH, neginf=GROWTH).clamp(*GROWTHS)
         self.before[items], self.loss[items] = here, loss
-        following = torch.where(both, between, power_step(here, value, growth))
+        following = torch.where(both, between, power_step(here, value, growth, self.stride))
         middle = torch.where(inside > 0, (inside * outside).sqrt(), 0.2 * outside)
         within = (following < outside) & ((following > inside) | outside.isinf())
         self.radius[items] = torch.where(within, following, middle)

@@ -15,18 +15,24 @@ from torch import Tensor
 from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.local_lipschitz import lipschitz_losses
 from certify_cli.bounds.ranges import Ranges, fast_ranges
-from certify_cli.bounds.relaxation import lines, losses, relaxed_ranges
+from certify_cli.bounds.relaxation import Lines, lines, losses, relaxed_ranges
 from certify_cli.certificates.bracket import Bracket
+from certify_cli.certificates.line_ascent import climbed, climbs
 from certify_cli.certificates.local import beginning, footprint, searchable
 from certify_cli.certificates.point import Point
 from certify_cli.numerics.rounding import difference_down
 
-ROUGH_BALLS, ROUGH = 12, 0.2
-"""Balls tried with ranges that cost next to nothing, and how closely: where to begin."""
+ROUGH_BALLS, ROUGH, ROUGH_STRIDE = 12, 0.2, 16.0
+"""Balls tried with ranges that cost next to nothing, how closely, and in what strides: where to begin."""
+STRIDE = 4.0
 BALLS = {"fast": 8, "normal": 14, "max": 20}
 """By effort: balls tried at most."""
 CLOSE = {"fast": 1e-2, "normal": 1e-3, "max": 1e-4}
 """By effort: how closely, relatively, the largest ball is looked for."""
+ASCENT = {"fast": 0, "normal": 10, "max": 40}
+"""By effort: steps of the ascent for the slopes of lines."""
+HOPEFUL = -0.3
+"""Parts of the margin below zero from which an ascent may come back."""
 BEYOND = 1.001
 """The first ball, in units of the radius known: where it fails there is nothing to look for."""
 
@@ -36,9 +42,17 @@ bounds (batch, classes) of how much the margins fall on the balls."""
 
 
 def by_lines(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> Tensor:
-    """Linear relaxation, on ranges found by it as well."""
-    _, between = relaxed_ranges(point, ranges, analysis.memory)
-    return losses(point, between, ranges.radius, cotangents)
+    """Linear relaxation, on ranges found by it as well; with lines of their own for margins that nearly hold."""
+    ranges, between = relaxed_ranges(point, ranges, analysis.memory)
+    loss = losses(point, between, ranges.radius, cotangents)
+    steps = ASCENT[analysis.effort]
+    left = (point.margin_low - loss) / point.margin_low
+    sample, rival = ((left <= 0) & (left > HOPEFUL)).nonzero().unbind(1)
+    if steps and len(sample) and climbs(point):
+        mine = {k: line.at(sample) for k, line in between.items() if isinstance(line, Lines)}
+        better = climbed(point.at(sample), ranges.at(sample), mine, cotangents[sample, rival], steps)
+        loss[sample, rival] = torch.fmin(loss[sample, rival], better)
+    return loss
 
 
 def by_lines_alone(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> Tensor:
@@ -79,10 +93,10 @@ def largest_balls(bound: Bound, analysis: Analysis, point: Point, known: Tensor)
     search = _Search(analysis, point.at(able))
     floor = BEYOND * known[able]
     start = torch.where(floor > 0, floor, beginning(search.point, floor))
-    rough, _ = search.largest(bound.rough, start, floor, ROUGH_BALLS, ROUGH)
+    rough, _ = search.largest(bound.rough, start, floor, ROUGH_BALLS, ROUGH, ROUGH_STRIDE)
     start = torch.where(rough > floor, rough, start)
     effort = analysis.effort
-    radius[able], rival[able] = search.largest(bound.losses, start, floor, BALLS[effort], CLOSE[effort])
+    radius[able], rival[able] = search.largest(bound.losses, start, floor, BALLS[effort], CLOSE[effort], STRIDE)
     return radius, rival
 
 
@@ -91,9 +105,11 @@ class _Search:
     analysis: Analysis
     point: Point
 
-    def largest(self, loss: Losses, start: Tensor, floor: Tensor, balls: int, close: float) -> tuple[Tensor, Tensor]:
+    def largest(
+        self, loss: Losses, start: Tensor, floor: Tensor, balls: int, close: float, stride: float
+    ) -> tuple[Tensor, Tensor]:
         """The largest balls found (batch,) and their deciding rivals; none where a ball of `floor` (batch,) fails."""
-        bracket = Bracket.around(start)
+        bracket = Bracket.around(start, stride)
         decides = self.point.margin.argmin(1)
         live = torch.arange(len(start), device=start.device)
         for _ in range(balls):

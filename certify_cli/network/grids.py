@@ -45,7 +45,10 @@ class Touch:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """phi(z+t) - phi(z) on an even grid of each neuron's range, and at t = 0: (GRID + 1, batch, size)."""
+    """phi(z+t) - phi(z) on a grid of each neuron's range, even but for kinks, and at t = 0: (places, batch, size).
+
+    Where phi is straight between its kinks these are all there is to know. The ends come first and next to last.
+    """
 
     op: Activation
     z: Tensor
@@ -56,19 +59,23 @@ class Grid:
     def of(cls, here: Span) -> Grid:
         """Of the span's range, of the computed pre-activation."""
         op, z, low, high = here.activation, here.z, here.lo, here.hi
-        steps = torch.linspace(0, 1, GRID, dtype=z.dtype, device=z.device).reshape(-1, 1, 1)
-        places = torch.cat([low + (high - low) * steps, torch.zeros_like(z).unsqueeze(0)])
+        kinks = [turn.place for turn in op.slope.turns if turn.jump]
+        straight = bool(kinks) and op.slope.relative == op.slope.absolute == 0.0
+        steps = torch.linspace(0, 1, 2 if straight else GRID, dtype=z.dtype, device=z.device).reshape(-1, 1, 1)
+        even = low + (high - low) * steps
+        bent = [(kink - z).clamp(min=low, max=high).unsqueeze(0) for kink in kinks]
+        places = torch.cat([even[:-1], *bent, even[-1:], torch.zeros_like(z).unsqueeze(0)])
         return cls(op, z, places, op.value(z + places) - op.value(z))
 
     @property
     def ends(self) -> tuple[Tensor, Tensor]:
         """The range's."""
-        return self.places[0], self.places[GRID - 1]
+        return self.places[0], self.places[-2]
 
     @property
     def end_rises(self) -> tuple[Tensor, Tensor]:
         """phi's rise there."""
-        return self.rises[0], self.rises[GRID - 1]
+        return self.rises[0], self.rises[-2]
 
     def depth(self, sign: Tensor, slope: Tensor) -> Tensor:
         """How far sign * phi falls below the line through the sample."""
@@ -119,7 +126,7 @@ class Grid:
 
 
 def _least(places: Tensor, rises: Tensor, v: Tensor, slope: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """The fields of `Touch`, (entries,) each; places and rises are (GRID + 1, entries)."""
+    """The fields of `Touch`, (entries,) each; places and rises are (places, entries)."""
     values = torch.addcmul(v * rises, (0.5 * weight) * places - v * slope, places)
     value = values.amin(0)
     spread = (values.amax(0) - value).clamp(min=TINY)

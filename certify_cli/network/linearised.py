@@ -55,6 +55,11 @@ class Vectors:
         """Euclidean norm of each computed vector, up: (*batch)."""
         return vector_norm_up(self.value.flatten(self.error.dim()))
 
+    @cached_property
+    def magnitudes(self) -> Tensor:
+        """|value|, kept: what bounds from below by the sign of each entry asks for it more than once."""
+        return self.value.abs()
+
     def at(self, index: Tensor) -> Vectors:
         """Of the samples at `index`, along the first axis."""
         return Vectors(self.value[index], self.error[index])
