@@ -47,7 +47,7 @@ def lipschitz_losses(point: Samples, start: Ranges, cotangents: Tensor, jacobian
             sources.linearise(layer, target)
     pulled = pull(point.network, cotangents, sources.passages)
     reach = up(up(pulled[0].size + pulled[0].error, 2) * start.radius.unsqueeze(1))
-    parts = [reach, *(sources.swing(layer, pulled[layer]) for layer in sources.layers if layer in pulled)]
+    parts = [reach, *(sources.leftover(layer, pulled[layer]) for layer in sources.layers if layer in pulled)]
     return up(torch.stack(parts).sum(0), len(parts)).nan_to_num(nan=torch.inf)
 
 
@@ -71,7 +71,7 @@ class _Sources:
         straight = rows.pop(0)
         e = self.radius.unsqueeze(1)
         entries = [up(up(straight.size + straight.error, 2) * e)]
-        entries += [self.swing(layer, block) for layer, block in rows.items()]
+        entries += [self.leftover(layer, block) for layer, block in rows.items()]
         reach = up(torch.stack([t.expand(len(e), -1) for t in entries]).sum(0), len(entries))
         self.low[target] = torch.fmax(self.low[target], -reach)
         self.high[target] = torch.fmin(self.high[target], reach)
@@ -114,7 +114,7 @@ class _Sources:
         spread = self.left[layer][1].unsqueeze(1)
         return Vectors(block.value.flatten(2) * spread, up(block.error * spread.amax(2), 2))
 
-    def swing(self, layer: int, rows: Vectors) -> Tensor:
+    def leftover(self, layer: int, rows: Vectors) -> Tensor:
         """Upper bounds (batch, rows) of |<row, what the node leaves over>|, entry by entry or by norms."""
         value, entries = rows.value.flatten(2), self.left[layer][0]
         scaled = self._spread(layer, rows)

@@ -167,7 +167,7 @@ def relaxed_ranges(point: Samples, known: Ranges, memory: int) -> tuple[Ranges, 
             asked = torch.stack([bends(point, k, here) for k in readers]).any(0)
             rows = asked.any(0).nonzero()[:, 0]
             if len(rows):
-                fall, rise = swings(point, between, known.radius, target, rows, memory)
+                fall, rise = falls_and_rises(point, between, known.radius, target, rows, memory)
                 # what nobody asked for stays as it is, whatever the other samples of the batch ask for
                 fall, rise = (torch.where(asked[:, rows], t, torch.inf) for t in (fall, rise))
                 low[target] = low[target].index_copy(1, rows, torch.fmax(low[target][:, rows], -fall))
@@ -186,7 +186,7 @@ def bends(point: Samples, layer: int, ranges: Ranges) -> Tensor:
     return ~(most - least <= UNDERFLOW)
 
 
-def swings(
+def falls_and_rises(
     point: Samples, between: Mapping[int, Relaxation], radius: Tensor, target: int, rows: Tensor, memory: int
 ) -> tuple[Tensor, Tensor]:
     """How far the entries `rows` (count,) of node `target` can fall, and rise, on the balls: (batch, count) each."""

@@ -1,7 +1,8 @@
 """The methods: one table, from a name to a function that certifies a batch.
 
-A new method is one entry here. `auto` runs every method that applies, cheapest (first in the table) first, and keeps
-the largest certified radius and the nearest attack of each sample.
+A new method is one entry here. `auto` runs every method that applies, in the table's order, and keeps the largest
+certified radius and the nearest attack of each sample. First comes what costs little, then what leaves little to do for
+those behind it, which look no further where they cannot certify more.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from certify_cli.errors import UsageError
 from certify_cli.output.formats import FORMATS
 from certify_cli.run.settings import ATTACKS, EFFORTS, LAYOUTS
 
-METHOD_NAMES = ("auto", "lipschitz", "curvature", "dual", "local")
+METHOD_NAMES = ("auto", "lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz")
 """For help and completion only, which must not load torch; `certificates.methods.METHODS` decides what is valid."""
 
 DATA_LAYOUTS = ("nchw", "nhwc")

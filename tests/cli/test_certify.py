@@ -136,7 +136,10 @@ def test_settings_arrive(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--method nonsense", "--method 'nonsense' is not one of auto, lipschitz, curvature, dual, local"),
+        (
+            "--method nonsense",
+            "--method 'nonsense' is not one of auto, lipschitz, curvature, dual, local, linear, local-lipschitz",
+        ),
         ("--effort extreme", "--effort 'extreme' is not one of fast, normal, max"),
         ("--attack magic", "--attack 'magic' is not one of certificate, search, none"),
         ("--format yaml", "--format 'yaml' is not one of table, json, jsonl, csv"),

@@ -70,6 +70,8 @@ def test_inspect_json(curvcert: Curvcert) -> None:
         "curvature": True,
         "dual": True,
         "local": True,
+        "linear": True,
+        "local-lipschitz": True,
     }
     assert all(method["reason"] is None for method in found["methods"])
 
