@@ -15,6 +15,8 @@ ball is that entry; the others are cut, and enter by the map's Lipschitz constan
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from certify_cli.bounds.jacobians import pulled_rows
 from certify_cli.bounds.planes import Planes, Winners
 from certify_cli.bounds.ranges import Ranges, Samples
 from certify_cli.network.activations import Activation
-from certify_cli.network.linearised import Passage, Slope, Vectors, head, heads, nonlinear_nodes, pull
+from certify_cli.network.linearised import Passage, Slope, Vectors, head, heads, nonlinear_nodes, pull, pull_cost
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.spans import Span
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, powers_of_two, up, vector_norm_up
@@ -32,16 +34,16 @@ LARGEST_SIDE = 512
 SQUARINGS = 3
 
 
-def lipschitz_losses(point: Samples, start: Ranges, cotangents: Tensor, jacobians: bool = True) -> Tensor:
+def lipschitz_losses(point: Samples, start: Ranges, cotangents: Tensor, budget: float = math.inf) -> Tensor:
     """Upper bounds (batch, rows) of how much <row, logits> falls on the balls of `start`.
 
     cotangents (batch or 1, rows, classes); `start` are ranges on the balls, from any method, made narrower head by
-    head where `jacobians` may be written out.
+    head where that takes no more than `budget` operations a sample.
     """
     network = point.network
     sources = _Sources(point, start)
     for target in heads(network)[:-1]:
-        if jacobians:
+        if network.nodes[target].size * pull_cost(network, target) <= budget:
             sources.reach(target)
         for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target):
             sources.linearise(layer, target)

@@ -12,6 +12,7 @@ the pre-activation on the same ball: any slope will do, its constant being the p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +34,7 @@ from certify_cli.network.linearised import (
     is_nonlinear,
     nonlinear_nodes,
     pull,
+    pull_cost,
 )
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.spans import Span
@@ -152,10 +154,13 @@ def lines(point: Samples, ranges: Ranges) -> dict[int, Relaxation]:
     return {layer: relaxed(point, layer, ranges) for layer in nonlinear_nodes(point.network)}
 
 
-def relaxed_ranges(point: Samples, known: Ranges, memory: int) -> tuple[Ranges, dict[int, Relaxation]]:
+def relaxed_ranges(
+    point: Samples, known: Ranges, memory: int, budget: float = math.inf
+) -> tuple[Ranges, dict[int, Relaxation]]:
     """Ranges on the balls of `known`, never wider, and every nonlinear node between lines on them.
 
-    Head by head, as each needs the earlier ones only. A head that no nonlinear node precedes is known already.
+    Head by head, as each needs the earlier ones only. A head that no nonlinear node precedes is known already, and one
+    that takes more than `budget` operations a sample stays as it is. memory: bytes that a part of the rows may take.
     """
     network = point.network
     low, high = dict(known.low), dict(known.high)
@@ -163,7 +168,7 @@ def relaxed_ranges(point: Samples, known: Ranges, memory: int) -> tuple[Ranges, 
     for target in heads(network)[:-1]:
         here = Ranges(known.radius, low, high, known.norm)
         readers = [k for k in nonlinear_nodes(network) if head(network, k) == target]
-        if reaches(network, target):
+        if reaches(network, target) and 2 * network.nodes[target].size * pull_cost(network, target) <= budget:
             asked = torch.stack([bends(point, k, here) for k in readers]).any(0)
             rows = asked.any(0).nonzero()[:, 0]
             if len(rows):

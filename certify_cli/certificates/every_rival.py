@@ -6,6 +6,7 @@ monotonicity. A bound of this kind is a `Bound`, given to `largest_balls`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from certify_cli.certificates.bracket import Bracket
 from certify_cli.certificates.line_ascent import climbed, climbs
 from certify_cli.certificates.local import beginning, footprint, searchable
 from certify_cli.certificates.point import Point
+from certify_cli.network.linearised import nonlinear_nodes
 from certify_cli.numerics.rounding import difference_down
 
 ROUGH_BALLS, ROUGH, ROUGH_STRIDE = 12, 0.2, 16.0
@@ -29,6 +31,8 @@ BALLS = {"fast": 8, "normal": 14, "max": 20}
 """By effort: balls tried at most."""
 CLOSE = {"fast": 1e-2, "normal": 1e-3, "max": 1e-4}
 """By effort: how closely, relatively, the largest ball is looked for."""
+BUDGET = {"fast": 2e9, "normal": 5e10, "max": math.inf}
+"""By effort: floating-point operations that one head's ranges may take, a sample and ball."""
 ASCENT = {"fast": 0, "normal": 10, "max": 40}
 """By effort: steps of the ascent for the slopes of lines."""
 HOPEFUL = -0.3
@@ -43,7 +47,7 @@ bounds (batch, classes) of how much the margins fall on the balls."""
 
 def by_lines(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> Tensor:
     """Linear relaxation, on ranges found by it as well; with lines of their own for margins that nearly hold."""
-    ranges, between = relaxed_ranges(point, ranges, analysis.memory)
+    ranges, between = relaxed_ranges(point, ranges, analysis.memory, BUDGET[analysis.effort])
     loss = losses(point, between, ranges.radius, cotangents)
     steps = ASCENT[analysis.effort]
     left = (point.margin_low - loss) / point.margin_low
@@ -65,7 +69,8 @@ def by_slopes(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tens
     fitting = analysis.memory // footprint(point.network)
     every = torch.arange(len(point.x), device=point.x.device)
     parts = every.split(max(1, fitting))
-    found = [lipschitz_losses(point.at(i), ranges.at(i), cotangents[i], jacobians=fitting > 0) for i in parts]
+    budget = BUDGET[analysis.effort] if fitting else 0.0
+    found = [lipschitz_losses(point.at(i), ranges.at(i), cotangents[i], budget) for i in parts]
     return torch.cat(found)
 
 
@@ -88,7 +93,7 @@ def largest_balls(bound: Bound, analysis: Analysis, point: Point, known: Tensor)
     """
     radius, rival = torch.zeros_like(known), point.margin.argmin(1)
     able = searchable(point, known).nonzero()[:, 0]
-    if not len(able):
+    if not len(able) or not nonlinear_nodes(point.network):  # affine: margin over norm is exact
         return radius, rival
     search = _Search(analysis, point.at(able))
     floor = BEYOND * known[able]

@@ -1,8 +1,8 @@
 """The methods: one table, from a name to a function that certifies a batch.
 
-A new method is one entry here. `auto` runs every method that applies, in the table's order, and keeps the largest
-certified radius and the nearest attack of each sample. First comes what costs little, then what leaves little to do for
-those behind it, which look no further where they cannot certify more.
+A new method is one entry here. `auto` runs every method that applies (but those that are only for who names them), in
+the table's order, and keeps the largest certified radius and the nearest attack of each sample. First comes what costs
+little, then what leaves little to do for those behind it, which look no further where they cannot certify more.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Method:
 
     `attacks`: whether it can promise attacks; of several methods only the first that can is asked to (on the
     models measured the dear ones add one for few samples, at the price of a search). `dear`: `auto` spares it a sample
-    whose verdicts are known. `searched`: it tries many balls a sample, so that small batches do.
+    whose verdicts are known. `searched`: it tries many balls a sample, so that small batches do. `by_name`: it is not
+    part of `auto`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Method:
     attacks: bool = False
     dear: bool = False
     searched: bool = False
+    by_name: bool = False
 
 
 def by_lipschitz(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
@@ -231,6 +233,7 @@ METHODS: dict[str, Method] = {
             by_linear,
             dear=True,
             searched=True,
+            by_name=True,
         ),
         Method(
             "local-lipschitz",
@@ -239,6 +242,7 @@ METHODS: dict[str, Method] = {
             by_local_lipschitz,
             dear=True,
             searched=True,
+            by_name=True,
         ),
     )
 }
@@ -253,12 +257,12 @@ def method_name(index: int) -> str:
 
 
 def select(name: str, network: Network) -> tuple[Method, ...]:
-    """The methods that `name` stands for on this network: itself, or for `auto` every one that applies.
+    """The methods that `name` stands for on this network: itself, or for `auto` every one that applies, but `by_name`.
 
     Raises UsageError for an unknown name and MethodError (naming the layer) for one that cannot apply.
     """
     if name == AUTO:
-        return tuple(m for m in METHODS.values() if m.applies(network) is None)
+        return tuple(m for m in METHODS.values() if not m.by_name and m.applies(network) is None)
     if name not in METHODS:
         raise UsageError(f"--method {name!r} is not known; choose from {', '.join((AUTO, *METHODS))}")
     reason = METHODS[name].applies(network)

@@ -220,6 +220,17 @@ def _backward(network: Network, node: Node, vectors: Vectors, passage: Passage |
     return [None if passage is None else passage.back(vectors)]
 
 
+def pull_cost(network: Network, start: int) -> float:
+    """About the floating-point operations that pulling one vector back from node `start` takes."""
+    needed, cost = {start}, 0.0
+    for index in range(start, 0, -1):
+        if index in needed:
+            node = network.nodes[index]
+            needed.update(node.inputs)
+            cost += 2.0 * node.op.terms * node.size if isinstance(node.op, AffineOp) else 0.0
+    return cost
+
+
 Interval = tuple[Tensor, Tensor]
 """Midpoint and radius, of one shape; the radius is rounded up."""
 

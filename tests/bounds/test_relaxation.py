@@ -23,7 +23,7 @@ from certify_cli.network.activations import ACTIVATIONS, from_name
 from certify_cli.network.affine import Dense, Reshape
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Builder, Network
-from certify_cli.network.linearised import Vectors, heads
+from certify_cli.network.linearised import Vectors, heads, pull_cost
 from certify_cli.network.pooling import GroupMap, MaxMin, MaxPool
 from certify_cli.network.spans import Span
 from tests.bounds.test_local import NETWORKS as LOCAL
@@ -77,7 +77,7 @@ def bounds_of(point: Point, fast: Ranges) -> dict[str, Callable[[Tensor], Tensor
         "lines": lambda rows: losses(point, lines(point, fast), fast.radius, rows),
         "relaxed": lambda rows: losses(point, relaxed_ranges(point, fast, MEMORY)[1], fast.radius, rows),
         "slopes": lambda rows: lipschitz_losses(point, fast, rows),
-        "slopes, no Jacobian": lambda rows: lipschitz_losses(point, fast, rows, jacobians=False),
+        "slopes, no Jacobian": lambda rows: lipschitz_losses(point, fast, rows, budget=0.0),
     }
 
 
@@ -234,6 +234,20 @@ def test_an_ascent_gains_and_never_loses(name: str) -> None:
         better = climbing(point, fast, rows, 20)
     assert bool((better <= plain * (1 + 1e-9)).all())
     assert float((better / plain).amin()) < 0.99
+
+
+def test_what_is_beyond_the_budget_stays_as_it_is() -> None:
+    network = NETWORKS["deep relu"]
+    with exact_kernels():
+        point, fast = known(network, 3, 0.4)
+        none, _ = relaxed_ranges(point, fast, MEMORY, 0.0)
+        first, *_, last = heads(network)[1:-1]
+        some, _ = relaxed_ranges(point, fast, MEMORY, 2 * 9 * pull_cost(network, first))
+        every, _ = relaxed_ranges(point, fast, MEMORY)
+    assert all(torch.equal(none.low[target], fast.low[target]) for target in fast.low)
+    assert torch.equal(some.low[first], every.low[first])
+    assert bool((some.low[first] > fast.low[first]).any())
+    assert torch.equal(some.low[last], fast.low[last])
 
 
 def test_rows_in_chunks_are_the_same_rows() -> None:

@@ -53,7 +53,7 @@ def test_completion_answers_at_once() -> None:
     code, heavy, processor_seconds = json.loads(done.stderr)
     assert (code, heavy) == (0, [])
     assert processor_seconds < 0.5
-    assert done.stdout.split() == ["lipschitz", "local"]
+    assert done.stdout.split() == ["lipschitz", "local", "linear", "local-lipschitz"]
 
 
 def test_version(curvcert: Curvcert) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from certify_cli.certificates.local import EFFORTS
 from certify_cli.errors import DataError, MethodError, UsageError
 from certify_cli.load.data import Dataset
 from certify_cli.load.loaded import LoadedModel
@@ -46,7 +47,9 @@ def test_records_do_not_depend_on_the_batch_size(name: str) -> None:
         assert [s.index for s in parts] == list(range(10, 15))
         for a, b in zip(whole, parts, strict=True):
             assert (a.prediction, a.rival, a.status) == (b.prediction, b.rival, b.status)
-            assert a.certified_radius == pytest.approx(b.certified_radius, rel=1e-9)
+            assert a.certified_radius == pytest.approx(
+                b.certified_radius, rel=1e-5
+            )  # a search: rounding decides where it goes
             assert (a.attack_radius or 0.0) == pytest.approx(b.attack_radius or 0.0, rel=1e-6)
 
 
@@ -123,6 +126,7 @@ def test_auto_is_never_below_a_single_method() -> None:
 
 def test_effort_never_lowers_a_radius_by_more_than_where_a_search_stops() -> None:
     """A search starts from what is certified already, so that a better start may end a little lower."""
+    assert EFFORTS["max"] is not None
     network = SMOOTH["three layers, gelu"]
     data = data_of(points(network, 12))
     radii = [
@@ -130,7 +134,7 @@ def test_effort_never_lowers_a_radius_by_more_than_where_a_search_stops() -> Non
         for effort in ("fast", "normal", "max")
     ]
     for less, more in pairwise(radii):
-        assert all(b >= a * (1 - 1e-9) for a, b in zip(less, more, strict=True))
+        assert all(b >= a * (1 - EFFORTS["max"].close) for a, b in zip(less, more, strict=True))
 
 
 def test_radii_and_normalisation_as_a_caller_would_write_them() -> None:
