@@ -40,8 +40,21 @@ def hessians(network: Network, x: Tensor, pairs: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-@pytest.mark.parametrize("effort", ["fast", "max"])
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = {
+    ("convolutional", "fast"),
+    ("convolutional, mish", "fast"),
+    ("convolutional, mish", "max"),
+    ("batch norms, silu", "fast"),
+}
+"""What takes long and has a like of it among the others."""
+EACH = [
+    pytest.param(name, effort, marks=pytest.mark.slow if (name, effort) in SLOW else ())
+    for name in NETWORKS
+    for effort in ("fast", "max")
+]
+
+
+@pytest.mark.parametrize(("name", "effort"), EACH)
 def test_no_hessian_on_the_ball_exceeds_the_bounds(name: str, effort: str) -> None:
     network = NETWORKS[name]
     analysis = Analysis(network, effort)

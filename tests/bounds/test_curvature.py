@@ -32,7 +32,9 @@ def worst_eigenvalues(network: Network, x: Tensor, pair: tuple[int, int]) -> tup
     return float(-values[:, 0].min()), float(values[:, -1].max())
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "convolutional, mish" else n for n in SMOOTH]
+)
 def test_no_sampled_hessian_exceeds_any_rule(name: str) -> None:
     network = SMOOTH[name]
     curvature = Analysis(network).curvature
