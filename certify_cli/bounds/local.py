@@ -30,7 +30,7 @@ from certify_cli.bounds.supports import Supports
 from certify_cli.bounds.swings import Swing, together
 from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.activations import Activation
-from certify_cli.network.linearised import Slope, Slopes, Vectors, head, nonlinear_nodes, pull
+from certify_cli.network.linearised import Slope, Slopes, Vectors, head, nonlinear_nodes, pull, readers
 from certify_cli.network.minorants import depths
 from certify_cli.network.spans import Span
 from certify_cli.numerics.batched import row_times
@@ -186,7 +186,7 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None, like: Fra
         low[target] = torch.fmax(torch.fmax(low[target], -fall), -norm)
         high[target] = torch.fmin(torch.fmin(high[target], rise), norm)
         here = Ranges(radius, low, high, start.norm)
-        for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target and k < last):
+        for layer in (k for k in readers(network, target) if k < last):
             if target not in squared:
                 same = frame if frame is not None or slopes else like
                 own = outer[target]

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.jacobians import pulled_rows
+from certify_cli.bounds.local import span
 from certify_cli.bounds.planes import Planes, Winners
 from certify_cli.bounds.ranges import Ranges, Samples
 from certify_cli.network.activations import Activation
-from certify_cli.network.linearised import Passage, Slope, Vectors, head, heads, nonlinear_nodes, pull, pull_cost
+from certify_cli.network.linearised import Passage, Slope, Vectors, head, heads, pull, pull_cost, readers
 from certify_cli.network.pooling import GroupMap
-from certify_cli.network.spans import Span
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, powers_of_two, up, vector_norm_up
 
 LARGEST_SIDE = 512
@@ -45,7 +45,7 @@ def lipschitz_losses(point: Samples, start: Ranges, cotangents: Tensor, budget: 
     for target in heads(network)[:-1]:
         if network.nodes[target].size * pull_cost(network, target) <= budget:
             sources.reach(target)
-        for layer in (k for k in nonlinear_nodes(network) if head(network, k) == target):
+        for layer in readers(network, target):
             sources.linearise(layer, target)
     pulled = pull(point.network, cotangents, sources.passages)
     reach = up(up(pulled[0].size + pulled[0].error, 2) * start.radius.unsqueeze(1))
@@ -88,9 +88,8 @@ class _Sources:
         network = self.point.network
         op = network.nodes[layer].op
         low, high = self.low[target], self.high[target]
-        e = self.point.evaluation
         if isinstance(op, GroupMap):
-            shape = network.nodes[target].shape
+            e, shape = self.point.evaluation, network.nodes[target].shape
             planes = Planes.of(op, shape, e.values[target], e.errors[target], low, high)
             reach = op.farthest(torch.maximum(-low, high).reshape(-1, *shape)).flatten(1)
             self.passages[layer] = Winners(planes)
@@ -99,8 +98,8 @@ class _Sources:
             return
         if not isinstance(op, Activation):
             raise TypeError(f"no local Lipschitz rule for {op.title}")
-        span = Span(op, e.values[target].flatten(1), e.errors[target].flatten(1), low, high)
-        least, most = span.secants()
+        here = Ranges(self.radius, self.low, self.high, self.norm)
+        least, most = span(self.point, layer, here).secants()
         middle = (0.5 * (least + most)).nan_to_num(nan=0.0)
         spread = up(torch.maximum(most - middle, middle - least).clamp(min=0.0), 1)
         spread = torch.where(most == least, torch.zeros_like(spread), spread).nan_to_num(nan=torch.inf)

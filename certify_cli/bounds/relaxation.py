@@ -35,6 +35,7 @@ from certify_cli.network.linearised import (
     nonlinear_nodes,
     pull,
     pull_cost,
+    readers,
 )
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.spans import Span
@@ -167,9 +168,8 @@ def relaxed_ranges(
     between: dict[int, Relaxation] = {}
     for target in heads(network)[:-1]:
         here = Ranges(known.radius, low, high, known.norm)
-        readers = [k for k in nonlinear_nodes(network) if head(network, k) == target]
         if reaches(network, target) and 2 * network.nodes[target].size * pull_cost(network, target) <= budget:
-            asked = torch.stack([bends(point, k, here) for k in readers]).any(0)
+            asked = torch.stack([bends(point, k, here) for k in readers(network, target)]).any(0)
             rows = asked.any(0).nonzero()[:, 0]
             if len(rows):
                 fall, rise = falls_and_rises(point, between, known.radius, target, rows, memory)
@@ -178,7 +178,7 @@ def relaxed_ranges(
                 low[target] = low[target].index_copy(1, rows, torch.fmax(low[target][:, rows], -fall))
                 high[target] = high[target].index_copy(1, rows, torch.fmin(high[target][:, rows], rise))
         here = Ranges(known.radius, low, high, known.norm)
-        between |= {k: relaxed(point, k, here) for k in readers}
+        between |= {k: relaxed(point, k, here) for k in readers(network, target)}
     return Ranges(known.radius, low, high, known.norm), between
 
 

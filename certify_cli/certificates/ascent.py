@@ -75,6 +75,12 @@ class Climber:
         self.value = self.value + rate * self.scale * self.mean / (1 - MOMENTUM**count)
 
 
+def adjoint_sizes(v: Tensor) -> Tensor:
+    """|v| (batch, size) as steps are divided by: none is next to nothing."""
+    size = v.abs()
+    return torch.maximum(size, LEAST_ADJOINT * size.amax(1, keepdim=True)).clamp(min=TINY)
+
+
 @dataclass(frozen=True, eq=False)
 class Ascended:
     """`choice`, and what the bound is there according to the grid (batch,): no proof."""
@@ -117,8 +123,7 @@ def ascend(
     slopes, weights = {}, {}
     for k in layers:
         w, (steepness, bending, width) = best.choice.weights[k], problem.grids[k].scales()
-        v = first.adjoints[k].abs()
-        v = torch.maximum(v, LEAST_ADJOINT * v.amax(1, keepdim=True)).clamp(min=TINY)
+        v = adjoint_sizes(first.adjoints[k])
         # gradients by slopes are at most about |v| width, by weights about width^2 / 8
         slopes[k] = Climber(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
         weights[k] = Climber(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())

@@ -16,18 +16,15 @@ from torch import Tensor
 from certify_cli.bounds.local import span
 from certify_cli.bounds.ranges import Ranges
 from certify_cli.bounds.relaxation import Lines, losses
-from certify_cli.certificates.ascent import Climber, linear_offsets
+from certify_cli.certificates.ascent import LONGEST, RATE, SLOPE_STEP, Climber, adjoint_sizes, linear_offsets
 from certify_cli.certificates.point import Point
 from certify_cli.network.activations import Activation
 from certify_cli.network.grids import Grid
 from certify_cli.network.linearised import Slope, head, nonlinear_nodes, pull
 from certify_cli.numerics.rounding import TINY
 
-RATE, LONGEST = 0.3, 1.0
 SHORTER, LONGER = 0.5, 1.4
-SLOPE_STEP = 2.0
-LEAST_ADJOINT = 0.05
-"""As in `ascent`."""
+"""What becomes of a step after one that does not help, and after one that does."""
 TOUCHING = 1e-3
 """What is this part of the spread above the least value counts as touching."""
 
@@ -49,9 +46,7 @@ def climbed(point: Point, ranges: Ranges, between: Mapping[int, Lines], cotangen
     climbers = {}
     for k, slope in slopes.items():
         steepness, _, width = problem.grids[k].scales()
-        size = v[k].abs()
-        size = torch.maximum(size, LEAST_ADJOINT * size.amax(1, keepdim=True)).clamp(min=TINY)
-        climbers[k] = Climber(slope, SLOPE_STEP * steepness / (size * width))
+        climbers[k] = Climber(slope, SLOPE_STEP * steepness / (adjoint_sizes(v[k]) * width))
     rate = torch.full_like(value, RATE)
     for count in range(1, steps + 1):
         for k, climber in climbers.items():

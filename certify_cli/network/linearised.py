@@ -40,7 +40,7 @@ class Slope:
         """The `Passage` that is the same for every row."""
         value = self.value.unsqueeze(1) if isinstance(self.value, Tensor) else self.value
         error = self.error.unsqueeze(1) if isinstance(self.error, Tensor) else self.error
-        return scaled(vectors, Slope(value, error))
+        return _scaled(vectors, Slope(value, error))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +105,11 @@ def head(network: Network, index: int) -> int:
     return network.nodes[index].inputs[0]
 
 
+def readers(network: Network, target: int) -> tuple[int, ...]:
+    """The nonlinear nodes whose pre-activation is node `target`."""
+    return tuple(i for i in nonlinear_nodes(network) if head(network, i) == target)
+
+
 def heads(network: Network) -> tuple[int, ...]:
     """Every nonlinear node's pre-activation, then the logits, in topological order and without repetition."""
     found = {head(network, i) for i in nonlinear_nodes(network)} | {len(network.nodes) - 1}
@@ -151,7 +156,7 @@ def _forward(network: Network, node: Node, inputs: list[Vectors | None], slope: 
             present[0].value.new_zeros(batch, *s) if v is None else v.value for v, s in zip(inputs, shapes, strict=True)
         ]
         return Vectors(op.apply(*parts), up(torch.stack([v.error for v in present]).sum(0), len(present)))
-    return None if slope is None else scaled(present[0], slope)
+    return None if slope is None else _scaled(present[0], slope)
 
 
 def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tensor) -> Vectors:
@@ -161,7 +166,7 @@ def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tens
     return Vectors(image, error + UNDERFLOW if op.terms else error)
 
 
-def scaled(vectors: Vectors, slope: Slope) -> Vectors:
+def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
     """The product with slopes that broadcast to the vectors; their own error e enters as ||e o vector|| <= max e
     ||vector||."""
     dims = vectors.error.dim()

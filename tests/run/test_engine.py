@@ -47,9 +47,8 @@ def test_records_do_not_depend_on_the_batch_size(name: str) -> None:
         assert [s.index for s in parts] == list(range(10, 15))
         for a, b in zip(whole, parts, strict=True):
             assert (a.prediction, a.rival, a.status) == (b.prediction, b.rival, b.status)
-            assert a.certified_radius == pytest.approx(
-                b.certified_radius, rel=1e-5
-            )  # a search: rounding decides where it goes
+            # a search: rounding decides where it goes
+            assert a.certified_radius == pytest.approx(b.certified_radius, rel=1e-5)
             assert (a.attack_radius or 0.0) == pytest.approx(b.attack_radius or 0.0, rel=1e-6)
 
 
