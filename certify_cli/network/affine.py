@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from certify_cli.network.graph import Shape
 from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, matrix_norm
@@ -210,8 +211,23 @@ class Conv(AffineOp):
     def linear(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight)
 
+    @cached_property
+    def _magnitudes(self) -> Tensor:
+        return self.weight.abs()
+
     def absolute(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.weight.abs())
+        return self._convolve(x, self._magnitudes)
+
+    def _convolve_back(self, y: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        function = (conv1d_input, conv2d_input, conv3d_input)[self.dimensions - 1]
+        size = (len(y), *shape)
+        return function(size, weight, y, self.stride, self.padding, self.dilation, self.groups)
+
+    def transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        return self._convolve_back(y, self.weight, shape)
+
+    def absolute_transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        return self._convolve_back(y, self._magnitudes, shape)
 
     def bias(self) -> Tensor | None:
         return None if self.offset is None else self.offset.reshape(-1, *[1] * self.dimensions)
@@ -253,7 +269,7 @@ class ConvTranspose(AffineOp):
     groups: int = 1
     title: str = "conv_transpose"
 
-    @property
+    @cached_property
     def _forward(self) -> Conv:
         return Conv(self.weight, None, self.stride, self.padding, self.dilation, self.groups)
 
@@ -285,7 +301,13 @@ class ConvTranspose(AffineOp):
         return self._convolve(x, self.weight)
 
     def absolute(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.weight.abs())
+        return self._convolve(x, self._forward._magnitudes)
+
+    def transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        return self._forward.linear(y)
+
+    def absolute_transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        return self._forward.absolute(y)
 
     def bias(self) -> Tensor | None:
         return None if self.offset is None else self.offset.reshape(-1, *[1] * (self.weight.dim() - 2))
