@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.falls import Fall
 from certify_cli.bounds.jacobians import pulled_rows
 from certify_cli.bounds.local import span
 from certify_cli.bounds.planes import Planes, Winners
@@ -34,8 +35,8 @@ LARGEST_SIDE = 512
 SQUARINGS = 3
 
 
-def lipschitz_losses(point: Samples, start: Ranges, cotangents: Tensor, budget: float = math.inf) -> Tensor:
-    """Upper bounds (batch, rows) of how much <row, logits> falls on the balls of `start`.
+def lipschitz_falls(point: Samples, start: Ranges, cotangents: Tensor, budget: float = math.inf) -> Fall:
+    """How much <row, logits> falls on the balls of `start`, (batch, rows).
 
     cotangents (batch or 1, rows, classes); `start` are ranges on the balls, from any method, made narrower head by
     head where that takes no more than `budget` operations a sample.
@@ -48,9 +49,8 @@ def lipschitz_losses(point: Samples, start: Ranges, cotangents: Tensor, budget: 
         for layer in readers(network, target):
             sources.linearise(layer, target)
     pulled = pull(point.network, cotangents, sources.passages)
-    reach = up(up(pulled[0].size + pulled[0].error, 2) * start.radius.unsqueeze(1))
-    parts = [reach, *(sources.leftover(layer, pulled[layer]) for layer in sources.layers if layer in pulled)]
-    return up(torch.stack(parts).sum(0), len(parts)).nan_to_num(nan=torch.inf)
+    rate = up(pulled[0].size + pulled[0].error, 2)
+    return Fall.of(rate, [sources.leftover(layer, pulled[layer]) for layer in sources.layers if layer in pulled])
 
 
 class _Sources:

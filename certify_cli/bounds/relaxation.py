@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.falls import Fall
 from certify_cli.bounds.local import span
 from certify_cli.bounds.planes import Planes, spent
 from certify_cli.bounds.ranges import Ranges, Samples
@@ -136,18 +137,14 @@ def relaxed(point: Samples, layer: int, ranges: Ranges) -> Relaxation:
     raise TypeError(f"no linear relaxation of {node.op.title}")
 
 
-def losses(
-    point: Samples, between: Mapping[int, Relaxation], radius: Tensor, cotangents: Tensor, start: int | None = None
-) -> Tensor:
-    """Upper bounds (batch, rows) of how much <row, value of node `start`> falls on the balls of `radius` (batch,).
+def falls(point: Samples, between: Mapping[int, Relaxation], cotangents: Tensor, start: int | None = None) -> Fall:
+    """How much <row, value of node `start`> falls on the balls on which `between` holds, (batch, rows).
 
     cotangents (batch or 1, rows, *shape of the node, the logits unless given).
     """
     pulled = pull(point.network, cotangents, between, start)
-    reach = up(pulled[0].size + pulled[0].error, 2) * radius.unsqueeze(1)
-    parts = [relaxation.loss(pulled[layer]) for layer, relaxation in between.items() if layer in pulled]
-    total = reach if not parts else reach + torch.stack(parts).sum(0)
-    return up(total, len(parts) + 2).nan_to_num(nan=torch.inf)
+    rate = up(pulled[0].size + pulled[0].error, 2)
+    return Fall.of(rate, [relaxation.loss(pulled[layer]) for layer, relaxation in between.items() if layer in pulled])
 
 
 def lines(point: Samples, ranges: Ranges) -> dict[int, Relaxation]:
@@ -202,7 +199,7 @@ def falls_and_rises(
     for part in rows.split(chunk):
         units = torch.nn.functional.one_hot(part, node.size).to(radius.dtype)
         both = torch.cat([units, -units]).reshape(1, -1, *node.shape)
-        found.append(losses(point, between, radius, both, target).reshape(len(radius), 2, -1))
+        found.append(falls(point, between, both, target).on(radius).reshape(len(radius), 2, -1))
     fall, rise = torch.cat(found, dim=2).unbind(1)
     return fall, rise
 

@@ -1,7 +1,11 @@
-"""The largest ball on which a bound keeps every rival's margin positive, for bounds that take all rivals at once.
+"""The largest ball on which bounds keep every rival's margin positive, for bounds that take all rivals at once.
 
-All samples are searched together, each on its own. A ball that passes is a proof by itself, so the search needs no
-monotonicity. A bound of this kind is a `Bound`, given to `largest_balls`.
+All samples are searched together, each on its own. A ball that passes is a proof by itself, and of one that fails a
+smaller one passes (`Fall.largest`), so the search needs no monotonicity. Several bounds in one search share their
+ranges, the later ones being asked only where the earlier ones leave little.
+
+Radii are looked for on a ladder, rung k being (1 + close)^k times a length of the sample's own: where a search ends
+does not depend on where it began, nor on what was known before.
 """
 
 from __future__ import annotations
@@ -9,25 +13,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.local_lipschitz import lipschitz_losses
+from certify_cli.bounds.falls import Fall
+from certify_cli.bounds.local_lipschitz import lipschitz_falls
 from certify_cli.bounds.ranges import Ranges, fast_ranges
-from certify_cli.bounds.relaxation import Lines, lines, losses, relaxed_ranges
+from certify_cli.bounds.relaxation import Lines, falls, lines, relaxed_ranges
 from certify_cli.certificates.bracket import Bracket
 from certify_cli.certificates.line_ascent import climbed, climbs
-from certify_cli.certificates.local import beginning, footprint, searchable
+from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.point import Point
 from certify_cli.network.linearised import nonlinear_nodes
 from certify_cli.numerics.rounding import difference_down
 
-ROUGH_BALLS, ROUGH, ROUGH_STRIDE = 12, 0.2, 16.0
-"""Balls tried with ranges that cost next to nothing, how closely, and in what strides: where to begin."""
-STRIDE = 4.0
-BALLS = {"fast": 8, "normal": 14, "max": 20}
+STRIDE = 16.0
+"""How many times larger the next ball may be."""
+ROUGH_BALLS, ROUGH = 12, 0.2
+"""Balls tried with ranges that cost next to nothing, and how closely: where to begin."""
+NARROWER = 1.4
+"""About what narrower ranges add to the radius."""
+START = 0.2
+"""Where to begin otherwise, as a part of the radius that there would be to first order."""
+BALLS = {"fast": 8, "normal": 20, "max": 30}
 """By effort: balls tried at most."""
 CLOSE = {"fast": 1e-2, "normal": 1e-3, "max": 1e-4}
 """By effort: how closely, relatively, the largest ball is looked for."""
@@ -37,72 +48,96 @@ ASCENT = {"fast": 0, "normal": 10, "max": 40}
 """By effort: steps of the ascent for the slopes of lines."""
 HOPEFUL = -0.3
 """Parts of the margin below zero from which an ascent may come back."""
-BEYOND = 1.001
-"""The first ball, in units of the radius known: where it fails there is nothing to look for."""
+PLENTY = 0.1
+"""Where a bound leaves less than this part of the margin the next bound is asked as well."""
+Falls = Callable[[Analysis, Point, Ranges, Tensor], tuple[Fall, Ranges]]
+"""(analysis, point, ranges on the balls, cotangents of the margins (batch, classes, classes)) -> how much the margins
+fall, (batch, classes), and ranges as narrow or narrower."""
 
-Losses = Callable[[Analysis, Point, Ranges, Tensor], Tensor]
-"""(analysis, point, the fast tier's ranges on the balls, cotangents of the margins (batch, classes, classes)) -> upper
-bounds (batch, classes) of how much the margins fall on the balls."""
 
-
-def by_lines(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> Tensor:
-    """Linear relaxation, on ranges found by it as well; with lines of their own for margins that nearly hold."""
+def by_lines(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> tuple[Fall, Ranges]:
+    """Linear relaxation, on ranges found by it as well; with lines of their own for narrow margins."""
     ranges, between = relaxed_ranges(point, ranges, analysis.memory, BUDGET[analysis.effort])
-    loss = losses(point, between, ranges.radius, cotangents)
+    fall = falls(point, between, cotangents)
     steps = ASCENT[analysis.effort]
-    left = (point.margin_low - loss) / point.margin_low
-    sample, rival = ((left <= 0) & (left > HOPEFUL)).nonzero().unbind(1)
+    left = (point.margin_low - fall.on(ranges.radius)) / point.margin_low
+    sample, rival = ((left <= PLENTY) & (left > HOPEFUL)).nonzero().unbind(1)
     if steps and len(sample) and climbs(point):
         mine = {k: line.at(sample) for k, line in between.items() if isinstance(line, Lines)}
         better = climbed(point.at(sample), ranges.at(sample), mine, cotangents[sample, rival], steps)
-        loss[sample, rival] = torch.fmin(loss[sample, rival], better)
-    return loss
+        here = Fall(fall.rate[sample, rival].unsqueeze(1), fall.rest[sample, rival].unsqueeze(1))
+        least = here.least(better, ranges.radius[sample])
+        place = (sample, rival)
+        fall = Fall(fall.rate.index_put(place, least.rate[:, 0]), fall.rest.index_put(place, least.rest[:, 0]))
+    return fall, ranges
 
 
-def by_lines_alone(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> Tensor:
-    """Linear relaxation on the fast tier's ranges."""
-    return losses(point, lines(point, ranges), ranges.radius, cotangents)
+def by_lines_alone(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> tuple[Fall, Ranges]:
+    """Linear relaxation on the ranges given."""
+    return falls(point, lines(point, ranges), cotangents), ranges
 
 
-def by_slopes(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> Tensor:
+def by_slopes(analysis: Analysis, point: Point, ranges: Ranges, cotangents: Tensor) -> tuple[Fall, Ranges]:
     """Local Lipschitz constants; of as many samples at once as fit the memory."""
     fitting = analysis.memory // footprint(point.network)
     every = torch.arange(len(point.x), device=point.x.device)
     parts = every.split(max(1, fitting))
     budget = BUDGET[analysis.effort] if fitting else 0.0
-    found = [lipschitz_losses(point.at(i), ranges.at(i), cotangents[i], budget) for i in parts]
-    return torch.cat(found)
+    found = [lipschitz_falls(point.at(i), ranges.at(i), cotangents[i], budget) for i in parts]
+    return Fall(torch.cat([f.rate for f in found]), torch.cat([f.rest for f in found])), ranges
 
 
-@dataclass(frozen=True)
-class Bound:
-    """`losses`, and a cheaper one of its kind that says where to begin."""
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Certified radii (batch,), rounded down, 0 where no more was proved than was known; the rivals that decide them,
+    and which of the bounds it was."""
 
-    losses: Losses
-    rough: Losses
-
-
-LINEAR = Bound(by_lines, by_lines_alone)
-LOCAL_LIPSCHITZ = Bound(by_slopes, by_lines_alone)
+    radius: Tensor
+    rival: Tensor
+    bound: Tensor
 
 
-def largest_balls(bound: Bound, analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Certified radii (batch,), rounded down, and the rivals that decide them; 0 where no more was proved than `known`.
-
-    known (batch,): radii certified already.
-    """
+def largest_balls(bounds: tuple[Falls, ...], analysis: Analysis, point: Point, known: Tensor) -> Found:
+    """The largest balls on which one of the bounds holds. known (batch,): radii certified already."""
     radius, rival = torch.zeros_like(known), point.margin.argmin(1)
+    bound = torch.zeros_like(rival)
     able = searchable(point, known).nonzero()[:, 0]
     if not len(able) or not nonlinear_nodes(point.network):  # affine: margin over norm is exact
-        return radius, rival
-    search = _Search(analysis, point.at(able))
-    floor = BEYOND * known[able]
-    start = torch.where(floor > 0, floor, beginning(search.point, floor))
-    rough, _ = search.largest(bound.rough, start, floor, ROUGH_BALLS, ROUGH, ROUGH_STRIDE)
-    start = torch.where(rough > floor, rough, start)
+        return Found(radius, rival, bound)
+    search, floor = _Search(analysis, point.at(able)), known[able]
+    rough = search.largest((by_lines_alone,), torch.where(floor > 0, floor, search.about), floor, ROUGH_BALLS, ROUGH)
+    # what is known already may be all there is, where better bounds than a global one have been tried
+    near = (floor > 0.5 * search.about) | (len(point.slopes) > 0)
+    start = torch.where(near & (floor > 0), floor, search.about)
+    between = torch.maximum(NARROWER * rough.radius, (rough.radius * search.about).sqrt())
+    start = torch.where(rough.radius > 0, torch.where(near, NARROWER * rough.radius, between), start)
     effort = analysis.effort
-    radius[able], rival[able] = search.largest(bound.losses, start, floor, BALLS[effort], CLOSE[effort], STRIDE)
-    return radius, rival
+    found = search.largest(bounds, start, floor, BALLS[effort], CLOSE[effort])
+    radius[able], rival[able], bound[able] = found.radius, found.rival, found.bound
+    return Found(radius, rival, bound)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ladder:
+    """Radii unit * (1 + close)^k, (batch,) each, by their rungs k."""
+
+    unit: Tensor
+    close: float
+
+    def at(self, index: Tensor) -> _Ladder:
+        return _Ladder(self.unit[index], self.close)
+
+    def rung(self, radius: Tensor) -> Tensor:
+        """About where a radius is, a real number: -inf at 0."""
+        return (radius / self.unit).log() / math.log1p(self.close)
+
+    def radius(self, rung: Tensor) -> Tensor:
+        return self.unit * (rung * math.log1p(self.close)).exp()
+
+    def below(self, radius: Tensor) -> Tensor:
+        """The highest rung that is no larger; -inf at 0."""
+        rung = self.rung(radius * (1 + self.close / 100)).floor()  # a rung's own radius must not fall a rung
+        return torch.where(self.radius(rung) <= radius, rung, rung - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,28 +145,63 @@ class _Search:
     analysis: Analysis
     point: Point
 
-    def largest(
-        self, loss: Losses, start: Tensor, floor: Tensor, balls: int, close: float, stride: float
-    ) -> tuple[Tensor, Tensor]:
-        """The largest balls found (batch,) and their deciding rivals; none where a ball of `floor` (batch,) fails."""
-        bracket = Bracket.around(start, stride)
-        decides = self.point.margin.argmin(1)
+    @cached_property
+    def about(self) -> Tensor:
+        """Where to begin, (batch,)."""
+        start = START * self.point.about.nan_to_num(nan=torch.inf).amin(1)
+        return torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
+
+    def largest(self, bounds: tuple[Falls, ...], start: Tensor, floor: Tensor, balls: int, close: float) -> Found:
+        """From `start` (batch,) on. Nothing where no ball beyond `floor` (batch,) passes."""
+        ladder = _Ladder(self.about, close)
+        bracket = Bracket.around(start, STRIDE, inward=1.0, steady=True)
+        rival = self.point.margin.argmin(1)
+        best = Found(torch.zeros_like(start), rival, torch.zeros_like(rival))
+        inside, outside = ladder.below(floor), torch.full_like(start, torch.inf)
         live = torch.arange(len(start), device=start.device)
         for _ in range(balls):
+            rung = ladder.rung(bracket.radius).round().clamp(min=inside + 1, max=outside - 1)
+            bracket.radius = ladder.radius(rung)
+            live = live[
+                (inside[live] + 1 < outside[live]) & bracket.radius[live].isfinite() & (bracket.radius[live] > 0)
+            ]
             if not len(live):
                 break
-            left, rival = self.left(loss, live, bracket.radius[live])
-            raised = bracket.told(live, left)
-            decides[live[raised]] = rival[raised]
-            live = bracket.open(live, close)
-            live = live[bracket.outside[live] > floor[live]]
-        return bracket.inside, decides
+            left, here = self._tried(bounds, live, bracket.radius[live])
+            bracket.told(live, left)
+            passed, here_rung, lower = left > 0, rung[live], ladder.at(live)
+            outside[live] = torch.where(passed, outside[live], torch.minimum(outside[live], here_rung))
+            # a part of a ball that failed counts by the rung below
+            reached = torch.where(passed, here_rung, torch.minimum(lower.below(here.radius), here_rung - 1))
+            certain = torch.where(passed, here.radius, lower.radius(reached))
+            raised = reached > inside[live]
+            index = live[raised]
+            inside[index], best.radius[index] = reached[raised], certain[raised]
+            best.rival[index], best.bound[index] = here.rival[raised], here.bound[raised]
+        return best
 
-    def left(self, loss: Losses, index: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """What balls of `radius` leave of the samples' margins to their nearest rivals, as parts; and those rivals."""
-        point = self.point.at(index)
-        ranges = fast_ranges(point, self.analysis.weights, radius)
-        eye = torch.eye(point.network.classes, dtype=radius.dtype, device=radius.device)
-        cotangents = eye[point.prediction].unsqueeze(1) - eye.unsqueeze(0)
-        left = difference_down(point.margin_low, loss(self.analysis, point, ranges, cotangents))
-        return (left / point.margin_low).masked_fill(point.own, torch.inf).min(1)
+    def _tried(self, bounds: tuple[Falls, ...], index: Tensor, radius: Tensor) -> tuple[Tensor, Found]:
+        """What balls of `radius` leave of the margins to the nearest rivals, as parts; and what that proves."""
+        whole = self.point.at(index)
+        ranges = fast_ranges(whole, self.analysis.weights, radius)
+        eye = torch.eye(whole.network.classes, dtype=radius.dtype, device=radius.device)
+        left = torch.full_like(radius, -torch.inf)
+        found = Found(torch.zeros_like(radius), whole.margin.argmin(1), torch.zeros_like(index))
+        todo = torch.arange(len(index), device=index.device)
+        for number, bound in enumerate(bounds):
+            point = whole.at(todo)
+            cotangents = eye[point.prediction].unsqueeze(1) - eye.unsqueeze(0)
+            fall, ranges = bound(self.analysis, point, ranges, cotangents)
+            remains = difference_down(point.margin_low, fall.on(ranges.radius)) / point.margin_low
+            least, rival = remains.masked_fill(point.own, torch.inf).min(1)
+            proved = fall.largest(point.margin_low, ranges.radius).masked_fill(point.own, torch.inf).amin(1)
+            proved = torch.where(least > 0, ranges.radius, proved)
+            left[todo] = torch.fmax(left[todo], least)
+            better = proved > found.radius[todo]
+            found.radius[todo[better]], found.rival[todo[better]] = proved[better], rival[better]
+            found.bound[todo[better]] = number
+            near = (least <= PLENTY).nonzero()[:, 0]
+            todo, ranges = todo[near], ranges.at(near)
+            if not len(todo):
+                break
+        return left, found

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.falls import Fall
 from certify_cli.bounds.local import span
 from certify_cli.bounds.ranges import Ranges
-from certify_cli.bounds.relaxation import Lines, losses
+from certify_cli.bounds.relaxation import Lines, falls
 from certify_cli.certificates.ascent import LONGEST, RATE, SLOPE_STEP, Climber, adjoint_sizes, linear_offsets
 from certify_cli.certificates.point import Point
 from certify_cli.network.activations import Activation
@@ -34,8 +35,8 @@ def climbs(point: Point) -> bool:
     return all(isinstance(point.network.nodes[k].op, Activation) for k in nonlinear_nodes(point.network))
 
 
-def climbed(point: Point, ranges: Ranges, between: Mapping[int, Lines], cotangents: Tensor, steps: int) -> Tensor:
-    """Upper bounds (items,) of how much <cotangents, logits> falls on the balls of `ranges`, one item a sample.
+def climbed(point: Point, ranges: Ranges, between: Mapping[int, Lines], cotangents: Tensor, steps: int) -> Fall:
+    """How much <cotangents, logits> falls on the balls of `ranges`, (items, 1), one item a sample.
 
     cotangents (items, classes). `between`: lines on these ranges, to begin with.
     """
@@ -119,6 +120,6 @@ class _Problem:
         value = torch.stack([t.value.sum(1) for t in touch.values()]).sum(0) - size * self.radius
         return value.nan_to_num(nan=-torch.inf), gradient, v
 
-    def proved(self, slopes: Mapping[int, Tensor]) -> Tensor:
+    def proved(self, slopes: Mapping[int, Tensor]) -> Fall:
         lines = {k: Lines.sloped(self.spans[k], self.network.nodes[k].shape, s, s) for k, s in slopes.items()}
-        return losses(self.point, lines, self.radius, self.cotangents)[:, 0]
+        return falls(self.point, lines, self.cotangents)

@@ -114,10 +114,10 @@ class Task:
 def local_radii(analysis: Analysis, point: Point, known: Tensor) -> tuple[Tensor, Tensor]:
     """Certified radii (batch,), rounded down, and the rivals that decide them; 0 where nothing was proved.
 
-    known (batch,): radii certified already; a start for the search. Samples are treated in chunks that fit
+    known (batch,): radii certified already. Samples are treated in chunks that fit
     `analysis.memory`; where one sample's Jacobians do not, the fast tier alone decides.
     """
-    start = beginning(point, known)
+    start = beginning(point)
     if not nonlinear_nodes(point.network):  # affine: there is no curvature, and nothing to gain
         return torch.zeros_like(start), point.margin.argmin(1)
     able = searchable(point, known).nonzero().squeeze(1)
@@ -133,9 +133,9 @@ def searchable(point: Point, known: Tensor) -> Tensor:
     return (point.margin_low > 0).all(1) & ~known.isinf()
 
 
-def beginning(point: Point, known: Tensor) -> Tensor:
-    """Where a search begins, (batch,), radii known (batch,) being certified already."""
-    start = torch.maximum(START * point.first_order.amin(1), 1.5 * known)
+def beginning(point: Point) -> Tensor:
+    """Where a search begins, (batch,): of what is known already it must not depend, nor then where it ends."""
+    start = START * point.first_order.amin(1)
     return torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
 
 

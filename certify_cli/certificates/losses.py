@@ -102,7 +102,7 @@ def _losses(analysis: Analysis, point: Point) -> Losses:
     known, rival = closed.radius, closed.rival
     batch = Batch(analysis, point)
     if bool(searchable(point, known)):
-        radius, decides = batch.radii(beginning(point, known))
+        radius, decides = batch.radii(beginning(point))
         rival = torch.where(radius > known, decides, rival)
         known = torch.maximum(radius, known)
     if not 0 < float(known) < math.inf:

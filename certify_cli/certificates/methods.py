@@ -1,8 +1,8 @@
 """The methods: one table, from a name to a function that certifies a batch.
 
-A new method is one entry here. `auto` runs every method that applies (but those that are only for who names them), in
-the table's order, and keeps the largest certified radius and the nearest attack of each sample. First comes what costs
-little, then what leaves little to do for those behind it, which look no further where they cannot certify more.
+A new method is one entry here. `auto` runs every method that applies, in the table's order, and keeps the largest
+certified radius and the nearest attack of each sample. First comes what costs little, then what leaves little to do for
+those behind it, which look no further where they cannot certify more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from certify_cli.certificates.anchoring import Constants, anchored, promised_att
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
-from certify_cli.certificates.every_rival import LINEAR, LOCAL_LIPSCHITZ, Bound, largest_balls
+from certify_cli.certificates.every_rival import Falls, by_lines, by_slopes, largest_balls
 from certify_cli.certificates.local import fits, local_radii
 from certify_cli.certificates.local_attack import promised_locally
 from certify_cli.certificates.on_ball import grown, promised_on_ball
@@ -35,25 +35,26 @@ DUAL_STEPS = {"fast": 4, "normal": 20, "max": 100}
 """By effort: at how many points at most `dual` does, stopping where a step gains nothing."""
 
 
+Certify = Callable[[Analysis, Point, bool, Certificates | None], Certificates]
+"""(analysis, point, attack?, what cheaper methods have found for these samples or None) -> certificates."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """`applies` gives None, or why the method cannot apply to a network. `certify` takes (analysis, point, attack?,
-    what cheaper methods have found for these samples or None).
+    """`applies` gives None, or why the method cannot apply to a network.
 
     `attacks`: whether it can promise attacks; of several methods only the first that can is asked to (on the
     models measured the dear ones add one for few samples, at the price of a search). `dear`: `auto` spares it a sample
-    whose verdicts are known. `searched`: it tries many balls a sample, so that small batches do. `by_name`: it is not
-    part of `auto`.
+    whose verdicts are known. `searched`: it tries many balls a sample, so that small batches do.
     """
 
     name: str
     summary: str
     applies: Callable[[Network], str | None]
-    certify: Callable[[Analysis, Point, bool, Certificates | None], Certificates]
+    certify: Certify
     attacks: bool = False
     dear: bool = False
     searched: bool = False
-    by_name: bool = False
 
 
 def by_lipschitz(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
@@ -129,7 +130,9 @@ def by_local(analysis: Analysis, point: Point, attack: bool, before: Certificate
     """Curvature on the ball around the sample, expanded there layer by layer; never less than what was found before, or
     `curvature` finds."""
     found = by_curvature(analysis, point, attack, None) if before is None else before
-    found = _raised("local", point, found, *local_radii(analysis, point, found.radius), alone=before is None)
+    radius, rival = local_radii(analysis, point, found.radius)
+    own = torch.full_like(rival, _index("local"))
+    found = _raised(point, found, radius, rival, own, alone=before is None)
     open_ = found.attack.isnan().nonzero()[:, 0]
     if not attack or not len(open_):
         return found
@@ -143,26 +146,30 @@ def by_local(analysis: Analysis, point: Point, attack: bool, before: Certificate
     )
 
 
-def by_linear(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
-    """Linear relaxation over the ball, for networks with or without curvature."""
-    return _by_balls("linear", LINEAR, analysis, point, before)
+def by_balls(*names: str) -> Certify:
+    """The bounds of `names` in one search, for networks with or without curvature; never less than what was found
+    before, or `lipschitz` finds."""
+    bounds = tuple(BALL_BOUNDS[name] for name in names)
+
+    def certify(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
+        found = by_lipschitz(analysis, point, False, None) if before is None else before
+        balls = largest_balls(bounds, analysis, point, found.radius)
+        own = torch.tensor([_index(name) for name in names], device=balls.bound.device)[balls.bound]
+        return _raised(point, found, balls.radius, balls.rival, own, alone=before is None)
+
+    return certify
 
 
-def by_local_lipschitz(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
-    """Lipschitz constants on the ball, by the slopes that its pre-activations allow."""
-    return _by_balls("local-lipschitz", LOCAL_LIPSCHITZ, analysis, point, before)
+BALL_BOUNDS: dict[str, Falls] = {"linear": by_lines, "local-lipschitz": by_slopes}
+"""Bounds that hold for all rivals at once, and where the earlier ones' ranges are as good for the later ones: `auto`
+searches them together."""
 
 
-def _by_balls(name: str, bound: Bound, analysis: Analysis, point: Point, before: Certificates | None) -> Certificates:
-    """Never less than what was found before, or `lipschitz` finds."""
-    found = by_lipschitz(analysis, point, False, None) if before is None else before
-    return _raised(name, point, found, *largest_balls(bound, analysis, point, found.radius), alone=before is None)
-
-
-def _raised(name: str, point: Point, found: Certificates, radius: Tensor, rival: Tensor, alone: bool) -> Certificates:
-    """`found` with the larger radii of method `name`, and NaN for its figures. alone: every sample is this method's."""
+def _raised(point: Point, found: Certificates, radius: Tensor, rival: Tensor, own: Tensor, alone: bool) -> Certificates:
+    """`found` with the larger radii, of the methods `own` (batch,), and NaN for their figures. alone: every sample is
+    theirs, larger or not."""
     better = radius > found.radius
-    none, own = torch.full_like(radius, torch.nan), torch.full_like(rival, _index(name))
+    none = torch.full_like(radius, torch.nan)
     return replace(
         found,
         radius=torch.where(better, radius, found.radius),
@@ -230,19 +237,17 @@ METHODS: dict[str, Method] = {
             "linear",
             "linear relaxation over the ball, substituted backward, for every activation and max pooling",
             _everywhere,
-            by_linear,
+            by_balls("linear"),
             dear=True,
             searched=True,
-            by_name=True,
         ),
         Method(
             "local-lipschitz",
             "margin over a Lipschitz constant on the ball, by the slopes that its pre-activations allow",
             _everywhere,
-            by_local_lipschitz,
+            by_balls("local-lipschitz"),
             dear=True,
             searched=True,
-            by_name=True,
         ),
     )
 }
@@ -257,12 +262,15 @@ def method_name(index: int) -> str:
 
 
 def select(name: str, network: Network) -> tuple[Method, ...]:
-    """The methods that `name` stands for on this network: itself, or for `auto` every one that applies, but `by_name`.
+    """The methods that `name` stands for on this network: itself, or for `auto` every one that applies, those of
+    BALL_BOUNDS as one.
 
     Raises UsageError for an unknown name and MethodError (naming the layer) for one that cannot apply.
     """
     if name == AUTO:
-        return tuple(m for m in METHODS.values() if not m.by_name and m.applies(network) is None)
+        applying = [method for method in METHODS.values() if method.applies(network) is None]
+        joined = replace(METHODS[next(iter(BALL_BOUNDS))], name="+".join(BALL_BOUNDS), certify=by_balls(*BALL_BOUNDS))
+        return (*(method for method in applying if method.name not in BALL_BOUNDS), joined)
     if name not in METHODS:
         raise UsageError(f"--method {name!r} is not known; choose from {', '.join((AUTO, *METHODS))}")
     reason = METHODS[name].applies(network)

@@ -129,6 +129,20 @@ class Point:
         return (self.margin_low / self.gradient_norm).masked_fill(self.own, torch.inf)
 
     @cached_property
+    def about(self) -> Tensor:
+        """About how far to first order every rival is, (batch, classes), for networks with or without curvature; inf
+        at the prediction. No bound."""
+        if len(self.slopes) == len(nonlinear_nodes(self.network)):
+            return self.first_order
+        with torch.enable_grad():
+            x = self.x.detach().requires_grad_(True)
+            logits = self.network(x)
+            margins = logits.gather(1, self.prediction.unsqueeze(1)) - logits
+            each = [torch.autograd.grad(m.sum(), x, retain_graph=True)[0] for m in margins.unbind(1)]
+        steepness = torch.stack([g.flatten(1).norm(dim=1) for g in each], dim=1)
+        return (self.margin_low / steepness).masked_fill(self.own, torch.inf)
+
+    @cached_property
     def gradient_norm_low(self) -> Tensor:
         """Lower bounds (batch, classes) of ||g_i||."""
         entries = self.gradients.value[0, 0].numel()

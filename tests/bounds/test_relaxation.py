@@ -13,10 +13,10 @@ from torch import Tensor
 
 from certify_cli.bounds import relaxation
 from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.local_lipschitz import lipschitz_losses, matrix_norms
+from certify_cli.bounds.local_lipschitz import lipschitz_falls, matrix_norms
 from certify_cli.bounds.planes import Planes
 from certify_cli.bounds.ranges import Ranges, fast_ranges
-from certify_cli.bounds.relaxation import Lines, lines, losses, relaxed_ranges
+from certify_cli.bounds.relaxation import Lines, falls, lines, relaxed_ranges
 from certify_cli.certificates.line_ascent import climbed, climbs
 from certify_cli.certificates.point import Point
 from certify_cli.network.activations import ACTIVATIONS, from_name
@@ -68,16 +68,18 @@ def test_no_sampled_offset_leaves_the_relaxed_ranges(name: str) -> None:
 def climbing(point: Point, fast: Ranges, rows: Tensor, steps: int = 6) -> Tensor:
     """The bound with lines chosen for each row, row by row."""
     ranges, between = relaxed_ranges(point, fast, MEMORY)
-    return torch.stack([climbed(point, ranges, between, row, steps) for row in rows.unbind(1)], dim=1)
+    return torch.stack(
+        [climbed(point, ranges, between, row, steps).on(fast.radius)[:, 0] for row in rows.unbind(1)], dim=1
+    )
 
 
 def bounds_of(point: Point, fast: Ranges) -> dict[str, Callable[[Tensor], Tensor]]:
     more = {"climbed": lambda rows: climbing(point, fast, rows)} if climbs(point) else {}
     return more | {
-        "lines": lambda rows: losses(point, lines(point, fast), fast.radius, rows),
-        "relaxed": lambda rows: losses(point, relaxed_ranges(point, fast, MEMORY)[1], fast.radius, rows),
-        "slopes": lambda rows: lipschitz_losses(point, fast, rows),
-        "slopes, no Jacobian": lambda rows: lipschitz_losses(point, fast, rows, budget=0.0),
+        "lines": lambda rows: falls(point, lines(point, fast), rows).on(fast.radius),
+        "relaxed": lambda rows: falls(point, relaxed_ranges(point, fast, MEMORY)[1], rows).on(fast.radius),
+        "slopes": lambda rows: lipschitz_falls(point, fast, rows).on(fast.radius),
+        "slopes, no Jacobian": lambda rows: lipschitz_falls(point, fast, rows, budget=0.0).on(fast.radius),
     }
 
 

@@ -153,10 +153,12 @@ def test_no_attack_when_none_is_asked_for() -> None:
     assert all(s.attack_radius is None for s in found.samples)
 
 
-def test_a_piecewise_network_gets_the_lipschitz_radius() -> None:
+def test_a_piecewise_network_gets_the_radius_of_a_ball() -> None:
     network = PIECEWISE["relu"]
     data = data_of(points(network, 5))
-    assert {s.method for s in certify(model_of(network), data).samples if s.certified_radius} == {"lipschitz"}
+    found, plain = (certify(model_of(network), data, method=method).samples for method in ("auto", "lipschitz"))
+    assert {s.method for s in found if s.certified_radius} <= {"linear", "local-lipschitz"}
+    assert all((s.certified_radius or 0) >= (p.certified_radius or 0) for s, p in zip(found, plain, strict=True))
     with pytest.raises(MethodError, match="act0"):
         certify(model_of(network), data, method="curvature")
 

@@ -27,13 +27,30 @@ INDEX: dict[str, dict[str, Any]] = (
 REFUSED = "vnn23_cifar_vit_ibp_3_3_8.onnx"
 LOADABLE = sorted(set(INDEX) - {REFUSED}) or ["no shared models"]
 QUICK = {
-    "act_small_sigmoid_mnist_cnn.onnx",
-    "o4lc_mnist_tanh_200_100.onnx",
-    "marabou_mnist5x20_leaky_relu.onnx",
-    "vnn21_verivital_mnist_Convnet_maxpool.onnx",
-    "vnn21_marabou_cifar10_small.onnx",
+    "act_small_sigmoid_mnist_cnn.onnx": 10,
+    "o4lc_mnist_tanh_200_100.onnx": 10,
+    "marabou_mnist5x20_leaky_relu.onnx": 10,
+    "autolirpa_mnist_fc_3layer_relu.onnx": 10,
+    "abcrown_mnist_conv_small_relu.onnx": 2,
 }
-MODELS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOADABLE]
+"""Samples in the default run."""
+COUNTS = {
+    "vnn22_cifar_sri_resnet_a.onnx": 2,
+    "vnn21_cifar10_resnet_2b.onnx": 5,
+    "vnn21_marabou_cifar10_small.onnx": 5,
+    "vnn21_oval_cifar_base_kw.onnx": 20,
+    "abcrown_cifar_conv_small_sigmoid.onnx": 20,
+    "abcrown_mnist_conv_small_relu.onnx": 20,
+    "vnn21_verivital_mnist_Convnet_avgpool.onnx": 20,
+    "vnn21_verivital_mnist_Convnet_maxpool.onnx": 10,
+    "vnn21_mnist_relu_9_200.onnx": 50,
+    "vnn21_mnist_ffnnSIGMOID__Point_6x200.onnx": 50,
+}
+"""Samples in the slow run; 100 of the others."""
+CASES = [
+    *((name, count) for name, count in QUICK.items() if name in LOADABLE),
+    *(pytest.param(name, COUNTS.get(name, 100), marks=pytest.mark.slow) for name in LOADABLE),
+]
 
 
 def load(shared: Path, name: str, samples: str) -> tuple[Network, Dataset, dict[str, Any]]:
@@ -72,9 +89,9 @@ def pgd(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, steps: 
     return best
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_no_attack_inside_a_certified_ball(shared: Path, name: str) -> None:
-    network, data, _ = load(shared, name, "100")
+@pytest.mark.parametrize(("name", "count"), CASES)
+def test_no_attack_inside_a_certified_ball(shared: Path, name: str, count: int) -> None:
+    network, data, _ = load(shared, name, str(count))
     x = data.x.double()
     with exact_kernels():
         point = Point(network, x)
