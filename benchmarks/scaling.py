@@ -1,4 +1,4 @@
-"""How the local bound's and CROWN's time and memory grow with a network's width and depth (local_bounds.py --scaling).
+"""How the local bound's and CROWN's time and memory grow with a network's width and depth (methods.py --scaling).
 
 Random tanh networks 784-...-10 on random images: weights N(0, 1/fan-in), so that pre-activations stay about 1 from
 layer to layer and every activation bends. Each figure is taken in a process of its own.
@@ -22,7 +22,7 @@ WIDTHS: dict[str, tuple[int, ...]] = {f"{width}x2": (width,) * 2 for width in (6
 DEPTHS: dict[str, tuple[int, ...]] = {f"128x{depth}": (128,) * depth for depth in (1, 2, 3, 4, 6, 8)}
 SAMPLES = 10
 CURVES = {"fast": "fast", "local": "normal", "CROWN": "CROWN"}
-"""The columns of local_bounds.py that are measured, and how the plot calls them."""
+"""The columns of methods.py that are measured, and how the plot calls them."""
 
 Figures = dict[str, dict[str, dict[str, Any]]]
 """Network, then column: its radii, `ms` a sample and `peak` MiB."""

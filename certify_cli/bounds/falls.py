@@ -29,7 +29,7 @@ class Fall:
 
     def on(self, radius: Tensor) -> Tensor:
         """Upper bounds (batch, rows) on balls of `radius` (batch,); inf where it is no number."""
-        return up(self.rate * radius.unsqueeze(1) + self.rest, 3).nan_to_num(nan=torch.inf)
+        return up(self.rate * radius.unsqueeze(1) + self.rest, 3).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def least(self, other: Fall, radius: Tensor) -> Fall:
         """Entry by entry whichever is less on the balls of `radius` (batch,)."""

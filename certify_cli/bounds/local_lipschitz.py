@@ -102,7 +102,7 @@ class _Sources:
         least, most = span(self.point, layer, here).secants()
         middle = (0.5 * (least + most)).nan_to_num(nan=0.0)
         spread = up(torch.maximum(most - middle, middle - least).clamp(min=0.0), 1)
-        spread = torch.where(most == least, torch.zeros_like(spread), spread).nan_to_num(nan=torch.inf)
+        spread = spread.masked_fill(spread.isnan(), torch.inf).masked_fill(most == least, 0.0)
         self.passages[layer] = Slope(middle.reshape(-1, *network.nodes[layer].shape))
         self.left[layer] = up(spread * torch.maximum(-low, high)), spread
 

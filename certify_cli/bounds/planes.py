@@ -32,7 +32,7 @@ def spent(vectors: Vectors, below: Tensor, above: Tensor, far: Tensor) -> Tensor
     even = (size @ (0.5 * (below + above)).unsqueeze(2)).squeeze(2)
     odd = (v @ (0.5 * (below - above)).unsqueeze(2)).squeeze(2)
     apart = (even + odd).clamp(min=0.0) + gamma(2 * v.shape[2] + 8) * even
-    return (up(apart, 3) + up(vectors.error * far.unsqueeze(1)) + UNDERFLOW).nan_to_num(nan=torch.inf)
+    return (up(apart, 3) + up(vectors.error * far.unsqueeze(1)) + UNDERFLOW).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 @dataclass(frozen=True, eq=False)

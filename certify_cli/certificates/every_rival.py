@@ -46,7 +46,7 @@ BUDGET = {"fast": 2e9, "normal": 5e10, "max": math.inf}
 """By effort: floating-point operations that one head's ranges may take, a sample and ball."""
 ASCENT = {"fast": 0, "normal": 10, "max": 40}
 """By effort: steps of the ascent for the slopes of lines."""
-HOPEFUL = -0.3
+HOPEFUL = -1.0
 """Parts of the margin below zero from which an ascent may come back."""
 PLENTY = 0.1
 """Where a bound leaves less than this part of the margin the next bound is asked as well."""
@@ -148,7 +148,7 @@ class _Search:
     @cached_property
     def about(self) -> Tensor:
         """Where to begin, (batch,)."""
-        start = START * self.point.about.nan_to_num(nan=torch.inf).amin(1)
+        start = START * self.point.about.nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1)
         return torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
 
     def largest(self, bounds: tuple[Falls, ...], start: Tensor, floor: Tensor, balls: int, close: float) -> Found:

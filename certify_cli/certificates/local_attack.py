@@ -30,7 +30,7 @@ def promised_locally(analysis: Analysis, point: Point, jacobians: bool) -> tuple
     for the rival that may be nearest.
     """
     nearest = (point.margin_high / point.gradient_norm_low).masked_fill(point.own, torch.inf)
-    nearest = nearest.nan_to_num(nan=torch.inf)
+    nearest = nearest.nan_to_num(nan=torch.inf, posinf=torch.inf)
     farthest = FARTHEST * nearest.amin(1)
     rival = nearest.argmin(1)
     found = torch.full_like(farthest, torch.inf)
@@ -44,7 +44,7 @@ def promised_locally(analysis: Analysis, point: Point, jacobians: bool) -> tuple
         known = ball(part, ranges) if jacobians else None
         added = fast_losses(part, known.ranges if known else ranges, _reversed(part), known)
         high, steep = part.margin_high, part.gradient_norm_low
-        wanted = ((high + added) / steep).masked_fill(part.own, torch.inf).nan_to_num(nan=torch.inf)
+        wanted = ((high + added) / steep).masked_fill(part.own, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
         done = wanted.gather(1, target.unsqueeze(1)).squeeze(1) <= radius
         found[live[done]], rival[live[done]] = radius[done], target[done]
         nearest[live] = torch.maximum(nearest[live], AHEAD * wanted)

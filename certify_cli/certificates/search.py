@@ -32,8 +32,7 @@ def searched(point: Point, start: Tensor, reach: Tensor, effort: str) -> tuple[T
     norm, such as the certified radius. The search is unconstrained: points may leave [0, 1]. It runs from `start`
     against whichever rival is nearest, then against the rivals that are nearest to first order, each by itself.
     """
-    distance = (point.margin / point.gradient_norm).masked_fill(point.own, torch.inf)
-    order = distance.argsort(dim=1)
+    order = point.about.nan_to_num(nan=torch.inf, posinf=torch.inf).argsort(dim=1)
     best, best_norm = torch.zeros_like(point.x), torch.full_like(reach, torch.inf)
     for rank in range(-1, min(RIVALS[effort], point.network.classes - 1)):
         target = None if rank < 0 else order[:, rank]

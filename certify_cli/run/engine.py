@@ -96,7 +96,7 @@ class Job:
         """The certificates with nearer attacks where the search finds them; which attacks a certificate promised."""
         start = time.perf_counter()
         witness, norm = searched(point, found.near, found.radius, self._settings.effort)
-        nearer = norm < found.attack.nan_to_num(nan=torch.inf)
+        nearer = norm < found.attack.nan_to_num(nan=torch.inf, posinf=torch.inf)
         shape = (-1, *[1] * (witness.dim() - 1))
         better = replace(
             found,

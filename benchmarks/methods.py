@@ -1,23 +1,27 @@
-"""The local bound against CROWN, the global bounds and the attack: mean certified radii, time and memory.
+"""Every method on every model, against CROWN and the attack: mean certified radii, time and memory.
 
-    python benchmarks/local_bounds.py --models DIR --data-root DIR [--data cifar10=FILE.npz] [--peers FILE.json] [--max]
-    python benchmarks/local_bounds.py --scaling [--svg FILE.svg]
+    python benchmarks/methods.py --models DIR --data-root DIR [--data cifar10=FILE.npz] [--peers FILE.json]
+    python benchmarks/methods.py ... --columns composition,curvature,dual,fast,local,max,attack
+    python benchmarks/methods.py --scaling [--svg FILE.svg]
 
 DIR holds ONNX files and an index.json (see global_bounds.py; train_mlps.py makes such a folder). One Markdown row a
-smooth model. Radii are means over the correctly classified ones of the first samples:
+model. Radii are means over the correctly classified ones of the first samples, by column:
 
-- composition: the closed form at the sample, with the compositional curvature bound only; attack: the nearest
-  adversarial example by `--attack search`; curvature, dual: the methods; fast, local, max: `local` by effort;
+- a method's name: the method, `auto` all that apply; a dash where one cannot apply;
+- fast, max: `local` by effort; composition: the closed form at the sample, with the compositional curvature bound only;
+- attack: the nearest adversarial example by `--attack search`, or promised by a certificate;
 - CROWN: auto_LiRPA's backward mode, measured in the same run with as many threads, by a bisection of 12 steps a sample
   (to 1/2048) in float32; from --peers ("stored") where auto_LiRPA is not importable. `log(1+exp)` marks softplus
   written so, as auto_LiRPA relaxes nothing nearer.
 
+The shares (of CROWN, of composition, of the attack) are those of `auto`, or of `local` where `auto` is not asked for.
 Milliseconds are per sample, the correct ones in one batch (CROWN: one by one), after a first call, with the global
 bounds known: those are "bounds, s". Every model is measured in a process of its own, and CROWN in another: peaks
 include some 350 MiB of libraries. A certified radius above an attack ends the benchmark with an error.
 
 --peers: {"models": {NAME: {"n": samples, "radii": [n, 0 where misclassified]}}}; n is also how many samples are used.
---scaling: how time and memory grow with width and depth, on random networks, as a table and (with matplotlib) an SVG.
+--scaling: how time and memory of `local` grow with width and depth, on random networks, as a table and (with
+matplotlib) an SVG.
 """
 
 from __future__ import annotations
@@ -42,12 +46,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from certify_cli.bounds.analysis import Analysis
+    from certify_cli.certificates.certificates import Certificates
     from certify_cli.certificates.point import Point
     from certify_cli.network.graph import Network
 
 LARGEST = 1e6
 """Radii count as no more than this in a mean."""
-SAMPLES = 100
+SAMPLES, OF_CONVOLUTIONS = 100, 20
+"""How many samples, where neither --samples nor --peers says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,36 +99,46 @@ def by_composition(subject: Subject) -> Tensor:
 
 def by_method(name: str) -> Callable[[Subject], Tensor]:
     def radii(subject: Subject) -> Tensor:
-        from certify_cli.certificates.methods import METHODS
+        from certify_cli.certificates.methods import certify_batch, select
 
-        return METHODS[name].certify(subject.analysis, subject.point, False, None).radius
+        return certify_batch(select(name, subject.network), subject.analysis, subject.point, False).radius
 
     return radii
+
+
+def cheapest(subject: Subject, attack: bool = False) -> tuple[Point, Certificates]:
+    """By the cheapest method that can promise attacks, or else the cheapest."""
+    from certify_cli.bounds.curvature import why_no_curvature
+    from certify_cli.certificates.methods import METHODS
+
+    name = "curvature" if why_no_curvature(subject.network) is None else "lipschitz"
+    point = subject.point
+    return point, METHODS[name].certify(subject.analysis, point, attack and METHODS[name].attacks, None)
 
 
 def by_attack(subject: Subject) -> Tensor:
     """Distances of the adversarial examples that the search finds, or a certificate promises; inf where none."""
     import torch
 
-    from certify_cli.certificates.methods import METHODS
     from certify_cli.certificates.search import searched
 
-    point = subject.point
-    found = METHODS["curvature"].certify(subject.analysis, point, True, None)
+    point, found = cheapest(subject, attack=True)
     _, norm = searched(point, found.near, found.radius, subject.analysis.effort)
     return torch.minimum(norm.nan_to_num(nan=torch.inf), found.attack.nan_to_num(nan=torch.inf))
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Subject], Tensor]]] = {
     "composition": ("normal", by_composition),
-    "curvature": ("normal", by_method("curvature")),
-    "dual": ("normal", by_method("dual")),
+    **{name: ("normal", by_method(name)) for name in ("lipschitz", "curvature", "dual")},
     "fast": ("fast", by_method("local")),
     "local": ("normal", by_method("local")),
     "max": ("max", by_method("local")),
+    **{name: ("normal", by_method(name)) for name in ("linear", "local-lipschitz", "auto")},
     "attack": ("normal", by_attack),
 }
 """What is measured: its effort and how."""
+USUAL = "lipschitz,curvature,dual,local,linear,local-lipschitz,auto,attack"
+OF_CURVATURE = ("composition", "curvature", "dual", "fast", "local", "max")
 
 
 def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[str]) -> dict[str, Any]:
@@ -131,12 +147,10 @@ def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[st
 
     from certify_cli.bounds.analysis import Analysis
     from certify_cli.bounds.curvature import why_no_curvature
-    from certify_cli.certificates.methods import METHODS
     from certify_cli.certificates.point import Point
 
-    reason = why_no_curvature(network)
-    if reason is not None:
-        return {"reason": reason}
+    if why_no_curvature(network) is not None:
+        columns = [column for column in columns if column not in OF_CURVATURE]
     predicted = Point(network, x).prediction
     right = (torch.ones_like(predicted, dtype=torch.bool) if labels is None else predicted == labels).nonzero()[:, 0]
     if not len(right):
@@ -147,8 +161,8 @@ def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[st
     for effort in dict.fromkeys(COLUMNS[column][0] for column in columns):
         subjects[effort] = Subject(network, x[right], Analysis(network, effort))
         some = subjects[effort].first(each)
-        _, cold = _timed(lambda some=some: METHODS["curvature"].certify(some.analysis, some.point, False, None))  # type: ignore[misc]
-        _, warm = _timed(lambda some=some: METHODS["curvature"].certify(some.analysis, some.point, False, None))  # type: ignore[misc]
+        _, cold = _timed(lambda some=some: cheapest(some))  # type: ignore[misc]
+        _, warm = _timed(lambda some=some: cheapest(some))  # type: ignore[misc]
         bounds = max(bounds, cold - warm)
     radii, ms = {}, {}
     for column in columns:
@@ -212,42 +226,50 @@ def table_row(name: str, ours: dict[str, Any], theirs: dict[str, Any] | None, co
     means["attack"] = mean([radii["attack"][k] for k in attacked])
     crowned = None if rival is None else mean(rival)
     note = f" ({theirs['note']})" if theirs is not None and theirs["note"] else ""
+    best = best_of(columns)
 
     def ratio(value: float | None, to: float | None) -> float | None:
         return value / to if value is not None and to else None
 
     return [
         name, f"{len(ours['right'])}/{ours['count']}",
-        *(means[c] for c in columns if c != "attack"),
+        *(means.get(c) for c in columns if c != "attack"),
         crowned if not note or crowned is None else f"{crowned:.3g}{note}",
         means["attack"],
-        ratio(means["local"], crowned),
-        ratio(means["local"], means["composition"]),
-        ratio(mean([radii["local"][k] for k in attacked]), means["attack"]),
-        *(ours["ms"][c] for c in columns if c not in ("attack", "composition")),
+        ratio(means.get(best), crowned),
+        *([ratio(means.get(best), means.get("composition"))] if "composition" in columns else []),
+        ratio(mean([radii[best][k] for k in attacked]), means["attack"]) if best in radii else None,
+        *(ours["ms"].get(c) for c in columns if c not in ("attack", "composition")),
         theirs and theirs["ms"],
         ours["ms"]["attack"], ours["bounds"], ours["peak"],
         theirs and theirs["peak"],
     ]  # fmt: skip
 
 
+def best_of(columns: list[str]) -> str:
+    return "auto" if "auto" in columns else "local"
+
+
 def table_columns(columns: list[str]) -> list[str]:
-    own = [c for c in columns if c != "attack"]
+    own, best = [c for c in columns if c != "attack"], best_of(columns)
     return [
-        "model", "correct", *own, "CROWN", "attack", "local/CROWN", "local/composition", "local/attack",
+        "model", "correct", *own, "CROWN", "attack", f"{best}/CROWN",
+        *([f"{best}/composition"] if "composition" in columns else []), f"{best}/attack",
         *(f"{c}, ms" for c in own if c != "composition"), "CROWN, ms", "attack, ms", "bounds, s",
         "peak MiB", "CROWN, MiB",
     ]  # fmt: skip
 
 
 def table(options: argparse.Namespace) -> None:
-    columns = [c for c in COLUMNS if c != "max" or options.max]
+    columns = [c for c in COLUMNS if c in options.columns] + ([] if "attack" in options.columns else ["attack"])
     peers: dict[str, Entry] = json.loads(options.peers.read_text())["models"] if options.peers else {}
     if not crown.importable():
         print("auto_LiRPA is not importable: CROWN's radii are those of --peers", file=sys.stderr)
     print(header(table_columns(columns)), flush=True)
-    for name in sorted(fnmatch.filter(read_index(options.models, options.data), options.match)):
-        samples = options.samples or peers.get(name, {}).get("n", SAMPLES)
+    index = read_index(options.models, options.data)
+    for name in sorted(fnmatch.filter(index, options.match)):
+        usual = OF_CONVOLUTIONS if "Conv" in index[name].get("ops", ()) else SAMPLES
+        samples = options.samples or peers.get(name, {}).get("n", usual)
         arguments = [
             "--models", str(options.models), "--threads", str(options.threads), "--samples", str(samples),
             *(("--data-root", options.data_root) if options.data_root else ()),
@@ -256,7 +278,7 @@ def table(options: argparse.Namespace) -> None:
         ours = in_process(__file__, [*arguments, ",".join(columns)])
         if ours is None:
             continue
-        if "reason" in ours:
+        if ours.get("reason"):
             print(f"{name}: no row, as {ours['reason']}", file=sys.stderr)
             continue
         theirs = in_process(__file__, [*arguments, "CROWN"]) if crown.importable() else None
@@ -272,12 +294,16 @@ def table(options: argparse.Namespace) -> None:
 def main() -> None:
     arguments = parser(__doc__, models_required=False)
     arguments.add_argument("--match", default="*", help="only the models whose names match, such as '*tanh*'")
-    arguments.add_argument("--max", action="store_true", help="measure --effort max, too")
+    arguments.add_argument(
+        "--columns", type=lambda text: text.split(","), default=USUAL.split(","), help=f"of {','.join(COLUMNS)}"
+    )
     arguments.add_argument("--peers", type=Path, help="stored radii of CROWN")
     arguments.add_argument("--scaling", action="store_true", help="time and memory against width and depth instead")
     arguments.add_argument("--svg", type=Path, default=Path("scaling.svg"), help="where --scaling draws")
-    arguments.add_argument("--columns", type=lambda text: text.split(","), help=argparse.SUPPRESS)
     options = arguments.parse_args()
+    unknown = [c for c in options.columns if c not in (*COLUMNS, "CROWN")]
+    if unknown:
+        arguments.error(f"--columns: {unknown[0]!r} is not one of {', '.join(COLUMNS)}")
     if options.scaling:
         scaling.run(__file__, options)
     elif options.models is None:
