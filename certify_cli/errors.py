@@ -29,6 +29,12 @@ class DataError(CurvcertError):
     exit_code = 3
 
 
+class RecordsError(CurvcertError):
+    """A file of records that is missing, unreadable, unfinished, or not about what it is asked about (exit 3)."""
+
+    exit_code = 3
+
+
 class MethodError(CurvcertError):
     """A method asked for by name that cannot apply to this model (exit 3)."""
 

@@ -21,6 +21,7 @@ import typer
 from certify_cli.cli.bounds import bounds
 from certify_cli.cli.certify import certify
 from certify_cli.cli.convert import convert
+from certify_cli.cli.diff import diff
 from certify_cli.cli.doctor import doctor
 from certify_cli.cli.inspect import inspect
 from certify_cli.cli.sink import refusing
@@ -32,8 +33,8 @@ DONE, USAGE, INTERNAL = 0, 2, 4
 DEBUG_VARIABLE = "CURVCERT_DEBUG"
 
 EXIT_CODES = """
-Exit codes: 0 done; 1 doctor found a fault; 2 wrong option; 3 model or data missing, unreadable or refused, or method
-not applicable; 4 internal error; 130 or 143 stopped by SIGINT or SIGTERM.
+Exit codes: 0 done; 1 diff found a regression, or doctor a fault; 2 wrong option; 3 model, data or records missing,
+unreadable or refused, or method not applicable; 4 internal error; 130 or 143 stopped by SIGINT or SIGTERM.
 """
 
 # plain help and plain errors: the last line of stderr is a sentence, not the edge of a box
@@ -45,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (certify, bounds, inspect, convert, doctor):
+for command in (certify, diff, bounds, inspect, convert, doctor):
     app.command()(command)
 
 

@@ -22,6 +22,9 @@ METHOD_NAMES = ("auto", "lipschitz", "curvature", "dual", "local", "linear", "lo
 DATA_LAYOUTS = ("nchw", "nhwc")
 SPLITS = ("test", "train")
 PLAIN_FORMATS = ("table", "json")
+DIFF_FORMATS = ("table", "json", "markdown")
+SUFFIXES = {"md": "markdown"}
+"""Suffixes of files that are not the format's name."""
 
 AUTO = "auto"
 
@@ -166,6 +169,10 @@ RecordFormat = Annotated[
 PlainFormat = Annotated[
     str | None, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.", default=FORMAT_DEFAULT)
 ]
+DiffFormat = Annotated[
+    str | None,
+    _choice("--format", DIFF_FORMATS, "A table to read, JSON, or Markdown for a pull request.", default=FORMAT_DEFAULT),
+]
 PrintedFormat = Annotated[str, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.")]
 OutputFile = Annotated[
     str | None,
@@ -179,6 +186,18 @@ Witnesses = Annotated[
         metavar="FILE.npz",
         help="Write index, x and perturbation d of every replayed attack.",
         show_default=False,
+    ),
+]
+OldRecords = Annotated[
+    str, typer.Argument(metavar="OLD", help="Records of a run: what certify wrote as JSON or JSON lines.")
+]
+NewRecords = Annotated[str, typer.Argument(metavar="NEW", help="Records of the run to compare with it.")]
+Tolerance = Annotated[
+    float,
+    typer.Option(
+        "--tolerance",
+        metavar="T",
+        help="How far a figure may fall: accuracies by T (0.01 is one percent of the samples), radii by the part T.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or warnings on stderr.")]
@@ -198,7 +217,8 @@ def format_of(format: str | None, output: str | None, names: Iterable[str]) -> s
     if format is not None:
         return one_of("--format", format, listed)
     suffix = Path(output or "").suffix.lower().removeprefix(".")
-    return suffix if suffix in listed else "table"
+    named = SUFFIXES.get(suffix, suffix)
+    return named if named in listed else "table"
 
 
 def npz_name(flag: str, path: str | None) -> str | None:

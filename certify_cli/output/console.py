@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from certify_cli.output.document import Document, Record, View, collect
 from certify_cli.output.numbers import DOWN, NEAREST, UP, number, seconds, share
 from certify_cli.records import ERROR, NOT_CERTIFIED, Run, Sample
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FIRST_ROWS = 20
 """Samples shown unless every row is asked for."""
@@ -39,9 +43,7 @@ def grid(
     Never narrower than its numbers: a cut number would be a false one.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     cells = [[printable(cell) for cell in row] for row in rows]
     titles = [column.title for column in columns]
@@ -49,10 +51,50 @@ def grid(
     if view.width is not None and _total(widths) > view.width:
         titles = [title.replace(" ", "\n") for title in titles]
         widths = _widths(columns, titles, cells, fit=view.width)
-
     table = Table(
         box=box.SIMPLE_HEAD if view.unicode else box.ASCII2, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
+    _fill(table, columns, titles, cells, widths, styles)
+    return _drawn(table, max(_total(widths), 1) + len(GAP), view)
+
+
+SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_|<>[]#~"})
+"""What Markdown would take for markup."""
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, as Markdown that shows it as it is."""
+    return printable(text).translate(SPECIAL)
+
+
+def markdown_grid(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
+    """The same table in Markdown, numbers to the right."""
+    from rich import box
+    from rich.table import Table
+
+    cells = [[escaped(cell) for cell in row] for row in rows]
+    titles = [column.title for column in columns]
+    widths = _widths(columns, titles, cells)
+    table = Table(box=box.MARKDOWN, padding=(0, 1))
+    _fill(table, columns, titles, cells, widths, ())
+    head, rule, *rest = _drawn(table, sum(widths) + 3 * len(widths) + 1, View()).strip("\n").splitlines()
+    rules = [
+        f"{part[:-1]}:" if column.right else part
+        for part, column in zip(rule.strip("|").split("|"), columns, strict=True)
+    ]
+    return "\n".join([head, f"|{'|'.join(rules)}|", *rest]) + "\n"
+
+
+def _fill(
+    table: Table,
+    columns: Sequence[Column],
+    titles: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    widths: Sequence[int],
+    styles: Sequence[str | None],
+) -> None:
+    from rich.text import Text
+
     for column, title, width in zip(columns, titles, widths, strict=True):
         table.add_column(
             title,
@@ -64,10 +106,14 @@ def grid(
     for position, row in enumerate(cells):
         table.add_row(*map(Text, row), style=styles[position] if position < len(styles) else None)
 
+
+def _drawn(table: Table, width: int, view: View) -> str:
+    from rich.console import Console
+
     text = io.StringIO()
     Console(
         file=text,
-        width=max(_total(widths), 1) + len(GAP),
+        width=width,
         force_terminal=view.color,
         color_system="standard" if view.color else None,
         no_color=not view.color,
@@ -174,6 +220,11 @@ def class_name(label: int | None, run: Run) -> str:
 
 def summary_block(whole: Document) -> str:
     """The summary as lines of name and value."""
+    return pairs(summary_rows(whole))
+
+
+def summary_rows(whole: Document) -> list[tuple[str, str]]:
+    """The summary as names and values."""
     summary = whole.summary
     count = summary.samples
     rows = [("samples", str(count))]
@@ -200,4 +251,4 @@ def summary_block(whole: Document) -> str:
     rows.append(("time", seconds(summary.seconds)))
     if summary.search_seconds is not None:
         rows.append(("time of the search for attacks", seconds(summary.search_seconds)))
-    return pairs(rows)
+    return rows

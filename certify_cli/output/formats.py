@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from certify_cli.output import console, csv, json
+from certify_cli.output import console, csv, json, markdown
 from certify_cli.output.document import Record, View
 
 
@@ -28,4 +28,5 @@ FORMATS: dict[str, Format] = {
     "json": Format("one JSON document", json.document),
     "jsonl": Format("one JSON line a record, as each is done", json.lines, streams=True),
     "csv": Format("a header and one row a sample", csv.rows),
+    "markdown": Format("tables for a pull request", markdown.document),
 }

@@ -143,3 +143,17 @@ def test_records_out_of_order_are_refused() -> None:
         collect([*rest, first])
     with pytest.raises(ValueError, match="only samples"):
         collect([first, first, *rest])
+
+
+def test_markdown_escapes_what_would_be_markup_and_keeps_one_row_a_sample() -> None:
+    given = records(*(sample(k, reason="a | b *c*" if k else None) for k in range(30)))
+    text = render("markdown", given)
+    tables = [[row for row in part.splitlines() if row.startswith("|")] for part in text.split("\n\n")]
+    figures, samples = (table for table in tables if table)
+    assert len(samples) == 2 + 20
+    assert "10 more samples" in text
+    assert "a \\| b \\*c\\*" in samples[3]
+    for table in (figures, samples):
+        assert len({row.replace("\\|", "").count("|") for row in table}) == 1
+        assert set(table[1]) <= set("|-:")
+    assert len(render("markdown", given, View(all_rows=True)).splitlines()) == len(text.splitlines()) + 10 - 2

@@ -1,0 +1,133 @@
+"""`curvcert diff`: what became of every figure and every sample between two runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from certify_cli.cli import options as opt
+from certify_cli.cli.reporter import Reporter
+from certify_cli.cli.sink import sink
+from certify_cli.errors import UsageError
+from certify_cli.output.comparison import Comparison, SampleChange, compare
+from certify_cli.output.console import FIRST_ROWS, Column, escaped, grid, markdown_grid
+from certify_cli.output.document import View
+from certify_cli.output.json import pretty
+from certify_cli.output.numbers import DOWN, number
+from certify_cli.output.read import read_document
+from certify_cli.records import SCHEMA
+
+NOT_MET = 1
+FIGURES = (Column("figure"), *(Column(name, right=True) for name in ("old", "new", "change")), Column("verdict"))
+SAMPLES = (
+    *(Column(name, right=True) for name in ("index", "label", "prediction", "old radius", "new radius", "change")),
+    Column("no longer certified at"),
+)
+
+
+def diff(
+    old: opt.OldRecords,
+    new: opt.NewRecords,
+    tolerance: opt.Tolerance = 0.01,
+    format: opt.DiffFormat = None,
+    output: opt.OutputFile = None,
+    all_rows: opt.AllRows = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Compare two runs of certify on the same samples, such as two versions of a model.
+
+    Exit 1 where a figure fell by more than the tolerance.
+    """
+    form = opt.format_of(format, output, RENDERED)
+    if not 0 <= tolerance < 1:
+        raise UsageError(f"--tolerance {tolerance} is not a number from 0 up to 1")
+    with sink(output, all_rows) as out, Reporter(quiet):
+        found = compare(read_document(old), read_document(new), tolerance)
+        out.write(RENDERED[form](found, out.view))
+    return NOT_MET if found.regressions else 0
+
+
+def as_json(found: Comparison, view: View) -> str:
+    return pretty({"schema": SCHEMA, "diff": found.to_dict()}) + "\n"
+
+
+def as_table(found: Comparison, view: View) -> str:
+    text = f"{found.old} -> {found.new}, {found.count} samples\n\n"
+    text += grid(FIGURES, figure_rows(found), view, ["red" if f.regressed else None for f in found.figures])
+    text += f"\n{verdict(found)}\n"
+    shown = _shown(found, view)
+    if shown:
+        text += f"\n{grid(SAMPLES, [sample_cells(s) for s in shown], view)}"
+    return text + _hidden(found, shown)
+
+
+def as_markdown(found: Comparison, view: View) -> str:
+    text = f"## curvcert: {escaped(found.old)} -> {escaped(found.new)}\n\n{verdict(found)}\n\n"
+    text += markdown_grid(FIGURES, figure_rows(found))
+    shown = _shown(found, view)
+    if shown:
+        text += f"\n{markdown_grid(SAMPLES, [sample_cells(s) for s in shown])}"
+    return text + _hidden(found, shown)
+
+
+RENDERED: dict[str, Callable[[Comparison, View], str]] = {
+    "table": as_table,
+    "json": as_json,
+    "markdown": as_markdown,
+}
+
+
+def figure_rows(found: Comparison) -> list[tuple[str, ...]]:
+    return [
+        (
+            figure.name,
+            number(figure.old, DOWN),
+            number(figure.new, DOWN),
+            _signed(figure.change),
+            "regressed" if figure.regressed else "",
+        )
+        for figure in found.figures
+    ]
+
+
+def sample_cells(sample: SampleChange) -> tuple[str, ...]:
+    same = sample.old_prediction == sample.new_prediction
+    return (
+        str(sample.index),
+        _class(sample.label),
+        _class(sample.new_prediction)
+        if same
+        else f"{_class(sample.old_prediction)} -> {_class(sample.new_prediction)}",
+        number(sample.old_radius, DOWN),
+        number(sample.new_radius, DOWN),
+        _signed(sample.change),
+        ", ".join(sample.lost),
+    )
+
+
+def verdict(found: Comparison) -> str:
+    """One sentence on figures and samples."""
+    names = [figure.name for figure in found.regressions]
+    what = f"Regressed beyond {found.tolerance:g}: {', '.join(names)}." if names else "No figure regressed."
+    return (
+        f"{what} Of {found.count} samples {len(found.fallen)} have a smaller radius, {len(found.risen)} a larger one, "
+        f"and {len(found.relabelled)} another prediction."
+    )
+
+
+def _shown(found: Comparison, view: View) -> tuple[SampleChange, ...]:
+    """The samples that lost most, first those that count."""
+    return found.samples if view.all_rows else found.samples[:FIRST_ROWS]
+
+
+def _hidden(found: Comparison, shown: tuple[SampleChange, ...]) -> str:
+    hidden = len(found.samples) - len(shown)
+    return f"\n{hidden} more samples changed (--all shows every row)\n" if hidden else ""
+
+
+def _class(label: int | None) -> str:
+    return "-" if label is None else str(label)
+
+
+def _signed(change: float | None) -> str:
+    text = number(change)
+    return f"+{text}" if change is not None and change > 0 else text

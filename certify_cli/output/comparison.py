@@ -1,0 +1,165 @@
+"""Two runs on the same samples: what each figure and each sample's radius became.
+
+A figure regresses where it falls by more than the tolerance: shares and accuracies by so much of themselves in points
+(0.01 is one percent of the samples), radii by that part of the old value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from certify_cli.errors import RecordsError
+from certify_cli.output.document import Document
+from certify_cli.records import Sample, parse_eps
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the summary before and after; None where a run has none. `regressed`: beyond the tolerance."""
+
+    name: str
+    old: float | None
+    new: float | None
+    regressed: bool
+
+    @property
+    def change(self) -> float | None:
+        return None if self.old is None or self.new is None else self.new - self.old
+
+
+@dataclass(frozen=True)
+class SampleChange:
+    """A sample whose prediction or certified radius changed; a radius that there is not counts as 0.
+
+    `lost`, `gained`: the radii of --eps, as typed, at which it is no longer certified, or newly.
+    """
+
+    index: int
+    label: int | None
+    old_prediction: int | None
+    new_prediction: int | None
+    old_radius: float
+    new_radius: float
+    lost: tuple[str, ...]
+    gained: tuple[str, ...]
+
+    @property
+    def change(self) -> float:
+        return self.new_radius - self.old_radius
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`samples`: those that changed, the worst first."""
+
+    old: str
+    new: str
+    tolerance: float
+    count: int
+    figures: tuple[Figure, ...]
+    samples: tuple[SampleChange, ...]
+
+    @property
+    def regressions(self) -> tuple[Figure, ...]:
+        return tuple(figure for figure in self.figures if figure.regressed)
+
+    @property
+    def fallen(self) -> tuple[SampleChange, ...]:
+        """Samples whose radius fell by more than the tolerance's part of it."""
+        return tuple(s for s in self.samples if s.new_radius < s.old_radius * (1 - self.tolerance))
+
+    @property
+    def risen(self) -> tuple[SampleChange, ...]:
+        return tuple(s for s in self.samples if s.new_radius * (1 - self.tolerance) > s.old_radius)
+
+    @property
+    def relabelled(self) -> tuple[SampleChange, ...]:
+        """Samples whose prediction changed."""
+        return tuple(s for s in self.samples if s.new_prediction != s.old_prediction)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "old": self.old,
+            "new": self.new,
+            "tolerance": self.tolerance,
+            "samples": self.count,
+            "regressed": bool(self.regressions),
+            "figures": [asdict(figure) | {"change": figure.change} for figure in self.figures],
+            "lower": len(self.fallen),
+            "higher": len(self.risen),
+            "predictions_changed": len(self.relabelled),
+            "changed": [asdict(sample) | {"change": sample.change} for sample in self.samples],
+        }
+
+
+def compare(old: Document, new: Document, tolerance: float) -> Comparison:
+    """Raises RecordsError where the runs are not about the same samples."""
+    if old.run.data.sha256 != new.run.data.sha256 or [s.index for s in old.samples] != [s.index for s in new.samples]:
+        first, second = (f"{d.run.data.name}: {len(d.samples)}, sha256 {d.run.data.sha256[:12]}" for d in (old, new))
+        raise RecordsError(
+            f"the two runs are not about the same samples ({first}, and {second}); certify both models on the same "
+            "data and --samples"
+        )
+    return Comparison(
+        old=old.run.model.path,
+        new=new.run.model.path,
+        tolerance=tolerance,
+        count=len(old.samples),
+        figures=_figures(old, new, tolerance),
+        samples=_samples(old, new),
+    )
+
+
+def _figures(old: Document, new: Document, tolerance: float) -> tuple[Figure, ...]:
+    before, after = old.summary, new.summary
+    shares: dict[str, tuple[float | None, float | None]] = {"accuracy": (before.accuracy, after.accuracy)}
+    for name, first, second in (
+        ("certified accuracy", before.certified_accuracy, after.certified_accuracy),
+        ("certified share", before.certified_share, after.certified_share),
+        ("accuracy under attack", before.attack_accuracy, after.attack_accuracy),
+    ):
+        for eps in dict.fromkeys([*(first or {}), *(second or {})]):
+            shares[f"{name} at {eps}"] = ((first or {}).get(eps), (second or {}).get(eps))
+    radii = {
+        "mean certified radius": (before.mean_certified_radius, after.mean_certified_radius),
+        "median certified radius": (before.median_certified_radius, after.median_certified_radius),
+        "mean certified radius, correct samples": (
+            before.mean_certified_radius_correct,
+            after.mean_certified_radius_correct,
+        ),
+    }
+    found = [Figure(name, a, b, _fell(a, b, tolerance)) for name, (a, b) in shares.items()]
+    found += [Figure(name, a, b, _fell(a, b, tolerance * (a or 0.0))) for name, (a, b) in radii.items()]
+    return tuple(figure for figure in found if figure.old is not None or figure.new is not None)
+
+
+def _fell(old: float | None, new: float | None, by: float) -> bool:
+    """Whether a figure fell by more than `by`, a rounding of the subtraction allowed for."""
+    return old is not None and new is not None and old - new > by + 1e-12
+
+
+def _samples(old: Document, new: Document) -> tuple[SampleChange, ...]:
+    levels = {eps: parse_eps(eps) for eps in (old.summary.certified_accuracy or old.summary.certified_share or {})}
+    found = []
+    for a, b in zip(old.samples, new.samples, strict=True):
+        if (a.prediction, a.certified_radius) == (b.prediction, b.certified_radius):
+            continue
+        was, now = ({eps for eps, level in levels.items() if _certified(s, level)} for s in (a, b))
+        found.append(
+            SampleChange(
+                index=a.index,
+                label=a.label,
+                old_prediction=a.prediction,
+                new_prediction=b.prediction,
+                old_radius=a.certified_radius or 0.0,
+                new_radius=b.certified_radius or 0.0,
+                lost=tuple(eps for eps in levels if eps in was - now),
+                gained=tuple(eps for eps in levels if eps in now - was),
+            )
+        )
+    return tuple(sorted(found, key=lambda s: s.change))
+
+
+def _certified(sample: Sample, level: float) -> bool:
+    return sample.correct is not False and (sample.certified_radius or 0.0) > level
