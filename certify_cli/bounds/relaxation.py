@@ -165,7 +165,7 @@ def relaxed_ranges(
     between: dict[int, Relaxation] = {}
     for target in heads(network)[:-1]:
         here = Ranges(known.radius, low, high, known.norm)
-        if reaches(network, target) and 2 * network.nodes[target].size * pull_cost(network, target) <= budget:
+        if reaches(network, target) and range_cost(network, target) <= budget:
             asked = torch.stack([bends(point, k, here) for k in readers(network, target)]).any(0)
             rows = asked.any(0).nonzero()[:, 0]
             if len(rows):
@@ -177,6 +177,16 @@ def relaxed_ranges(
         here = Ranges(known.radius, low, high, known.norm)
         between |= {k: relaxed(point, k, here) for k in readers(network, target)}
     return Ranges(known.radius, low, high, known.norm), between
+
+
+def range_cost(network: Network, target: int) -> float:
+    """About the floating-point operations that the ranges of a head take, a sample and ball."""
+    return 2 * network.nodes[target].size * pull_cost(network, target)
+
+
+def ball_cost(network: Network) -> float:
+    """The same of all heads that `relaxed_ranges` treats."""
+    return sum(range_cost(network, target) for target in heads(network)[:-1] if reaches(network, target))
 
 
 def bends(point: Samples, layer: int, ranges: Ranges) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.analysis import MEMORY, Analysis
+from certify_cli.bounds.relaxation import ball_cost
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import certify_batch, method_name, select
 from certify_cli.certificates.point import Point
@@ -30,6 +31,8 @@ DEFAULT_MEMORY = 2**29
 """Bytes for the tensors of one batch on a CPU, unless `--memory` says otherwise."""
 LARGEST_BATCH, SEARCHED_BATCH = 512, 128
 """Samples; fewer where a method searches, so that a run shows progress."""
+SEARCHED_WORK = 3e10
+"""And no more than have so many floating-point operations a ball together."""
 
 TIED = "the two largest logits are equal up to rounding error"
 NOT_FINITE = "a logit is not a finite number"
@@ -200,7 +203,8 @@ def prepare(model: LoadedModel, data: Dataset, settings: Settings, arguments: di
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     searched = any(method.searched for method in select(settings.method, network)) and settings.effort != "fast"
-    most = SEARCHED_BATCH if searched else LARGEST_BATCH
+    fitting = max(1, int(SEARCHED_WORK / max(1.0, ball_cost(network))))
+    most = min(SEARCHED_BATCH, fitting) if searched else LARGEST_BATCH
     batch_size = settings.batch_size or min(len(data.x), most, _batch_size(network, device, settings.memory))
     run = describe(
         model,
