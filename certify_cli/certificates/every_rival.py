@@ -50,6 +50,7 @@ HOPEFUL = -1.0
 """Parts of the margin below zero from which an ascent may come back."""
 PLENTY = 0.1
 """Where a bound leaves less than this part of the margin the next bound is asked as well."""
+
 Falls = Callable[[Analysis, Point, Ranges, Tensor], tuple[Fall, Ranges]]
 """(analysis, point, ranges on the balls, cotangents of the margins (batch, classes, classes)) -> how much the margins
 fall, (batch, classes), and ranges as narrow or narrower."""
@@ -173,7 +174,7 @@ class _Search:
             outside[live] = torch.where(passed, outside[live], torch.minimum(outside[live], here_rung))
             # a part of a ball that failed counts by the rung below
             reached = torch.where(passed, here_rung, torch.minimum(lower.below(here.radius), here_rung - 1))
-            certain = torch.where(passed, here.radius, lower.radius(reached))
+            certain = torch.where(passed, here.radius, torch.minimum(lower.radius(reached), here.radius))
             raised = reached > inside[live]
             index = live[raised]
             inside[index], best.radius[index] = reached[raised], certain[raised]
