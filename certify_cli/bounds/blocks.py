@@ -8,7 +8,8 @@ the network's own weights W_lk; with centre slopes they are A_l (from the input)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network
-from certify_cli.network.linearised import Slopes, Vectors, heads, nonlinear_nodes, push
+from certify_cli.network.linearised import Slopes, Vectors, heads, nonlinear_nodes, pull, pull_cost, push
 from certify_cli.numerics.norms import matrix_norm
 from certify_cli.numerics.rounding import up, vector_norm_up
 
@@ -88,7 +89,30 @@ def blocks(network: Network, centres: Slopes, budget: Budget, keep: bool = False
         matrices = _matrices(network, source, centres, wanted) if wanted else {}
         for target, bound in composed.items():
             found[target, source] = _block(bound, matrices.get(target), keep, network.device)
-    return found
+    return found | _with_rows(network, centres, budget, found)
+
+
+def _with_rows(
+    network: Network, centres: Slopes, budget: Budget, found: Mapping[tuple[int, int], Block]
+) -> dict[tuple[int, int], Block]:
+    """The blocks that have one bound for all rows, where a row each can be afforded: unit vectors pulled back."""
+    better: dict[tuple[int, int], Block] = {}
+    for target in heads(network):
+        sources = [k for t, k in found if t == target and len(found[t, k].rows) == 1]
+        size = network.nodes[target].size
+        if not sources or size == 1 or size * pull_cost(network, target) > budget.norm:
+            continue
+        chunk = max(8, CHUNK_ENTRIES // max(n.size for n in network.nodes[: target + 1]))
+        parts: dict[int, list[Tensor]] = {k: [] for k in sources}
+        for part in torch.arange(size, device=network.device).split(chunk):
+            units = torch.nn.functional.one_hot(part, size).to(torch.float64)
+            pulled = pull(network, units.reshape(1, -1, *network.nodes[target].shape), centres, target)
+            for k in sources:
+                parts[k].append(up(pulled[k].size + pulled[k].error, 2)[0])
+        for k in sources:
+            block = found[target, k]
+            better[target, k] = replace(block, rows=torch.minimum(torch.cat(parts[k]), block.rows))
+    return better
 
 
 def _worth(network: Network, target: int, size: int, budget: Budget) -> bool:

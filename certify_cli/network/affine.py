@@ -87,6 +87,11 @@ class AffineOp(ABC):
         """Upper bound of ||W||_F: every row at most the longest."""
         return times(up(math.sqrt(math.prod(self.output_shape(shape)))), self.row_norm(shape))
 
+    @property
+    def products(self) -> int:
+        """About the multiplications that an entry of the output takes."""
+        return self.terms
+
     @abstractmethod
     def _norm(self, shape: Shape) -> float: ...
 
@@ -158,6 +163,10 @@ class Dense(AffineOp):
     def terms(self) -> int:
         # the transpose sums over the outputs instead
         return max(self.weight.shape) + 1 + self.weight_error
+
+    @property
+    def products(self) -> int:
+        return self.weight.shape[1]
 
     def _norm(self, shape: Shape) -> float:
         # entries off by e |W| move the norm by up to e || |W| ||, which may be many times e ||W||
@@ -236,6 +245,10 @@ class Conv(AffineOp):
     def terms(self) -> int:
         taps = math.prod(self.weight.shape[2:])
         return taps * max(self.weight.shape[1], self.weight.shape[0] // self.groups) + 1 + self.weight_error
+
+    @property
+    def products(self) -> int:
+        return self.weight[0].numel()
 
     def _norm(self, shape: Shape) -> float:
         """The least of the FFT-symbol bound and, where affordable, the verified norm of the whole matrix."""

@@ -232,7 +232,7 @@ def pull_cost(network: Network, start: int) -> float:
         if index in needed:
             node = network.nodes[index]
             needed.update(node.inputs)
-            cost += 2.0 * node.op.terms * node.size if isinstance(node.op, AffineOp) else 0.0
+            cost += 2.0 * node.op.products * node.size if isinstance(node.op, AffineOp) else 0.0
     return cost
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from certify_cli.bounds import blocks
 from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.blocks import Budget
-from certify_cli.bounds.lipschitz import Lipschitz, lipschitz_expansion, product_expansion
+from certify_cli.bounds.lipschitz import Lipschitz, lipschitz_expansion, product_expansion, weight_blocks
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
 from certify_cli.network.linearised import head, nonlinear_nodes
@@ -108,3 +109,23 @@ def test_two_layer_liplt_by_hand() -> None:
 def test_deep_networks_finish() -> None:
     network = mlp((10, *[20] * 12, 5), "relu")
     assert Analysis(network).lipschitz.of_margins(all_pairs(5)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["convolutional", "residual", "concatenating, softsign", "relu, convolutional"])
+def test_a_block_that_is_not_written_out_has_a_norm_of_its_own_for_every_row(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the rows of the blocks written out; without the means for either there is one norm for all."""
+    network = (SMOOTH | PIECEWISE)[name]
+    written = weight_blocks(network, Budget(1e12, 1e12))
+    monkeypatch.setattr(blocks, "MATRIX_ENTRIES", 0)
+    pulled = weight_blocks(network, Budget(1e12, 1e12))
+    poor = weight_blocks(network, Budget(0.0, 0.0))
+    assert pulled.keys() == written.keys() == poor.keys()
+    for key, block in pulled.items():
+        size = network.nodes[key[0]].size
+        assert block.matrix is None
+        exact = written[key].rows.expand(size)
+        assert len(block.rows) == size
+        assert torch.allclose(block.rows, exact, rtol=1e-9, atol=1e-12)
+        assert bool((poor[key].rows >= block.rows * (1 - 1e-12)).all())
