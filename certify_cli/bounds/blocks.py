@@ -17,7 +17,7 @@ from torch import Tensor
 
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network
-from certify_cli.network.linearised import Slopes, Vectors, heads, nonlinear_nodes, pull, pull_cost, push
+from certify_cli.network.linearised import Slopes, Vectors, heads, nonlinear_nodes, pull, push, rows_cost
 from certify_cli.numerics.norms import matrix_norm
 from certify_cli.numerics.rounding import up, vector_norm_up
 
@@ -100,7 +100,7 @@ def _with_rows(
     for target in heads(network):
         sources = [k for t, k in found if t == target and len(found[t, k].rows) == 1]
         size = network.nodes[target].size
-        if not sources or size == 1 or size * pull_cost(network, target) > budget.norm:
+        if not sources or size == 1 or rows_cost(network, target) > budget.norm:
             continue
         chunk = max(8, CHUNK_ENTRIES // max(n.size for n in network.nodes[: target + 1]))
         parts: dict[int, list[Tensor]] = {k: [] for k in sources}

@@ -26,7 +26,7 @@ from certify_cli.bounds.local import span
 from certify_cli.bounds.planes import Planes, Winners
 from certify_cli.bounds.ranges import Ranges, Samples
 from certify_cli.network.activations import Activation
-from certify_cli.network.linearised import Passage, Slope, Vectors, head, heads, pull, pull_cost, readers
+from certify_cli.network.linearised import Passage, Slope, Vectors, head, heads, pull, readers, rows_cost
 from certify_cli.network.pooling import GroupMap
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, powers_of_two, up, vector_norm_up
 
@@ -44,7 +44,7 @@ def lipschitz_falls(point: Samples, start: Ranges, cotangents: Tensor, budget: f
     network = point.network
     sources = _Sources(point, start)
     for target in heads(network)[:-1]:
-        if network.nodes[target].size * pull_cost(network, target) <= budget:
+        if rows_cost(network, target) <= budget:
             sources.reach(target)
         for layer in readers(network, target):
             sources.linearise(layer, target)

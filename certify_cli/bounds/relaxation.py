@@ -35,8 +35,8 @@ from certify_cli.network.linearised import (
     is_nonlinear,
     nonlinear_nodes,
     pull,
-    pull_cost,
     readers,
+    rows_cost,
 )
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.spans import Span
@@ -181,7 +181,7 @@ def relaxed_ranges(
 
 def range_cost(network: Network, target: int) -> float:
     """About the floating-point operations that the ranges of a head take, a sample and ball."""
-    return 2 * network.nodes[target].size * pull_cost(network, target)
+    return 2 * rows_cost(network, target)
 
 
 def ball_cost(network: Network) -> float:

@@ -236,6 +236,11 @@ def pull_cost(network: Network, start: int) -> float:
     return cost
 
 
+def rows_cost(network: Network, target: int) -> float:
+    """The same for one vector of every entry of node `target`."""
+    return network.nodes[target].size * pull_cost(network, target)
+
+
 Interval = tuple[Tensor, Tensor]
 """Midpoint and radius, of one shape; the radius is rounded up."""
 
