@@ -12,7 +12,6 @@ the pre-activation on the same ball: any slope will do, its constant being the p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,12 +30,8 @@ from certify_cli.network.linearised import (
     Passage,
     Vectors,
     head,
-    heads,
-    is_nonlinear,
     nonlinear_nodes,
     pull,
-    readers,
-    rows_cost,
 )
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.spans import Span
@@ -69,11 +64,7 @@ class Lines:
     @classmethod
     def of(cls, here: Span, shape: Shape) -> Lines:
         """On a span (batch, size) of a node of the given shape."""
-        return cls.sloped(here, shape, *supporting(here))
-
-    @classmethod
-    def sloped(cls, here: Span, shape: Shape, *slopes: Tensor) -> Lines:
-        """With these slopes (batch, size) below and above, and the constants that they need."""
+        slopes = supporting(here)
         reach = torch.maximum(-here.lo, here.hi)
         steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())
         far = vector_norm_up(up((here.activation.lipschitz + steepest) * reach, 3))
@@ -87,14 +78,31 @@ class Lines:
         return Lines((below[0], below[1]), (above[0], above[1]), self.far[index])
 
     def back(self, vectors: Vectors) -> Vectors:
-        """Entry by entry v below where v >= 0, else v above: v (below + above) / 2 + |v| (below - above) / 2."""
-        below, above = self.below[0].unsqueeze(1), self.above[0].unsqueeze(1)
-        value = torch.addcmul(vectors.value * (0.5 * (below + above)), vectors.magnitudes, 0.5 * (below - above))
-        largest = torch.maximum(below.abs(), above.abs()).flatten(1).amax(1, keepdim=True)
-        return Vectors(value, up(largest * (vectors.error + 8 * UNIT * vectors.size), 4) + UNDERFLOW)
+        return chosen(vectors, self.below[0], self.above[0])
+
+    @property
+    def shape(self) -> Shape:
+        """Of the node."""
+        return tuple(self.below[0].shape[1:])
+
+    @property
+    def slopes(self) -> Tensor:
+        """(sides, batch, size): below, above."""
+        return torch.stack([self.below[0], self.above[0]]).flatten(2)
 
     def loss(self, vectors: Vectors) -> Tensor:
         return spent(vectors, self.below[1], self.above[1], self.far)
+
+
+def chosen(vectors: Vectors, below: Tensor, above: Tensor) -> Vectors:
+    """Entry by entry v below where v >= 0, else v above: v (below + above) / 2 + |v| (below - above) / 2.
+
+    below, above (batch, *shape of the node): slopes, the same for all rows.
+    """
+    below, above = below.unsqueeze(1), above.unsqueeze(1)
+    value = torch.addcmul(vectors.value * (0.5 * (below + above)), vectors.magnitudes, 0.5 * (below - above))
+    largest = torch.maximum(below.abs(), above.abs()).flatten(1).amax(1, keepdim=True)
+    return Vectors(value, up(largest * (vectors.error + 8 * UNIT * vectors.size), 4) + UNDERFLOW)
 
 
 def supporting(here: Span) -> tuple[Tensor, Tensor]:
@@ -137,12 +145,12 @@ def relaxed(point: Samples, layer: int, ranges: Ranges) -> Relaxation:
     raise TypeError(f"no linear relaxation of {node.op.title}")
 
 
-def falls(point: Samples, between: Mapping[int, Relaxation], cotangents: Tensor, start: int | None = None) -> Fall:
+def falls(network: Network, between: Mapping[int, Relaxation], cotangents: Tensor, start: int | None = None) -> Fall:
     """How much <row, value of node `start`> falls on the balls on which `between` holds, (batch, rows).
 
     cotangents (batch or 1, rows, *shape of the node, the logits unless given).
     """
-    pulled = pull(point.network, cotangents, between, start)
+    pulled = pull(network, cotangents, between, start)
     rate = up(pulled[0].size + pulled[0].error, 2)
     return Fall.of(rate, [relaxation.loss(pulled[layer]) for layer, relaxation in between.items() if layer in pulled])
 
@@ -150,70 +158,3 @@ def falls(point: Samples, between: Mapping[int, Relaxation], cotangents: Tensor,
 def lines(point: Samples, ranges: Ranges) -> dict[int, Relaxation]:
     """Every nonlinear node between lines on the given ranges."""
     return {layer: relaxed(point, layer, ranges) for layer in nonlinear_nodes(point.network)}
-
-
-def relaxed_ranges(
-    point: Samples, known: Ranges, memory: int, budget: float = math.inf
-) -> tuple[Ranges, dict[int, Relaxation]]:
-    """Ranges on the balls of `known`, never wider, and every nonlinear node between lines on them.
-
-    Head by head, as each needs the earlier ones only. A head that no nonlinear node precedes is known already, and one
-    that takes more than `budget` operations a sample stays as it is. memory: bytes that a part of the rows may take.
-    """
-    network = point.network
-    low, high = dict(known.low), dict(known.high)
-    between: dict[int, Relaxation] = {}
-    for target in heads(network)[:-1]:
-        here = Ranges(known.radius, low, high, known.norm)
-        if reaches(network, target) and range_cost(network, target) <= budget:
-            asked = torch.stack([bends(point, k, here) for k in readers(network, target)]).any(0)
-            rows = asked.any(0).nonzero()[:, 0]
-            if len(rows):
-                fall, rise = falls_and_rises(point, between, known.radius, target, rows, memory)
-                # what nobody asked for stays as it is, whatever the other samples of the batch ask for
-                fall, rise = (torch.where(asked[:, rows], t, torch.inf) for t in (fall, rise))
-                low[target] = low[target].index_copy(1, rows, torch.fmax(low[target][:, rows], -fall))
-                high[target] = high[target].index_copy(1, rows, torch.fmin(high[target][:, rows], rise))
-        here = Ranges(known.radius, low, high, known.norm)
-        between |= {k: relaxed(point, k, here) for k in readers(network, target)}
-    return Ranges(known.radius, low, high, known.norm), between
-
-
-def range_cost(network: Network, target: int) -> float:
-    """About the floating-point operations that the ranges of a head take, a sample and ball."""
-    return 2 * rows_cost(network, target)
-
-
-def ball_cost(network: Network) -> float:
-    """The same of all heads that `relaxed_ranges` treats."""
-    return sum(range_cost(network, target) for target in heads(network)[:-1] if reaches(network, target))
-
-
-def bends(point: Samples, layer: int, ranges: Ranges) -> Tensor:
-    """Which pre-activations' ranges matter, (batch, size): not those on which the activation is a straight line."""
-    node, target = point.network.nodes[layer], head(point.network, layer)
-    if not isinstance(node.op, Activation):
-        return torch.ones_like(ranges.low[target], dtype=torch.bool)
-    least, most = span(point, layer, ranges).slopes()
-    return ~(most - least <= UNDERFLOW)
-
-
-def falls_and_rises(
-    point: Samples, between: Mapping[int, Relaxation], radius: Tensor, target: int, rows: Tensor, memory: int
-) -> tuple[Tensor, Tensor]:
-    """How far the entries `rows` (count,) of node `target` can fall, and rise, on the balls: (batch, count) each."""
-    node = point.network.nodes[target]
-    widest = max(n.size for n in point.network.nodes[: target + 1])
-    chunk = max(1, min(memory, CACHE) // (64 * len(radius) * widest))
-    found = []
-    for part in rows.split(chunk):
-        units = torch.nn.functional.one_hot(part, node.size).to(radius.dtype)
-        both = torch.cat([units, -units]).reshape(1, -1, *node.shape)
-        found.append(falls(point, between, both, target).on(radius).reshape(len(radius), 2, -1))
-    fall, rise = torch.cat(found, dim=2).unbind(1)
-    return fall, rise
-
-
-def reaches(network: Network, target: int) -> bool:
-    """Whether a nonlinear node precedes node `target`."""
-    return any(is_nonlinear(network.nodes[i]) or reaches(network, i) for i in network.nodes[target].inputs)

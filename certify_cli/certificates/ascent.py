@@ -13,7 +13,7 @@ bound: offsets come from a grid, d from a few Lanczos steps. What is chosen is p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,63 +22,13 @@ from certify_cli.bounds.local import MIXED, Ball, Choice, span
 from certify_cli.bounds.trust_region import Quadratic
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.solver import Solution, largest_about, solved
-from certify_cli.network.affine import AffineOp
-from certify_cli.network.graph import Add, Concat, Network
 from certify_cli.network.grids import Grid, Touch
-from certify_cli.network.linearised import Slope, head, nonlinear_nodes, pull
-from certify_cli.numerics.rounding import TINY
+from certify_cli.network.linearised import Slope, head, nonlinear_nodes, offsets, pull
+from certify_cli.numerics.climber import LONGEST, RATE, SLOPE_STEP, WEIGHT_STEP, Climber, adjoint_sizes
 
-RATE, LONGEST = 0.3, 1.0
-"""Of the first step, and of any: a step that does not fail lets the next one be longer."""
-SLOPE_STEP, WEIGHT_STEP = 2.0, 4.0
-"""One step of rate 1 moves a slope or weight by this part of its scale (`Grid.scales`) where the gradient is as large
-as it can be, and by as much less as that is smaller."""
-LEAST_ADJOINT = 0.05
-"""A neuron's adjoint counts at least this part of the layer's largest."""
-MOMENTUM = 0.6
 SLIP, SHORTER, CALMER, LONGER = 0.03, 0.4, 0.7, 1.3
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
 ROUGH_STEPS = 6
-
-
-def linear_offsets(
-    network: Network, d: Tensor, slopes: Mapping[int, Tensor], sources: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    """What d (batch, inputs) does to every head, (batch, size), in the network linearised at `slopes` with `sources`
-    added to the nonlinear nodes' outputs."""
-    values: list[Tensor] = [d.reshape(-1, *network.input_shape)]
-    for index, node in enumerate(network.nodes[1:], start=1):
-        inputs = [values[i] for i in node.inputs]
-        if isinstance(node.op, AffineOp):
-            values.append(node.op.linear(inputs[0]))
-        elif isinstance(node.op, Add | Concat):
-            values.append(node.op.apply(*inputs))
-        else:
-            moved = slopes[index] * inputs[0].flatten(1) + sources[index]
-            values.append(moved.reshape(-1, *node.shape))
-    return {head(network, k): values[head(network, k)].flatten(1) for k in nonlinear_nodes(network)}
-
-
-@dataclass(eq=False)
-class Climber:
-    """One tensor (batch, size), what a step along its gradient is multiplied by, and the gradients' running mean."""
-
-    value: Tensor
-    scale: Tensor
-    mean: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.mean = torch.zeros_like(self.value)
-
-    def step(self, gradient: Tensor, rate: Tensor, count: int) -> None:
-        self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * gradient
-        self.value = self.value + rate * self.scale * self.mean / (1 - MOMENTUM**count)
-
-
-def adjoint_sizes(v: Tensor) -> Tensor:
-    """|v| (batch, size) as steps are divided by: none is next to nothing."""
-    size = v.abs()
-    return torch.maximum(size, LEAST_ADJOINT * size.amax(1, keepdim=True)).clamp(min=TINY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,7 +263,7 @@ class Problem:
         """Where the trust region's minimiser takes every head, with the sources at the touching points."""
         choice, touch = state.ascended.choice, state.touch
         sources = {k: touch[k].rise - choice.slopes[k] * touch[k].place for k in self.layers}
-        return linear_offsets(self.network, -state.solution.y, choice.slopes, sources)
+        return offsets(self.network, -state.solution.y, choice.slopes, sources)
 
     def gradient(self, state: _State) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """By slopes and by weights, at the state's minimiser d = -y and its touching points."""

@@ -225,6 +225,31 @@ def _backward(network: Network, node: Node, vectors: Vectors, passage: Passage |
     return [None if passage is None else passage.back(vectors)]
 
 
+def offsets(
+    network: Network,
+    d: Tensor,
+    slopes: Mapping[int, Tensor],
+    sources: Mapping[int, Tensor],
+    start: int | None = None,
+) -> dict[int, Tensor]:
+    """What d (batch, inputs) does to the heads of the nodes in `slopes` (batch, size), in the network linearised there
+    with `sources` (batch, size) added to their outputs. Other nonlinear nodes are cut, and those after `start` left
+    out. No bound."""
+    values: list[Tensor] = [d.reshape(-1, *network.input_shape)]
+    for index, node in enumerate(network.nodes[1:start], start=1):
+        inputs = [values[i] for i in node.inputs]
+        if isinstance(node.op, AffineOp):
+            values.append(node.op.linear(inputs[0]))
+        elif isinstance(node.op, Add | Concat):
+            values.append(node.op.apply(*inputs))
+        elif index in slopes:
+            moved = slopes[index] * inputs[0].flatten(1) + sources[index]
+            values.append(moved.reshape(-1, *node.shape))
+        else:
+            values.append(d.new_zeros(len(d), *node.shape))
+    return {head(network, k): values[head(network, k)].flatten(1) for k in slopes}
+
+
 def pull_cost(network: Network, start: int) -> float:
     """About the floating-point operations that pulling one vector back from node `start` takes."""
     needed, cost = {start}, 0.0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.analysis import MEMORY, Analysis
-from certify_cli.bounds.relaxation import ball_cost
+from certify_cli.bounds.relaxed_ranges import ball_cost
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import certify_batch, method_name, select
 from certify_cli.certificates.point import Point

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from certify_cli.bounds import relaxation
 from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.envelopes import Envelopes
+from certify_cli.bounds.line_ascent import climbed, climbs, envelopes
 from certify_cli.bounds.local_lipschitz import lipschitz_falls, matrix_norms
 from certify_cli.bounds.planes import Planes
 from certify_cli.bounds.ranges import Ranges, fast_ranges
-from certify_cli.bounds.relaxation import Lines, falls, lines, relaxed_ranges
-from certify_cli.certificates.line_ascent import climbed, climbs
+from certify_cli.bounds.relaxation import Lines, falls, lines
+from certify_cli.bounds.relaxed_ranges import relaxed_ranges
 from certify_cli.certificates.point import Point
 from certify_cli.network.activations import ACTIVATIONS, from_name
 from certify_cli.network.affine import Dense, Reshape
@@ -52,32 +54,37 @@ def test_no_sampled_offset_leaves_the_relaxed_ranges(name: str) -> None:
         for radius in RADII:
             point, fast = known(network, 5, radius)
             found, _ = relaxed_ranges(point, fast, MEMORY)
+            climbed_for, _ = relaxed_ranges(point, fast, MEMORY, steps=3)
             before = network.values(point.x)
             for d in directions(network, point.x, 8):
                 after = network.values(point.x + d * radius * (1 - 1e-14))
                 for target in heads(network)[:-1]:
                     offset = (after[target] - before[target]).flatten(1)
                     slack = 1e-13 * (1 + before[target].flatten(1).abs() + offset.abs())
-                    assert bool((offset >= found.low[target] - slack).all())
-                    assert bool((offset <= found.high[target] + slack).all())
+                    for ranges in (found, climbed_for):
+                        assert bool((offset >= ranges.low[target] - slack).all())
+                        assert bool((offset <= ranges.high[target] + slack).all())
             for target in found.low:
                 assert bool((found.low[target] >= fast.low[target]).all())
                 assert bool((found.high[target] <= fast.high[target]).all())
 
 
 def climbing(point: Point, fast: Ranges, rows: Tensor, steps: int = 6) -> Tensor:
-    """The bound with lines chosen for each row, row by row."""
-    ranges, between = relaxed_ranges(point, fast, MEMORY)
-    return torch.stack(
-        [climbed(point, ranges, between, row, steps).on(fast.radius)[:, 0] for row in rows.unbind(1)], dim=1
-    )
+    """The bound with lines chosen for each row, on ranges with lines of their own."""
+    ranges, between = relaxed_ranges(point, fast, MEMORY, steps=3)
+    item = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
+    mine = {k: line for k, line in between.items() if isinstance(line, Lines)}
+    choice = {k: e.at(item) for k, e in envelopes(point, ranges, mine).items()}
+    slopes = {k: line.slopes[:, item] for k, line in mine.items()}
+    found = climbed(point.network, fast.radius[item], choice, slopes, rows.flatten(0, 1), steps)
+    return found.on(fast.radius[item]).reshape(rows.shape[:2])
 
 
 def bounds_of(point: Point, fast: Ranges) -> dict[str, Callable[[Tensor], Tensor]]:
     more = {"climbed": lambda rows: climbing(point, fast, rows)} if climbs(point) else {}
     return more | {
-        "lines": lambda rows: falls(point, lines(point, fast), rows).on(fast.radius),
-        "relaxed": lambda rows: falls(point, relaxed_ranges(point, fast, MEMORY)[1], rows).on(fast.radius),
+        "lines": lambda rows: falls(point.network, lines(point, fast), rows).on(fast.radius),
+        "relaxed": lambda rows: falls(point.network, relaxed_ranges(point, fast, MEMORY)[1], rows).on(fast.radius),
         "slopes": lambda rows: lipschitz_falls(point, fast, rows).on(fast.radius),
         "slopes, no Jacobian": lambda rows: lipschitz_falls(point, fast, rows, budget=0.0).on(fast.radius),
     }
@@ -153,6 +160,35 @@ def test_lines_hold_the_activation(name: str) -> None:
     left = torch.maximum((rise - found.below[0] * t).abs(), (rise - found.above[0] * t).abs()).amax(0)
     assert float(found.far) >= float(left.norm()) * (1 - 1e-9)
     assert bool((steepest <= phi.lipschitz * (1 + 1e-9) + 1e-9).all())
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_every_line_of_an_envelope_holds(name: str) -> None:
+    """Slopes between the table's, at them, and beyond its ends, for items that are samples in any order."""
+    phi = from_name(ROWS.get(name, name))
+    g = torch.Generator().manual_seed(8)
+    z = 3 * torch.randn(3, 200, generator=g, dtype=D)
+    width = 10 ** (4 * torch.rand(3, 200, generator=g, dtype=D) - 3)
+    lo, hi = (-width * torch.rand(3, 200, generator=g, dtype=D), width * torch.rand(3, 200, generator=g, dtype=D))
+    here, item = Span(phi, z, 1e-15, lo, hi), torch.tensor([2, 0, 0, 1])
+    found = Envelopes.of(here, Lines.of(here, (200,))).at(item)
+    t = (lo + (hi - lo) * torch.linspace(0, 1, 801, dtype=D).reshape(-1, 1, 1))[:, item]
+    rise = phi.value(z[item] + t) - phi.value(z[item])
+    slack = 1e-12 * (1 + rise.abs() + phi.value(z[item]).abs() + t.abs())
+    spread = rise.amax(0) - rise.amin(0) + 1e-9
+    for side, ends in enumerate(zip(*found.ends, strict=True)):
+        above = torch.full((4, 200), bool(side))
+        for part in (0.0, 1.0, 7 / 15, torch.rand(4, 200, generator=g, dtype=D), -0.3, 1.4):
+            slope = ends[0] + part * (ends[1] - ends[0])
+            constant, touch = found.needed(above, slope)
+            left = (slope * t + constant - rise) if side else (rise - slope * t + constant)
+            assert bool((left >= -slack).all())
+            if isinstance(part, Tensor) or 0 <= part <= 1:
+                assert float((left.amin(0) / spread).quantile(0.9)) < 2e-2
+                assert bool((touch.abs() <= found.reach).all())
+                assert bool(((rise - slope * t).norm(dim=2).amax(0) <= found.far * (1 + 1e-9)).all())
+        line = found.lines(torch.stack([ends[0] - 1.0, ends[1] + 1.0])).slopes
+        assert torch.equal(line[side], ends[side])
 
 
 POOLS = [
@@ -306,5 +342,35 @@ def test_a_wrong_line_would_be_noticed(mutant: str, line: str, monkeypatch: pyte
         return Lines(parts["below"], parts["above"], found.far)
 
     monkeypatch.setattr(relaxation.Lines, "of", wrong)
+    with pytest.raises(AssertionError):
+        test_no_attack_in_the_ball_loses_more("saturated")
+
+
+def test_lines_of_every_range_s_own_narrow_the_ranges() -> None:
+    """Never wider, and narrower by more on every further layer."""
+    network = mlp((6, 20, 20, 20, 20, 3), "sigmoid", seed=4, gain=4.0)
+    with exact_kernels():
+        point, fast = known(network, 3, 0.3)
+        plain, _ = relaxed_ranges(point, fast, MEMORY)
+        climbed_for, _ = relaxed_ranges(point, fast, MEMORY, steps=8)
+        shares = []
+        for target in heads(network)[1:-1]:
+            assert bool((climbed_for.low[target] >= plain.low[target]).all())
+            assert bool((climbed_for.high[target] <= plain.high[target]).all())
+            width, narrower = (r.high[target] - r.low[target] for r in (plain, climbed_for))
+            shares.append(float(narrower.sum() / width.sum()))
+        assert sorted(shares, reverse=True) == shares
+        assert shares[0] < 0.99
+        assert shares[-1] < 0.9
+
+
+def test_a_constant_that_is_too_small_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Envelopes.needed
+
+    def wrong(self: Envelopes, above: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        constant, touch = right(self, above, slope)
+        return 0.5 * constant, touch
+
+    monkeypatch.setattr(Envelopes, "needed", wrong)
     with pytest.raises(AssertionError):
         test_no_attack_in_the_ball_loses_more("saturated")
