@@ -59,8 +59,6 @@ class Envelopes:
             part, chosen_slopes = here.at(several), spread[:, several]
             error = torch.as_tensor(part.error)
             wide = Span(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
-                part.activation, *(t.repeat(count) for t in (part.z, torch.as_tensor(part.error), part.lo, part.hi))
-            )
             least, most = wide.remainders(chosen_slopes.reshape(-1))
             slope[:, several] = chosen_slopes
             constant[:, several] = (most if side else -least).reshape(count, -1)

@@ -16,7 +16,8 @@ from torch import Tensor
 from certify_cli.bounds.analysis import Analysis
 from certify_cli.bounds.fast import fast_losses, node_parts, tangents
 from certify_cli.bounds.local import Ball, Choice, Frame, ball, lower_bound
-from certify_cli.bounds.ranges import fast_ranges
+from certify_cli.bounds.ranges import Ranges, fast_ranges
+from certify_cli.bounds.relaxed_ranges import relaxed_ranges
 from certify_cli.certificates.ascent import Ascended, ascend, rough
 from certify_cli.certificates.bracket import HOPELESS, Bracket, power_step
 from certify_cli.certificates.point import Point
@@ -309,14 +310,20 @@ class Batch:
     def _reframe(self, samples: Tensor, radius: Tensor) -> None:
         """A frame made for these balls, of all samples in their order."""
         assert len(samples) == len(self.point.x)
-        ranges = fast_ranges(self.point, self.analysis.weights, radius)
-        self.frame = ball(self.point, ranges, like=self.frame).frame
+        self.frame = ball(self.point, self._ranges(self.point, radius), like=self.frame).frame
+
+    def _ranges(self, part: Point, radius: Tensor) -> Ranges:
+        """Where a search on balls of `radius` (batch,) begins: at `max` with what linear relaxation knows as well."""
+        ranges = fast_ranges(part, self.analysis.weights, radius)
+        if self.analysis.effort == "max":
+            ranges, _ = relaxed_ranges(part, ranges, self.analysis.memory)
+        return ranges
 
     def ball(self, samples: Tensor, radius: Tensor) -> Ball:
         """Balls (count,) of the samples (count,) of the batch, in the frame that the search made."""
         part = self.point.at(samples)
         frame = self.frame if self.frame is None or len(samples) == len(self.point.x) else self.frame.at(samples)
-        return ball(part, fast_ranges(part, self.analysis.weights, radius), frame)
+        return ball(part, self._ranges(part, radius), frame)
 
     def _task(self, items: Items, radius: Tensor) -> Task:
         """radius: of each item; items of one sample must have one ball."""
