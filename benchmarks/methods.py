@@ -55,6 +55,9 @@ LARGEST = 1e6
 SAMPLES, OF_CONVOLUTIONS = 100, 20
 """How many samples, where neither --samples nor --peers says."""
 
+FIRST = 10
+"""Of so many samples the share of CROWN is given as well."""
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
@@ -233,6 +236,7 @@ def table_row(name: str, ours: dict[str, Any], theirs: dict[str, Any] | None, co
     if wrong:
         note += f" ({wrong} above an attack)"
     best = best_of(columns)
+    early = [k for k, index in enumerate(ours["right"]) if index < FIRST]
 
     def ratio(value: float | None, to: float | None) -> float | None:
         return value / to if value is not None and to else None
@@ -243,6 +247,7 @@ def table_row(name: str, ours: dict[str, Any], theirs: dict[str, Any] | None, co
         crowned if not note or crowned is None else f"{crowned:.3g}{note}",
         means["attack"],
         None if wrong else ratio(means.get(best), crowned),
+        None if wrong or rival is None else ratio(mean([radii[best][k] for k in early]), mean([rival[k] for k in early])),
         *([ratio(means.get(best), means.get("composition"))] if "composition" in columns else []),
         ratio(mean([radii[best][k] for k in attacked]), means["attack"]) if best in radii else None,
         *(ours["ms"].get(c) for c in columns if c not in ("attack", "composition")),
@@ -259,7 +264,7 @@ def best_of(columns: list[str]) -> str:
 def table_columns(columns: list[str]) -> list[str]:
     own, best = [c for c in columns if c != "attack"], best_of(columns)
     return [
-        "model", "correct", *own, "CROWN", "attack", f"{best}/CROWN",
+        "model", "correct", *own, "CROWN", "attack", f"{best}/CROWN", f"of first {FIRST}",
         *([f"{best}/composition"] if "composition" in columns else []), f"{best}/attack",
         *(f"{c}, ms" for c in own if c != "composition"), "CROWN, ms", "attack, ms", "bounds, s",
         "peak MiB", "CROWN, MiB",
