@@ -247,7 +247,7 @@ def table_row(name: str, ours: dict[str, Any], theirs: dict[str, Any] | None, co
         crowned if not note or crowned is None else f"{crowned:.3g}{note}",
         means["attack"],
         None if wrong else ratio(means.get(best), crowned),
-        None if wrong or rival is None else ratio(mean([radii[best][k] for k in early]), mean([rival[k] for k in early])),
+        None if wrong or rival is None else ratio(*(mean([r[k] for k in early]) for r in (radii[best], rival))),
         *([ratio(means.get(best), means.get("composition"))] if "composition" in columns else []),
         ratio(mean([radii[best][k] for k in attacked]), means["attack"]) if best in radii else None,
         *(ours["ms"].get(c) for c in columns if c not in ("attack", "composition")),
