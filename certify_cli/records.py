@@ -153,6 +153,15 @@ class Summary:
         return cls(**{key: value for key, value in data.items() if key in known})
 
 
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    run: Run
+    samples: tuple[Sample, ...]
+    summary: Summary
+
+
 def parse_eps(text: str) -> float:
     """The radius that an `--eps` text stands for: a number or a fraction such as 36/255. Raises UsageError."""
     numerator, slash, denominator = text.partition("/")

@@ -8,22 +8,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from certify_cli.cli.bounds import bounds
 from certify_cli.cli.certify import certify
+from certify_cli.cli.check import check
 from certify_cli.cli.convert import convert
 from certify_cli.cli.diff import diff
 from certify_cli.cli.doctor import doctor
 from certify_cli.cli.inspect import inspect
+from certify_cli.cli.signals import Stopped, at_once
 from certify_cli.cli.sink import refusing
 from certify_cli.errors import CurvcertError
 from certify_cli.output.console import printable
@@ -33,8 +33,9 @@ DONE, USAGE, INTERNAL = 0, 2, 4
 DEBUG_VARIABLE = "CURVCERT_DEBUG"
 
 EXIT_CODES = """
-Exit codes: 0 done; 1 diff found a regression, or doctor a fault; 2 wrong option; 3 model, data or records missing,
-unreadable or refused, or method not applicable; 4 internal error; 130 or 143 stopped by SIGINT or SIGTERM.
+Exit codes: 0 done; 1 check's policy is not met, diff found a regression, or doctor a fault; 2 wrong option or setting;
+3 model, data or records missing, unreadable or refused, or method not applicable; 4 internal error; 130 or 143 stopped
+by SIGINT or SIGTERM.
 """
 
 # plain help and plain errors: the last line of stderr is a sentence, not the edge of a box
@@ -46,7 +47,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (certify, diff, bounds, inspect, convert, doctor):
+for command in (certify, check):  # their options can be set by CURVCERT_METHOD and the like
+    app.command(context_settings={"auto_envvar_prefix": "CURVCERT"})(command)
+for command in (diff, bounds, inspect, convert, doctor):
     app.command()(command)
 
 
@@ -65,13 +68,6 @@ def _root(
     pass
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived. Not an Exception: nothing but `main` may catch it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code.
 
@@ -87,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _code_of(words: list[str]) -> int:
     try:
-        with _signals(), _library_warnings_off():
+        with at_once(), _library_warnings_off():
             code = _run(words)
             with refusing("the output"):
                 sys.stdout.flush()
             return code
     except Stopped as stop:
-        _complain(f"curvcert: stopped by {signal.Signals(stop.number).name}")
+        _complain(f"curvcert: stopped by {signal.Signals(stop.number).name}{stop.hint}")
         return 128 + stop.number
     except BrokenPipeError:
         return DONE
@@ -163,26 +159,6 @@ def _redirect_to_null(stream: Any) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Stopped`; a second one ends the process at once. Ignored signals stay ignored."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -5,55 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from certify_cli.cli import options as opt
+from certify_cli.cli.configuration import ConfigFile, tell
 from certify_cli.cli.reporter import Reporter
-from certify_cli.cli.sink import atomic, refusing, sink
+from certify_cli.cli.run_options import RunOptions, spread
+from certify_cli.cli.signals import Flag, noted
+from certify_cli.cli.sink import appending, atomic, refusing, sink
 from certify_cli.cli.witnesses import save_witnesses
 from certify_cli.errors import UsageError
 from certify_cli.output.document import Record
 from certify_cli.output.formats import FORMATS
-from certify_cli.records import Sample, Summary, summarise
+from certify_cli.records import Summary, summarise
+from certify_cli.run.resume import Begun, begun
 from certify_cli.run.settings import Settings
 
 if TYPE_CHECKING:
     from certify_cli.run.engine import Job
 
-PRESENTATION = {"quiet", "output", "format", "all_rows", "witnesses"}
-"""Options that change no result; they are left out of the run line, which so stays the same with and without them."""
 
-
+@spread
 def certify(
     context: typer.Context,
-    model: opt.ModelFile,
-    data: opt.DataSource,
-    data_root: opt.DataRoot = None,
-    split: opt.Split = "test",
-    samples: opt.Samples = None,
-    shuffle: opt.Shuffle = False,
-    seed: opt.Seed = 0,
-    data_layout: opt.DataLayout = "nchw",
-    resize: opt.Resize = None,
-    offline: opt.Offline = False,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    layout: opt.Layout = None,
-    activation: opt.ActivationName = None,
-    method: opt.Method = "auto",
-    effort: opt.Effort = "normal",
-    attack: opt.Attack = "certificate",
-    eps: opt.Eps = None,
-    device: opt.Device = "auto",
-    batch_size: opt.BatchSize = "auto",
-    threads: opt.Threads = "auto",
-    memory: opt.Memory = "auto",
+    run: RunOptions,
     format: opt.RecordFormat = None,
     output: opt.OutputFile = None,
     all_rows: opt.AllRows = False,
     witnesses: opt.Witnesses = None,
+    resume: opt.Resume = False,
+    config: ConfigFile = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Certify a radius for every sample of a data set.
@@ -63,26 +46,14 @@ def certify(
     form_name = opt.format_of(format, output, FORMATS)
     form = FORMATS[form_name]
     opt.npz_name("--witnesses", witnesses)
-    if witnesses is not None and attack == "none":
+    if witnesses is not None and run.attack == "none":
         raise UsageError(
             "--witnesses writes the attacks that are found, but --attack none looks for none; leave out one of the two"
         )
-    opt.one_of("--split", split, opt.SPLITS)
-    opt.one_of("--data-layout", data_layout, opt.DATA_LAYOUTS)
-    settings = Settings(
-        method=method,
-        effort=effort,
-        attack=attack,
-        eps=tuple(eps or ()),
-        device=device,
-        batch_size=opt.count_or_auto("--batch-size", batch_size),
-        threads=opt.count_or_auto("--threads", threads),
-        memory=opt.memory_size("--memory", memory),
-        seed=seed,
-        mean=opt.numbers("--mean", mean),
-        std=opt.numbers("--std", std),
-        layout=layout,
-    )
+    settings = run.settings()
+    if resume:
+        _resumed(context, run, settings, form_name, output, witnesses, quiet)
+        return
 
     # both files are opened before the work, so that a wrong path costs nothing
     with (
@@ -90,38 +61,15 @@ def certify(
         atomic(witnesses, "--witnesses", "wb") if witnesses is not None else nullcontext() as witness_file,
         Reporter(quiet, bar=not (form.streams and out.terminal)) as reporter,
     ):
-        if form_name == "csv" and eps:
+        tell(context, reporter)
+        if form_name == "csv" and settings.eps:
             reporter.note("csv has one row a sample; the accuracies at --eps are in the formats json, jsonl and table")
-        from certify_cli import load_data, load_model
-        from certify_cli.certificates.methods import METHODS
-        from certify_cli.load.data import named_shape
         from certify_cli.run.engine import prepare
 
-        opt.one_of("--method", method, dict.fromkeys(["auto", *METHODS]))
-        loaded = load_model(model, activation=activation)
-        reporter.notes(loaded.notes)
-        shape = named_shape(data)
-        if shape is not None:
-            from certify_cli.load.fit import fit
-
-            # a set that does not fit is refused before it is downloaded
-            fit(loaded.network, shape, mean=settings.mean or None, std=settings.std or None, layout=layout)
-        chosen = load_data(
-            data,
-            root=data_root,
-            split=split,
-            samples=samples,
-            shuffle=shuffle,
-            seed=seed,
-            data_layout=data_layout,
-            resize=resize,
-            offline=offline,
-            notify=None if quiet else reporter.note,
-        )
-        reporter.notes(chosen.notes)
+        loaded, chosen = run.load(settings, reporter)
         started = time.perf_counter()
         reporter.stage("bounding the network")
-        job = prepare(loaded, chosen, settings, _arguments(context))
+        job = prepare(loaded, chosen, settings, run.arguments())
         reporter.notes(job.run.notes)
         for text in form.render(_records(job, settings.eps, started, reporter), out.view):
             out.write(text)
@@ -130,18 +78,66 @@ def certify(
                 save_witnesses(witness_file, job.witnesses, tuple(chosen.x.shape[1:]))
 
 
-def _arguments(context: typer.Context) -> dict[str, Any]:
-    """The options as typed or defaulted, by name."""
-    return {name: value for name, value in sorted(context.params.items()) if name not in PRESENTATION}
+def _resumed(
+    context: typer.Context,
+    run: RunOptions,
+    settings: Settings,
+    form: str,
+    output: str | None,
+    witnesses: str | None,
+    quiet: bool,
+) -> None:
+    """Into a file that keeps every batch, from where it ends."""
+    if output is None or form != "jsonl":
+        raise UsageError("--resume goes on with a file of JSON lines; name it: --output FILE.jsonl")
+    if witnesses is not None:
+        raise UsageError(
+            "--witnesses and --resume exclude one another: records keep no witness of what was done before"
+        )
+    with Reporter(quiet) as reporter:
+        tell(context, reporter)
+        past = begun(output)
+        if past is not None:
+            settings = past.settings(settings)
+        from certify_cli.run.engine import prepare
+
+        loaded, chosen = run.load(settings, reporter)
+        started = time.perf_counter()
+        reporter.stage("bounding the network")
+        job = prepare(loaded, chosen, settings, run.arguments())
+        reporter.notes(job.run.notes)
+        if past is not None:
+            past.check(job.run, job.indices)
+            if past.finished:
+                reporter.note(f"{output} is finished already, {len(past.samples)} samples")
+                return
+            reporter.note(f"going on after {past.whole} of {job.total} samples in {output}")
+        with appending(output, 0 if past is None else past.size) as out, noted() as flag:
+            records = _records(job, settings.eps, started, reporter, past, flag)
+            for text in FORMATS[form].render(records, out.view):
+                out.write(text)
 
 
-def _records(job: Job, eps: tuple[str, ...], started: float, reporter: Reporter) -> Iterator[Record]:
-    """The run line, every sample as it is done, the summary."""
-    yield job.run
-    done: list[Sample] = []
-    for sample in reporter.track(job.samples(), job.total, "certifying"):
+def _records(
+    job: Job,
+    eps: tuple[str, ...],
+    started: float,
+    reporter: Reporter,
+    past: Begun | None = None,
+    flag: Flag | None = None,
+) -> Iterator[Record]:
+    """The run line, every sample as it is done, the summary; of what is new, if there is a past.
+
+    flag: after which batch to stop.
+    """
+    if past is None:
+        yield job.run
+    done = [] if past is None else list(past.samples[: past.whole])
+    for sample in reporter.track(job.samples(len(done)), job.total, "certifying", len(done)):
         done.append(sample)
         yield sample
+        if flag is not None and len(done) % job.run.batch_size == 0:
+            flag.stop(f" after {len(done)} of {job.total} samples; the same command goes on from there")
     summary = summarise(done, eps, time.perf_counter() - started, job.search_seconds)
     if at_chance_level(summary, job.run.model.classes):
         reporter.warning(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from certify_cli.audit.compare import Comparison, SampleChange, compare
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
 from certify_cli.errors import UsageError
-from certify_cli.output.comparison import Comparison, SampleChange, compare
 from certify_cli.output.console import FIRST_ROWS, Column, escaped, grid, markdown_grid
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty

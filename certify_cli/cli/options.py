@@ -23,7 +23,8 @@ DATA_LAYOUTS = ("nchw", "nhwc")
 SPLITS = ("test", "train")
 PLAIN_FORMATS = ("table", "json")
 DIFF_FORMATS = ("table", "json", "markdown")
-SUFFIXES = {"md": "markdown"}
+CHECK_FORMATS = ("table", "json", "markdown", "junit", "sarif", "github")
+SUFFIXES = {"md": "markdown", "xml": "junit"}
 """Suffixes of files that are not the format's name."""
 
 AUTO = "auto"
@@ -67,6 +68,8 @@ DataSource = Annotated[
         help="digits, mnist, fashion-mnist, kmnist, cifar10, cifar100, svhn, a FILE.npz with x and y, or a folder of "
         "images with one folder a class.",
         show_default=False,
+        envvar="CURVCERT_DATA_SOURCE",
+        allow_from_autoenv=False,  # CURVCERT_DATA is the root
     ),
 ]
 SampleIndex = Annotated[
@@ -173,10 +176,29 @@ DiffFormat = Annotated[
     str | None,
     _choice("--format", DIFF_FORMATS, "A table to read, JSON, or Markdown for a pull request.", default=FORMAT_DEFAULT),
 ]
+CheckFormat = Annotated[
+    str | None,
+    _choice(
+        "--format",
+        CHECK_FORMATS,
+        "A table to read; JSON; Markdown for a pull request; JUnit, SARIF or GitHub annotations for CI.",
+        default=FORMAT_DEFAULT,
+    ),
+]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Certify every sample, also where the verdict is certain before the last.")
+]
 PrintedFormat = Annotated[str, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.")]
 OutputFile = Annotated[
     str | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write to FILE, whole or not at all.", show_default="stdout"),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep every batch in --output FILE.jsonl as it is done, and go on from there when the command is repeated.",
+    ),
 ]
 AllRows = Annotated[bool, typer.Option("--all", help="Show every sample in the table, not only the first.")]
 Witnesses = Annotated[

@@ -47,11 +47,11 @@ class Reporter:
         elif self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=text)
 
-    def track(self, items: Iterable[T], total: int, text: str) -> Iterator[T]:
-        """The items, counted by the bar with rate and time left; the bar goes when they end."""
+    def track(self, items: Iterable[T], total: int, text: str, done: int = 0) -> Iterator[T]:
+        """The items, counted by the bar (from `done` on) with rate and time left; the bar goes when they end."""
         self.stage(text)
         if self._progress is not None and self._task is not None:
-            self._progress.reset(self._task, total=total, description=text)
+            self._progress.reset(self._task, total=total, completed=done, description=text)
         for item in items:
             yield item
             if self._progress is not None and self._task is not None:

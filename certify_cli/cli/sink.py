@@ -91,6 +91,18 @@ def sink(path: str | None, all_rows: bool = False) -> Iterator[Sink]:
     yield Sink(sys.stdout, view, terminal)
 
 
+@contextmanager
+def appending(path: str, size: int) -> Iterator[Sink]:
+    """The first `size` bytes of a file, and what is written after them: every record stays, whatever happens next."""
+    with refusing(f"--output {path!r}"):
+        stream = open(path, "r+" if size else "w", encoding="utf-8", newline="")  # noqa: SIM115
+    with stream:
+        with refusing(f"--output {path!r}"):
+            stream.truncate(size)
+            stream.seek(size)
+        yield Sink(stream, View(), terminal=False)
+
+
 def _width(terminal: bool) -> int | None:
     """COLUMNS, else the terminal's width; a pipe gets tables as wide as their content."""
     columns = os.environ.get("COLUMNS", "")

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from certify_cli.output.document import Document, Record, View, collect
+from certify_cli.output.document import Record, View, collect
 from certify_cli.output.numbers import DOWN, NEAREST, UP, number, seconds, share
-from certify_cli.records import ERROR, NOT_CERTIFIED, Run, Sample
+from certify_cli.records import ERROR, NOT_CERTIFIED, Result, Run, Sample
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -218,12 +218,12 @@ def class_name(label: int | None, run: Run) -> str:
     return run.classes[label] if run.classes and 0 <= label < len(run.classes) else str(label)
 
 
-def summary_block(whole: Document) -> str:
+def summary_block(whole: Result) -> str:
     """The summary as lines of name and value."""
     return pairs(summary_rows(whole))
 
 
-def summary_rows(whole: Document) -> list[tuple[str, str]]:
+def summary_rows(whole: Result) -> list[tuple[str, str]]:
     """The summary as names and values."""
     summary = whole.summary
     count = summary.samples

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from certify_cli.output import console, csv, json, markdown
+from certify_cli.output import console, csv, github, json, junit, markdown, sarif
 from certify_cli.output.document import Record, View
 
 
@@ -29,4 +29,7 @@ FORMATS: dict[str, Format] = {
     "jsonl": Format("one JSON line a record, as each is done", json.lines, streams=True),
     "csv": Format("a header and one row a sample", csv.rows),
     "markdown": Format("tables for a pull request", markdown.document),
+    "junit": Format("JUnit XML, a test case a sample", junit.document),
+    "sarif": Format("SARIF, a result for every sample that is not certified", sarif.document),
+    "github": Format("annotations of a GitHub Actions run", github.document),
 }

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from certify_cli.errors import RecordsError
-from certify_cli.output.document import Document
 from certify_cli.output.json import TYPES
-from certify_cli.records import SCHEMA, Run, Sample, Summary
+from certify_cli.records import SCHEMA, Result, Run, Sample, Summary
 
 
-def read_document(path: str) -> Document:
+def read_document(path: str) -> Result:
     """The finished run in a file. Raises RecordsError, naming the file and the line, for anything else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -28,7 +27,7 @@ def read_document(path: str) -> Document:
         raise RecordsError(f"{path}: the run is not finished: there is no summary at its end")
     try:
         samples = tuple(Sample.from_dict(row) for row in parts["samples"])
-        found = Document(Run.from_dict(parts["run"]), samples, Summary.from_dict(parts["summary"]))
+        found = Result(Run.from_dict(parts["run"]), samples, Summary.from_dict(parts["summary"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordsError(f"{path}: a record is not as curvcert writes it: {error}") from error
     if found.summary.samples != len(samples):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.analysis import MEMORY, Analysis
+from certify_cli.bounds.layers import layer_table
 from certify_cli.bounds.relaxed_ranges import ball_cost
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import certify_batch, method_name, select
@@ -23,7 +25,7 @@ from certify_cli.load.fit import fit
 from certify_cli.load.loaded import LoadedModel
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Network
-from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Run, Sample, Summary, summarise
+from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Result, Run, Sample, summarise
 from certify_cli.run.provenance import describe
 from certify_cli.run.settings import Settings
 
@@ -58,15 +60,6 @@ class Witness:
         return self.moved - self.x
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    run: Run
-    samples: tuple[Sample, ...]
-    summary: Summary
-
-
 class Job:
     """A run made ready: `run` is known before the first sample, `samples()` does the work."""
 
@@ -80,9 +73,14 @@ class Job:
         self._methods = select(settings.method, network)
         self._analysis = Analysis(network, settings.effort, _memory(network.device, settings.memory, MEMORY))
 
-    def samples(self) -> Iterator[Sample]:
-        """Records in the data's order, a batch at a time."""
-        for start in range(0, self.total, self.run.batch_size):
+    @property
+    def indices(self) -> Sequence[int]:
+        """Of the samples in their data set, in order."""
+        return self._data.indices
+
+    def samples(self, first: int = 0) -> Iterator[Sample]:
+        """Records in the data's order, a batch at a time, from sample number `first` on, which begins a batch."""
+        for start in range(first, self.total, self.run.batch_size):
             part = slice(start, min(start + self.run.batch_size, self.total))
             with exact_kernels():
                 x = self._data.x[part].to(self._network.device, torch.float64)
@@ -94,6 +92,12 @@ class Job:
                     found, promised = self._searched(point, found)
                 records = self._records(part, point, found, promised)
             yield from records
+
+    def model_bounds(self) -> dict[str, float]:
+        """Bounds of the model as it meets the data, by the keys that a policy has for them; inf where there is none."""
+        last = layer_table(self._network)[-1]
+        curvature = math.inf if last.curvature is None else last.curvature
+        return {"largest_lipschitz": last.lipschitz, "largest_curvature": curvature}
 
     def _searched(self, point: Point, found: Certificates) -> tuple[Certificates, Tensor]:
         """The certificates with nearer attacks where the search finds them; which attacks a certificate promised."""

@@ -77,8 +77,15 @@ class FakeJob:
     witnesses: list[Any] = field(default_factory=list)
     search_seconds: float | None = None
 
-    def samples(self) -> Iterator[Sample]:
-        for index in range(self.total):
+    @property
+    def indices(self) -> range:
+        return range(self.total)
+
+    def model_bounds(self) -> dict[str, float]:
+        return {"largest_lipschitz": 3.0, "largest_curvature": 0.5}
+
+    def samples(self, first: int = 0) -> Iterator[Sample]:
+        for index in range(first, self.total):
             time.sleep(self.pause)
             self.witnesses.append(SimpleNamespace(index=index, x=np.full((2, 3), 0.5), d=np.full((2, 3), 0.1)))
             yield sample(index, self.labels[index])

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from certify_cli.audit.figures import FIGURES, certified, reached
 from certify_cli.errors import RecordsError
-from certify_cli.output.document import Document
-from certify_cli.records import Sample, parse_eps
+from certify_cli.records import Result, Run, parse_eps
 
 
 @dataclass(frozen=True)
-class Figure:
+class FigureChange:
     """A figure of the summary before and after; None where a run has none. `regressed`: beyond the tolerance."""
 
     name: str
@@ -57,11 +57,11 @@ class Comparison:
     new: str
     tolerance: float
     count: int
-    figures: tuple[Figure, ...]
+    figures: tuple[FigureChange, ...]
     samples: tuple[SampleChange, ...]
 
     @property
-    def regressions(self) -> tuple[Figure, ...]:
+    def regressions(self) -> tuple[FigureChange, ...]:
         return tuple(figure for figure in self.figures if figure.regressed)
 
     @property
@@ -93,14 +93,9 @@ class Comparison:
         }
 
 
-def compare(old: Document, new: Document, tolerance: float) -> Comparison:
+def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     """Raises RecordsError where the runs are not about the same samples."""
-    if old.run.data.sha256 != new.run.data.sha256 or [s.index for s in old.samples] != [s.index for s in new.samples]:
-        first, second = (f"{d.run.data.name}: {len(d.samples)}, sha256 {d.run.data.sha256[:12]}" for d in (old, new))
-        raise RecordsError(
-            f"the two runs are not about the same samples ({first}, and {second}); certify both models on the same "
-            "data and --samples"
-        )
+    same_samples(old.run, new.run)
     return Comparison(
         old=old.run.model.path,
         new=new.run.model.path,
@@ -111,27 +106,25 @@ def compare(old: Document, new: Document, tolerance: float) -> Comparison:
     )
 
 
-def _figures(old: Document, new: Document, tolerance: float) -> tuple[Figure, ...]:
-    before, after = old.summary, new.summary
-    shares: dict[str, tuple[float | None, float | None]] = {"accuracy": (before.accuracy, after.accuracy)}
-    for name, first, second in (
-        ("certified accuracy", before.certified_accuracy, after.certified_accuracy),
-        ("certified share", before.certified_share, after.certified_share),
-        ("accuracy under attack", before.attack_accuracy, after.attack_accuracy),
-    ):
-        for eps in dict.fromkeys([*(first or {}), *(second or {})]):
-            shares[f"{name} at {eps}"] = ((first or {}).get(eps), (second or {}).get(eps))
-    radii = {
-        "mean certified radius": (before.mean_certified_radius, after.mean_certified_radius),
-        "median certified radius": (before.median_certified_radius, after.median_certified_radius),
-        "mean certified radius, correct samples": (
-            before.mean_certified_radius_correct,
-            after.mean_certified_radius_correct,
-        ),
-    }
-    found = [Figure(name, a, b, _fell(a, b, tolerance)) for name, (a, b) in shares.items()]
-    found += [Figure(name, a, b, _fell(a, b, tolerance * (a or 0.0))) for name, (a, b) in radii.items()]
-    return tuple(figure for figure in found if figure.old is not None or figure.new is not None)
+def same_samples(old: Run, new: Run) -> None:
+    """Raises RecordsError where two runs are not about the same samples."""
+    if old.data.sha256 != new.data.sha256:
+        first, second = (f"{r.data.name}: {r.data.samples}, sha256 {r.data.sha256[:12]}" for r in (old, new))
+        raise RecordsError(
+            f"the two runs are not about the same samples ({first}, and {second}); certify both models on the same "
+            "data and --samples"
+        )
+
+
+def _figures(old: Result, new: Result, tolerance: float) -> tuple[FigureChange, ...]:
+    before, after = (reached(result.summary) for result in (old, new))
+    found = []
+    for key, row in FIGURES.items():
+        for eps in dict.fromkeys(e for k, e in (*before, *after) if k == key):
+            a, b = before.get((key, eps)), after.get((key, eps))
+            by = tolerance * (a or 0.0) if row.radius else tolerance
+            found.append(FigureChange(row.title + ("" if eps is None else f" at {eps}"), a, b, _fell(a, b, by)))
+    return tuple(found)
 
 
 def _fell(old: float | None, new: float | None, by: float) -> bool:
@@ -139,13 +132,13 @@ def _fell(old: float | None, new: float | None, by: float) -> bool:
     return old is not None and new is not None and old - new > by + 1e-12
 
 
-def _samples(old: Document, new: Document) -> tuple[SampleChange, ...]:
+def _samples(old: Result, new: Result) -> tuple[SampleChange, ...]:
     levels = {eps: parse_eps(eps) for eps in (old.summary.certified_accuracy or old.summary.certified_share or {})}
     found = []
     for a, b in zip(old.samples, new.samples, strict=True):
         if (a.prediction, a.certified_radius) == (b.prediction, b.certified_radius):
             continue
-        was, now = ({eps for eps, level in levels.items() if _certified(s, level)} for s in (a, b))
+        was, now = ({eps for eps, level in levels.items() if certified(s, level)} for s in (a, b))
         found.append(
             SampleChange(
                 index=a.index,
@@ -159,7 +152,3 @@ def _samples(old: Document, new: Document) -> tuple[SampleChange, ...]:
             )
         )
     return tuple(sorted(found, key=lambda s: s.change))
-
-
-def _certified(sample: Sample, level: float) -> bool:
-    return sample.correct is not False and (sample.certified_radius or 0.0) > level

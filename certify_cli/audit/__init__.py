@@ -1,0 +1,1 @@
+"""What a finished or running run is held against: policies, other runs, its own records."""

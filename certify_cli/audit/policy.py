@@ -1,0 +1,128 @@
+"""Policies: what a model is asked to reach, as `[policy]` of a settings file says it.
+
+[policy]
+accuracy = 0.97
+certified_accuracy = { "0.5" = 0.6, "36/255" = 0.8 }
+mean_certified_radius = 0.3
+largest_unknown = { "0.5" = 0.1 }
+baseline = "baseline.json"
+fall = 0.01                                  # of every figure against the baseline
+# fall = { accuracy = 0.002, mean_certified_radius = 0.05 }
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from certify_cli.audit.figures import FIGURES, Figure, reached
+from certify_cli.errors import UsageError
+from certify_cli.records import Result, parse_eps
+
+FALL = 0.01
+"""How far figures may fall against a baseline, unless the policy says: shares by points, radii by parts."""
+BASELINE_KEYS = ("baseline", "fall")
+ROUNDING = 1e-12
+"""Allowed for where what is asked is computed from a baseline."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One figure, at one radius (the text typed) where it has one, and what it must reach. `because`: where from."""
+
+    key: str
+    asked: float
+    eps: str | None = None
+    because: str = "policy"
+
+    @property
+    def figure(self) -> Figure:
+        return FIGURES[self.key]
+
+    @property
+    def level(self) -> float:
+        return 0.0 if self.eps is None else parse_eps(self.eps)
+
+    @property
+    def title(self) -> str:
+        return self.figure.title + ("" if self.eps is None else f" at {self.eps}")
+
+    def holds(self, value: float) -> bool:
+        return value >= self.asked if self.figure.least else value <= self.asked
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Requirements as asked for; `baseline` is the path of the records to compare with, `fall` by figure's key."""
+
+    requirements: tuple[Requirement, ...]
+    baseline: str | None = None
+    fall: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], where: str) -> Policy:
+        """From the table `[policy]` of the file `where`. Raises UsageError, naming the key."""
+        requirements: list[Requirement] = []
+        for key, value in table.items():
+            name = key.replace("-", "_")
+            if name in FIGURES:
+                requirements += _asked(name, value, f"{where}: policy.{key}")
+            elif name not in BASELINE_KEYS:
+                known = ", ".join((*FIGURES, *BASELINE_KEYS))
+                raise UsageError(f"{where}: policy.{key} is not known; a policy has {known}")
+        baseline = table.get("baseline")
+        if baseline is not None and not isinstance(baseline, str):
+            raise UsageError(f"{where}: policy.baseline {baseline!r} is not the name of a file of records")
+        fall = _falls(table.get("fall"), f"{where}: policy.fall")
+        if fall and baseline is None:
+            raise UsageError(f"{where}: policy.fall says how far figures may fall against policy.baseline; name one")
+        if not requirements and baseline is None:
+            raise UsageError(f"{where}: the policy asks for nothing; it may ask for {', '.join(FIGURES)} or a baseline")
+        return cls(tuple(requirements), baseline, fall)
+
+    def against(self, old: Result) -> tuple[Requirement, ...]:
+        """What the figures of the baseline's summary ask for."""
+        found = []
+        for (key, eps), value in reached(old.summary).items():
+            fall = self.fall.get(key, self.fall.get("", FALL))
+            asked = value * (1 - fall) if FIGURES[key].radius else value - fall
+            found.append(Requirement(key, max(0.0, asked - ROUNDING), eps, f"{self.baseline}: {value:.4g}"))
+        return tuple(found)
+
+
+def _asked(key: str, value: Any, where: str) -> list[Requirement]:
+    if not FIGURES[key].by_radius:
+        return [Requirement(key, _number(value, where))]
+    if not isinstance(value, Mapping) or not value:
+        raise UsageError(f'{where} is asked at radii: {{ "0.5" = 0.6 }} asks for 0.6 at 0.5')
+    found = []
+    for eps, asked in value.items():
+        try:
+            parse_eps(eps)
+        except UsageError:
+            raise UsageError(f"{where}.{eps} is not a radius such as 0.5 or 36/255") from None
+        found.append(Requirement(key, _number(asked, f"{where}.{eps}"), eps))
+    return found
+
+
+def _falls(value: Any, where: str) -> dict[str, float]:
+    """By figure's key; "" for all others."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        return {"": _number(value, where)}
+    found = {}
+    for key, number in value.items():
+        name = key.replace("-", "_")
+        if name not in FIGURES:
+            raise UsageError(f"{where}.{key} is no figure; choose from {', '.join(FIGURES)}")
+        found[name] = _number(number, f"{where}.{key}")
+    return found
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise UsageError(f"{where} = {value!r} is not a number of at least 0")
+    return float(value)

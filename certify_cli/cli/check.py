@@ -1,0 +1,119 @@
+"""`curvcert check`: whether a model reaches what a policy asks; exit 1 where it does not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import typer
+
+from certify_cli.audit.compare import same_samples
+from certify_cli.audit.judge import Verdict, judge
+from certify_cli.audit.policy import Policy, Requirement
+from certify_cli.cli import options as opt
+from certify_cli.cli.configuration import OWN_FILE, PROJECT_FILE, PolicyFile, tell
+from certify_cli.cli.reporter import Reporter
+from certify_cli.cli.run_options import RunOptions, spread
+from certify_cli.cli.sink import refusing, sink
+from certify_cli.errors import UsageError
+from certify_cli.output.document import View
+from certify_cli.output.read import read_document
+from certify_cli.output.verdict import RENDERED, as_markdown
+from certify_cli.records import Sample
+from certify_cli.run.settings import Settings
+
+if TYPE_CHECKING:
+    from certify_cli.run.engine import Job
+
+NOT_MET = 1
+JOB_SUMMARY, LONGEST_SUMMARY = "GITHUB_STEP_SUMMARY", 2**20
+"""The file that GitHub shows of a step, and how many bytes it takes."""
+
+
+@spread
+def check(
+    context: typer.Context,
+    run: RunOptions,
+    policy: PolicyFile = None,
+    exact: opt.Exact = False,
+    format: opt.CheckFormat = None,
+    output: opt.OutputFile = None,
+    all_rows: opt.AllRows = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Check a model against a policy, such as a certified accuracy to reach.
+
+    Stops as soon as the verdict is certain. Exit 1 where the policy is not met.
+    """
+    form = opt.format_of(format, output, RENDERED)
+    asked = _policy(context)
+    settings = run.settings()
+    with sink(output, all_rows) as out, Reporter(quiet) as reporter:
+        tell(context, reporter)
+        baseline = None if asked.baseline is None else read_document(asked.baseline)
+        requirements = asked.requirements + (() if baseline is None else asked.against(baseline))
+        from certify_cli.run.engine import prepare
+
+        loaded, chosen = run.load(settings, reporter)
+        reporter.stage("bounding the network")
+        job = prepare(loaded, chosen, _levels(settings, requirements, exact), run.arguments())
+        reporter.notes(job.run.notes)
+        if baseline is not None:
+            same_samples(baseline.run, job.run)
+        verdict = _judged(requirements, job, reporter, exact)
+        out.write(RENDERED[form](verdict, job.run, out.view))
+        if form == "github":
+            _job_summary(as_markdown(verdict, job.run, View()))
+    return 0 if verdict.met else NOT_MET
+
+
+def _policy(context: typer.Context) -> Policy:
+    found = context.obj
+    if found is None:
+        raise UsageError(f"there is no policy: name one with --policy FILE, or write {OWN_FILE} here")
+    if found.policy is None:
+        table = "[tool.curvcert.policy]" if found.path.endswith(PROJECT_FILE) else "[policy]"
+        raise UsageError(f"{found.path}: has no table {table}, so there is nothing to check")
+    return Policy.of(found.policy, found.path)
+
+
+def _levels(settings: Settings, requirements: tuple[Requirement, ...], exact: bool) -> Settings:
+    """With the radii of the policy, so that a sample whose verdicts are known is spared dear methods; without any where
+    radii themselves are asked for."""
+    if exact or any(asked.figure.radius for asked in requirements):
+        return replace(settings, eps=())
+    levels = [asked.eps for asked in requirements if asked.eps is not None]
+    return replace(settings, eps=tuple(dict.fromkeys([*settings.eps, *levels])))
+
+
+def _judged(requirements: tuple[Requirement, ...], job: Job, reporter: Reporter, exact: bool) -> Verdict:
+    """After every batch, until it is certain."""
+    model = _of_model(requirements, job)
+    done: list[Sample] = []
+    verdict = judge(requirements, done, job.total, model)
+    unlabelled = [asked.title for asked in requirements if asked.figure.labelled]
+    for sample in reporter.track(job.samples(), job.total, "certifying"):
+        if sample.label is None and unlabelled:
+            raise UsageError(f"the policy asks for {unlabelled[0]}, but the data has no labels")
+        if not exact and verdict.certain:
+            break
+        done.append(sample)
+        if len(done) % job.run.batch_size == 0 or len(done) == job.total:
+            verdict = judge(requirements, done, job.total, model)
+    return judge(requirements, done, job.total, model)
+
+
+def _of_model(requirements: tuple[Requirement, ...], job: Job) -> Mapping[str, float]:
+    if not any(asked.figure.of_model for asked in requirements):
+        return {}
+    return job.model_bounds()
+
+
+def _job_summary(text: str) -> None:
+    """What annotations leave out, where GitHub Actions shows it."""
+    path = os.environ.get(JOB_SUMMARY)
+    if path:
+        with refusing(f"{JOB_SUMMARY} {path!r}"), open(path, "a", encoding="utf-8") as file:
+            file.write(text.encode()[:LONGEST_SUMMARY].decode(errors="ignore"))

@@ -1,0 +1,146 @@
+"""Settings from a file: `curvcert.toml`, or `[tool.curvcert]` of a pyproject.toml.
+
+Its keys are the options' names without dashes in front; `[policy]` is for `check`. What the command line says counts
+first, then the environment (CURVCERT_METHOD for --method), then the file, then the defaults.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from certify_cli.cli.reporter import Reporter
+from certify_cli.cli.run_options import SETTABLE
+from certify_cli.errors import UsageError
+
+OWN_FILE, PROJECT_FILE = "curvcert.toml", "pyproject.toml"
+POLICY = "policy"
+PREFIX = "CURVCERT_"
+OTHER_VARIABLES = ("CURVCERT_DATA", "CURVCERT_DATA_SOURCE", "CURVCERT_DEBUG")
+"""Variables that are no option's by name."""
+PRESENTATION = ("config", "policy", "quiet", "output", "format", "all_rows", "witnesses", "exact", "resume")
+"""Options that the environment may set, and a file may not: they change no result."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a settings file says: options by parameter, and the policy's table where there is one."""
+
+    path: str
+    options: Mapping[str, Any]
+    policy: Mapping[str, Any] | None
+
+
+def find(path: str | None) -> Configuration | None:
+    """The file asked for, else the one in the working directory; None where there is none.
+
+    Raises UsageError for a file that cannot be read, naming what is wrong.
+    """
+    if path is not None:
+        table = _table(Path(path))
+        if table is None:
+            raise UsageError(f"{path}: has no table [tool.curvcert]")
+        return _configuration(path, table)
+    for name in (OWN_FILE, PROJECT_FILE):
+        if Path(name).is_file():
+            table = _table(Path(name))
+            if table is not None:
+                return _configuration(name, table)
+    return None
+
+
+def _table(path: Path) -> Mapping[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            whole = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not TOML: {error}") from error
+    if path.name != PROJECT_FILE:
+        return whole
+    tool = whole.get("tool", {})
+    return tool.get("curvcert") if isinstance(tool, dict) else None
+
+
+def _configuration(path: str, table: Mapping[str, Any]) -> Configuration:
+    policy = table.get(POLICY)
+    if policy is not None and not isinstance(policy, dict):
+        raise UsageError(f"{path}: policy is a table: write [policy] above what it asks for")
+    options = {key: value for key, value in table.items() if key != POLICY}
+    return Configuration(path, options, policy)
+
+
+def defaults(found: Configuration, parameters: Iterable[Any]) -> dict[str, Any]:
+    """The file's values as the command line would have them, by parameter. parameters: the command's own.
+
+    Raises UsageError, naming the key, for one that is no option's or a value that is none of its kind.
+    """
+    known = {parameter.name: parameter for parameter in parameters}
+    values = {}
+    for key, value in found.options.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            listed = ", ".join(sorted(n.replace("_", "-") for n in known))
+            raise UsageError(f"{found.path}: {key} is not known; it may set {listed}, and a table [policy]")
+        values[name] = _value(value, known[name], f"{found.path}: {key}")
+    return values
+
+
+def _value(value: Any, parameter: Any, where: str) -> Any:
+    if getattr(parameter, "is_flag", False):
+        if not isinstance(value, bool):
+            raise UsageError(f"{where} = {value!r} is not true or false")
+        return value
+    several = parameter.multiple or parameter.nargs != 1
+    items = value if isinstance(value, list) and several else [value]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            kind = "a list of texts or numbers" if several else "a text or number"
+            raise UsageError(f"{where} = {value!r} is not {kind}")
+    texts = [str(item) for item in items]
+    return texts if several else texts[0]
+
+
+def from_file(context: typer.Context, path: str | None) -> str | None:
+    """The callback of `--config` and `--policy`: what the file sets becomes the other options' default."""
+    if not context.resilient_parsing:  # completion
+        context.obj = find(path)
+        if context.obj is not None:
+            context.default_map = defaults(context.obj, (p for p in context.command.params if p.name in SETTABLE))
+    return path
+
+
+def _option(flag: str, help: str) -> Any:
+    return typer.Option(
+        flag,
+        metavar="FILE",
+        help=help,
+        is_eager=True,
+        callback=from_file,
+        show_default=f"{OWN_FILE}, or [tool.curvcert] of {PROJECT_FILE}, where there is one",
+    )
+
+
+ConfigFile = Annotated[str | None, _option("--config", "A TOML file that sets options by their names.")]
+PolicyFile = Annotated[str | None, _option("--policy", "A TOML file with [policy], which sets options, too.")]
+
+
+def tell(context: typer.Context, reporter: Reporter) -> None:
+    """What was read, and what looks as if it should have been."""
+    if context.obj is not None and (context.obj.options or context.obj.policy):
+        reporter.note(f"settings from {context.obj.path}")
+    for name in unknown_variables():
+        reporter.warning(f"the environment has {name}, which is no setting of curvcert")
+
+
+def unknown_variables() -> list[str]:
+    """Variables of the environment that look like settings but are none."""
+    known = {PREFIX + name.upper() for name in (*SETTABLE, *PRESENTATION)} | set(OTHER_VARIABLES)
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)

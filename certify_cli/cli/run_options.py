@@ -1,0 +1,123 @@
+"""The options of a run, which `certify` and `check` share: declared once, and what they load."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from certify_cli.cli import options as opt
+from certify_cli.cli.reporter import Reporter
+from certify_cli.run.settings import Settings
+
+if TYPE_CHECKING:
+    from certify_cli.load.data import Dataset
+    from certify_cli.load.loaded import LoadedModel
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """As typed, or defaulted."""
+
+    model: opt.ModelFile
+    data: opt.DataSource
+    data_root: opt.DataRoot = None
+    split: opt.Split = "test"
+    samples: opt.Samples = None
+    shuffle: opt.Shuffle = False
+    seed: opt.Seed = 0
+    data_layout: opt.DataLayout = "nchw"
+    resize: opt.Resize = None
+    offline: opt.Offline = False
+    mean: opt.Mean = None
+    std: opt.Std = None
+    layout: opt.Layout = None
+    activation: opt.ActivationName = None
+    method: opt.Method = "auto"
+    effort: opt.Effort = "normal"
+    attack: opt.Attack = "certificate"
+    eps: opt.Eps = None
+    device: opt.Device = "auto"
+    batch_size: opt.BatchSize = "auto"
+    threads: opt.Threads = "auto"
+    memory: opt.Memory = "auto"
+
+    def settings(self) -> Settings:
+        """Checked; raises UsageError, naming the option."""
+        opt.one_of("--split", self.split, opt.SPLITS)
+        opt.one_of("--data-layout", self.data_layout, opt.DATA_LAYOUTS)
+        return Settings(
+            method=self.method,
+            effort=self.effort,
+            attack=self.attack,
+            eps=tuple(self.eps or ()),
+            device=self.device,
+            batch_size=opt.count_or_auto("--batch-size", self.batch_size),
+            threads=opt.count_or_auto("--threads", self.threads),
+            memory=opt.memory_size("--memory", self.memory),
+            seed=self.seed,
+            mean=opt.numbers("--mean", self.mean),
+            std=opt.numbers("--std", self.std),
+            layout=self.layout,
+        )
+
+    def load(self, settings: Settings, reporter: Reporter) -> tuple[LoadedModel, Dataset]:
+        """The model and the data; raises ModelError, DataError, UsageError."""
+        from certify_cli import load_data, load_model
+        from certify_cli.certificates.methods import METHODS
+        from certify_cli.load.data import named_shape
+
+        opt.one_of("--method", self.method, dict.fromkeys(["auto", *METHODS]))
+        loaded = load_model(self.model, activation=self.activation)
+        reporter.notes(loaded.notes)
+        shape = named_shape(self.data)
+        if shape is not None:
+            from certify_cli.load.fit import fit
+
+            # a set that does not fit is refused before it is downloaded
+            fit(loaded.network, shape, mean=settings.mean or None, std=settings.std or None, layout=self.layout)
+        chosen = load_data(
+            self.data,
+            root=self.data_root,
+            split=self.split,
+            samples=self.samples,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            data_layout=self.data_layout,
+            resize=self.resize,
+            offline=self.offline,
+            notify=None if reporter.quiet else reporter.note,
+        )
+        reporter.notes(chosen.notes)
+        return loaded, chosen
+
+    def arguments(self) -> dict[str, Any]:
+        """By name, for the run line."""
+        return {item.name: getattr(self, item.name) for item in sorted(fields(self), key=lambda f: f.name)}
+
+
+SETTABLE = frozenset(item.name for item in fields(RunOptions)) - {"model"}
+"""What a settings file and CURVCERT_* variables may set."""
+
+
+def spread(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the fields of RunOptions in place of its parameter `run`, as the command line needs them."""
+    own, hints = inspect.signature(command).parameters, get_type_hints(command, include_extras=True)
+    run_hints = get_type_hints(RunOptions, include_extras=True)
+    parameters = []
+    for name, parameter in own.items():
+        if hints[name] is RunOptions:
+            for item in fields(RunOptions):
+                default = inspect.Parameter.empty if item.default is MISSING else item.default
+                parameters.append(parameter.replace(name=item.name, default=default, annotation=run_hints[item.name]))
+        else:
+            parameters.append(parameter.replace(annotation=hints[name]))
+
+    def spread_out(**given: Any) -> Any:
+        return command(run=RunOptions(**{item.name: given.pop(item.name) for item in fields(RunOptions)}), **given)
+
+    spread_out.__name__, spread_out.__doc__ = command.__name__, command.__doc__
+    spread_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread_out.__annotations__ = {p.name: p.annotation for p in parameters}
+    return spread_out

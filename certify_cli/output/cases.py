@@ -1,0 +1,121 @@
+"""What the formats of test tools report: cases that pass, fail, break, or stay open.
+
+Of a run: every sample, at every radius asked for with `--eps`. Of a policy: every requirement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from certify_cli.audit.figures import attacked, certified
+from certify_cli.audit.judge import Finding, Verdict
+from certify_cli.output.console import class_name
+from certify_cli.output.numbers import DOWN, UP, number
+from certify_cli.records import ERROR, Result, Run, Sample, parse_eps
+
+PASS, FAIL, BROKEN, OPEN = "pass", "fail", "error", "open"
+MOST_SAMPLES = 10
+"""Samples named in one message."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`rule` is what is asked, `name` the case of it; `message` one sentence, "" where there is nothing to say."""
+
+    rule: str
+    name: str
+    outcome: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Cases:
+    """About one model; `title` says on what. `rules`: what each asks, by name."""
+
+    model: str
+    title: str
+    rules: dict[str, str]
+    cases: tuple[Case, ...]
+    seconds: float | None = None
+
+    def count(self, outcome: str) -> int:
+        return sum(case.outcome == outcome for case in self.cases)
+
+
+def of_result(result: Result) -> Cases:
+    """Every sample of a run, at every radius asked for; without one, whether it has a radius at all."""
+    levels = tuple(result.summary.certified_accuracy or result.summary.certified_share or ())
+    rules = {
+        f"certified at {eps}": f"The prediction is right, and no perturbation up to {eps} changes it." for eps in levels
+    }
+    return Cases(
+        model=result.run.model.path,
+        title=f"{result.run.data.name}, {result.summary.samples} samples",
+        rules=rules or {"certified": "The prediction is right, and has a certified radius."},
+        cases=tuple(
+            Case(rule, f"sample {sample.index}", *_judged(sample, level, result.run))
+            for rule, level in zip(rules or ["certified"], map(parse_eps, levels or ["0"]), strict=True)
+            for sample in result.samples
+        ),
+        seconds=result.summary.seconds,
+    )
+
+
+def _judged(sample: Sample, level: float, run: Run) -> tuple[str, str]:
+    if sample.status == ERROR:
+        return BROKEN, f"sample {sample.index}: {sample.reason}"
+    if sample.correct is False:
+        said, label = class_name(sample.prediction, run), class_name(sample.label, run)
+        return FAIL, f"sample {sample.index} is classified as {said}, its label is {label}"
+    if certified(sample, level):
+        return PASS, ""
+    if attacked(sample, level):
+        return FAIL, f"sample {sample.index}: an adversarial example is known at {number(sample.attack_radius, UP)}"
+    found = sample.reason or f"the certified radius is {number(sample.certified_radius, DOWN)}"
+    return OPEN, f"sample {sample.index} is neither certified nor attacked at {level:g}: {found}"
+
+
+def of_verdict(verdict: Verdict, run: Run) -> Cases:
+    """Every requirement of a policy."""
+    asked = {finding.requirement.title: asks(finding) for finding in verdict.findings}
+    outcomes = {True: PASS, False: FAIL, None: OPEN}
+    return Cases(
+        model=run.model.path,
+        title=f"policy on {run.data.name}, {verdict.total} samples",
+        rules=asked,
+        cases=tuple(
+            Case(f.requirement.title, f"{f.requirement.title} ({f.requirement.because})", outcomes[f.met], says(f))
+            for f in verdict.findings
+        ),
+    )
+
+
+def asks(finding: Finding) -> str:
+    figure = finding.requirement.figure
+    return f"{finding.requirement.title} is asked to be at {'least' if figure.least else 'most'} {_asked(finding)}."
+
+
+def says(finding: Finding) -> str:
+    """What was asked, what was found, and the samples that decide it."""
+    text = f"{finding.requirement.title} is {found(finding)}, asked {sign(finding)} {_asked(finding)}"
+    if finding.met is False and finding.samples:
+        shown = ", ".join(str(sample.index) for sample in finding.samples[:MOST_SAMPLES])
+        more = len(finding.samples) - MOST_SAMPLES
+        text += f"; it is decided by samples {shown}" + (f" and {more} more" if more > 0 else "")
+    return text
+
+
+def sign(finding: Finding) -> str:
+    return ">=" if finding.requirement.figure.least else "<="
+
+
+def found(finding: Finding) -> str:
+    """One number, or between which two it will end."""
+    low, high = number(finding.least, DOWN), number(finding.largest, UP)
+    if finding.least == finding.largest:
+        return low
+    return f"{low} or more" if finding.largest == float("inf") else f"{low} to {high}"
+
+
+def _asked(finding: Finding) -> str:
+    return f"{finding.requirement.asked:.6g}"

@@ -1,0 +1,97 @@
+"""A verdict on a policy: as a table, JSON, Markdown, and in the formats of test tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from certify_cli.audit.judge import Finding, Verdict
+from certify_cli.output import github, junit, sarif
+from certify_cli.output.cases import MOST_SAMPLES, found, of_verdict, sign
+from certify_cli.output.console import Column, class_name, escaped, grid, markdown_grid
+from certify_cli.output.document import View
+from certify_cli.output.json import pretty
+from certify_cli.output.numbers import DOWN, UP, number
+from certify_cli.records import SCHEMA, Run, Sample
+
+REQUIREMENTS = (
+    Column("asked", wraps=True),
+    Column("of", right=True),
+    Column("found", right=True),
+    Column("verdict"),
+    Column("because", wraps=True),
+)
+DECIDING = (
+    Column("decides", wraps=True),
+    *(Column(name, right=True) for name in ("sample", "label", "prediction", "certified radius", "attack radius")),
+)
+
+Renderer = Callable[[Verdict, Run, View], str]
+
+
+def as_table(verdict: Verdict, run: Run, view: View) -> str:
+    rows = [_requirement(finding) for finding in verdict.findings]
+    styles = [{True: "green", False: "red", None: None}[finding.met] for finding in verdict.findings]
+    text = f"{sentence(verdict, run)}\n\n{grid(REQUIREMENTS, rows, view, styles)}"
+    deciding = _deciding(verdict, run, view)
+    return text + (f"\n{grid(DECIDING, deciding, view)}" if deciding else "")
+
+
+def as_markdown(verdict: Verdict, run: Run, view: View) -> str:
+    heading = "met" if verdict.met else "not met"
+    text = f"## curvcert: policy {heading}\n\n{escaped(sentence(verdict, run))}\n\n"
+    text += markdown_grid(REQUIREMENTS, [_requirement(finding) for finding in verdict.findings])
+    deciding = _deciding(verdict, run, view)
+    return text + (f"\n{markdown_grid(DECIDING, deciding)}" if deciding else "")
+
+
+def as_json(verdict: Verdict, run: Run, view: View) -> str:
+    return pretty({"schema": SCHEMA, "run": run.to_dict(), "check": verdict.to_dict()}) + "\n"
+
+
+RENDERED: dict[str, Renderer] = {
+    "table": as_table,
+    "json": as_json,
+    "markdown": as_markdown,
+    "junit": lambda verdict, run, view: junit.of_cases(of_verdict(verdict, run), view),
+    "sarif": lambda verdict, run, view: sarif.of_cases(of_verdict(verdict, run), view),
+    "github": lambda verdict, run, view: github.of_cases(of_verdict(verdict, run), view),
+}
+
+
+def sentence(verdict: Verdict, run: Run) -> str:
+    """Whether it is met, of what, and after how many samples that was certain."""
+    met = sum(bool(finding.met) for finding in verdict.findings)
+    known = "met" if verdict.met else f"not met: {met} of {len(verdict.findings)} requirements hold"
+    where = f"{run.model.path} on {run.data.name}"
+    if verdict.done < verdict.total:
+        return f"{where}: policy {known}, certain after {verdict.done} of {verdict.total} samples (--exact goes on)"
+    return f"{where}, {verdict.total} samples: policy {known}"
+
+
+def _requirement(finding: Finding) -> tuple[str, ...]:
+    asked = finding.requirement
+    return (
+        asked.title,
+        f"{sign(finding)} {asked.asked:.6g}",
+        found(finding),
+        {True: "met", False: "not met", None: "open"}[finding.met],
+        asked.because,
+    )
+
+
+def _deciding(verdict: Verdict, run: Run, view: View) -> list[tuple[str, ...]]:
+    rows = []
+    for finding in verdict.failed:
+        shown = finding.samples if view.all_rows else finding.samples[:MOST_SAMPLES]
+        rows += [(finding.requirement.title, *_sample(sample, run)) for sample in shown]
+    return rows
+
+
+def _sample(sample: Sample, run: Run) -> tuple[str, ...]:
+    return (
+        str(sample.index),
+        class_name(sample.label, run),
+        class_name(sample.prediction, run),
+        number(sample.certified_radius, DOWN),
+        number(sample.attack_radius, UP),
+    )

@@ -1,0 +1,143 @@
+"""A run that goes on where it was stopped: JSON lines that hold the run line and the samples done so far.
+
+Batches are computed anew from their first sample, so that every sample is computed among the same others as in a run
+that was never stopped, and its record is the same byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from certify_cli.errors import UsageError
+from certify_cli.records import SCHEMA, Run, Sample
+from certify_cli.run.settings import Settings
+
+BEGINNING = b'{"type": "run"'
+"""Of the run line, which may have been cut off itself."""
+ELSEWHERE = ("model", "data", "data_root", "offline", "memory")
+"""Arguments that may differ: where files lie (their hashes may not), and what the recorded batch size stands for."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a file of records holds of a run: `size` is where the last complete record ends, `ends` where each sample's
+    does, in bytes."""
+
+    path: str
+    run: Run
+    samples: tuple[Sample, ...]
+    ends: tuple[int, ...]
+    start: int
+    finished: bool
+
+    def settings(self, wanted: Settings) -> Settings:
+        """With the batch size and threads of the run so far, where none are asked for."""
+        return replace(
+            wanted,
+            batch_size=wanted.batch_size or self.run.batch_size,
+            threads=wanted.threads or self.run.threads,
+        )
+
+    def check(self, now: Run, indices: Sequence[int]) -> None:
+        """Raises UsageError, naming what differs, unless the run now would go on with the same work."""
+        before, after = _identity(self.run), _identity(now)
+        apart = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        if apart:
+            name = apart[0]
+            raise UsageError(
+                f"--resume: {self.path} holds another run: its {name} is {before.get(name)!r}, not {after.get(name)!r}; "
+                "repeat the command that began it, or write to another file"
+            )
+        if [sample.index for sample in self.samples] != list(indices[: len(self.samples)]):
+            raise UsageError(f"--resume: {self.path} holds other samples than these; write to another file")
+
+    @property
+    def whole(self) -> int:
+        """Samples of whole batches: those that are kept."""
+        return len(self.samples) if self.finished else len(self.samples) // self.run.batch_size * self.run.batch_size
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept."""
+        return self.ends[self.whole - 1] if self.whole else self.start
+
+
+def begun(path: str) -> Begun | None:
+    """What is in the file; None where there is none, or no whole line yet. Raises UsageError for any other content."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"--resume: {path} cannot be read: {error.strerror or error}") from error
+    run, samples, ends, offset, finished = None, [], [], 0, False
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n"):  # cut off while it was written
+            break
+        offset += len(line)
+        record = _record(line)
+        kind = record.pop("type", None)
+        try:
+            if run is None and kind == "run" and record.get("schema") == SCHEMA:
+                run, start = Run.from_dict(record), offset
+                continue
+            if run is not None and kind == "sample" and not finished:
+                samples.append(Sample.from_dict(record))
+                ends.append(offset)
+                continue
+            if run is not None and kind == "summary" and not finished:
+                finished = True
+                continue
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise _foreign(path)
+    if run is None:
+        if content[:offset] or not BEGINNING.startswith(content[: len(BEGINNING)]):
+            raise _foreign(path)
+        return None
+    return Begun(path, run, tuple(samples), tuple(ends), start, finished)
+
+
+def _foreign(path: str) -> UsageError:
+    return UsageError(f"--resume: {path} is no file of JSON lines that certify began; write to another file")
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must be the same for the samples to come out the same, by what a user calls it."""
+    return {
+        "model (sha256)": run.model.sha256,
+        "data (sha256)": run.data.sha256,
+        "number of samples": run.data.samples,
+        "curvcert version": run.version,
+        **{f"{name} version": version for name, version in run.libraries.items()},
+        "device": run.device,
+        "threads": run.threads,
+        "batch size": run.batch_size,
+        "preprocessing": run.preprocessing,
+        **{_option(name): value for name, value in _plain(run.arguments).items() if name not in ELSEWHERE},
+        "method": run.method,
+        "effort": run.effort,
+        "attack": run.attack,
+    }
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """As they come back from JSON; threads and batch size are compared as they came out."""
+    found: dict[str, Any] = json.loads(json.dumps(arguments))
+    return {name: value for name, value in found.items() if name not in ("threads", "batch_size", "device")}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
