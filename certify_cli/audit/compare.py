@@ -96,6 +96,8 @@ class Comparison:
 def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     """Raises RecordsError where the runs are not about the same samples."""
     same_samples(old.run, new.run)
+    if [sample.index for sample in old.samples] != [sample.index for sample in new.samples]:
+        raise RecordsError("the two runs are about the same data, but do not have the same samples in the same order")
     return Comparison(
         old=old.run.model.path,
         new=new.run.model.path,

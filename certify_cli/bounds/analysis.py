@@ -19,10 +19,12 @@ MEMORY = 2**31
 
 
 class PairTable:
-    """A bound for each ordered pair of classes, computed when first asked for."""
+    """A bound for each ordered pair of classes, computed when first asked for: together with those that `expected`
+    classes will ask for, so that a rounding does not depend on who came first."""
 
-    def __init__(self, classes: int, device: torch.device, bound: Callable[[Tensor], Tensor]) -> None:
-        self._bound = bound
+    def __init__(self, classes: int, expected: Tensor, bound: Callable[[Tensor], Tensor]) -> None:
+        device = expected.device
+        self._expected, self._bound = expected, bound
         self._value = torch.full((classes, classes), torch.nan, dtype=torch.float64, device=device)
         self._value.fill_diagonal_(0.0)
 
@@ -40,6 +42,8 @@ class PairTable:
         view = self._value.T if swap else self._value
         wanted = torch.zeros_like(self._value, dtype=torch.bool)
         wanted[predicted.unique()] = True
+        if bool((wanted & view.isnan()).any()):
+            wanted[self._expected] = True
         pairs = (wanted & view.isnan()).nonzero()
         if len(pairs):
             bound = self._bound(pairs.flip(1) if swap else pairs)
@@ -50,12 +54,16 @@ class PairTable:
 class Analysis:
     """Global bounds of one network at one effort, each computed when first used. Hold it for as long as the network."""
 
-    def __init__(self, network: Network, effort: str = "normal", memory: int = MEMORY) -> None:
-        """memory: bytes that the bounds of a batch of samples may take."""
+    def __init__(
+        self, network: Network, effort: str = "normal", memory: int = MEMORY, expected: Tensor | None = None
+    ) -> None:
+        """memory: bytes that the bounds of a batch of samples may take. expected: classes that will be predicted."""
         self.network = network
         self.effort = effort
         self.memory = memory
         self.budget = Budget.of(effort)
+        none = torch.zeros(0, dtype=torch.long, device=network.device)
+        self.expected = none if expected is None else expected.unique()
 
     @cached_property
     def weights(self) -> dict[tuple[int, int], Block]:
@@ -78,9 +86,9 @@ class Analysis:
     @cached_property
     def lipschitz_pairs(self) -> PairTable:
         """Lipschitz constants of the margins."""
-        return PairTable(self.network.classes, self.network.device, self.lipschitz.of_margins)
+        return PairTable(self.network.classes, self.expected, self.lipschitz.of_margins)
 
     @cached_property
     def curvature_pairs(self) -> PairTable:
         """Bounds of -lambda_min of the margins' Hessians; the reversed pair's bounds lambda_max."""
-        return PairTable(self.network.classes, self.network.device, self.curvature.lower)
+        return PairTable(self.network.classes, self.expected, self.curvature.lower)

@@ -197,7 +197,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Keep every batch in --output FILE.jsonl as it is done, and go on from there when the command is repeated.",
+        help="Keep every batch in --output FILE.jsonl as it is done; the same command goes on from there.",
     ),
 ]
 AllRows = Annotated[bool, typer.Option("--all", help="Show every sample in the table, not only the first.")]

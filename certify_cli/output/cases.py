@@ -54,7 +54,7 @@ def of_result(result: Result) -> Cases:
         rules=rules or {"certified": "The prediction is right, and has a certified radius."},
         cases=tuple(
             Case(rule, f"sample {sample.index}", *_judged(sample, level, result.run))
-            for rule, level in zip(rules or ["certified"], map(parse_eps, levels or ["0"]), strict=True)
+            for rule, level in zip(rules or ["certified"], [parse_eps(eps) for eps in levels] or [0.0], strict=True)
             for sample in result.samples
         ),
         seconds=result.summary.seconds,
@@ -77,12 +77,11 @@ def _judged(sample: Sample, level: float, run: Run) -> tuple[str, str]:
 
 def of_verdict(verdict: Verdict, run: Run) -> Cases:
     """Every requirement of a policy."""
-    asked = {finding.requirement.title: asks(finding) for finding in verdict.findings}
     outcomes = {True: PASS, False: FAIL, None: OPEN}
     return Cases(
         model=run.model.path,
         title=f"policy on {run.data.name}, {verdict.total} samples",
-        rules=asked,
+        rules={finding.requirement.title: asks(finding) for finding in verdict.findings},
         cases=tuple(
             Case(f.requirement.title, f"{f.requirement.title} ({f.requirement.because})", outcomes[f.met], says(f))
             for f in verdict.findings
@@ -91,13 +90,12 @@ def of_verdict(verdict: Verdict, run: Run) -> Cases:
 
 
 def asks(finding: Finding) -> str:
-    figure = finding.requirement.figure
-    return f"{finding.requirement.title} is asked to be at {'least' if figure.least else 'most'} {_asked(finding)}."
+    return f"The {finding.requirement.title} is asked to be {asked(finding)}."
 
 
 def says(finding: Finding) -> str:
     """What was asked, what was found, and the samples that decide it."""
-    text = f"{finding.requirement.title} is {found(finding)}, asked {sign(finding)} {_asked(finding)}"
+    text = f"{finding.requirement.title} is {found(finding)}, asked is {asked(finding)}"
     if finding.met is False and finding.samples:
         shown = ", ".join(str(sample.index) for sample in finding.samples[:MOST_SAMPLES])
         more = len(finding.samples) - MOST_SAMPLES
@@ -105,8 +103,8 @@ def says(finding: Finding) -> str:
     return text
 
 
-def sign(finding: Finding) -> str:
-    return ">=" if finding.requirement.figure.least else "<="
+def asked(finding: Finding) -> str:
+    return f"at {'least' if finding.requirement.figure.least else 'most'} {finding.requirement.asked:.6g}"
 
 
 def found(finding: Finding) -> str:
@@ -115,7 +113,3 @@ def found(finding: Finding) -> str:
     if finding.least == finding.largest:
         return low
     return f"{low} or more" if finding.largest == float("inf") else f"{low} to {high}"
-
-
-def _asked(finding: Finding) -> str:
-    return f"{finding.requirement.asked:.6g}"

@@ -35,7 +35,7 @@ def of_cases(cases: Cases, view: View) -> str:
             text = f"{len(mine) - len(shown)} more, from {_first(mine[len(shown)])} on; the job summary has all"
             lines.append(_command(command, "curvcert", text, cases.model))
     passed = f"{len(cases.cases) - len([c for c in cases.cases if c.outcome in COMMANDS])} of {len(cases.cases)}"
-    lines.append(_command("notice", "curvcert", f"{cases.model} on {cases.title}: {passed} hold", cases.model))
+    lines.append(_command("notice", "curvcert", f"{cases.model}, {cases.title}: {passed} hold", cases.model))
     return "".join(lines)
 
 

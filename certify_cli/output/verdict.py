@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from certify_cli.audit.judge import Finding, Verdict
 from certify_cli.output import github, junit, sarif
-from certify_cli.output.cases import MOST_SAMPLES, found, of_verdict, sign
+from certify_cli.output.cases import MOST_SAMPLES, asked, found, of_verdict
 from certify_cli.output.console import Column, class_name, escaped, grid, markdown_grid
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
@@ -14,8 +14,8 @@ from certify_cli.output.numbers import DOWN, UP, number
 from certify_cli.records import SCHEMA, Run, Sample
 
 REQUIREMENTS = (
-    Column("asked", wraps=True),
-    Column("of", right=True),
+    Column("figure", wraps=True),
+    Column("asked", right=True),
     Column("found", right=True),
     Column("verdict"),
     Column("because", wraps=True),
@@ -69,13 +69,12 @@ def sentence(verdict: Verdict, run: Run) -> str:
 
 
 def _requirement(finding: Finding) -> tuple[str, ...]:
-    asked = finding.requirement
     return (
-        asked.title,
-        f"{sign(finding)} {asked.asked:.6g}",
+        finding.requirement.title,
+        asked(finding),
         found(finding),
         {True: "met", False: "not met", None: "open"}[finding.met],
-        asked.because,
+        finding.requirement.because,
     )
 
 

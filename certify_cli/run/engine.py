@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,7 +72,21 @@ class Job:
         self.search_seconds: float | None = None
         self._network, self._data, self._settings = network, data, settings
         self._methods = select(settings.method, network)
-        self._analysis = Analysis(network, settings.effort, _memory(network.device, settings.memory, MEMORY))
+
+    @cached_property
+    def _analysis(self) -> Analysis:
+        """For the classes that are predicted anywhere in the data: it is the same wherever a run begins."""
+        memory = _memory(self._network.device, self._settings.memory, MEMORY)
+        with exact_kernels():
+            predicted = torch.cat([self._network(self._batch(part)).argmax(1) for part in self._parts(0)])
+        return Analysis(self._network, self._settings.effort, memory, predicted)
+
+    def _parts(self, first: int) -> Iterator[slice]:
+        for start in range(first, self.total, self.run.batch_size):
+            yield slice(start, min(start + self.run.batch_size, self.total))
+
+    def _batch(self, part: slice) -> Tensor:
+        return self._data.x[part].to(self._network.device, torch.float64)
 
     @property
     def indices(self) -> Sequence[int]:
@@ -80,11 +95,9 @@ class Job:
 
     def samples(self, first: int = 0) -> Iterator[Sample]:
         """Records in the data's order, a batch at a time, from sample number `first` on, which begins a batch."""
-        for start in range(first, self.total, self.run.batch_size):
-            part = slice(start, min(start + self.run.batch_size, self.total))
+        for part in self._parts(first):
             with exact_kernels():
-                x = self._data.x[part].to(self._network.device, torch.float64)
-                point = Point(self._network, x)
+                point = Point(self._network, self._batch(part))
                 settings = self._settings
                 found = certify_batch(self._methods, self._analysis, point, settings.attack != "none", settings.levels)
                 promised = found.attack.isfinite()

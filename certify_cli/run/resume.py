@@ -49,8 +49,8 @@ class Begun:
         if apart:
             name = apart[0]
             raise UsageError(
-                f"--resume: {self.path} holds another run: its {name} is {before.get(name)!r}, not {after.get(name)!r}; "
-                "repeat the command that began it, or write to another file"
+                f"--resume: {self.path} holds another run: its {name} is {before.get(name)!r}, not "
+                f"{after.get(name)!r}; repeat the command that began it, or write to another file"
             )
         if [sample.index for sample in self.samples] != list(indices[: len(self.samples)]):
             raise UsageError(f"--resume: {self.path} holds other samples than these; write to another file")
@@ -117,6 +117,7 @@ def _record(line: bytes) -> dict[str, Any]:
 def _identity(run: Run) -> dict[str, Any]:
     """What must be the same for the samples to come out the same, by what a user calls it."""
     return {
+        **{_option(name): value for name, value in _plain(run.arguments).items() if name not in ELSEWHERE},
         "model (sha256)": run.model.sha256,
         "data (sha256)": run.data.sha256,
         "number of samples": run.data.samples,
@@ -126,7 +127,6 @@ def _identity(run: Run) -> dict[str, Any]:
         "threads": run.threads,
         "batch size": run.batch_size,
         "preprocessing": run.preprocessing,
-        **{_option(name): value for name, value in _plain(run.arguments).items() if name not in ELSEWHERE},
         "method": run.method,
         "effort": run.effort,
         "attack": run.attack,

@@ -114,8 +114,14 @@ def test_what_is_no_run_is_refused_by_name(curvcert: Curvcert, tmp_path: Path, t
 
 def test_other_data_is_an_error_and_no_verdict(curvcert: Curvcert, tmp_path: Path) -> None:
     old = write(tmp_path / "old.json", OLD)
-    for other in (write(tmp_path / "a.json", OLD, sha256="ef" * 32), write(tmp_path / "b.json", OLD[:3])):
+    for other in (
+        write(tmp_path / "a.json", OLD, sha256="ef" * 32),
+        write(tmp_path / "b.json", OLD[:3], sha256="12" * 32),
+    ):
         done = curvcert("diff", old, other)
         assert (done.code, done.out) == (3, "")
         assert "not about the same samples" in done.err
+    done = curvcert("diff", old, write(tmp_path / "c.json", OLD[:3]))
+    assert (done.code, done.out) == (3, "")
+    assert "do not have the same samples" in done.last
     assert curvcert("diff", old, old, "--tolerance", "2").code == 2
