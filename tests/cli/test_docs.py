@@ -1,0 +1,70 @@
+"""What the README and the pages in docs/ show is what the commands print, and every option in them exists.
+
+A page is run in order, in a folder with the shipped models: `<!-- file: NAME -->` before a block writes it,
+`<!-- run -->` (or `<!-- run: CODE -->`, the exit code) before a console block runs it and compares. A line `...` stands
+for any lines.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Outcome
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^<!-- (file|run)(?:: ([^\n]*))? -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+Curvcert = Callable[..., Outcome]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pages_show_what_is_printed(
+    page: Path, curvcert: Curvcert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    for kind, argument, body in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if kind == "file":
+            Path(argument).write_text(body, encoding="utf-8")
+            continue
+        command, _, shown = body.partition("\n")
+        words = shlex.split(command.removeprefix("$ ").partition("  #")[0])
+        assert words.pop(0) == "curvcert"
+        done = curvcert(*words)
+        assert done.code == int(argument or 0), done.err
+        assert matches(shown, done.out), f"{command} prints\n{done.out}"
+
+
+def matches(shown: str, printed: str) -> bool:
+    """Whether the printed text is the one shown, trailing blanks and the times that runs take left out."""
+
+    def lines(text: str) -> list[str]:
+        return [re.sub(r"^(time\b.*?  +).*", r"\1", line).rstrip() for line in text.strip().splitlines()]
+
+    pattern = "".join(r"(?:.*\n)*" if line.strip() == "..." else re.escape(line) + r"\n" for line in lines(shown))
+    return re.fullmatch(pattern, "".join(f"{line}\n" for line in lines(printed))) is not None
+
+
+def test_what_matches() -> None:
+    assert matches("a\n...\nd\ntime   3 s\n", "a\nb\nc\nd\ntime   4.1 s\n")
+    assert matches("a\n...\nd", "a\nd")
+    assert matches("a\n...", "a\nb\nc")
+    assert not matches("a\nd", "a\nb\nd")
+    assert not matches("a 0.1", "a 0.2")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_option_shown_exists(page: Path, curvcert: Curvcert) -> None:
+    text = page.read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:\$ |\s*- run: |\s*entry: ).*?\bcurvcert ([a-z]+)\b([^\n|]*)", text, re.MULTILINE)
+    assert commands
+    for command, rest in commands:
+        known = curvcert(command, "--help").out
+        for option in re.findall(r"(?<!\w)(--[a-z][a-z-]*|-[a-z])\b", rest.partition("  #")[0]):
+            assert re.search(rf"(^|[\s,]){re.escape(option)}\b", known), f"{command} has no {option}"
