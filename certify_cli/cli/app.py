@@ -23,6 +23,7 @@ from certify_cli.cli.convert import convert
 from certify_cli.cli.diff import diff
 from certify_cli.cli.doctor import doctor
 from certify_cli.cli.inspect import inspect
+from certify_cli.cli.report import report
 from certify_cli.cli.signals import Stopped, at_once
 from certify_cli.cli.sink import refusing
 from certify_cli.errors import CurvcertError
@@ -49,7 +50,7 @@ app = typer.Typer(
 )
 for command in (certify, check):  # their options can be set by CURVCERT_METHOD and the like
     app.command(context_settings={"auto_envvar_prefix": "CURVCERT"})(command)
-for command in (diff, bounds, inspect, convert, doctor):
+for command in (diff, report, bounds, inspect, convert, doctor):
     app.command()(command)
 
 

@@ -214,6 +214,27 @@ OldRecords = Annotated[
     str, typer.Argument(metavar="OLD", help="Records of a run: what certify wrote as JSON or JSON lines.")
 ]
 NewRecords = Annotated[str, typer.Argument(metavar="NEW", help="Records of the run to compare with it.")]
+ManyRecords = Annotated[
+    list[str], typer.Argument(metavar="RECORDS...", help="Records of runs: what certify wrote as JSON or JSON lines.")
+]
+Title = Annotated[
+    str | None, typer.Option("--title", metavar="TEXT", help="Of the page.", show_default="model and data")
+]
+WitnessFile = Annotated[
+    str | None,
+    typer.Option(
+        "--witnesses",
+        metavar="FILE.npz",
+        help="What certify --witnesses wrote in the first run: shows the samples with the smallest radii.",
+        show_default=False,
+    ),
+]
+SvgFolder = Annotated[
+    str | None, typer.Option("--svg", metavar="FOLDER", help="Write every plot as an SVG file.", show_default=False)
+]
+PngFolder = Annotated[
+    str | None, typer.Option("--png", metavar="FOLDER", help="Write every plot as a PNG file.", show_default=False)
+]
 Tolerance = Annotated[
     float,
     typer.Option(

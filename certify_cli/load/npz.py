@@ -30,17 +30,10 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, Ru
 
 def open_npz(path: Path, layout: str) -> Source:
     """The data set in an .npz file. Raises DataError for a file that breaks the convention."""
-    try:
-        _refuse_other_files(path)
-        shapes = _declared(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            x = arrays["x"]
-            y = arrays["y"] if "y" in shapes else None
-    except MemoryError as error:
-        raise DataError(f"{path}: its arrays do not fit into memory; split the file") from error
-    except _UNREADABLE as error:
-        raise DataError(f"{path}: not a readable .npz file ({first_line(error)})") from error
-
+    arrays = read_arrays(path, (("x",), ("x", "y")), "rename them to x (samples) and y (labels)")
+    x, y = arrays["x"], arrays.get("y")
+    if x.ndim < 2 or min(x.shape) < 1:
+        raise DataError(f"{path}: x has shape {x.shape}; (N, ...) with at least one sample is expected")
     if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
         raise DataError(f"{path}: x has type {x.dtype}; integers or floats of up to 64 bits are expected")
     notes = []
@@ -62,6 +55,19 @@ def open_npz(path: Path, layout: str) -> Source:
     return Source(path.name, len(x), take, _labels(path, y, len(x)), image=x.ndim == 4, notes=tuple(notes))
 
 
+def read_arrays(path: Path, keys: Sequence[Sequence[str]], advice: str) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file that holds exactly one of the sets of `keys`; `advice` ends the error otherwise."""
+    try:
+        _refuse_other_files(path)
+        _declared(path, [sorted(names) for names in keys], advice)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays}
+    except MemoryError as error:
+        raise DataError(f"{path}: its arrays do not fit into memory; split the file") from error
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: not a readable .npz file ({first_line(error)})") from error
+
+
 def _refuse_other_files(path: Path) -> None:
     """DataError for what is no zip file at all, and for one without its end."""
     with path.open("rb") as file:
@@ -75,16 +81,13 @@ def _refuse_other_files(path: Path) -> None:
         raise DataError(f"{path}: an .npz file that is cut off or damaged at its end; copy or write it again")
 
 
-def _declared(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by key, from the headers alone; DataError for other keys, objects, and sizes that lie or are too large."""
-    shapes = {}
+def _declared(path: Path, allowed: Sequence[Sequence[str]], advice: str) -> None:
+    """From the headers alone: DataError for other keys, objects, and sizes that lie or are too large."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         keys = sorted(entry.filename.removesuffix(".npy") for entry in entries)
-        if keys not in (["x"], ["x", "y"]):
-            raise DataError(
-                f"{path}: holds the arrays {', '.join(keys) or '(none)'}; rename them to x (samples) and y (labels)"
-            )
+        if keys not in allowed:
+            raise DataError(f"{path}: holds the arrays {', '.join(keys) or '(none)'}; {advice}")
         for entry in entries:
             key = entry.filename.removesuffix(".npy")
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -101,10 +104,6 @@ def _declared(path: Path) -> dict[str, tuple[int, ...]]:
                 raise DataError(f"{path}: {key} of shape {shape} would take {size} bytes; the limit is {MAX_BYTES}")
             if header + size != entry.file_size:
                 raise DataError(f"{path}: {key} of shape {shape} does not match its {entry.file_size} bytes")
-            shapes[key] = shape
-    if len(shapes["x"]) < 2 or min(shapes["x"]) < 1:
-        raise DataError(f"{path}: x has shape {shapes['x']}; (N, ...) with at least one sample is expected")
-    return shapes
 
 
 def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any], int]:
