@@ -19,6 +19,7 @@ from certify_cli.cli.witnesses import save_witnesses
 from certify_cli.errors import UsageError
 from certify_cli.output.document import Record
 from certify_cli.output.formats import FORMATS
+from certify_cli.output.terminal_plot import available
 from certify_cli.records import Summary, summarise
 from certify_cli.run.resume import Begun, begun
 from certify_cli.run.settings import Settings
@@ -34,6 +35,7 @@ def certify(
     format: opt.RecordFormat = None,
     output: opt.OutputFile = None,
     all_rows: opt.AllRows = False,
+    plot: opt.PlotCurve = False,
     witnesses: opt.Witnesses = None,
     resume: opt.Resume = False,
     config: ConfigFile = None,
@@ -50,6 +52,10 @@ def certify(
         raise UsageError(
             "--witnesses writes the attacks that are found, but --attack none looks for none; leave out one of the two"
         )
+    if plot:
+        if form_name != "table":
+            raise UsageError(f"--plot draws below the table, and the format is {form_name}; see report for other plots")
+        available()
     settings = run.settings()
     if resume:
         _resumed(context, run, settings, form_name, output, witnesses, quiet)
@@ -57,7 +63,7 @@ def certify(
 
     # both files are opened before the work, so that a wrong path costs nothing
     with (
-        sink(output, all_rows) as out,
+        sink(output, all_rows, plot) as out,
         atomic(witnesses, "--witnesses", "wb") if witnesses is not None else nullcontext() as witness_file,
         Reporter(quiet, bar=not (form.streams and out.terminal)) as reporter,
     ):

@@ -193,6 +193,9 @@ OutputFile = Annotated[
     str | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write to FILE, whole or not at all.", show_default="stdout"),
 ]
+PlotCurve = Annotated[
+    bool, typer.Option("--plot", help="Draw the certified accuracy against the radius below the table.")
+]
 Resume = Annotated[
     bool,
     typer.Option(

@@ -78,16 +78,16 @@ class Sink:
 
 
 @contextmanager
-def sink(path: str | None, all_rows: bool = False) -> Iterator[Sink]:
+def sink(path: str | None, all_rows: bool = False, plot: bool = False) -> Iterator[Sink]:
     """Open the sink of one command: FILE of `--output`, else stdout."""
     if path is not None:
         with atomic(path, "--output") as stream:
-            yield Sink(stream, View(all_rows=all_rows), terminal=False)
+            yield Sink(stream, View(all_rows=all_rows, plot=plot), terminal=False)
         return
     terminal = sys.stdout.isatty()
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    view = View(width=_width(terminal), color=terminal and not plain, unicode=unicode, all_rows=all_rows)
+    view = View(width=_width(terminal), color=terminal and not plain, unicode=unicode, all_rows=all_rows, plot=plot)
     yield Sink(sys.stdout, view, terminal)
 
 

@@ -192,6 +192,10 @@ def table(records: Iterable[Record], view: View) -> Iterator[str]:
         yield f"{hidden} more samples (--all shows every row)\n"
     legend = LEGEND.format(missing=MISSING.get(whole.run.attack, ""))
     yield f"\n{legend}\n{summary_block(whole)}"
+    if view.plot:
+        from certify_cli.output.terminal_plot import curve
+
+        yield f"\n{curve(whole, view)}"
 
 
 def sample_row(sample: Sample, run: Run) -> tuple[str, ...]:

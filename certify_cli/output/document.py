@@ -14,13 +14,15 @@ Record = Run | Sample | Summary
 class View:
     """How text meant for a person is shown; data formats ignore it.
 
-    `width` is in columns, None for as wide as the content (a file or a pipe); `all_rows` shows every sample.
+    `width` is in columns, None for as wide as the content (a file or a pipe); `all_rows` shows every sample, `plot`
+    draws the accuracy curve.
     """
 
     width: int | None = None
     color: bool = False
     unicode: bool = True
     all_rows: bool = False
+    plot: bool = False
 
 
 def collect(records: Iterable[Record]) -> Result:

@@ -20,6 +20,7 @@ from certify_cli.records import Result, Sample
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 LIGHT = {
     "ink": "#1c2330",
@@ -78,12 +79,14 @@ def names(results: Sequence[Result]) -> list[str]:
     return files if len(set(files)) == len(files) else [f"{k + 1}: {file}" for k, file in enumerate(files)]
 
 
-def _label(result: Result) -> str:
+def share_of(result: Result) -> str:
+    """What a share of the samples is called: without labels nobody knows which are correct."""
     return "accuracy" if result.summary.accuracy is not None else "share"
 
 
-def accuracy(axes: Axes, results: Sequence[Result]) -> None:
-    """Certified and attack accuracy against the radius."""
+def curves(results: Sequence[Result]) -> tuple[NDArray[Any], list[tuple[NDArray[Any], NDArray[Any] | None]]]:
+    """Radii, and of every run the share of samples that are certified above them, and not attacked up to them (None
+    where no attack is known)."""
     import numpy as np
 
     furthest = max((radius(s) for result in results for s in result.samples), default=0.0)
@@ -91,14 +94,26 @@ def accuracy(axes: Axes, results: Sequence[Result]) -> None:
     if attacks:
         furthest = max(furthest, float(np.quantile(attacks, 0.95)))
     levels = np.linspace(0, 1.05 * furthest or 1.0, POINTS)
-    for k, (name, result) in enumerate(zip(names(results), results, strict=True)):
-        radii = np.sort([radius(s) for s in result.samples])
-        axes.plot(levels, 1 - np.searchsorted(radii, levels, side="right") / len(radii), color=f"run{k}", label=name)
+
+    def above(values: list[float]) -> NDArray[Any]:
+        return 1 - np.searchsorted(np.sort(values), levels, side="right") / len(values)
+
+    found = []
+    for result in results:
         broken = [0.0 if not counts(s) else s.attack_radius or math.inf for s in result.samples]
-        if any(math.isfinite(value) and value > 0 for value in broken):
-            share = 1 - np.searchsorted(np.sort(broken), levels, side="right") / len(broken)
-            axes.plot(levels, share, color=f"run{k}", linestyle="dashed", label=f"{name}, not attacked")
-    axes.set(xlabel="radius", ylabel=_label(results[0]), xlim=(0, levels[-1]), ylim=(0, 1.02))
+        known = any(math.isfinite(value) and value > 0 for value in broken)
+        found.append((above([radius(s) for s in result.samples]), above(broken) if known else None))
+    return levels, found
+
+
+def accuracy(axes: Axes, results: Sequence[Result]) -> None:
+    """Certified and attack accuracy against the radius."""
+    levels, found = curves(results)
+    for k, (name, (certified, unattacked)) in enumerate(zip(names(results), found, strict=True)):
+        axes.plot(levels, certified, color=f"run{k}", label=name)
+        if unattacked is not None:
+            axes.plot(levels, unattacked, color=f"run{k}", linestyle="dashed", label=f"{name}, not attacked")
+    axes.set(xlabel="radius", ylabel=share_of(results[0]), xlim=(0, levels[-1]), ylim=(0, 1.02))
 
 
 def distribution(axes: Axes, results: Sequence[Result]) -> None:

@@ -160,3 +160,20 @@ def test_names_from_files_cannot_steer_the_terminal() -> None:
     assert "\x1b" not in drawn
     assert "[bold]x[/bold]" in drawn
     assert "\x1b" not in pairs([("name", hostile)])
+
+
+@pytest.mark.parametrize("unicode", [True, False])
+@pytest.mark.parametrize("width", [None, 40, 300])
+def test_the_curve_fits_its_view(unicode: bool, width: int | None) -> None:
+    """It falls from all samples to none, and is made of what the reader can show."""
+    samples = [sample(k, radius=0.1 * (k + 1), attack_radius=None, attack_kind=None) for k in range(9)]
+    text = render("table", records(*samples), view=View(width=width, unicode=unicode, plot=True))
+    drawn = text[text.index("1.00") :].splitlines()
+    assert max(map(len, drawn)) <= min(width or 90, 90)
+    assert unicode or "\n".join(drawn).isascii()
+    bodies = [line[5:-1] for line in drawn if re.match(r"\s*(\d\.\d\d)?[┤│|+][^─-]*$", line)]
+    marks = [[k for k, letter in enumerate(body) if letter not in " │|"] for body in bodies[1:]]
+    first = [row[0] for row in marks if row]
+    assert first == sorted(first)
+    assert "certified" in text
+    assert "plot" not in render("table", records(*samples), view=View())
