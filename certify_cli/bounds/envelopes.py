@@ -14,7 +14,7 @@ from torch import Tensor
 
 from certify_cli.bounds.relaxation import Lines, chosen
 from certify_cli.network.graph import Shape
-from certify_cli.network.grids import Grid, straight
+from certify_cli.network.grids import Grid, kinks, straight
 from certify_cli.network.linearised import Vectors
 from certify_cli.network.spans import Span
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
@@ -49,7 +49,7 @@ class Envelopes:
     def of(cls, here: Span, lines: Lines) -> Envelopes:
         """On a span (samples, size), every sample an item. `lines` there are all there is where phi has no more."""
         grid, (samples, size) = Grid.of(here), here.z.shape
-        one_kink = straight(here.activation) and len(here.activation.slope.turns) == 1
+        one_kink = straight(here.activation) and len(kinks(here.activation)) == 1
         count = OF_ONE_KINK if one_kink else LINES
         slopes, constants = [], []
         for side, (given, needed) in enumerate((lines.below, lines.above)):

@@ -1,8 +1,8 @@
 """Better lines for one row: slopes chosen neuron by neuron where the linear bound is largest, by gradient ascent.
 
 `bounds.relaxation` takes for every neuron the lines that are nearest at the sample, whatever the row. Any slopes are as
-good a proof, and on fixed ranges the bound is concave in them (as in `ascent`, without weights): with d the point of
-the ball where the linearised row is least, and t where the line touches,  d/ds_l = v_l (D_l - t_l).
+good a proof, and on fixed ranges the bound is concave in those of each layer: with d the point of the ball where the
+linearised row is least, and t where the line touches,  d/ds_l = v_l (D_l - t_l).
 """
 
 from __future__ import annotations

@@ -37,8 +37,6 @@ from certify_cli.network.pooling import GroupMap
 from certify_cli.network.spans import Span
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, up, vector_norm_up
 
-CACHE = 2**25
-"""Bytes of what is treated at once: rows are many, and every pass over them is short."""
 TIGHT = 1e-9
 """A line that misses no more than this part of the rise over the range counts as touching."""
 

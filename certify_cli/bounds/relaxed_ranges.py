@@ -23,6 +23,8 @@ from certify_cli.numerics.rounding import UNDERFLOW
 
 CACHE = 2**25
 """Bytes of what is treated at once: rows are many, and every pass over them is short."""
+CLIMBING, COPIES = 2**27, 16
+"""The same where lines are chosen for every row, and about how many numbers a neuron and row an ascent holds."""
 
 
 def relaxed_ranges(
@@ -47,7 +49,7 @@ def relaxed_ranges(
             if len(rows):
                 fall, rise = falls_and_rises(point, between, known.radius, target, rows, memory)
                 if steps:
-                    better = climbed_rows(point.network, between, choice, known.radius, target, rows, steps)
+                    better = climbed_rows(point.network, between, choice, known.radius, target, rows, steps, memory)
                     fall, rise = torch.fmin(fall, better[0]), torch.fmin(rise, better[1])
                 # what nobody asked for stays as it is, whatever the other samples of the batch ask for
                 fall, rise = (torch.where(asked[:, rows], t, torch.inf) for t in (fall, rise))
@@ -109,11 +111,13 @@ def climbed_rows(
     target: int,
     rows: Tensor,
     steps: int,
+    memory: int,
 ) -> Tensor:
     """As `falls_and_rises`, with lines of each row's own: (2, batch, count)."""
     node, batch = network.nodes[target], len(radius)
+    chosen = sum(network.nodes[k].size for k in choice)
     widest = max(n.size for n in network.nodes[: target + 1])
-    chunk = max(1, CACHE // (64 * batch * widest))
+    chunk = max(1, min(memory, CLIMBING) // (2 * 8 * batch * (COPIES * chosen + 8 * widest)))
     begin = {k: line.slopes for k, line in between.items() if isinstance(line, Lines)}
     found = []
     for part in rows.split(chunk):

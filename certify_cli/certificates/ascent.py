@@ -1,8 +1,8 @@
 """Where the local bound is best: slopes, weights and mu of `bounds.local.Choice`, by gradient ascent at a fixed ball.
 
-For fixed ranges the bound is concave in them: it is a least value of functions linear in s and w, less a norm and a
-largest eigenvalue. So a few steps along its gradient help wherever it starts. At the minimiser d of the trust-region
-problem, and the offsets t at which the neurons' minorants touch, the gradient is
+For fixed ranges the bound is concave in those of each layer: it is a least value of functions linear in s and w, less a
+norm and a largest eigenvalue. So a few steps along its gradient help wherever it starts. At the minimiser d of the
+trust-region problem, and the offsets t at which the neurons' minorants touch, the gradient is
 
     d/ds_l = v_l (D_l - t_l) ,      d/dw_l = (t_l^2 - (1+tau) (A_l d)^2 - (1+1/tau) rest^2) / 2 ,
 

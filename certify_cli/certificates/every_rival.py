@@ -54,8 +54,8 @@ RANGE_ASCENT, CLIMBS = {"fast": 0, "normal": 5, "max": 10}, {"fast": 0.0, "norma
 """By effort: steps of the ascents for lines of every range's own, in a search of its own behind the others; and the
 floating-point operations that they may take, a sample and ball."""
 DEEP = {"normal": 3, "max": 1}
-"""By effort: heads in a row whose ranges are relaxed from where they are climbed for. On five of 200 sigmoids that adds
-16 % to the radius, on three of 100 some 5 %, on a single one next to nothing."""
+"""By effort: from how many heads with relaxed ranges on they are climbed for. On five of 200 sigmoids that adds 16 % to
+the radius, on three of 100 some 5 %, on a single one next to nothing."""
 NARROWER_STILL, NEARLY = 1.1, 2e-2
 """About what these add to the radius, and how closely the largest ball is looked for before them."""
 BEHIND = 1.25

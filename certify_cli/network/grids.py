@@ -23,9 +23,14 @@ SOFTNESS = 0.01
 """Grid points whose values are this part of the whole spread above the least one count 1/e as much."""
 
 
+def kinks(op: Activation) -> list[float]:
+    """Where the slope jumps."""
+    return [turn.place for turn in op.slope.turns if turn.jump]
+
+
 def straight(op: Activation) -> bool:
     """Whether an activation is linear from kink to kink, and has kinks."""
-    return bool(op.slope.turns) and op.slope.relative == op.slope.absolute == 0.0
+    return bool(kinks(op)) and op.slope.relative == op.slope.absolute == 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +69,9 @@ class Grid:
     def of(cls, here: Span) -> Grid:
         """Of the span's range, of the computed pre-activation."""
         op, z, low, high = here.activation, here.z, here.lo, here.hi
-        kinks = [turn.place for turn in op.slope.turns if turn.jump]
         steps = torch.linspace(0, 1, 2 if straight(op) else GRID, dtype=z.dtype, device=z.device).reshape(-1, 1, 1)
         even = low + (high - low) * steps
-        bent = [(kink - z).clamp(min=low, max=high).unsqueeze(0) for kink in kinks]
+        bent = [(kink - z).clamp(min=low, max=high).unsqueeze(0) for kink in kinks(op)]
         places = torch.cat([even[:-1], *bent, even[-1:], torch.zeros_like(z).unsqueeze(0)])
         return cls(op, z, places, op.value(z + places) - op.value(z))
 

@@ -47,7 +47,7 @@ FENCE = 2.0**-44
 """Half the relative width of the sliver of a cell that holds a jump: only there the range has both of its sides."""
 
 FAR = 1e6
-"""Beyond this times 1 + |z| a span without end is the activation's tail."""
+"""Beyond this times 1 + |z| a span without end is the activation's tail. A span that has an end is cut up to there."""
 
 NEVER = 1e300
 """Added to what must not decide; finite, so that it is no NaN when multiplied by 0."""
@@ -184,7 +184,7 @@ class _Knots:
         centre = signs * z
         first = -_sum_up(-centre, error)
         ends = torch.stack((high, -low))
-        last = torch.minimum(ends, FAR * (1 + z.abs()))
+        last = torch.where(ends.isinf(), FAR * (1 + z.abs()), ends)
         fences = z.new_tensor([self.fences, [-fence for fence in reversed(self.fences)]]).T.unsqueeze(2)
         walls = [first, *(wall.clamp(first, last) for wall in fences), last]
         period = self.jumping.period

@@ -111,11 +111,11 @@ def hard_places(activation: Activation) -> list[float]:
 
 @EVERY_CASE
 def test_hard_spans_against_fifty_digits(name: str, numbers: tuple[float, ...]) -> None:
-    """Offsets from 1e-12 to 1e6, true pre-activations within the stated error."""
+    """Offsets from 1e-12 to 1e12, the ends themselves, true pre-activations within the stated error."""
     exact, jumps = EXACT[name, numbers]
     activation = ACTIVATIONS[name](*numbers)
     ends = [(0.0, 0.0), (-1e-12, 1e-12), (0.0, 1e-6), (-2e-3, 0.0), (-0.4, 1.3), (-7.0, 30.0), (-1e6, 0.5)]
-    ends += [(-math.inf, math.inf), (-0.1, math.inf)]
+    ends += [(-1.0, 3e7), (-2e12, 0.1), (-math.inf, math.inf), (-0.1, math.inf)]
     places_in_turn = {0.0: 0, 1e-13: 1, 1e-4: 2}
     for error in places_in_turn:
         places = [(z, lo, hi) for z in hard_places(activation) for lo, hi in ends]
@@ -132,7 +132,8 @@ def test_hard_spans_against_fifty_digits(name: str, numbers: tuple[float, ...]) 
             if any(abs(true - mpf(jump)) == 0 for jump in jumps):
                 continue  # the derivative at z is one-sided there
             low, high = max(least, -50.0), min(most, 50.0)
-            for t in {low, high, low * picks[i][1] ** 3, high * picks[i][1] ** 3} - {0.0}:
+            far = {end for end in (least, most) if math.isfinite(end)}
+            for t in {low, high, low * picks[i][1] ** 3, high * picks[i][1] ** 3, *far} - {0.0}:
                 for key, truth in exactly_at(exact, true, mpf(t), mpf(slope[i].item()), activation):
                     bounds = [ends_[i] for ends_ in found[key]]
                     close = abs(truth) * mpf(10) ** -30 + mpf(10) ** -60  # what numerical differentiation leaves

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from certify_cli.certificates.methods import METHODS as METHODS_BY_NAME
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Conv, Dense, Reshape, Scale, Select, Shift, materialise
 from certify_cli.network.graph import Add, Builder, Concat, Network
@@ -161,3 +162,27 @@ def test_average_pooling_and_strides_in_closed_form() -> None:
         assert float(certify(network, x, method).radius) == pytest.approx(3.0, rel=1e-8)
         assert float(certify(network, x, method).radius) <= 3.0 * (1 + 1e-15)
     assert materialise(network.nodes[1].op, (1, 6, 6)).shape == (9, 36)  # type: ignore[arg-type]
+
+
+FAR = [
+    (name, gain)
+    for name in ("relu", "leaky_relu", "hard_swish", "elu", "softplus", "silu", "gelu", "mish", "log_sigmoid", "clip")
+    for gain in (1.0, 1e4, 1e7, 1e12)
+]
+
+
+@pytest.mark.parametrize("method", ["lipschitz", "local", "linear", "local-lipschitz", "auto"])
+@pytest.mark.parametrize(("name", "gain"), FAR)
+def test_a_unit_that_is_driven_far(name: str, gain: float, method: str) -> None:
+    """z = gain x + 0.3 must rise by 2e6: ranges far beyond those on which an activation bends, as raw features have."""
+    phi = from_name({"clip": "clip:-1,1e9"}.get(name, name))
+    sign = -1.0 if name == "log_sigmoid" else 1.0  # mirrored
+    logits = (torch.tensor([[0.0], [sign * 1e-6]], dtype=torch.float64), tensor(2.0, 0.0))
+    network = dense_stack((tensor([sign * gain]), tensor(0.3)), phi, logits)
+    if method != "auto" and METHODS_BY_NAME[method].applies(network) is not None:
+        pytest.skip("does not apply to this activation")
+    # phi(z) is z there, up to 1e-9 of it: the logits meet where z is 2e6
+    true = (2e6 - sign * 0.3) / gain
+    found = float(certify(network, tensor([0.0]), method).radius[0])
+    assert found <= true * (1 + 1e-6)
+    assert method != "linear" or found > 0.4 * true
