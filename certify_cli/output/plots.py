@@ -48,6 +48,8 @@ MOST_RUNS = 6
 """As many as there are colours."""
 WIDE, HIGH = 6.4, 3.7
 """Inches."""
+DOTS = 160
+"""An inch, of pixels."""
 BINS = 30
 POINTS = 400
 """Radii at which a curve is drawn."""
@@ -121,7 +123,7 @@ def distribution(axes: Axes, results: Sequence[Result]) -> None:
     import numpy as np
 
     radii = [[radius(s) for s in result.samples] for result in results]
-    edges = np.linspace(0, max(max(r) for r in radii) or 1.0, BINS + 1)
+    edges = np.linspace(0, max(max(r) for r in radii) or 1.0, BINS + 1).tolist()
     for k, (name, values) in enumerate(zip(names(results), radii, strict=True)):
         axes.hist(values, edges, color=f"run{k}", alpha=0.35 if len(results) > 1 else 0.8, label=name)
         axes.hist(values, edges, color=f"run{k}", histtype="step")
@@ -236,9 +238,11 @@ def drawn(plot: Plot, results: Sequence[Result], form: str) -> bytes:
     stream = io.BytesIO()
     settings = {"svg.fonttype": "none", "svg.hashsalt": plot.name, "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context(settings):
-        background = {} if form == "svg" else {"facecolor": LIGHT["paper"], "dpi": 160}
-        metadata = {"Date": None} if form == "svg" else {}
-        figure(plot, results).savefig(stream, format=form, metadata=metadata, **background)
+        made = figure(plot, results)
+        if form == "svg":
+            made.savefig(stream, format=form, metadata={"Date": None})
+        else:
+            made.savefig(stream, format=form, facecolor=LIGHT["paper"], dpi=DOTS)
     return stream.getvalue()
 
 
