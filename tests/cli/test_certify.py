@@ -142,7 +142,7 @@ def test_settings_arrive(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) ->
         ),
         ("--effort extreme", "--effort 'extreme' is not one of fast, normal, max"),
         ("--attack magic", "--attack 'magic' is not one of certificate, search, none"),
-        ("--format yaml", "--format 'yaml' is not one of table, json, jsonl, csv, markdown"),
+        ("--format yaml", "--format 'yaml' is not one of table, json, jsonl, csv, markdown, junit, sarif, github"),
         ("--layout chw", "--layout 'chw' is not one of nchw, nhwc, flat"),
         ("--data-layout chw", "--data-layout 'chw' is not one of nchw, nhwc"),
         ("--split dev", "--split 'dev' is not one of test, train"),
