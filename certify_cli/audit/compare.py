@@ -118,6 +118,13 @@ def same_samples(old: Run, new: Run) -> None:
         )
 
 
+def unlike(old: Run, new: Run) -> list[str]:
+    """What was asked differently of two runs, so that a change need not be the model's: a clause each."""
+    pairs = [(f"--{name}", getattr(old, name), getattr(new, name)) for name in ("method", "effort", "attack")]
+    pairs += [(f"--{name}", old.preprocessing.get(name), new.preprocessing.get(name)) for name in ("mean", "std")]
+    return [f"{name} {before} there, {after} here" for name, before, after in pairs if before != after]
+
+
 def _figures(old: Result, new: Result, tolerance: float) -> tuple[FigureChange, ...]:
     before, after = (reached(result.summary) for result in (old, new))
     found = []
@@ -130,8 +137,8 @@ def _figures(old: Result, new: Result, tolerance: float) -> tuple[FigureChange, 
 
 
 def _fell(old: float | None, new: float | None, by: float) -> bool:
-    """Whether a figure fell by more than `by`, a rounding of the subtraction allowed for."""
-    return old is not None and new is not None and old - new > by + 1e-12
+    """Whether a figure fell by more than `by`, a rounding of the subtraction allowed for, or is not there any more."""
+    return old is not None and (new is None or old - new > by + 1e-12)
 
 
 def _samples(old: Result, new: Result) -> tuple[SampleChange, ...]:

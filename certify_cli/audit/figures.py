@@ -37,6 +37,11 @@ class Figure:
     labelled: bool = False
     of_model: bool = False
 
+    @property
+    def share(self) -> bool:
+        """Whether it lies between 0 and 1."""
+        return not self.radius and not self.of_model
+
 
 def counts(sample: Sample) -> bool:
     """Whether a sample's radius counts: not that of a misclassified one."""
@@ -123,15 +128,16 @@ def _none(sample: Sample, level: float) -> float | None:
 
 FIGURES: dict[str, Figure] = {
     "accuracy": Figure("accuracy", _share(lambda s, _: bool(s.correct)), _misclassified, labelled=True),
-    "certified_accuracy": Figure("certified accuracy", _share(certified), _uncertified, by_radius=True),
+    "certified_accuracy": Figure("certified accuracy", _share(certified), _uncertified, by_radius=True, labelled=True),
     "attack_accuracy": Figure(
         "accuracy under attack",
         _share(lambda s, level: counts(s) and not attacked(s, level)),
         _broken,
         by_radius=True,
+        labelled=True,
     ),
     "largest_unknown": Figure(
-        "share neither certified nor attacked", _share(unknown), _open, least=False, by_radius=True
+        "share neither certified nor attacked", _share(unknown), _open, least=False, by_radius=True, labelled=True
     ),
     "mean_certified_radius": Figure("mean certified radius", _mean, _smallest, radius=True),
     "median_certified_radius": Figure("median certified radius", _median, _smallest, radius=True),

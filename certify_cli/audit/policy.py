@@ -23,6 +23,7 @@ from certify_cli.records import Result, parse_eps
 
 FALL = 0.01
 """How far figures may fall against a baseline, unless the policy says: shares by points, radii by parts."""
+POLICY = "policy"
 BASELINE_KEYS = ("baseline", "fall")
 ROUNDING = 1e-12
 """Allowed for where what is asked is computed from a baseline."""
@@ -35,7 +36,7 @@ class Requirement:
     key: str
     asked: float
     eps: str | None = None
-    because: str = "policy"
+    because: str = POLICY
 
     @property
     def figure(self) -> Figure:
@@ -94,17 +95,26 @@ class Policy:
 
 def _asked(key: str, value: Any, where: str) -> list[Requirement]:
     if not FIGURES[key].by_radius:
-        return [Requirement(key, _number(value, where))]
+        return [Requirement(key, _asked_number(key, value, where))]
     if not isinstance(value, Mapping) or not value:
         raise UsageError(f'{where} is asked at radii: {{ "0.5" = 0.6 }} asks for 0.6 at 0.5')
     found = []
     for eps, asked in value.items():
+        if isinstance(asked, Mapping):
+            raise UsageError(f'{where}: put quotes around the radius, as in {{ "0.5" = 0.6 }}')
         try:
             parse_eps(eps)
         except UsageError:
             raise UsageError(f"{where}.{eps} is not a radius such as 0.5 or 36/255") from None
-        found.append(Requirement(key, _number(asked, f"{where}.{eps}"), eps))
+        found.append(Requirement(key, _asked_number(key, asked, f"{where}.{eps}"), eps))
     return found
+
+
+def _asked_number(key: str, value: Any, where: str) -> float:
+    number = _number(value, where)
+    if FIGURES[key].share and number > 1:
+        raise UsageError(f"{where} = {value!r} is a share of the samples, from 0 to 1: 95 percent is 0.95")
+    return number
 
 
 def _falls(value: Any, where: str) -> dict[str, float]:
@@ -112,14 +122,22 @@ def _falls(value: Any, where: str) -> dict[str, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        return {"": _number(value, where)}
+        return {"": _part(value, where)}
+    guarded = [key for key, figure in FIGURES.items() if figure.least and not figure.of_model]
     found = {}
     for key, number in value.items():
         name = key.replace("-", "_")
-        if name not in FIGURES:
-            raise UsageError(f"{where}.{key} is no figure; choose from {', '.join(FIGURES)}")
-        found[name] = _number(number, f"{where}.{key}")
+        if name not in guarded:
+            raise UsageError(f"{where}.{key} is no figure of a baseline; choose from {', '.join(guarded)}")
+        found[name] = _part(number, f"{where}.{key}")
     return found
+
+
+def _part(value: Any, where: str) -> float:
+    number = _number(value, where)
+    if number >= 1:
+        raise UsageError(f"{where} = {value!r} would let everything fall: one percent is 0.01")
+    return number
 
 
 def _number(value: Any, where: str) -> float:

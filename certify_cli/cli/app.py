@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +19,7 @@ import typer
 from certify_cli.cli.bounds import bounds
 from certify_cli.cli.certify import certify
 from certify_cli.cli.check import check
+from certify_cli.cli.configuration import name_variables
 from certify_cli.cli.convert import convert
 from certify_cli.cli.diff import diff
 from certify_cli.cli.doctor import doctor
@@ -48,9 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (certify, check):  # their options can be set by CURVCERT_METHOD and the like
-    app.command(context_settings={"auto_envvar_prefix": "CURVCERT"})(command)
-for command in (diff, report, bounds, inspect, convert, doctor):
+for command in (certify, check, diff, report, bounds, inspect, convert, doctor):
     app.command()(command)
 
 
@@ -86,7 +85,7 @@ def _code_of(words: list[str]) -> int:
     try:
         with at_once(), _library_warnings_off():
             code = _run(words)
-            with refusing("the output"):
+            with refusing("the output"), suppress(BrokenPipeError):  # a reader that has gone changes no verdict
                 sys.stdout.flush()
             return code
     except Stopped as stop:
@@ -109,7 +108,10 @@ def _run(words: list[str]) -> int:
     """Typer's part: parse and call. Typer returns the code of `typer.Exit`, or what the command returns."""
     usage_error: Any = typer.BadParameter.__base__  # the base of every complaint of Typer's about a command line
     try:
-        code = typer.main.get_command(app).main(words, prog_name="curvcert", standalone_mode=False)
+        commands: Any = typer.main.get_command(app)
+        for command in (certify, check):
+            name_variables(commands.commands[command.__name__])
+        code = commands.main(words, prog_name="curvcert", standalone_mode=False)
     except usage_error as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
         return _fail(f"{_sentence(error.format_message())}{where}", USAGE)

@@ -14,10 +14,10 @@ from certify_cli.cli.configuration import ConfigFile, tell
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import RunOptions, spread
 from certify_cli.cli.signals import Flag, noted
-from certify_cli.cli.sink import appending, atomic, refusing, sink
+from certify_cli.cli.sink import appending, atomic, job_summary, refusing, sink
 from certify_cli.cli.witnesses import save_witnesses
 from certify_cli.errors import UsageError
-from certify_cli.output.document import Record
+from certify_cli.output.document import Record, View
 from certify_cli.output.formats import FORMATS
 from certify_cli.output.terminal_plot import available
 from certify_cli.records import Summary, summarise
@@ -77,11 +77,25 @@ def certify(
         reporter.stage("bounding the network")
         job = prepare(loaded, chosen, settings, run.arguments())
         reporter.notes(job.run.notes)
-        for text in form.render(_records(job, settings.eps, started, reporter), out.view):
+        records: list[Record] = []
+        for text in form.render(_kept(_records(job, settings.eps, started, reporter), records), out.view):
             out.write(text)
+        if form_name == "github":
+            job_summary("".join(FORMATS["markdown"].render(iter(records), View(all_rows=True))))
         if witness_file is not None:
             with refusing("--witnesses"):
                 save_witnesses(witness_file, job.witnesses, tuple(chosen.x.shape[1:]))
+
+
+def _kept(records: Iterator[Record], kept: list[Record]) -> Iterator[Record]:
+    """The records, and a list that has them afterwards."""
+    for record in records:
+        kept.append(record)
+        yield record
+
+
+KEPT_PARTS = 20
+"""A run that keeps its batches has at least so many, so that little is lost."""
 
 
 def _resumed(
@@ -110,7 +124,8 @@ def _resumed(
         loaded, chosen = run.load(settings, reporter)
         started = time.perf_counter()
         reporter.stage("bounding the network")
-        job = prepare(loaded, chosen, settings, run.arguments())
+        largest = max(1, len(chosen.x) // KEPT_PARTS)
+        job = prepare(loaded, chosen, settings, run.arguments(), largest_batch=largest)
         reporter.notes(job.run.notes)
         if past is not None:
             past.check(job.run, job.indices)

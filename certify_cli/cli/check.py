@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
 
-from certify_cli.audit.compare import same_samples
+from certify_cli.audit.compare import same_samples, unlike
 from certify_cli.audit.judge import Verdict, judge
-from certify_cli.audit.policy import Policy, Requirement
+from certify_cli.audit.policy import POLICY, Policy, Requirement
 from certify_cli.cli import options as opt
 from certify_cli.cli.configuration import OWN_FILE, PROJECT_FILE, PolicyFile, tell
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import RunOptions, spread
-from certify_cli.cli.sink import refusing, sink
+from certify_cli.cli.sink import job_summary, sink
 from certify_cli.errors import UsageError
 from certify_cli.output.document import View
 from certify_cli.output.read import read_document
@@ -28,8 +27,9 @@ if TYPE_CHECKING:
     from certify_cli.run.engine import Job
 
 NOT_MET = 1
-JOB_SUMMARY, LONGEST_SUMMARY = "GITHUB_STEP_SUMMARY", 2**20
-"""The file that GitHub shows of a step, and how many bytes it takes."""
+OF_ATTACKS = ("attack_accuracy",)
+LARGEST_BATCH = 64
+"""Samples between two looks at whether the verdict is certain."""
 
 
 @spread
@@ -52,20 +52,30 @@ def check(
     settings = run.settings()
     with sink(output, all_rows) as out, Reporter(quiet) as reporter:
         tell(context, reporter)
+        if settings.attack == "none" and any(r.key in OF_ATTACKS for r in asked.requirements):
+            raise UsageError("the policy asks about attacks, but --attack none looks for none")
         baseline = None if asked.baseline is None else read_document(asked.baseline)
         requirements = asked.requirements + (() if baseline is None else asked.against(baseline))
         from certify_cli.run.engine import prepare
 
         loaded, chosen = run.load(settings, reporter)
         reporter.stage("bounding the network")
-        job = prepare(loaded, chosen, _levels(settings, requirements, exact), run.arguments())
+        job = prepare(
+            loaded,
+            chosen,
+            _levels(settings, requirements, exact),
+            run.arguments(),
+            largest_batch=None if exact else LARGEST_BATCH,
+        )
         reporter.notes(job.run.notes)
         if baseline is not None:
             same_samples(baseline.run, job.run)
+            for text in unlike(baseline.run, job.run):
+                reporter.warning(f"{asked.baseline} is of another kind of run: {text}")
         verdict = _judged(requirements, job, reporter, exact)
-        out.write(RENDERED[form](verdict, job.run, out.view))
+        out.last(RENDERED[form](verdict, job.run, out.view))
         if form == "github":
-            _job_summary(as_markdown(verdict, job.run, View()))
+            job_summary(as_markdown(verdict, job.run, View(all_rows=True)))
     return 0 if verdict.met else NOT_MET
 
 
@@ -93,27 +103,21 @@ def _judged(requirements: tuple[Requirement, ...], job: Job, reporter: Reporter,
     model = _of_model(requirements, job)
     done: list[Sample] = []
     verdict = judge(requirements, done, job.total, model)
-    unlabelled = [asked.title for asked in requirements if asked.figure.labelled]
+    unlabelled = [asked.title for asked in requirements if asked.figure.labelled and asked.because == POLICY]
+    if verdict.certain and not exact:
+        return verdict
     for sample in reporter.track(job.samples(), job.total, "certifying"):
         if sample.label is None and unlabelled:
             raise UsageError(f"the policy asks for {unlabelled[0]}, but the data has no labels")
-        if not exact and verdict.certain:
-            break
         done.append(sample)
         if len(done) % job.run.batch_size == 0 or len(done) == job.total:
             verdict = judge(requirements, done, job.total, model)
-    return judge(requirements, done, job.total, model)
+            if verdict.certain and not exact:
+                break
+    return verdict
 
 
 def _of_model(requirements: tuple[Requirement, ...], job: Job) -> Mapping[str, float]:
     if not any(asked.figure.of_model for asked in requirements):
         return {}
     return job.model_bounds()
-
-
-def _job_summary(text: str) -> None:
-    """What annotations leave out, where GitHub Actions shows it."""
-    path = os.environ.get(JOB_SUMMARY)
-    if path:
-        with refusing(f"{JOB_SUMMARY} {path!r}"), open(path, "a", encoding="utf-8") as file:
-            file.write(text.encode()[:LONGEST_SUMMARY].decode(errors="ignore"))

@@ -66,7 +66,10 @@ def _table(path: Path) -> Mapping[str, Any] | None:
     if path.name != PROJECT_FILE:
         return whole
     tool = whole.get("tool", {})
-    return tool.get("curvcert") if isinstance(tool, dict) else None
+    table = tool.get("curvcert") if isinstance(tool, dict) else None
+    if table is not None and not isinstance(table, dict):
+        raise UsageError(f"{path}: tool.curvcert is a table: write [tool.curvcert] above what it sets")
+    return table
 
 
 def _configuration(path: str, table: Mapping[str, Any]) -> Configuration:
@@ -88,7 +91,10 @@ def defaults(found: Configuration, parameters: Iterable[Any]) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in known:
             listed = ", ".join(sorted(n.replace("_", "-") for n in known))
-            raise UsageError(f"{found.path}: {key} is not known; it may set {listed}, and a table [policy]")
+            where = " in a file, only on the command line or in the environment" if name in PRESENTATION else ""
+            raise UsageError(f"{found.path}: {key} is not known{where}; it may set {listed}, and a table [policy]")
+        if name in values:
+            raise UsageError(f"{found.path}: {key} is set twice, with dashes and with underscores")
         values[name] = _value(value, known[name], f"{found.path}: {key}")
     return values
 
@@ -138,6 +144,13 @@ def tell(context: typer.Context, reporter: Reporter) -> None:
         reporter.note(f"settings from {context.obj.path}")
     for name in unknown_variables():
         reporter.warning(f"the environment has {name}, which is no setting of curvcert")
+
+
+def name_variables(command: Any) -> None:
+    """Let CURVCERT_METHOD set --method, and so on for every option but those that have a variable of their own."""
+    for parameter in command.params:
+        if parameter.name in (*SETTABLE, *PRESENTATION) and not parameter.envvar:
+            parameter.envvar = PREFIX + parameter.name.upper()
 
 
 def unknown_variables() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from certify_cli.audit.compare import Comparison, SampleChange, compare
+from certify_cli.audit.compare import Comparison, SampleChange, compare, unlike
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
@@ -40,9 +40,12 @@ def diff(
     form = opt.format_of(format, output, RENDERED)
     if not 0 <= tolerance < 1:
         raise UsageError(f"--tolerance {tolerance} is not a number from 0 up to 1")
-    with sink(output, all_rows) as out, Reporter(quiet):
-        found = compare(read_document(old), read_document(new), tolerance)
-        out.write(RENDERED[form](found, out.view))
+    with sink(output, all_rows) as out, Reporter(quiet) as reporter:
+        before, after = read_document(old), read_document(new)
+        for text in unlike(before.run, after.run):
+            reporter.warning(f"the runs are of different kinds: {text}")
+        found = compare(before, after, tolerance)
+        out.last(RENDERED[form](found, out.view))
     return NOT_MET if found.regressions else 0
 
 

@@ -68,8 +68,7 @@ DataSource = Annotated[
         help="digits, mnist, fashion-mnist, kmnist, cifar10, cifar100, svhn, a FILE.npz with x and y, or a folder of "
         "images with one folder a class.",
         show_default=False,
-        envvar="CURVCERT_DATA_SOURCE",
-        allow_from_autoenv=False,  # CURVCERT_DATA is the root
+        envvar="CURVCERT_DATA_SOURCE",  # CURVCERT_DATA is the root
     ),
 ]
 SampleIndex = Annotated[

@@ -76,6 +76,11 @@ class Sink:
             self._stream.write(text)
             self._stream.flush()
 
+    def last(self, text: str) -> None:
+        """Write what ends a command with a verdict of its own: a reader that has gone does not change it."""
+        with suppress(BrokenPipeError):
+            self.write(text)
+
 
 @contextmanager
 def sink(path: str | None, all_rows: bool = False, plot: bool = False) -> Iterator[Sink]:
@@ -101,6 +106,18 @@ def appending(path: str, size: int) -> Iterator[Sink]:
             stream.truncate(size)
             stream.seek(size)
         yield Sink(stream, View(), terminal=False)
+
+
+JOB_SUMMARY, LONGEST_SUMMARY = "GITHUB_STEP_SUMMARY", 2**20
+"""The variable that names what GitHub Actions shows of a step, and how many bytes it takes."""
+
+
+def job_summary(text: str) -> None:
+    """What annotations leave out, where GitHub Actions shows it; nothing elsewhere."""
+    path = os.environ.get(JOB_SUMMARY)
+    if path:
+        with refusing(f"{JOB_SUMMARY} {path!r}"), open(path, "a", encoding="utf-8") as file:
+            file.write(text.encode()[:LONGEST_SUMMARY].decode(errors="ignore"))
 
 
 def _width(terminal: bool) -> int | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from certify_cli.audit.figures import attacked, certified
 from certify_cli.audit.judge import Finding, Verdict
+from certify_cli.audit.policy import POLICY
 from certify_cli.output.console import class_name
 from certify_cli.output.numbers import DOWN, UP, number
 from certify_cli.records import ERROR, Result, Run, Sample, parse_eps
@@ -81,12 +82,15 @@ def of_verdict(verdict: Verdict, run: Run) -> Cases:
     return Cases(
         model=run.model.path,
         title=f"policy on {run.data.name}, {verdict.total} samples",
-        rules={finding.requirement.title: asks(finding) for finding in verdict.findings},
-        cases=tuple(
-            Case(f.requirement.title, f"{f.requirement.title} ({f.requirement.because})", outcomes[f.met], says(f))
-            for f in verdict.findings
-        ),
+        rules={rule(finding): asks(finding) for finding in verdict.findings},
+        cases=tuple(Case(rule(f), f.requirement.title, outcomes[f.met], says(f)) for f in verdict.findings),
     )
+
+
+def rule(finding: Finding) -> str:
+    """What the requirement is called: one figure may be asked for by the policy and by its baseline."""
+    asked = finding.requirement
+    return asked.title if asked.because == POLICY else f"{asked.title} against the baseline"
 
 
 def asks(finding: Finding) -> str:
@@ -109,7 +113,13 @@ def asked(finding: Finding) -> str:
 
 def found(finding: Finding) -> str:
     """One number, or between which two it will end."""
-    low, high = number(finding.least, DOWN), number(finding.largest, UP)
+    figure = finding.requirement.figure
+
+    def text(value: float, way: str) -> str:
+        return f"{value:.6g}" if figure.share else number(value, UP if figure.of_model else way)
+
     if finding.least == finding.largest:
-        return low
-    return f"{low} or more" if finding.largest == float("inf") else f"{low} to {high}"
+        return text(finding.least, DOWN)
+    if finding.largest == float("inf"):
+        return f"{text(finding.least, DOWN)} or more"
+    return f"{text(finding.least, DOWN)} to {text(finding.largest, UP)}"

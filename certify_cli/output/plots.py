@@ -78,7 +78,9 @@ def names(results: Sequence[Result]) -> list[str]:
         if len(set(files)) == len(files):
             break
         files = [f"{file}, {getattr(result.run, extra)}" for file, result in zip(files, results, strict=True)]
-    return files if len(set(files)) == len(files) else [f"{k + 1}: {file}" for k, file in enumerate(files)]
+    if len(set(files)) < len(files):
+        files = [f"{k + 1}: {file}" for k, file in enumerate(files)]
+    return [f" {file}" if file.startswith("_") else file for file in files]  # matplotlib hides labels that begin so
 
 
 def share_of(result: Result) -> str:
@@ -211,6 +213,8 @@ def figure(plot: Plot, results: Sequence[Result]) -> Figure:
     axes.grid(color="faint", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.tick_params(colors="ink", which="both")
+    for tick in axes.get_xticklabels() if plot.name == "classes" else ():
+        tick.set_parse_math(False)  # a class may be called anything
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color("ink")
     for side, spine in axes.spines.items():
@@ -219,6 +223,7 @@ def figure(plot: Plot, results: Sequence[Result]) -> Figure:
         legend = made.legend(loc="outside lower center", ncols=2, frameon=False)
         for text in legend.get_texts():
             text.set_color("ink")
+            text.set_parse_math(False)
     return made
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from certify_cli.errors import RecordsError
 from certify_cli.output.json import TYPES
@@ -28,11 +30,42 @@ def read_document(path: str) -> Result:
     try:
         samples = tuple(Sample.from_dict(row) for row in parts["samples"])
         found = Result(Run.from_dict(parts["run"]), samples, Summary.from_dict(parts["summary"]))
+        for record in (found.run, found.run.model, found.run.data, *samples, found.summary):
+            _check_kinds(record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordsError(f"{path}: a record is not as curvcert writes it: {error}") from error
     if found.summary.samples != len(samples):
         raise RecordsError(f"{path}: the summary counts {found.summary.samples} samples, but there are {len(samples)}")
     return found
+
+
+def _check_kinds(record: object) -> None:
+    """Raises TypeError, naming the field, where a value is of another kind than the record declares."""
+    for name, hint in _hints(type(record)).items():
+        value = getattr(record, name)
+        if not _is(value, hint):
+            raise TypeError(f"{name} is {value!r}")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value that JSON can hold is of the kind; an int may stand for a float."""
+    origin, of = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is(value, part) for part in of)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, of[0]) and _is(v, of[1]) for k, v in value.items())
+    if origin is list:
+        return isinstance(value, list) and all(_is(item, of[0]) for item in value)
+    if hint is Any:
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _parts(path: str, text: str) -> dict[str, Any]:

@@ -197,10 +197,17 @@ def _number(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None
 
 
-def prepare(model: LoadedModel, data: Dataset, settings: Settings, arguments: dict[str, Any] | None = None) -> Job:
+def prepare(
+    model: LoadedModel,
+    data: Dataset,
+    settings: Settings,
+    arguments: dict[str, Any] | None = None,
+    largest_batch: int | None = None,
+) -> Job:
     """Fit the model to the data, choose device and batch size, and refuse what cannot run.
 
-    `arguments` goes into the run record as it is. Raises UsageError, DataError or MethodError.
+    `arguments` goes into the run record as it is. largest_batch: a bound of the batch size that is chosen. Raises
+    UsageError, DataError or MethodError.
     """
     if not len(data.x):
         raise DataError(f"{data.name}: no sample selected")
@@ -222,6 +229,7 @@ def prepare(model: LoadedModel, data: Dataset, settings: Settings, arguments: di
     searched = any(method.searched for method in select(settings.method, network)) and settings.effort != "fast"
     fitting = max(1, int(SEARCHED_WORK / max(1.0, ball_cost(network))))
     most = min(SEARCHED_BATCH, fitting) if searched else LARGEST_BATCH
+    most = min(most, largest_batch or most)
     batch_size = settings.batch_size or min(len(data.x), most, _batch_size(network, device, settings.memory))
     run = describe(
         model,

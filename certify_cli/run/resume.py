@@ -18,8 +18,8 @@ from certify_cli.run.settings import Settings
 
 BEGINNING = b'{"type": "run"'
 """Of the run line, which may have been cut off itself."""
-ELSEWHERE = ("model", "data", "data_root", "offline", "memory")
-"""Arguments that may differ: where files lie (their hashes may not), and what the recorded batch size stands for."""
+ELSEWHERE = ("model", "data", "data_root", "offline")
+"""Arguments that may differ: where files lie. Their hashes may not."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Begun:
                 f"--resume: {self.path} holds another run: its {name} is {before.get(name)!r}, not "
                 f"{after.get(name)!r}; repeat the command that began it, or write to another file"
             )
+        if self.finished and len(self.samples) != now.data.samples:
+            raise UsageError(
+                f"--resume: {self.path} has a summary, but {len(self.samples)} of {now.data.samples} samples: records "
+                "are missing; write to another file"
+            )
         if [sample.index for sample in self.samples] != list(indices[: len(self.samples)]):
             raise UsageError(f"--resume: {self.path} holds other samples than these; write to another file")
 
@@ -68,6 +73,8 @@ class Begun:
 
 def begun(path: str) -> Begun | None:
     """What is in the file; None where there is none, or no whole line yet. Raises UsageError for any other content."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UsageError(f"--resume: {path} is no file that can be gone on with")
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
@@ -75,7 +82,7 @@ def begun(path: str) -> Begun | None:
     except OSError as error:
         raise UsageError(f"--resume: {path} cannot be read: {error.strerror or error}") from error
     run, samples, ends, offset, finished = None, [], [], 0, False
-    for line in content.splitlines(keepends=True):
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):  # cut off while it was written
             break
         offset += len(line)
@@ -84,6 +91,7 @@ def begun(path: str) -> Begun | None:
         try:
             if run is None and kind == "run" and record.get("schema") == SCHEMA:
                 run, start = Run.from_dict(record), offset
+                _identity(run)  # whole, and of the right kinds
                 continue
             if run is not None and kind == "sample" and not finished:
                 samples.append(Sample.from_dict(record))
@@ -92,9 +100,9 @@ def begun(path: str) -> Begun | None:
             if run is not None and kind == "summary" and not finished:
                 finished = True
                 continue
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             pass
-        raise _foreign(path)
+        raise _foreign(path, number)
     if run is None:
         if content[:offset] or not BEGINNING.startswith(content[: len(BEGINNING)]):
             raise _foreign(path)
@@ -102,8 +110,11 @@ def begun(path: str) -> Begun | None:
     return Begun(path, run, tuple(samples), tuple(ends), start, finished)
 
 
-def _foreign(path: str) -> UsageError:
-    return UsageError(f"--resume: {path} is no file of JSON lines that certify began; write to another file")
+def _foreign(path: str, line: int = 1) -> UsageError:
+    return UsageError(
+        f"--resume: {path}, line {line}: is no record of a run that certify began; delete this line and all that "
+        "follow, or write to another file"
+    )
 
 
 def _record(line: bytes) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def _identity(run: Run) -> dict[str, Any]:
         "data (sha256)": run.data.sha256,
         "number of samples": run.data.samples,
         "curvcert version": run.version,
-        **{f"{name} version": version for name, version in run.libraries.items()},
+        **{f"{name} version": version for name, version in dict(run.libraries).items()},
         "device": run.device,
         "threads": run.threads,
         "batch size": run.batch_size,

@@ -109,7 +109,9 @@ def load_data(source: str, *, samples: str | None = None, notify: Any = None, **
     return SimpleNamespace(x=np.zeros((int(count), 2, 3)), labels=labels, pause=float(kind == "slow"), notes=())
 
 
-def prepare(model: Any, data: Any, settings: Any, arguments: dict[str, Any]) -> FakeJob:
+def prepare(
+    model: Any, data: Any, settings: Any, arguments: dict[str, Any], largest_batch: int | None = None
+) -> FakeJob:
     if settings.method == "curvature" and settings.effort == "max":
         raise MethodError("--method curvature does not apply: node relu has no curvature")
     return FakeJob(run(arguments, settings, len(data.x), list(model.notes)), len(data.x), data.labels, data.pause)

@@ -140,7 +140,7 @@ def test_settings_in_pyproject(curvcert: Curvcert, here: Path) -> None:
     )
     done = curvcert("check", "two.onnx")
     assert (done.code, "settings from pyproject.toml" in done.err) == (0, True)
-    written(here / "curvcert.toml", 'data = "2"\n[policy]\naccuracy = 2\n')  # goes before
+    written(here / "curvcert.toml", 'data = "wrong:2"\n[policy]\naccuracy = 0.5\n')  # goes before
     assert curvcert("check", "two.onnx").code == 1
 
 
@@ -178,6 +178,87 @@ def test_what_is_missing_is_said(curvcert: Curvcert, here: Path) -> None:
     written(here / "curvcert.toml", "[policy]\naccuracy = 1")
     assert "missing option '--data'" in curvcert("check", "two.onnx").last
     assert "no labels" in curvcert("check", "two.onnx", "--data", "unlabelled:3").last
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("accuracy = 95", ["policy.accuracy = 95", "0.95"]),
+        ('certified_accuracy = { "0.1" = 90 }', ["policy.certified_accuracy.0.1 = 90", "share"]),
+        ("certified_accuracy = { 0.1 = 0.9 }", ["quotes around the radius"]),
+        ("baseline = 'old.json'\nfall = 5", ["policy.fall = 5", "one percent is 0.01"]),
+        ("baseline = 'old.json'\nfall = { largest_lipschitz = 0.1 }", ["no figure of a baseline"]),
+    ],
+)
+def test_a_gate_that_would_stand_open_is_refused(curvcert: Curvcert, here: Path, policy: str, words: list[str]) -> None:
+    written(here / "curvcert.toml", f'data = "6"\n[policy]\n{policy}\n')
+    done = curvcert("check", "two.onnx")
+    assert (done.code, done.out) == (2, "")
+    for word in words:
+        assert word in done.last
+
+
+@pytest.mark.parametrize("figure", ["certified_accuracy", "attack_accuracy", "largest_unknown"])
+def test_without_labels_nothing_is_correct(curvcert: Curvcert, here: Path, figure: str) -> None:
+    written(here / "curvcert.toml", f'data = "unlabelled:6"\n[policy]\n{figure} = {{ "0.1" = 0.0 }}\n')
+    done = curvcert("check", "two.onnx", "--exact")
+    assert (done.code, "no labels" in done.last) == (2, True)
+
+
+def test_no_attack_is_not_robustness(curvcert: Curvcert, here: Path) -> None:
+    written(here / "curvcert.toml", 'data = "6"\nattack = "none"\n[policy]\nattack_accuracy = { "3" = 1 }\n')
+    assert "--attack none" in curvcert("check", "two.onnx").last
+
+
+def test_a_baseline_of_another_kind_is_said(curvcert: Curvcert, here: Path) -> None:
+    old = here / "old.json"
+    assert curvcert("certify", "two.onnx", "--data", "6", "--effort", "fast", "-o", str(old)).code == 0
+    written(here / "curvcert.toml", 'data = "6"\n[policy]\nbaseline = "old.json"\n')
+    assert "--effort fast there, normal here" in curvcert("check", "two.onnx").err
+    again = here / "again.json"
+    assert curvcert("certify", "two.onnx", "--data", "6", "-o", str(again)).code == 0
+    assert "--effort fast there, normal here" in curvcert("diff", str(old), str(again)).err
+
+
+def test_a_reader_that_goes_away_changes_no_verdict(here: Path) -> None:
+    written(here / "curvcert.toml", NOT_MET)
+    code = (
+        "import os, sys; from tests.cli import fake; fake.install(); from certify_cli.cli.app import main; "
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
+        "sys.exit(main(['check', 'two.onnx', '--exact', '-q']))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": str(root)})
+    assert done.returncode == 1
+
+
+def test_what_is_certain_at_once_needs_no_sample(curvcert: Curvcert, here: Path) -> None:
+    """And no batch is begun after the verdict: the stand-in would take a second for every sample."""
+    written(here / "curvcert.toml", 'data = "slow:600"\n[policy]\nlargest_lipschitz = 1\n')
+    done = curvcert("check", "two.onnx")
+    assert done.code == 1
+    assert "certain after 0 of 600" in done.out
+
+
+def test_no_variable_asks_for_help(curvcert: Curvcert, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(here / "curvcert.toml", NOT_MET)
+    monkeypatch.setenv("CURVCERT_HELP", "1")
+    assert curvcert("check", "two.onnx").code == 1
+
+
+def test_shares_are_shown_as_they_are(curvcert: Curvcert, here: Path) -> None:
+    """0.7 is no float64: rounded down it would be shown below what is asked."""
+    written(here / "curvcert.toml", 'data = "wrong:10"\n[policy]\nlargest_unknown = { "0.1" = 0.7 }\naccuracy = 0.7\n')
+    text = curvcert("check", "two.onnx", "--exact").out
+    assert "at least 0.7" in text
+    assert re.search(r"at least 0\.7 +0 +not met", text)
+
+
+@pytest.mark.parametrize("table", ["curvcert = 3", "curvcert = []"])
+def test_a_project_table_that_is_none(curvcert: Curvcert, here: Path, table: str) -> None:
+    written(here / "pyproject.toml", f"[tool]\n{table}\n")
+    done = curvcert("check", "two.onnx", "--data", "3")
+    assert (done.code, "tool.curvcert is a table" in done.last) == (2, True)
 
 
 def test_a_variable_with_a_typo_is_said(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) -> None:

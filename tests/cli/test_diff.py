@@ -125,3 +125,34 @@ def test_other_data_is_an_error_and_no_verdict(curvcert: Curvcert, tmp_path: Pat
     assert (done.code, done.out) == (3, "")
     assert "do not have the same samples" in done.last
     assert curvcert("diff", old, old, "--tolerance", "2").code == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("samples", "certified_radius", "abc"),
+        ("samples", "index", True),
+        ("summary", "accuracy", "x"),
+        ("summary", "certified_accuracy", [1]),
+        ("run", "notes", None),
+        ("run", "classes", [1]),
+        ("run", "arguments", None),
+    ],
+)
+def test_values_of_another_kind_are_refused(
+    curvcert: Curvcert, tmp_path: Path, part: str, field: str, value: object
+) -> None:
+    path = write(tmp_path / "old.json", OLD)
+    document = json.loads(Path(path).read_text())
+    (document[part][0] if part == "samples" else document[part])[field] = value
+    Path(path).write_text(json.dumps(document))
+    done = curvcert("diff", path, path)
+    assert done.code == 3
+    assert "old.json" in done.last
+
+
+def test_a_figure_that_is_gone_has_fallen(curvcert: Curvcert, tmp_path: Path) -> None:
+    old, new = write(tmp_path / "old.json", OLD), write(tmp_path / "new.json", OLD, eps=())
+    done = curvcert("diff", old, new)
+    assert (done.code, "certified accuracy at 0.15" in done.out) == (1, True)
+    assert curvcert("diff", new, old).code == 0

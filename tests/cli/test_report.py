@@ -173,6 +173,14 @@ def test_what_is_wrong_is_said(curvcert: Curvcert, records: str, tmp_path: Path)
     assert (done.code, "no images" in done.err) == (0, True)
 
 
+def test_names_are_no_mathematics(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", SAMPLES)
+    text = Path(path).read_text().replace("two.onnx", "_m$_$x.onnx").replace('"dog"', '"a$\\\\frac{$"')
+    Path(path).write_text(text)
+    for plot in plots.PLOTS:
+        assert "_m$_$x.onnx" in plots.inline(plot, [read_document(path)] * 2)
+
+
 def test_without_matplotlib_it_says_what_to_install(records: str, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None; from certify_cli.cli.app import main; "
