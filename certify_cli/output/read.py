@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from certify_cli.errors import RecordsError
 from certify_cli.output.json import TYPES
-from certify_cli.records import SCHEMA, Result, Run, Sample, Summary
+from certify_cli.records import SCHEMA, DataInfo, ModelInfo, Result, Run, Sample, Summary
+
+HINTS: dict[type, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Run, ModelInfo, DataInfo, Sample, Summary)}
+"""What each field of a record is declared to be."""
 
 
 def read_document(path: str) -> Result:
@@ -41,15 +43,10 @@ def read_document(path: str) -> Result:
 
 def _check_kinds(record: object) -> None:
     """Raises TypeError, naming the field, where a value is of another kind than the record declares."""
-    for name, hint in _hints(type(record)).items():
+    for name, hint in HINTS[type(record)].items():
         value = getattr(record, name)
         if not _is(value, hint):
             raise TypeError(f"{name} is {value!r}")
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _is(value: Any, hint: Any) -> bool:
