@@ -103,9 +103,15 @@ def test_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert "--resume" in capsys.readouterr().err.splitlines()[-1]
 
 
+def _heeds_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(target: Path, *more: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "certify_cli", *COMMAND, *more, "-o", str(target), "--resume"]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    # a test run in the background ignores SIGINT, and what it starts would inherit that
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=_heeds_signals)
 
 
 def wait_for(target: Path, size: int, process: subprocess.Popen[str]) -> None:
