@@ -132,7 +132,7 @@ def _figures(old: Result, new: Result, tolerance: float) -> tuple[FigureChange, 
         for eps in dict.fromkeys(e for k, e in (*before, *after) if k == key):
             a, b = before.get((key, eps)), after.get((key, eps))
             by = tolerance * (a or 0.0) if row.radius else tolerance
-            found.append(FigureChange(row.title + ("" if eps is None else f" at {eps}"), a, b, _fell(a, b, by)))
+            found.append(FigureChange(row.at(eps), a, b, _fell(a, b, by)))
     return tuple(found)
 
 

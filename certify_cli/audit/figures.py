@@ -37,6 +37,10 @@ class Figure:
     labelled: bool = False
     of_model: bool = False
 
+    def at(self, eps: str | None) -> str:
+        """Its title, at a radius (as typed) where it has one."""
+        return self.title + ("" if eps is None else f" at {eps}")
+
     @property
     def share(self) -> bool:
         """Whether it lies between 0 and 1."""
@@ -61,7 +65,8 @@ def unknown(sample: Sample, level: float) -> bool:
     return counts(sample) and not certified(sample, level) and not attacked(sample, level)
 
 
-def _radius(sample: Sample) -> float:
+def radius(sample: Sample) -> float:
+    """The certified radius, 0 where it does not count."""
     return sample.certified_radius or 0.0 if counts(sample) else 0.0
 
 
@@ -74,17 +79,17 @@ def _share(has: Callable[[Sample, float], bool]) -> Spans:
 
 
 def _mean(samples: Sequence[Sample], total: int, level: float) -> Span:
-    found = math.fsum(map(_radius, samples)) / total
+    found = math.fsum(map(radius, samples)) / total
     return found, found if len(samples) == total else math.inf
 
 
 def _median(samples: Sequence[Sample], total: int, level: float) -> Span:
-    radii, missing = [_radius(sample) for sample in samples], total - len(samples)
+    radii, missing = [radius(sample) for sample in samples], total - len(samples)
     return median([*radii, *[0.0] * missing]), median([*radii, *[math.inf] * missing])
 
 
 def _mean_correct(samples: Sequence[Sample], total: int, level: float) -> Span:
-    radii, missing = [_radius(sample) for sample in samples if sample.correct], total - len(samples)
+    radii, missing = [radius(sample) for sample in samples if sample.correct], total - len(samples)
     found = math.fsum(radii) / max(1, len(radii) + missing)
     return found, math.inf if missing else found
 
@@ -101,7 +106,7 @@ def _uncertified(sample: Sample, level: float) -> float | None:
     """The nearest to the radius first, misclassified ones last."""
     if certified(sample, level):
         return None
-    return level - _radius(sample) if counts(sample) else math.inf
+    return level - radius(sample) if counts(sample) else math.inf
 
 
 def _broken(sample: Sample, level: float) -> float | None:
@@ -111,15 +116,15 @@ def _broken(sample: Sample, level: float) -> float | None:
 
 
 def _open(sample: Sample, level: float) -> float | None:
-    return level - _radius(sample) if unknown(sample, level) else None
+    return level - radius(sample) if unknown(sample, level) else None
 
 
 def _smallest(sample: Sample, level: float) -> float | None:
-    return _radius(sample)
+    return radius(sample)
 
 
 def _smallest_correct(sample: Sample, level: float) -> float | None:
-    return _radius(sample) if sample.correct else None
+    return radius(sample) if sample.correct else None
 
 
 def _none(sample: Sample, level: float) -> float | None:

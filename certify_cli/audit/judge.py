@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from certify_cli.audit.policy import Requirement
@@ -13,13 +14,20 @@ from certify_cli.records import Sample
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a requirement: the figure's least and largest possible value, and the samples that decide it,
-    the first first. `met` is None while it is open."""
+    """What became of a requirement after the samples `done`: the figure's least and largest possible value. `met` is
+    None while it is open."""
 
     requirement: Requirement
     least: float
     largest: float
-    samples: tuple[Sample, ...]
+    done: tuple[Sample, ...]
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        """Those that count against the figure, those that nearly do not first: sorted only where they are asked for."""
+        order, level = self.requirement.figure.against, self.requirement.level
+        ranked = [(rank, sample.index, sample) for sample in self.done if (rank := order(sample, level)) is not None]
+        return tuple(sample for _, _, sample in sorted(ranked, key=lambda item: item[:2]))
 
     @property
     def met(self) -> bool | None:
@@ -82,16 +90,9 @@ def judge(
     requirements: Sequence[Requirement], samples: Sequence[Sample], total: int, model: Mapping[str, float]
 ) -> Verdict:
     """On the first of `total` samples. model: the bounds of the model that are asked for, by key."""
-    findings = []
+    findings, done = [], tuple(samples)
     for asked in requirements:
         figure = asked.figure
         span = (model[asked.key],) * 2 if figure.of_model else figure.span(samples, total, asked.level)
-        findings.append(Finding(asked, *span, () if figure.of_model else _deciding(asked, samples)))
+        findings.append(Finding(asked, *span, done))
     return Verdict(tuple(findings), len(samples), total)
-
-
-def _deciding(asked: Requirement, samples: Sequence[Sample]) -> tuple[Sample, ...]:
-    """The samples that count against the figure, those that nearly do not first."""
-    order = asked.figure.against
-    ranked = [(rank, sample.index, sample) for sample in samples if (rank := order(sample, asked.level)) is not None]
-    return tuple(sample for _, _, sample in sorted(ranked, key=lambda item: item[:2]))

@@ -48,7 +48,7 @@ class Requirement:
 
     @property
     def title(self) -> str:
-        return self.figure.title + ("" if self.eps is None else f" at {self.eps}")
+        return self.figure.at(self.eps)
 
     def holds(self, value: float) -> bool:
         return value >= self.asked if self.figure.least else value <= self.asked

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from certify_cli.audit.figures import counts
+from certify_cli.audit.figures import counts, radius
 from certify_cli.errors import UsageError
-from certify_cli.records import Result, Sample
+from certify_cli.records import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,11 +64,6 @@ class Plot:
     says: str
     draw: Callable[[Axes, Sequence[Result]], None]
     fits: Callable[[Sequence[Result]], bool]
-
-
-def radius(sample: Sample) -> float:
-    """The certified radius, 0 where it does not count."""
-    return sample.certified_radius or 0.0 if counts(sample) else 0.0
 
 
 def names(results: Sequence[Result]) -> list[str]:

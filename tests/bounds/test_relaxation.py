@@ -136,14 +136,19 @@ def max_of_dense() -> Network:
     return b.build(b.add("fc1", Dense(torch.randn(3, 4, generator=g, dtype=D)), flat))
 
 
+def some_ranges(g: torch.Generator, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pre-activations, and ranges around them of widths from 1e-3 to 10."""
+    z = 3 * torch.randn(*shape, generator=g, dtype=D)
+    width = 10 ** (4 * torch.rand(*shape, generator=g, dtype=D) - 3)
+    return z, -width * torch.rand(*shape, generator=g, dtype=D), width * torch.rand(*shape, generator=g, dtype=D)
+
+
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_lines_hold_the_activation(name: str) -> None:
     """On a fine grid of ranges of every width; they touch: some line misses phi by next to nothing somewhere."""
     phi = from_name(ROWS.get(name, name))
     g = torch.Generator().manual_seed(7)
-    z = 3 * torch.randn(1, 400, generator=g, dtype=D)
-    width = 10 ** (4 * torch.rand(1, 400, generator=g, dtype=D) - 3)
-    lo, hi = (-width * torch.rand(1, 400, generator=g, dtype=D), width * torch.rand(1, 400, generator=g, dtype=D))
+    z, lo, hi = some_ranges(g, 1, 400)
     found = Lines.of(Span(phi, z, 1e-15, lo, hi), (400,))
     t = lo + (hi - lo) * torch.linspace(0, 1, 2001, dtype=D).reshape(-1, 1)
     rise = phi.value(z + t) - phi.value(z)
@@ -167,9 +172,7 @@ def test_every_line_of_an_envelope_holds(name: str) -> None:
     """Slopes between the table's, at them, and beyond its ends, for items that are samples in any order."""
     phi = from_name(ROWS.get(name, name))
     g = torch.Generator().manual_seed(8)
-    z = 3 * torch.randn(3, 200, generator=g, dtype=D)
-    width = 10 ** (4 * torch.rand(3, 200, generator=g, dtype=D) - 3)
-    lo, hi = (-width * torch.rand(3, 200, generator=g, dtype=D), width * torch.rand(3, 200, generator=g, dtype=D))
+    z, lo, hi = some_ranges(g, 3, 200)
     here, item = Span(phi, z, 1e-15, lo, hi), torch.tensor([2, 0, 0, 1])
     found = Envelopes.of(here, Lines.of(here, (200,))).at(item)
     t = (lo + (hi - lo) * torch.linspace(0, 1, 801, dtype=D).reshape(-1, 1, 1))[:, item]
