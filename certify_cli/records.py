@@ -7,9 +7,11 @@ dictionaries is `certify_cli/schema/curvcert-1.json`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -130,7 +132,8 @@ class Summary:
     radii as they are); `mean_certified_radius_correct` runs over the correct samples only (the papers' figure).
     `certified_accuracy` and `attack_accuracy` are keyed by the text of each `--eps`; without labels
     `certified_share` takes the place of `certified_accuracy`. `seconds` is the whole run; `search_seconds` the part of
-    it that the search for attacks took, null without one.
+    it that the search for attacks took, null without one. `seal` is a hash of the whole run as it was written: it tells
+    a slip of an editor, not a forger.
     """
 
     samples: int
@@ -143,6 +146,7 @@ class Summary:
     attack_accuracy: dict[str, float] | None
     seconds: float
     search_seconds: float | None = None
+    seal: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -211,3 +215,16 @@ def summarise(
         seconds=seconds,
         search_seconds=search_seconds,
     )
+
+
+def seal(run: Run, samples: Iterable[Sample], summary: Summary) -> str:
+    """SHA-256 over the run line, every sample and the summary as JSON; the summary's own seal left out."""
+    digest = hashlib.sha256()
+    parts = [run.to_dict(), *(sample.to_dict() for sample in samples), replace(summary, seal=None).to_dict()]
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode())
+    return digest.hexdigest()
+
+
+def sealed(run: Run, samples: Sequence[Sample], summary: Summary) -> Summary:
+    return replace(summary, seal=seal(run, samples, summary))

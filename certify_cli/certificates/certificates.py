@@ -16,7 +16,7 @@ class Certificates:
     it. `rival` is the class that decides it, and `gradient`, `curvature_lower`, `curvature_upper` and `lipschitz`
     (upper bounds) belong to the margin towards it. `attack` is the distance, rounded up, from the sample to the row of
     `witness` (batch, *input shape), whose replay changed the prediction; NaN and the sample itself where there is none.
-    `near` (batch, *input shape) is where the bound that gave the radius is least (the sample itself if unknown): a
+    `near` (batch, *input shape) is where the tangent that gave the radius was taken (the sample itself if none was): a
     search for attacks starts there.
     """
 

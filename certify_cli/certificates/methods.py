@@ -31,6 +31,7 @@ from certify_cli.network.graph import Network
 AUTO = "auto"
 TANGENTS = {"fast": 0, "normal": 1, "max": 4}
 """By effort: at how many further points `curvature` takes the closed form, for each rival that can be the nearest."""
+TANGENT_METHODS = ("curvature", "dual")
 DUAL_STEPS = {"fast": 4, "normal": 20, "max": 100}
 """By effort: at how many points at most `dual` does, stopping where a step gains nothing."""
 

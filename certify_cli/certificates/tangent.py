@@ -62,7 +62,7 @@ def tangent(
 
 @dataclass(frozen=True, eq=False)
 class Sharpened:
-    """`radius`: the table (batch, classes), improved; `ends`: where the last minorant of the deciding rival is least,
+    """`radius`: the table (batch, classes), improved; `ends`: where the deciding rival's best tangent was taken,
     (batch, *input shape): close to the decision boundary when the bound is sharp."""
 
     radius: Tensor
@@ -95,7 +95,7 @@ def descended(
     steps: int,
     within: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Best radius, and the last point, of projected gradient steps on f + M/2 ||.||^2 over the certified ball.
+    """Best radius of projected gradient steps on f + M/2 ||.||^2 over the certified ball, and the best tangent's point.
 
     For the samples at `index`, each with its rival, its radius so far, and bounds of its margin's curvature, valid on
     the ball of radius `within` (everywhere if None).
@@ -104,7 +104,8 @@ def descended(
     A sample is left alone once a step gains less than GAIN. Any step is sound: it only says where to look.
     """
     shape = (-1, *[1] * (point.x.dim() - 1))
-    best, ends = radius.clone(), point.x[index].clone()
+    best, ends, places = radius.clone(), point.x[index].clone(), point.x[index].clone()
+    most = torch.full_like(best, -torch.inf)
     p = point.gradients.value[index, rival]
     live = torch.arange(len(index), device=index.device)
     for _ in range(steps):
@@ -114,9 +115,10 @@ def descended(
         reach = torch.minimum(1 / smooth, best[live] / vector_norm_up(aim.flatten(1)))
         ends[live] = part.x + reach.nan_to_num(nan=0.0, posinf=0.0).reshape(shape) * aim
         value, p = tangent(part, rival[live], ends[live], m, torch.inf if within is None else within[live])
-        gained = value > best[live] * (1 + GAIN)
+        gained, better = value > best[live] * (1 + GAIN), value > most[live]
+        most[live[better]], places[live[better]] = value[better], ends[live[better]]
         best[live] = torch.maximum(best[live], value)
         live, p = live[gained], p[gained]
         if not len(live):
             break
-    return best, ends
+    return best, places

@@ -27,6 +27,7 @@ from certify_cli.cli.inspect import inspect
 from certify_cli.cli.report import report
 from certify_cli.cli.signals import Stopped, at_once
 from certify_cli.cli.sink import refusing
+from certify_cli.cli.verify import verify
 from certify_cli.errors import CurvcertError
 from certify_cli.output.console import printable
 from certify_cli.version import __version__
@@ -35,7 +36,8 @@ DONE, USAGE, INTERNAL = 0, 2, 4
 DEBUG_VARIABLE = "CURVCERT_DEBUG"
 
 EXIT_CODES = """
-Exit codes: 0 done; 1 check's policy is not met, diff found a regression, or doctor a fault; 2 wrong option or setting;
+Exit codes: 0 done; 1 check's policy is not met, diff found a regression,
+verify a contradiction, or doctor a fault; 2 wrong option or setting;
 3 model, data or records missing, unreadable or refused, or method not applicable; 4 internal error; 130 or 143 stopped
 by SIGINT or SIGTERM.
 """
@@ -49,7 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (certify, check, diff, report, bounds, inspect, convert, doctor):
+for command in (certify, check, diff, verify, report, bounds, inspect, convert, doctor):
     app.command()(command)
 
 

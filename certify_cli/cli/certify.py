@@ -15,12 +15,12 @@ from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import RunOptions, spread
 from certify_cli.cli.signals import Flag, noted
 from certify_cli.cli.sink import appending, atomic, job_summary, refusing, sink
-from certify_cli.cli.witnesses import save_witnesses
+from certify_cli.cli.witnesses import save_places, save_witnesses
 from certify_cli.errors import UsageError
 from certify_cli.output.document import Record, View
 from certify_cli.output.formats import FORMATS
 from certify_cli.output.terminal_plot import available
-from certify_cli.records import Summary, summarise
+from certify_cli.records import Summary, sealed, summarise
 from certify_cli.run.resume import Begun, begun
 from certify_cli.run.settings import Settings
 
@@ -37,6 +37,7 @@ def certify(
     all_rows: opt.AllRows = False,
     plot: opt.PlotCurve = False,
     witnesses: opt.Witnesses = None,
+    certificate: opt.Certificate = None,
     resume: opt.Resume = False,
     config: ConfigFile = None,
     quiet: opt.Quiet = False,
@@ -48,6 +49,7 @@ def certify(
     form_name = opt.format_of(format, output, FORMATS)
     form = FORMATS[form_name]
     opt.npz_name("--witnesses", witnesses)
+    opt.npz_name("--certificate", certificate)
     if witnesses is not None and run.attack == "none":
         raise UsageError(
             "--witnesses writes the attacks that are found, but --attack none looks for none; leave out one of the two"
@@ -58,13 +60,15 @@ def certify(
         available()
     settings = run.settings()
     if resume:
-        _resumed(context, run, settings, form_name, output, witnesses, quiet)
+        beside = {"--witnesses": witnesses, "--certificate": certificate}
+        _resumed(context, run, settings, form_name, output, beside, quiet)
         return
 
-    # both files are opened before the work, so that a wrong path costs nothing
+    # all files are opened before the work, so that a wrong path costs nothing
     with (
         sink(output, all_rows, plot) as out,
         atomic(witnesses, "--witnesses", "wb") if witnesses is not None else nullcontext() as witness_file,
+        atomic(certificate, "--certificate", "wb") if certificate is not None else nullcontext() as place_file,
         Reporter(quiet, bar=not (form.streams and out.terminal)) as reporter,
     ):
         tell(context, reporter)
@@ -85,6 +89,9 @@ def certify(
         if witness_file is not None:
             with refusing("--witnesses"):
                 save_witnesses(witness_file, job.witnesses, tuple(chosen.x.shape[1:]))
+        if place_file is not None:
+            with refusing("--certificate"):
+                save_places(place_file, job.places, tuple(chosen.x.shape[1:]))
 
 
 def _kept(records: Iterator[Record], kept: list[Record]) -> Iterator[Record]:
@@ -104,16 +111,15 @@ def _resumed(
     settings: Settings,
     form: str,
     output: str | None,
-    witnesses: str | None,
+    beside: dict[str, str | None],
     quiet: bool,
 ) -> None:
     """Into a file that keeps every batch, from where it ends."""
     if output is None or form != "jsonl":
         raise UsageError("--resume goes on with a file of JSON lines; name it: --output FILE.jsonl")
-    if witnesses is not None:
-        raise UsageError(
-            "--witnesses and --resume exclude one another: records keep no witness of what was done before"
-        )
+    for option, path in beside.items():
+        if path is not None:
+            raise UsageError(f"{option} and --resume exclude one another: records keep none of what was done before")
     with Reporter(quiet) as reporter:
         tell(context, reporter)
         past = begun(output)
@@ -165,7 +171,7 @@ def _records(
             f"accuracy {summary.accuracy:.4f} is no better than guessing among {job.run.model.classes} classes: the "
             "model may expect another input (see --mean, --std and --layout)"
         )
-    yield summary
+    yield sealed(job.run, done, summary)
 
 
 CHANCE_SAMPLES = 20

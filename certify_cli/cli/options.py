@@ -212,10 +212,45 @@ Witnesses = Annotated[
         show_default=False,
     ),
 ]
+Certificate = Annotated[
+    str | None,
+    typer.Option(
+        "--certificate",
+        metavar="FILE.npz",
+        help="Write index, rival and d: where curvature and dual took the tangent that certifies (for verify).",
+        show_default=False,
+    ),
+]
 OldRecords = Annotated[
     str, typer.Argument(metavar="OLD", help="Records of a run: what certify wrote as JSON or JSON lines.")
 ]
 NewRecords = Annotated[str, typer.Argument(metavar="NEW", help="Records of the run to compare with it.")]
+OneRecords = Annotated[
+    str, typer.Argument(metavar="RECORDS", help="Records of a run: what certify wrote as JSON or JSON lines.")
+]
+DataOfRun = Annotated[
+    str | None,
+    typer.Option("--data", metavar="SOURCE", help="Where the samples are.", show_default="where the run found them"),
+]
+WitnessesOfRun = Annotated[
+    str | None,
+    typer.Option(
+        "--witnesses", metavar="FILE.npz", help="What certify --witnesses wrote in the run.", show_default=False
+    ),
+]
+CertificateOfRun = Annotated[
+    str | None,
+    typer.Option(
+        "--certificate", metavar="FILE.npz", help="What certify --certificate wrote in the run.", show_default=False
+    ),
+]
+Share = Annotated[
+    float,
+    typer.Option(
+        "--share", metavar="P", help="Part of the records to compute anew that are not proved (at least 4; 0: none)."
+    ),
+]
+SeedOfCheck = Annotated[int, typer.Option("--seed", metavar="N", help="Draws that share, and starts the attacks.")]
 ManyRecords = Annotated[
     list[str], typer.Argument(metavar="RECORDS...", help="Records of runs: what certify wrote as JSON or JSON lines.")
 ]

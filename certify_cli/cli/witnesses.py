@@ -1,4 +1,4 @@
-"""The file of replayed attacks."""
+"""Arrays that a run keeps beside its records: replayed attacks, and where tangents were taken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from certify_cli.run.engine import Witness
+    from certify_cli.run.engine import Place, Witness
 
 
 def save_witnesses(stream: IO[bytes], witnesses: Sequence[Witness], shape: tuple[int, ...]) -> None:
@@ -22,4 +22,19 @@ def save_witnesses(stream: IO[bytes], witnesses: Sequence[Witness], shape: tuple
         index=np.array([witness.index for witness in witnesses], dtype=np.int64),
         x=np.array([np.asarray(witness.x) for witness in witnesses], dtype=np.float64).reshape(count, *shape),
         d=np.array([np.asarray(witness.d) for witness in witnesses], dtype=np.float64).reshape(count, *shape),
+    )
+
+
+def save_places(stream: IO[bytes], places: Sequence[Place], shape: tuple[int, ...]) -> None:
+    """Write arrays `index`, `rival` (K,) and `d` (K, *shape) as npz: the tangent at x + d certifies x.
+
+    float64 and in data units, as the run took them.
+    """
+    import numpy as np
+
+    np.savez_compressed(
+        stream,
+        index=np.array([place.index for place in places], dtype=np.int64),
+        rival=np.array([place.rival for place in places], dtype=np.int64),
+        d=np.array([np.asarray(place.d) for place in places], dtype=np.float64).reshape(len(places), *shape),
     )

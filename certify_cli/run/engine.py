@@ -17,7 +17,7 @@ from certify_cli.bounds.analysis import MEMORY, Analysis
 from certify_cli.bounds.layers import layer_table
 from certify_cli.bounds.relaxed_ranges import ball_cost
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import certify_batch, method_name, select
+from certify_cli.certificates.methods import TANGENT_METHODS, certify_batch, method_name, select
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.search import searched
 from certify_cli.errors import DataError, UsageError, first_line
@@ -26,7 +26,7 @@ from certify_cli.load.fit import fit
 from certify_cli.load.loaded import LoadedModel
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Network
-from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Result, Run, Sample, summarise
+from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Result, Run, Sample, sealed, summarise
 from certify_cli.run.provenance import describe
 from certify_cli.run.settings import Settings
 
@@ -61,6 +61,15 @@ class Witness:
         return self.moved - self.x
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """x + d, where the tangent that certifies sample `index` against `rival` was taken; d as a witness has it."""
+
+    index: int
+    rival: int
+    d: Tensor
+
+
 class Job:
     """A run made ready: `run` is known before the first sample, `samples()` does the work."""
 
@@ -69,6 +78,7 @@ class Job:
         self.total = len(data.x)
         self.eps = settings.eps
         self.witnesses: list[Witness] = []
+        self.places: list[Place] = []
         self.search_seconds: float | None = None
         self._network, self._data, self._settings = network, data, settings
         self._methods = select(settings.method, network)
@@ -152,6 +162,8 @@ class Job:
             record = _record(index, label, values, inside[row] if data.image else None)
             if record.attack_radius is not None:
                 self.witnesses.append(Witness(index, point.x[row].cpu(), found.witness[row].cpu()))
+            if record.method in TANGENT_METHODS and record.rival is not None:
+                self.places.append(Place(index, record.rival, (found.near[row] - point.x[row]).cpu()))
             records.append(record)
         return records
 
@@ -270,7 +282,8 @@ def certify(
     job = prepare(model, data, settings, arguments)
     start = time.perf_counter()
     samples = tuple(job.samples())
-    return Result(job.run, samples, summarise(samples, job.eps, time.perf_counter() - start, job.search_seconds))
+    summary = summarise(samples, job.eps, time.perf_counter() - start, job.search_seconds)
+    return Result(job.run, samples, sealed(job.run, samples, summary))
 
 
 def _texts(eps: Radii) -> tuple[str, ...]:

@@ -1,0 +1,144 @@
+"""What records say without a proof, looked up again: labels, predictions, margins, gradients, the summary; and that
+their parts agree with one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from certify_cli.load.data import Dataset
+from certify_cli.network.graph import Network
+from certify_cli.records import CERTIFIED, NOT_CERTIFIED, Result, Run, Sample, seal, summarise
+
+NEAR = 1e-9
+"""Two roundings of the same number may differ by so much, relatively."""
+METHODS = ("lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz")
+KINDS = ("certificate", "search")
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Something that a run says and that is not so; `index` is the sample's, None where it is about the whole run."""
+
+    index: int | None
+    text: str
+
+
+def of_run(result: Result, data: Dataset, network: Network) -> Iterator[Contradiction]:
+    """The seal, the counts, the classes, the summary."""
+    run, summary = result.run, result.summary
+    if summary.seal is not None and summary.seal != seal(run, result.samples, summary):
+        yield Contradiction(None, "the seal does not fit: something was changed after it was written")
+    if run.model.classes != network.classes:
+        yield Contradiction(None, f"the run line says {run.model.classes} classes, the model has {network.classes}")
+    indices = [sample.index for sample in result.samples]
+    if indices != list(data.indices):
+        yield Contradiction(None, f"the records are not those of the data's {len(data.indices)} samples in order")
+    eps = tuple(summary.certified_accuracy or summary.certified_share or ())
+    if eps != tuple(run.arguments.get("eps") or ()):
+        yield Contradiction(None, "the summary's radii are not those that the run line says were asked for")
+    again = summarise(result.samples, eps, summary.seconds, summary.search_seconds)
+    apart = [
+        name for name, value in replace(again, seal=summary.seal).to_dict().items() if value != summary.to_dict()[name]
+    ]
+    for name in apart:
+        yield Contradiction(None, f"the summary's {name} is not what the samples add up to")
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """Of a batch, in float64: logits (batch, classes), and for the rival of each record (or the runner-up) the norm of
+    the margin's gradient and the curvature along it, both (batch,)."""
+
+    logits: Tensor
+    gradient: Tensor
+    bend: Tensor
+
+
+def look(network: Network, x: Tensor, samples: list[Sample]) -> Looked:
+    """Automatic differentiation of the model itself at x (batch, *shape)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = network(x)
+        top = logits.detach().argmax(1)
+        second = logits.detach().scatter(1, top[:, None], -torch.inf).argmax(1)
+        rivals = [s.rival if _is_class(s.rival, logits) else int(r) for s, r in zip(samples, second, strict=True)]
+        rival = torch.tensor(rivals)
+        margin = (logits.gather(1, top[:, None]) - logits.gather(1, rival[:, None])).sum()
+        (gradient,) = torch.autograd.grad(margin, x, create_graph=True)
+        size = gradient.flatten(1).norm(dim=1)
+        bend = torch.zeros_like(size)
+        if gradient.requires_grad:
+            u = gradient.detach() / size.detach().clamp(min=1e-300).reshape(-1, *[1] * (x.dim() - 1))
+            (turned,) = torch.autograd.grad((gradient * u).sum(), x, allow_unused=True)
+            if turned is not None:
+                bend = (turned * u).flatten(1).sum(1)
+    return Looked(logits.detach(), size.detach(), bend.detach())
+
+
+def _is_class(value: int | None, logits: Tensor) -> bool:
+    return value is not None and 0 <= value < logits.shape[1]
+
+
+def of_sample(sample: Sample, label: int | None, looked: Looked, row: int, run: Run) -> Iterator[str]:
+    """What is not so of one record, in words. `label`: the data's."""
+    logits = looked.logits[row]
+    ordered = logits.sort(descending=True)
+    top, second = (int(k) for k in ordered.indices[:2])
+    margin = float(ordered.values[0] - ordered.values[1])
+    scale = 1 + float(logits.abs().max())
+    if sample.label != label:
+        yield f"the label is {label} in the data, {sample.label} in the record"
+    if margin > NEAR * scale and sample.prediction != top:
+        yield f"the model predicts {top}, the record says {sample.prediction}"
+    if sample.correct != (None if label is None else sample.prediction == label):
+        yield f"correct is {sample.correct} for label {label} and prediction {sample.prediction}"
+    if sample.margin is not None and abs(sample.margin - margin) > NEAR * scale:
+        yield f"the margin is {margin:.9g}, the record says {sample.margin:.9g}"
+    if sample.runner_up is not None and not _nearly_second(logits, sample.runner_up, top, second, scale):
+        yield f"the runner-up is {second}, the record says {sample.runner_up}"
+    if sample.rival is not None and (sample.rival == sample.prediction or not _is_class(sample.rival, looked.logits)):
+        yield f"the rival {sample.rival} is no other class"
+    yield from _of_figures(sample, float(looked.gradient[row]), float(looked.bend[row]))
+    yield from _of_verdicts(sample, run.method, run.attack)
+
+
+def _nearly_second(logits: Tensor, claimed: int, top: int, second: int, scale: float) -> bool:
+    return 0 <= claimed < len(logits) and claimed != top and float(logits[second] - logits[claimed]) <= NEAR * scale
+
+
+def _of_figures(sample: Sample, gradient: float, bend: float) -> Iterator[str]:
+    """Gradient, curvature and Lipschitz figures belong to the rival's margin."""
+    slack = 1e-6 * (gradient + 1e-9)
+    if sample.gradient_norm is not None and abs(sample.gradient_norm - gradient) > slack:
+        yield f"the gradient's norm is {gradient:.9g}, the record says {sample.gradient_norm:.9g}"
+    if sample.lipschitz is not None and sample.lipschitz < gradient - slack:
+        yield f"the Lipschitz constant {sample.lipschitz:.6g} is below the gradient's norm {gradient:.6g}"
+    if sample.curvature_lower is not None and sample.curvature_lower < -bend * (1 - 1e-6) - 1e-9:
+        yield f"the curvature bound {sample.curvature_lower:.6g} is below the curvature {-bend:.6g} along the gradient"
+    if sample.curvature_upper is not None and sample.curvature_upper < bend * (1 - 1e-6) - 1e-9:
+        yield f"the curvature bound {sample.curvature_upper:.6g} is below the curvature {bend:.6g} along the gradient"
+
+
+def _of_verdicts(sample: Sample, run_method: str, attack: str) -> Iterator[str]:
+    radius = sample.certified_radius
+    if (sample.status == CERTIFIED) != (radius is not None):
+        yield f"status {sample.status} with the radius {radius}"
+    if radius is not None and radius <= 0:
+        yield f"the certified radius {radius} is not positive"
+    if sample.status == NOT_CERTIFIED and not sample.reason:
+        yield "a sample that is not certified has no reason"
+    if radius is not None and sample.method not in METHODS:
+        yield f"the method {sample.method!r} is none of curvcert's"
+    elif radius is not None and run_method not in ("auto", sample.method):
+        yield f"the method is {sample.method}, the run was by {run_method}"
+    if (sample.attack_radius is None) != (sample.attack_kind is None):
+        yield f"an attack radius of {sample.attack_radius} of the kind {sample.attack_kind}"
+    if sample.attack_radius is not None:
+        if sample.attack_kind not in (KINDS if attack == "search" else KINDS[:1]) or attack == "none":
+            yield f"an attack of the kind {sample.attack_kind} in a run with --attack {attack}"
+        if radius is not None and sample.attack_radius < radius:
+            yield f"an attack at {sample.attack_radius:.9g} lies inside the certified radius {radius:.9g}"

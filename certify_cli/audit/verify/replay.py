@@ -1,0 +1,94 @@
+"""Attacks replayed: the witnesses that the run kept, or, where it kept none, what a certificate promises along the
+gradient; and the model itself once more through onnxruntime, where that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from certify_cli.network.graph import Network
+from certify_cli.records import Sample
+
+FURTHER = 1e-4
+"""float32 blurs what float64 decides: an example goes so much further, relatively, before it meets onnxruntime."""
+BLURRED = 1e-3
+"""Margins below this part of the logits may fall either way in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Witnesses:
+    """What `certify --witnesses` wrote, by index."""
+
+    x: Mapping[int, Tensor]
+    d: Mapping[int, Tensor]
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Witnesses:
+        index = [int(k) for k in arrays["index"]]
+        rows = {key: [torch.from_numpy(np.asarray(row, dtype=np.float64)) for row in arrays[key]] for key in ("x", "d")}
+        return cls(*(dict(zip(index, rows[key], strict=True)) for key in ("x", "d")))
+
+
+def replayed(network: Network, sample: Sample, x: Tensor, witnesses: Witnesses | None) -> Iterator[str]:
+    """What is not so of the attack that a record tells of, in words; x is the data's (*shape)."""
+    claimed, prediction = sample.attack_radius, sample.prediction
+    if claimed is None or prediction is None:
+        return
+    if witnesses is None:
+        if sample.attack_kind == "certificate" and not _along_gradient(network, x, prediction, claimed):
+            yield f"no attack along a margin's gradient at {claimed:.9g} changes the prediction"
+        return
+    if sample.index not in witnesses.d:
+        yield "the witnesses hold no attack on it"
+        return
+    d = witnesses.d[sample.index]
+    if d.shape != x.shape or not torch.equal(witnesses.x[sample.index], x):
+        yield "its witness is about another image"
+        return
+    size = float(d.norm())
+    if abs(size - claimed) > 1e-9 * claimed:
+        yield f"its witness lies at {size:.9g}, the record says {claimed:.9g}"
+    logits = network((x + d)[None])[0]
+    if int(logits.argmax()) == prediction:
+        yield "its witness does not change the prediction"
+    inside = bool(((x + d >= 0) & (x + d <= 1)).all())
+    if sample.attack_in_range is not None and sample.attack_in_range != inside:
+        yield f"attack_in_range is {sample.attack_in_range}, its witness says {inside}"
+
+
+def _along_gradient(network: Network, x: Tensor, prediction: int, radius: float) -> bool:
+    with torch.enable_grad():
+        start = x[None].detach().requires_grad_()
+        logits = network(start)[0]
+        rivals = [i for i in range(len(logits)) if i != prediction]
+        rows = [torch.autograd.grad(logits[prediction] - logits[i], start, retain_graph=True)[0] for i in rivals]
+    g = torch.cat(rows)
+    size = g.flatten(1).norm(dim=1).clamp(min=1e-300).reshape(-1, *[1] * x.dim())
+    moved = x - radius * (1 + 1e-9) * g / size
+    return bool((network(moved).argmax(1) != prediction).any())
+
+
+class Deployed:
+    """The ONNX file in onnxruntime; `prefix` maps a batch of data to the file's own input."""
+
+    def __init__(self, path: str, prefix: Any, input_shape: tuple[int, ...]) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._name = self._session.get_inputs()[0].name
+        self._single = self._session.get_inputs()[0].shape[0] == 1
+        self._prefix, self._shape = prefix, input_shape
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of x (batch, *shape) in data units, as float32 computes them."""
+        taken = self._prefix(x).reshape(-1, *self._shape).to(torch.float32).numpy()
+        parts = [taken[k : k + 1] for k in range(len(taken))] if self._single else [taken]
+        return torch.from_numpy(np.concatenate([self._session.run(None, {self._name: part})[0] for part in parts]))

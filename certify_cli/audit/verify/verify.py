@@ -1,0 +1,216 @@
+"""One finished run against its model and its data: every record ends as proved, recomputed or attacked only, and
+whatever is not so is a contradiction."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from certify_cli.audit.verify.claims import Contradiction, look, of_run, of_sample
+from certify_cli.audit.verify.proof import proved
+from certify_cli.audit.verify.prover import Prover
+from certify_cli.audit.verify.reading import UnreadableError, read
+from certify_cli.audit.verify.reference import Reference
+from certify_cli.audit.verify.replay import BLURRED, FURTHER, Deployed, Witnesses, replayed
+from certify_cli.audit.verify.search import attacked
+from certify_cli.load.data import Dataset
+from certify_cli.load.fit import fit
+from certify_cli.load.loaded import LoadedModel
+from certify_cli.records import Result, Sample
+
+PROVED, RECOMPUTED, ATTACKED, NOTHING = "proved", "recomputed", "attacked only", "no radius"
+OUTCOMES = {
+    PROVED: "the radius is proved anew: norms and arithmetic of this check, every rival",
+    RECOMPUTED: "a dense float64 reference reaches at least 90 % of the radius",
+    ATTACKED: "an attack inside the ball found nothing; the radius itself was not looked at again",
+    NOTHING: "the record claims no radius",
+}
+CHEAP = ("lipschitz", "curvature", "dual")
+"""Methods whose radii are proved anew; others are recomputed for a share."""
+TO_PROVE = 1 - 1e-6
+"""Two proofs round differently: this part of a radius must be reached."""
+TO_RECOMPUTE = 0.9
+"""The reference climbs less than the bounds do: this part of a radius must be reached."""
+LEAST_SHARE = 4
+"""Records that are recomputed at least."""
+BATCH, MEMORY = 256, 2**29
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What became of a record; `contradictions` in words."""
+
+    index: int
+    method: str | None
+    radius: float | None
+    outcome: str
+    contradictions: tuple[str, ...]
+
+
+class Verifier:
+    """`of_run`: what is not so of the whole run; `records()` checks one record after the other. `notes` say what could
+    not be looked at.
+
+    witnesses, points: what the run wrote with --witnesses and --certificate, or None. share: of the records that are
+    recomputed, drawn by `seed`, which also starts the attacks.
+    """
+
+    def __init__(
+        self,
+        result: Result,
+        loaded: LoadedModel,
+        data: Dataset,
+        witnesses: Mapping[str, Any] | None = None,
+        points: Mapping[str, Any] | None = None,
+        share: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        self.result, self.data, self.seed = result, data, seed
+        said = result.run.preprocessing
+        self.network = fit(
+            loaded.network,
+            tuple(data.x.shape[1:]),
+            mean=said.get("mean"),
+            std=said.get("std"),
+            layout=said.get("layout"),
+        )
+        self.notes: list[str] = []
+        self._loaded = loaded
+        self._witnesses = None if witnesses is None else Witnesses.of(witnesses)
+        self._points = None if points is None else dict(zip(points["index"].tolist(), points["d"], strict=True))
+        self._share, self._recomputed = share, 0
+        self._prover, self._reference = self._read()
+        self._deployed = self._runtime()
+
+    @cached_property
+    def of_run(self) -> tuple[Contradiction, ...]:
+        return tuple(of_run(self.result, self.data, self.network))
+
+    def _read(self) -> tuple[Prover | None, Reference | None]:
+        try:
+            prover = Prover(read(self.network))
+        except UnreadableError as error:
+            self.notes.append(f"nothing is proved or recomputed: {error}")
+            return None, None
+        return prover, Reference(prover)
+
+    def _runtime(self) -> Deployed | None:
+        info = self._loaded.info
+        if info.format != "onnx":
+            return None
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError:
+            self.notes.append("onnxruntime is not installed, so the file itself was not run")
+            return None
+        return Deployed(info.path, self._before_model, self._loaded.input_shape)
+
+    def _before_model(self, x: Tensor) -> Tensor:
+        """Data as the file takes them: behind mean, std and layout."""
+        return self.network.values(x)[len(self.network.nodes) - len(self._loaded.network.nodes)]
+
+    def records(self) -> Iterator[Checked]:
+        """Every record, in order."""
+        count = min(len(self.result.samples), len(self.data.x))
+        for start in range(0, count, BATCH):
+            part = slice(start, min(start + BATCH, count))
+            with torch.no_grad():
+                yield from self._batch(part)
+
+    def _batch(self, part: slice) -> Iterator[Checked]:
+        samples, run = list(self.result.samples[part]), self.result.run
+        x = self.data.x[part].to(torch.float64)
+        labels = [None] * len(x) if self.data.y is None else self.data.y[part].tolist()
+        looked = look(self.network, x, samples)
+        found: list[list[str]] = [
+            list(of_sample(sample, label, looked, row, run))
+            for row, (sample, label) in enumerate(zip(samples, labels, strict=True))
+        ]
+        for row, sample in enumerate(samples):
+            found[row] += replayed(self.network, sample, x[row], self._witnesses)
+        certified = [n for n, s in enumerate(samples) if s.certified_radius is not None and _known(s, looked.logits)]
+        if certified:
+            radius = torch.tensor([samples[n].certified_radius for n in certified], dtype=torch.float64)
+            prediction = torch.tensor([samples[n].prediction for n in certified])
+            hit = attacked(self.network, x[certified], prediction, radius, self.seed + part.start)
+            for n, broken in zip(certified, hit.tolist(), strict=True):
+                if broken:
+                    found[n].append("an attack inside the certified radius changes the prediction")
+        for n, text in self._through_runtime(samples, x, looked.logits):
+            found[n].append(text)
+        outcome = self._outcomes(samples, x, certified)
+        for n, sample in enumerate(samples):
+            yield Checked(sample.index, sample.method, sample.certified_radius, outcome[n], tuple(found[n]))
+
+    def _outcomes(self, samples: list[Sample], x: Tensor, certified: list[int]) -> list[str]:
+        outcome = [ATTACKED if sample.certified_radius is not None else NOTHING for sample in samples]
+        if self._prover is None or self._reference is None:
+            return outcome
+        flat = x.flatten(1)
+        cheap = [n for n in certified if samples[n].method in CHEAP]
+        sizes = sum(len(layer.bias) for layer in self._prover.layers)
+        step = max(1, MEMORY // (8 * 6 * sizes * max(sizes, flat.shape[1])))
+        for rows in (cheap[k : k + step] for k in range(0, len(cheap), step)):
+            chosen = [samples[n] for n in rows]
+            radii = torch.tensor([s.certified_radius for s in chosen], dtype=torch.float64)
+            predictions = torch.tensor([s.prediction for s in chosen])
+            done = proved(self._prover, flat[rows], predictions, radii * TO_PROVE, self._places(chosen, flat[rows]))
+            for n, holds in zip(rows, done, strict=True):
+                outcome[n] = PROVED if holds else outcome[n]
+        for n in certified:
+            radius, prediction = samples[n].certified_radius, samples[n].prediction
+            if outcome[n] != ATTACKED or not self._drawn(samples[n].index) or radius is None or prediction is None:
+                continue
+            if self._reference.holds(flat[n], prediction, radius * TO_RECOMPUTE):
+                outcome[n] = RECOMPUTED
+        return outcome
+
+    def _drawn(self, index: int) -> bool:
+        """Whether a record is of the share that is recomputed."""
+        drawn = self._share > 0 and (
+            self._recomputed < LEAST_SHARE or random.Random(f"{self.seed}:{index}").random() < self._share
+        )
+        self._recomputed += drawn
+        return drawn
+
+    def _places(self, samples: list[Sample], x: Tensor) -> Tensor | None:
+        """Where the run took its tangents; the samples themselves where it kept none."""
+        if self._points is None:
+            return None
+        places = torch.zeros_like(x)
+        for n, sample in enumerate(samples):
+            if sample.index in self._points:
+                places[n] = torch.from_numpy(self._points[sample.index]).double().flatten()
+        return places
+
+    def _through_runtime(self, samples: list[Sample], x: Tensor, logits: Tensor) -> Iterator[tuple[int, str]]:
+        """The file itself on the samples, and on the kept witnesses a little further out."""
+        if self._deployed is None:
+            return
+        for n, text in _unlike(self._deployed.logits(x), logits, [s.prediction for s in samples]):
+            yield n, f"onnxruntime predicts {text}"
+        kept = [n for n, s in enumerate(samples) if self._witnesses and s.index in self._witnesses.d]
+        if kept and self._witnesses:
+            moved = torch.stack([x[n] + self._witnesses.d[samples[n].index] * (1 + FURTHER) for n in kept])
+            expected = self.network(moved)
+            for k, text in _unlike(self._deployed.logits(moved), expected, expected.argmax(1).tolist()):
+                yield kept[k], f"at its witness onnxruntime predicts {text}"
+
+
+def _known(sample: Sample, logits: Tensor) -> bool:
+    return sample.prediction is not None and 0 <= sample.prediction < logits.shape[1]
+
+
+def _unlike(deployed: Tensor, logits: Tensor, prediction: list[int | None]) -> Iterator[tuple[int, str]]:
+    """Rows where float32 clearly predicts another class."""
+    top, second = logits.topk(2, dim=1).values.unbind(1)
+    clear = top - second > BLURRED * (1 + logits.abs().amax(1))
+    for n, (claimed, there) in enumerate(zip(prediction, deployed.argmax(1).tolist(), strict=True)):
+        if bool(clear[n]) and claimed != there:
+            yield n, f"{there}, not {claimed}"

@@ -1,0 +1,108 @@
+"""What became of the records of a run that was verified: as a table, JSON or Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from certify_cli.output.console import FIRST_ROWS, Column, escaped, grid, markdown_grid
+from certify_cli.output.document import View
+from certify_cli.output.json import pretty
+from certify_cli.records import SCHEMA, Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record: `outcome` is how far its radius was confirmed."""
+
+    index: int
+    method: str | None
+    radius: float | None
+    outcome: str
+    contradictions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """outcomes: what each means. of_run: contradictions of the whole run, in words. `notes`: what was not looked at."""
+
+    run: Run
+    records: str
+    model: str
+    outcomes: dict[str, str]
+    of_run: tuple[str, ...]
+    rows: Sequence[Row]
+    notes: tuple[str, ...]
+
+    @property
+    def contradictions(self) -> list[tuple[str, str]]:
+        """Where, and what."""
+        return [("run", text) for text in self.of_run] + [
+            (str(row.index), text) for row in self.rows for text in row.contradictions
+        ]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        found = Counter(row.outcome for row in self.rows)
+        return {outcome: found[outcome] for outcome in self.outcomes}
+
+    @property
+    def sentence(self) -> str:
+        wrong = len(self.contradictions)
+        verdict = "no contradiction" if not wrong else f"{wrong} contradiction{'s' * (wrong > 1)}"
+        return f"{self.records} against {self.model}, {len(self.rows)} records: {verdict}"
+
+
+OUTCOMES = (Column("outcome"), Column("records", right=True), Column("which means", wraps=True))
+WRONG = (Column("sample", right=True), Column("contradiction", wraps=True))
+
+
+def as_table(found: Verified, view: View) -> str:
+    text = f"{found.sentence}\n\n{grid(OUTCOMES, _counts(found), view)}"
+    shown = _shown(found, view)
+    if shown:
+        text += f"\n{grid(WRONG, shown, view, ['red'] * len(shown))}"
+    return text + _hidden(found, shown)
+
+
+def as_markdown(found: Verified, view: View) -> str:
+    text = f"## curvcert: records {'verified' if not found.contradictions else 'contradicted'}\n\n"
+    text += f"{escaped(found.sentence)}\n\n{markdown_grid(OUTCOMES, _counts(found))}"
+    shown = _shown(found, view)
+    if shown:
+        text += f"\n{markdown_grid(WRONG, shown)}"
+    return text + _hidden(found, shown)
+
+
+def as_json(found: Verified, view: View) -> str:
+    data = {
+        "records": found.records,
+        "model": found.model,
+        "verified": not found.contradictions,
+        "contradictions_of_run": list(found.of_run),
+        "outcomes": found.counts,
+        "notes": list(found.notes),
+        "samples": [asdict(row) for row in found.rows],
+    }
+    return pretty({"schema": SCHEMA, "verify": data}) + "\n"
+
+
+RENDERED: dict[str, Callable[[Verified, View], str]] = {
+    "table": as_table,
+    "json": as_json,
+    "markdown": as_markdown,
+}
+
+
+def _counts(found: Verified) -> list[tuple[str, ...]]:
+    return [(outcome, str(count), found.outcomes[outcome]) for outcome, count in found.counts.items() if count]
+
+
+def _shown(found: Verified, view: View) -> list[tuple[str, str]]:
+    return found.contradictions if view.all_rows else found.contradictions[:FIRST_ROWS]
+
+
+def _hidden(found: Verified, shown: list[tuple[str, str]]) -> str:
+    hidden = len(found.contradictions) - len(shown)
+    return f"\n{hidden} more contradictions (--all shows every one)\n" if hidden else ""
