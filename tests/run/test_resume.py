@@ -47,6 +47,7 @@ def test_a_resumable_run_ends_like_any_other(whole: Path, tmp_path: Path) -> Non
     assert samples(whole) == samples(plain)
     summaries = [json.loads(lines(path)[-1]) for path in (whole, plain)]
     assert [s.pop("seconds") > 0 for s in summaries] == [True, True]
+    assert [len(s.pop("seal")) for s in summaries] == [64, 64]
     assert summaries[0] == summaries[1]
 
 

@@ -70,8 +70,8 @@ class Function:
                 t = end * (part / CELLS)
                 error = 64 * UNIT * (1 + here.abs() + z.abs() + t.abs()) / t.square()
                 k = 2 * (self.value(z + t) - here - steep * t) / t.square()
-                lowest = torch.minimum(lowest, (k - error).nan_to_num(nan=-math.inf))
-                highest = torch.maximum(highest, (k + error).nan_to_num(nan=math.inf))
+                lowest = torch.minimum(lowest, torch.where(t == 0, bend, (k - error).nan_to_num(nan=-math.inf)))
+                highest = torch.maximum(highest, torch.where(t == 0, bend, (k + error).nan_to_num(nan=math.inf)))
         between = torch.maximum(-low, high) * (self.third / (6 * CELLS)) + SLACK
         return lowest - between, highest + between
 
@@ -137,7 +137,7 @@ def _softplus(beta: float, threshold: float | None = None, centred: bool = False
 
 def _exponential(alpha: float, width: float, gain: float = 1.0) -> Function:
     def value(z: Tensor) -> Tensor:
-        return gain * (z.clamp(min=0) + alpha * torch.expm1(z.clamp(max=0) / width))
+        return gain * torch.where(z > 0, z, alpha * torch.expm1(z.clamp(max=0) / width))
 
     return Function(value, bends=_sides(0.0), turns=_sides(0.0), smooth=alpha == width)
 

@@ -6,17 +6,19 @@ Every last inequality is one between fractions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from certify_cli.audit.verify.prover import Prover
+from certify_cli.audit.verify.prover import Prover, Values, Vectors
 from certify_cli.audit.verify.reading import INPUT, UP, U
 
 STEPS = 30
 """Tangents tried for a rival."""
+NEVER = 1e-9
 STALLED = 0.97
 """No more, where the last one is short of a proof by more than this part of what the one before was."""
 NEAR = 0.4
@@ -28,6 +30,8 @@ def stays_positive(margin: float, gradient: float, curvature: float, loss: float
     numbers = (margin, gradient, curvature, loss, radius)
     if not all(map(isfinite, numbers)):
         return margin == float("inf")
+    if margin - (gradient + curvature * radius / 2) * radius - loss < -NEVER * margin:
+        return False  # far from it: no need for fractions
     f, g, m, lost, e = map(Fraction, numbers)
     return f - g * e - m * e * e / 2 - lost > 0
 
@@ -60,30 +64,56 @@ def proved(prover: Prover, x: Tensor, prediction: Tensor, radius: Tensor, points
             if not stays_positive(f[n][i], g[n][i], m[n, i], 0.0, size[n])
             and not stays_positive_capped(f[n][i], g[n][i], m[n, i], slope[n][i], size[n])
         ]
-        near = [(n, i) for n, i in open_ if stays_positive(f[n][i], g[n][i], m[n, i], 0.0, NEAR * size[n])]
-        closed = set(near).difference(_by_tangents(prover, x, prediction, radius, near, points))
-        open_ = [pair for pair in open_ if pair not in closed]
-        rows = sorted({n for n, _ in open_})
-        if rows:
-            found = prover.remainders(values.at(rows), {k: v.at(rows) for k, v in adjoints.items()}, radius[rows])
-            lost = dict(zip(rows, found.tolist(), strict=True))
-            open_ = [(n, i) for n, i in open_ if not stays_positive(f[n][i], g[n][i], 0.0, lost[n][i], size[n])]
+        ways = [_by_remainders, _by_tangents]  # the cheaper one first
+        for way in reversed(ways) if prover.last == 1 else ways:
+            open_ = way(prover, Samples(x, values, adjoints, prediction, radius, points), open_)
     failed = {n for n, _ in open_}
     return [row not in failed for row in range(len(x))]
 
 
-def _by_tangents(
-    prover: Prover,
-    x: Tensor,
-    prediction: Tensor,
-    radius: Tensor,
-    open_: list[tuple[int, int]],
-    start: Tensor | None,
-) -> list[tuple[int, int]]:
-    """The pairs of sample and rival that no tangent proves. Each is taken at d (for a start, the sample's row of
-    `start`), and then where f + M/2 ||.||^2 is less in the ball."""
-    if not open_:
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """A batch at hand: `adjoints` of all its margins, `points` as `proved` takes them."""
+
+    x: Tensor
+    values: Values
+    adjoints: dict[int, Vectors]
+    prediction: Tensor
+    radius: Tensor
+    points: Tensor | None
+
+
+Pair = tuple[int, int]
+"""A sample's row and a rival."""
+
+
+def _by_remainders(prover: Prover, at: Samples, open_: list[Pair]) -> list[Pair]:
+    """The pairs that the expansion at the sample does not prove."""
+    rows = sorted({n for n, _ in open_})
+    if not rows:
         return []
+    adjoints = {k: v.at(rows) for k, v in at.adjoints.items()}
+    found = prover.remainders(at.values.at(rows), adjoints, at.radius[rows])
+    lost = dict(zip(rows, found.tolist(), strict=True))
+    f, g = prover.margins(at.values, at.prediction).tolist(), at.adjoints[INPUT].size.tolist()
+    radius = at.radius.tolist()
+    return [(n, i) for n, i in open_ if not stays_positive(f[n][i], g[n][i], 0.0, lost[n][i], radius[n])]
+
+
+def _by_tangents(prover: Prover, at: Samples, open_: list[Pair]) -> list[Pair]:
+    """The pairs that no tangent proves. Each is taken at d (for a start, the sample's row of `points`), and then where
+    f + M/2 ||.||^2 is less in the ball."""
+    f, g = prover.margins(at.values, at.prediction).tolist(), at.adjoints[INPUT].size.tolist()
+    top, reach = at.prediction.tolist(), (NEAR * at.radius).tolist()
+    near = [(n, i) for n, i in open_ if stays_positive(f[n][i], g[n][i], prover.curvature(top[n], i), 0.0, reach[n])]
+    if not near:
+        return open_
+    proved = set(near).difference(_descended(prover, at, near))
+    return [pair for pair in open_ if pair not in proved]
+
+
+def _descended(prover: Prover, at: Samples, open_: list[Pair]) -> list[Pair]:
+    x, prediction, radius, start = at.x, at.prediction, at.radius, at.points
     sample, rival = (torch.tensor(part) for part in zip(*open_, strict=True))
     low, high = (
         torch.tensor([prover.curvature(*pair) for pair in pairs], dtype=torch.float64)

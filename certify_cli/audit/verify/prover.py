@@ -15,6 +15,9 @@ from torch import Tensor
 from certify_cli.audit.verify.functions import Function
 from certify_cli.audit.verify.reading import INPUT, UP, Layer, Matrix, U, spectral
 
+ORTHONORMAL = 1e-11
+"""A basis of the input's space may be so far from orthonormal."""
+
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
@@ -220,12 +223,15 @@ class Prover:
                 least, most = self._functions[k].curvatures
                 corners = torch.stack([-low[k] * least, -low[k] * most, -high[k] * least, -high[k] * most])
                 weight = corners.amax(0).clamp(min=0) * UP
+                # z_k = T u, u the sources, each moving by at most its Lipschitz constant times ||d||
+                sources = self.layers[k].weights
+                reach = {s: 1.0 if s == INPUT else self._functions[s].lipschitz * change[s] * UP for s in sources}
+                root = weight.sqrt() * UP
+                scaled = root[:, None] * torch.cat([sources[s].value * reach[s] for s in sources], dim=1)
+                flaw = float(root.max()) * sum(sources[s].flaw * reach[s] for s in sources)
+                rounding = 4 * U * float(scaled.norm())
                 ways = [change[k] ** 2 * float(weight.max())]
-                if set(self.layers[k].weights) == {INPUT}:
-                    matrix = self.layers[k].weights[INPUT]
-                    root = weight.sqrt() * UP
-                    scaled = spectral(root[:, None] * matrix.value) * UP + float(root.max()) * matrix.flaw
-                    ways.append(scaled**2)
+                ways.append(len(sources) * ((spectral(scaled) + flaw + rounding) * UP) ** 2)
                 total += min(ways) * UP
             self._curvatures[top, rival] = total * UP
         return self._curvatures[top, rival]
@@ -245,12 +251,33 @@ class Prover:
                     spread = w.abs() @ radius + 1e-13 * len(middle) * (w.abs() @ middle.abs())
                     spread = (spread + layer.weights[k].flaw * (middle.norm() + radius.norm())) * UP
                     bottom, roof = bottom + w @ middle - spread, roof + w @ middle + spread
+            near, spread = self._adjoint_about(k, top, rival)
+            bottom, roof = torch.maximum(bottom, near - spread), torch.minimum(roof, near + spread)
             low[k], high[k] = bottom, roof
             least, most = self._functions[k].slopes
             corners = torch.stack([bottom * least, bottom * most, roof * least, roof * most])
             slack = 4 * U * corners.abs().amax(0)
             head[k] = corners.amin(0) - slack, corners.amax(0) + slack
         return low, high
+
+    def _adjoint_about(self, k: int, top: int, rival: int) -> tuple[Tensor, Tensor]:
+        """v_k in the network linearised at the middle slopes, and how far the true one may lie from it, entrywise:
+        the sum over later j of ||B_jk e|| r_j ||v_j||."""
+        blocks, radius = self._expansions[0], self._radii[0]
+        size = len(self.layers[k].bias)
+        middle, spread = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        lengths: dict[int, float] = {}
+        for j in range(self.last - 1, k - 1, -1):
+            own = blocks.get((self.last, j))
+            row = own.value[top] - own.value[rival] if own else torch.zeros(len(self.layers[j].bias)).double()
+            flaw = (2 * own.flaw + 4 * U * own.size) * UP if own else 0.0
+            later = [(t, blocks[t, j]) for t in range(j + 1, self.last) if (t, j) in blocks]
+            if j == k:
+                columns = [(m.value.norm(dim=0) + m.flaw) * radius[t] * lengths[t] for t, m in later]
+                middle, spread = row, (sum(columns, torch.zeros(size).double()) + flaw) * UP
+            else:
+                lengths[j] = (float(row.norm()) + flaw + sum(m.norm * radius[t] * lengths[t] for t, m in later)) * UP
+        return middle, spread
 
     # --- on balls ------------------------------------------------------------------------------------------------
 
@@ -270,14 +297,16 @@ class Prover:
                     extra = b_error[:, None, None] * torch.stack(found.bend[j]).abs().amax(0)[:, None]
                     high = high + found.half_squares((ends.amax(0).clamp(min=0) + extra) * UP, j)
                     low = low + found.half_squares(((-ends).amax(0).clamp(min=0) + extra) * UP, j)
-            straight = (jacobian.norm(dim=2) + error[:, None]) * e * UP
+            straight = (jacobian.norm(dim=2) + error[:, None]) * e * UP  # UP is more than ORTHONORMAL
             found.rest[k] = torch.maximum(low, high) * UP
             found.low[k], found.high[k] = -(straight + low) * UP, (straight + high) * UP
             found.bend[k] = self._bends(self._functions[k], values.z[k], found.low[k], found.high[k])
             for j in range(k + 1):
                 other, other_error = blocks[j, INPUT]
                 slack = error * other.norm(dim=(1, 2)) + other_error * jacobian.norm(dim=(1, 2)) + error * other_error
-                rounding = (other.shape[2] + 4) * U * jacobian.norm(dim=(1, 2)) * other.norm(dim=(1, 2))
+                rounding = (
+                    ((other.shape[2] + 4) * U + 2 * ORTHONORMAL) * jacobian.norm(dim=(1, 2)) * other.norm(dim=(1, 2))
+                )
                 found.gram[k, j] = jacobian @ other.mT
                 square = found.gram[k, j].abs() + ((slack + rounding) * UP)[:, None, None]
                 found.squared[k, j] = square.square() * UP
@@ -286,6 +315,8 @@ class Prover:
     def remainders(self, values: Values, adjoints: dict[int, Vectors], radius: Tensor) -> Tensor:
         """At most so far below its tangent at the sample a margin lies anywhere in the ball of `radius` (batch,):
         (batch, classes)."""
+        if not self.last:  # affine: nothing remains
+            return torch.zeros_like(adjoints[INPUT].error)
         ball = self.balls(values, radius)
         weights = {k: self._weights(adjoints[k], ball.bend[k]) for k in range(self.last)}
         apart = sum((weights[k] * ball.reach(k)[:, None] ** 2).sum(2) for k in weights)
@@ -307,6 +338,26 @@ class Prover:
         lowest, highest = function.bend_range(z.value, low, high)
         return torch.maximum(least, lowest - function.third * off), torch.minimum(most, highest + function.third * off)
 
+    @cached_property
+    def _inputs(self) -> dict[int, Matrix]:
+        """The weights on the input in an orthonormal basis of the space that their rows span, where that is smaller:
+        norms and inner products of rows stay what they are but for ORTHONORMAL and the flaws."""
+        own = {k: layer.weights[INPUT] for k, layer in enumerate(self.layers) if INPUT in layer.weights}
+        stacked = torch.cat([matrix.value for matrix in own.values()])
+        if len(stacked) >= stacked.shape[1]:
+            return own
+        basis = torch.linalg.qr(stacked.T).Q.T
+        skew = float((basis @ basis.T - torch.eye(len(basis), dtype=basis.dtype)).norm())
+        gamma = (stacked.shape[1] + 4) * U * UP
+        if skew + gamma * len(basis) > ORTHONORMAL:
+            return own
+        found = {}
+        for k, matrix in own.items():
+            value = matrix.value @ basis.T
+            left = float((matrix.value - value @ basis).norm()) + 2 * gamma * matrix.size * len(basis) ** 0.5
+            found[k] = Matrix(value, (matrix.flaw + left) * UP)
+        return found
+
     def _jacobians(self, values: Values) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
         """A_k at (k, INPUT) and B_kj of every sample, (batch, size, source size), and their errors (batch,), in the
         Frobenius norm."""
@@ -317,7 +368,7 @@ class Prover:
             for source in [INPUT, *range(t)]:
                 parts = []
                 if source in self.layers[t].weights:
-                    matrix = self.layers[t].weights[source]
+                    matrix = self._inputs[t] if source == INPUT else self.layers[t].weights[source]
                     parts.append((matrix.value.expand(count, -1, -1), none + matrix.flaw))
                 for k in range(source + 1, t):
                     if k in self.layers[t].weights and (k, source) in found:

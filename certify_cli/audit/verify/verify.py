@@ -39,7 +39,7 @@ TO_RECOMPUTE = 0.9
 """The reference climbs less than the bounds do: this part of a radius must be reached."""
 LEAST_SHARE = 4
 """Records that are recomputed at least."""
-BATCH, MEMORY = 256, 2**29
+BATCH, MEMORY = 256, 2**28
 
 
 @dataclass(frozen=True)
