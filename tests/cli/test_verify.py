@@ -184,6 +184,7 @@ def test_an_altered_record_fails(curvcert: Curvcert, run: dict[str, str], tmp_pa
     assert (code, found["verified"]) == (1, False)
     assert any(TAMPERED[name][1] in text for text in said), said
     assert not any("the seal" in text for text in said)
+    assert all((row["outcome"] == "contradicted") == bool(row["contradictions"]) for row in found["samples"])
 
 
 def test_the_seal_tells_what_nothing_else_can(curvcert: Curvcert, run: dict[str, str], tmp_path: Path) -> None:

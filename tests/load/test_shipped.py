@@ -14,7 +14,7 @@ from certify_cli.load.model import load_model
 
 MODELS = Path(__file__).parents[2] / "models"
 SHARED = Path(__file__).parents[3] / "shared" / "models"
-NAMES = ("digits_mlp", "digits_conv")
+NAMES = ("digits_mlp", "digits_mlp_v2", "digits_conv")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,11 +25,13 @@ from certify_cli.load.loaded import LoadedModel
 from certify_cli.records import Result, Sample
 
 PROVED, RECOMPUTED, ATTACKED, NOTHING = "proved", "recomputed", "attacked only", "no radius"
+CONTRADICTED = "contradicted"
 OUTCOMES = {
     PROVED: "the radius is proved anew: norms and arithmetic of this check, every rival",
     RECOMPUTED: "a dense float64 reference reaches at least 90 % of the radius",
     ATTACKED: "an attack inside the ball found nothing; the radius itself was not looked at again",
     NOTHING: "the record claims no radius",
+    CONTRADICTED: "something in the record is not so",
 }
 CHEAP = ("lipschitz", "curvature", "dual")
 """Methods whose radii are proved anew; others are recomputed for a share."""
@@ -146,7 +148,8 @@ class Verifier:
             found[n].append(text)
         outcome = self._outcomes(samples, x, certified)
         for n, sample in enumerate(samples):
-            yield Checked(sample.index, sample.method, sample.certified_radius, outcome[n], tuple(found[n]))
+            ended = CONTRADICTED if found[n] else outcome[n]
+            yield Checked(sample.index, sample.method, sample.certified_radius, ended, tuple(found[n]))
 
     def _outcomes(self, samples: list[Sample], x: Tensor, certified: list[int]) -> list[str]:
         outcome = [ATTACKED if sample.certified_radius is not None else NOTHING for sample in samples]
