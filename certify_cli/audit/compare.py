@@ -98,9 +98,12 @@ def compare(old: Result, new: Result, tolerance: float) -> Comparison:
     same_samples(old.run, new.run)
     if [sample.index for sample in old.samples] != [sample.index for sample in new.samples]:
         raise RecordsError("the two runs are about the same data, but do not have the same samples in the same order")
+    names = [result.run.model.path for result in (old, new)]
+    if names[0] == names[1]:  # another state of the same file
+        names = [f"{result.run.model.path} ({result.run.model.sha256[:8]})" for result in (old, new)]
     return Comparison(
-        old=old.run.model.path,
-        new=new.run.model.path,
+        old=names[0],
+        new=names[1],
         tolerance=tolerance,
         count=len(old.samples),
         figures=_figures(old, new, tolerance),

@@ -37,6 +37,12 @@ def report(
         empty = [path for path, result in zip(records, results, strict=True) if not result.samples]
         if empty:
             raise RecordsError(f"{empty[0]}: the run has no samples, so there is nothing to show")
+        for other in results[1:]:
+            if other.run.data.sha256 != results[0].run.data.sha256:
+                reporter.warning(
+                    f"{other.run.model.path} was certified on other samples than {results[0].run.model.path}: what is "
+                    "drawn side by side is not about the same data"
+                )
         if output is not None:
             pictures = [] if witnesses is None else _pictures(results[0], witnesses)
             if witnesses is not None and not pictures:

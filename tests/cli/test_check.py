@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.cli.conftest import Outcome
+from tests.schema import conforms
 
 Curvcert = Callable[..., Outcome]
 pytestmark = pytest.mark.usefixtures("fake")
@@ -46,6 +47,7 @@ def test_a_policy_that_is_met(curvcert: Curvcert, here: Path) -> None:
 def test_one_that_is_not_names_figure_and_samples(curvcert: Curvcert, here: Path) -> None:
     written(here / "curvcert.toml", NOT_MET)
     done = curvcert("check", "two.onnx", "--exact", "--format", "json")
+    assert conforms(done.out, "check")
     found = json.loads(done.out)["check"]
     assert (done.code, found["met"]) == (1, False)
     rows = {(r["figure"], r["eps"]): r for r in found["requirements"]}

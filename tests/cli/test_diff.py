@@ -15,6 +15,7 @@ from certify_cli.output.formats import FORMATS
 from certify_cli.records import Sample, summarise
 from tests.cli.conftest import Outcome
 from tests.cli.fake import run, sample
+from tests.schema import conforms
 
 Curvcert = Callable[..., Outcome]
 SETTINGS = SimpleNamespace(method="auto", effort="normal", attack="certificate", seed=0)
@@ -34,6 +35,7 @@ def write(path: Path, samples: Sequence[Sample], eps: tuple[str, ...] = ("0.15",
 def test_a_weaker_model_is_named_with_the_samples_that_lose(curvcert: Curvcert, tmp_path: Path, suffix: str) -> None:
     old, new = write(tmp_path / f"old.{suffix}", OLD), write(tmp_path / f"new.{suffix}", WEAKER)
     done = curvcert("diff", old, new, "--format", "json")
+    assert conforms(done.out, "diff")
     found = json.loads(done.out)["diff"]
     assert (done.code, found["regressed"], found["samples"]) == (1, True, 4)
     assert {f["name"] for f in found["figures"] if f["regressed"]} == {
@@ -156,3 +158,11 @@ def test_a_figure_that_is_gone_has_fallen(curvcert: Curvcert, tmp_path: Path) ->
     done = curvcert("diff", old, new)
     assert (done.code, "certified accuracy at 0.15" in done.out) == (1, True)
     assert curvcert("diff", new, old).code == 0
+
+
+def test_two_states_of_one_file_are_told_apart(curvcert: Curvcert, tmp_path: Path) -> None:
+    old, new = write(tmp_path / "old.json", OLD), write(tmp_path / "new.json", OLD)
+    path = Path(new)
+    path.write_text(path.read_text().replace("ab" * 32, "12" * 32))
+    found = json.loads(curvcert("diff", old, new, "--format", "json").out)["diff"]
+    assert (found["old"], found["new"]) == ("two.onnx (abababab)", "two.onnx (12121212)")

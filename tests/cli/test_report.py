@@ -171,6 +171,10 @@ def test_what_is_wrong_is_said(curvcert: Curvcert, records: str, tmp_path: Path)
     flat = witnesses(tmp_path / "flat.npz", SAMPLES, shape=(20,))
     done = curvcert("report", records, "--witnesses", flat, "-o", tmp_path / "r.html")
     assert (done.code, "no images" in done.err) == (0, True)
+    other = write(tmp_path / "other.json", SAMPLES, sha256="ef" * 32)
+    done = curvcert("report", records, other, "-o", tmp_path / "r.html")
+    assert (done.code, "not about the same data" in done.err) == (0, True)
+    assert "not about the same data" not in curvcert("report", records, records, "-o", tmp_path / "r.html").err
 
 
 def test_names_are_no_mathematics(tmp_path: Path) -> None:

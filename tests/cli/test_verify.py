@@ -16,6 +16,7 @@ from certify_cli.output.formats import FORMATS
 from certify_cli.output.read import read_document
 from certify_cli.records import Result, Sample, sealed, summarise
 from tests.cli.conftest import Outcome
+from tests.schema import conforms
 
 Curvcert = Callable[..., Outcome]
 MODELS = Path(__file__).parents[2] / "models"
@@ -51,6 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def verified(curvcert: Curvcert, path: str, *more: str, model: str = MODEL) -> tuple[int, dict[str, Any]]:
     done = curvcert("verify", path, model, "--format", "json", "--quiet", *more)
     assert done.err == ""
+    assert conforms(done.out, "verify")
     return done.code, json.loads(done.out)["verify"]
 
 

@@ -7,7 +7,6 @@ import io
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +17,8 @@ from certify_cli.output.document import Record, View, collect
 from certify_cli.output.formats import FORMATS
 from certify_cli.records import Run, Sample, Summary, summarise
 from tests.cli.fake import run, sample
+from tests.schema import SCHEMA, validator
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "certify_cli" / "schema" / "curvcert-1.json").read_text())
 SETTINGS = SimpleNamespace(method="auto", effort="normal", attack="certificate", seed=0)
 
 
@@ -30,11 +29,6 @@ def records(*samples: Sample, eps: tuple[str, ...] = ("0.1", "36/255")) -> list[
 
 def render(name: str, given: list[Record], view: View | None = None) -> str:
     return "".join(FORMATS[name].render(iter(given), view or View()))
-
-
-def validator(part: str = "") -> jsonschema.Draft202012Validator:
-    schema: Any = SCHEMA if not part else {"$ref": f"#/$defs/{part}", "$defs": SCHEMA["$defs"]}
-    return jsonschema.Draft202012Validator(schema)
 
 
 def test_the_schema_is_a_schema() -> None:
