@@ -171,7 +171,7 @@ def _records(
             f"accuracy {summary.accuracy:.4f} is no better than guessing among {job.run.model.classes} classes: the "
             "model may expect another input (see --mean, --std and --layout)"
         )
-    yield sealed(job.run, done, summary)
+    yield sealed(job.run if past is None else past.run, done, summary)
 
 
 CHANCE_SAMPLES = 20

@@ -200,6 +200,24 @@ def test_curvature_bounds_the_hessians(name: str) -> None:
             assert -float(torch.linalg.eigvalsh(hessian)[0]) <= prover.curvature(top, rival) + 1e-12
 
 
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_adjoints_lie_in_their_ranges_everywhere(name: str) -> None:
+    """At 300 places far and near, for every layer; the widest of them come near an end of their range."""
+    network = NETS[name]
+    prover = Prover(read(network))
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(300, *network.input_shape, generator=draw, dtype=torch.float64)
+    x = x * 10 ** torch.linspace(-2, 1.5, 300, dtype=torch.float64).reshape(-1, *[1] * (x.dim() - 1))
+    found = prover.adjoints(prover.values(x.flatten(1)), prover.tops(torch.zeros(300, dtype=torch.long)))
+    for rival in range(1, network.classes):
+        low, high = prover._adjoint_ranges(0, rival)
+        for k in low:
+            v = found[k].value[:, rival]
+            assert bool((v >= low[k] - 1e-9).all() and (v <= high[k] + 1e-9).all())
+            middle, spread = prover._adjoint_about(k, 0, rival)
+            assert bool(((v - middle).abs() <= spread + 1e-9).all())
+
+
 def test_a_radius_that_is_known_is_proved_and_no_more() -> None:
     """A linear classifier: f / ||c||, exactly."""
     w = tensor([3.0, 0.0], [0.0, 4.0], [0.0, 0.0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from certify_cli.cli.app import main
+from certify_cli.output.read import read_document
+from certify_cli.records import seal
 
 MODEL = Path(__file__).parents[2] / "models" / "digits_mlp.onnx"
 COMMAND = ("certify", str(MODEL), "--data", "digits", "--method", "curvature", "--batch-size", "7", "--threads", "1")
@@ -62,6 +65,17 @@ def test_from_any_byte_on(whole: Path, tmp_path: Path, kept: float) -> None:
         assert samples(target) == samples(whole)
         assert [json.loads(line)["type"] for line in (lines(target)[0], lines(target)[-1])] == ["run", "summary"]
         assert len(lines(target)) == 62
+
+
+def test_the_seal_is_that_of_the_run_that_was_begun(whole: Path, tmp_path: Path) -> None:
+    """Not of the one that ended it, which started later."""
+    target = tmp_path / "earlier.jsonl"
+    content = re.sub(rb'"started": "[^"]*"', b'"started": "2020-01-01T00:00:00+00:00"', whole.read_bytes())
+    target.write_bytes(content[: len(content) // 2])
+    assert curvcert(*COMMAND, *COUNT, "-o", target, "--resume", "-q") == 0
+    found = read_document(str(target))
+    assert found.run.started.startswith("2020")
+    assert found.summary.seal == seal(found.run, found.samples, found.summary)
 
 
 def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
