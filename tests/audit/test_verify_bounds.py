@@ -91,10 +91,9 @@ def test_activations_have_ranges_that_hold(name: str) -> None:
     low = torch.tensor([-6.0, -3.1, -1.4, -0.3, -1e-3, 0.0, 0.2, 1.3, 2.9], dtype=torch.float64)
     for width in (1e-4, 0.3, 1.7, 5.0):
         places = low + torch.linspace(0, width, 801, dtype=torch.float64)[:, None]
-        least, most = f.slope_range(low, low + width)
-        assert bool((f.slope(places) >= least).all() and (f.slope(places) <= most).all())
-        assert most.max() <= f.slopes[1] + 1e-7
-        assert least.min() >= f.slopes[0] - 1e-7
+        slopes = f.slope(places)
+        assert f.slopes[0] <= float(slopes.min())
+        assert float(slopes.max()) <= f.slopes[1]
         if f.smooth:
             least, most = f.curvature_range(low, low + width)
             assert bool((row.curvature(places) >= least).all() and (row.curvature(places) <= most).all())  # type: ignore[misc]
@@ -281,3 +280,59 @@ def test_inequalities_are_exact() -> None:
     # f = 1, g = 0, M = 2, L = 1: t* = 1/2, 1/4 is used there, the rest lasts for 3/4
     assert stays_positive_capped(1.0, 0.0, 2.0, 1.0, 1.25 - 1e-15)
     assert not stays_positive_capped(1.0, 0.0, 2.0, 1.0, 1.25)
+
+
+def column(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
+TINY_RAMPS: dict[str, tuple[tuple[object, ...], float, float, float]] = {
+    # what lies between (first layers, then logits phi and `level`), the sample, d that changes the prediction, a claim
+    "a clip narrower than any step": (((column(1.0), None), "clip:0,5e-10", 1e9, 0.25), 1e-9, -2e-9, 0.01),
+    "a steep ramp": (((column(1.0), None), "hard_sigmoid:1e6,0.5", 1.0, 0.5), 1e-6, -2e-6, 1000.0),
+    "a ramp far out": (((column(1.0), None), "hard_sigmoid:1,1e7", 1.0, 0.5), -1e7 + 2, -3.0, 1000.0),
+    "a softplus that bends over 1e10": (
+        ((column(1.0), tensor(3e11)), "softplus:1e-10", 1.0, 3e11 - 10), 0.0, -12.0, 15.0,
+    ),
+    "squares that underflow": (((column(1e150, 1e150), None), "relu", 0.5e-163, 0.5e-13), 1.0, -0.9, 100.0),
+    "squares that underflow, smooth": (((column(1.0, 1.0), None), "tanh", 0.5e-163, 0.5e-163), 1.0, -0.9, 100.0),
+    "a constant that cancels": (
+        ((column(1.0), None), "centred_softplus:1e-10", 1.0, 0.0), 6.1618e-7, -6.1619e-7, 7.394e-7,
+    ),
+    "a second derivative that jumps within 1e-9": (
+        ((column(1.0), None), "celu:1e-9", -1.0, 0.0), -5e-11, 5.0001e-11, 5.01e-11,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TINY_RAMPS)
+def test_what_is_built_to_deceive_is_not_proved(name: str) -> None:
+    """Slopes between the places where a slope is looked up, norms below the least number, sums that cancel."""
+    (first, activation, weight, level), at, d, claim = TINY_RAMPS[name]
+    size = len(first[0])  # type: ignore[index]
+    last = torch.tensor([[weight] * size, [0.0] * size], dtype=torch.float64)
+    network = dense_stack(first, from_name(str(activation)), (last, torch.tensor([0.0, level], dtype=torch.float64)))
+    x = tensor(at).reshape(1, 1)
+    prediction = network(x).argmax(1)
+    assert int(network(x + d).argmax()) != int(prediction)
+    assert abs(d) < claim
+    assert proved(Prover(read(network)), x, prediction, torch.tensor([claim]).double()) == [False]
+
+
+def test_a_huge_claim_does_not_hide_from_the_attack() -> None:
+    for name, radius in product(("two layers, tanh", "convolutional"), (1e4, 1e150, 1e300)):
+        network = NETS[name]
+        x = samples(network, 12, seed=2)
+        claims = torch.full((12,), radius, dtype=torch.float64)
+        assert int(attacked(network, x, network(x).argmax(1), claims, 0).sum()) >= 11
+
+
+def test_the_reference_looks_between_its_places() -> None:
+    """sin at multiples of its period, and a kink of relu, hidden from an even grid."""
+    wave = dense_stack((column(1.0), None), from_name("sin"), (column(0.0, 1.0), torch.tensor([0.99999, 0.0]).double()))
+    assert not Reference(Prover(read(wave))).holds(torch.zeros(1).double(), 0, 63 * math.pi * (1 - 1e-8))
+    for place in (0.0254, 0.0222, 0.0857):  # |x - place| - 0.005 as a margin
+        both = (column(1.0, -1.0), torch.tensor([-place, place]).double())
+        margin = (torch.tensor([[1.0, 1.0], [0.0, 0.0]]).double(), torch.tensor([0.0, 0.005]).double())
+        network = dense_stack(both, from_name("relu"), margin)
+        assert not Reference(Prover(read(network))).holds(torch.zeros(1).double(), 0, 1.0)

@@ -122,6 +122,8 @@ TAMPERED: dict[str, tuple[Callable[[Result], Result], str]] = {
         lambda r: replace(r, samples=tuple(replace(s, certified_radius=1.5 * s.certified_radius) for s in r.samples)),
         "inside the certified radius",
     ),
+    "a radius beyond all numbers of use": (each(certified_radius=1e200), "inside the certified radius"),
+    "a prediction that is no class": (each(prediction=57), "is no class"),
     "a radius on a sample without": (each(status="not_certified"), "status not_certified with the radius"),
     "a negative radius": (each(certified_radius=-0.1), "not positive"),
     "another prediction": (each(prediction=lambda s: (s.prediction + 1) % 10), "the model predicts"),
@@ -214,6 +216,9 @@ def test_altered_witnesses_fail(curvcert: Curvcert, run: dict[str, str], tmp_pat
 
     assert any("does not change the prediction" in text for text in contradictions(d=arrays["d"] * 0.9))
     assert any("about another image" in text for text in contradictions(x=arrays["x"][::-1].copy()))
+    nothing = arrays["d"] * np.nan
+    assert any("lies at nan" in text for text in contradictions(d=nothing))
+    assert any("does not change the prediction" in text for text in contradictions(d=nothing))
     assert any("hold no attack on it" in text for text in contradictions(index=arrays["index"] + 1000))
 
 

@@ -13,8 +13,8 @@ from certify_cli.load.data import Dataset
 from certify_cli.network.graph import Network
 from certify_cli.records import CERTIFIED, NOT_CERTIFIED, Result, Run, Sample, seal, summarise
 
-NEAR = 1e-9
-"""Two roundings of the same number may differ by so much, relatively."""
+NEAR = 1e-11
+"""Two roundings of the same logits may differ by so much, relatively."""
 METHODS = ("lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz")
 KINDS = ("certificate", "search")
 
@@ -86,14 +86,22 @@ def _is_class(value: int | None, logits: Tensor) -> bool:
 def of_sample(sample: Sample, label: int | None, looked: Looked, row: int, run: Run) -> Iterator[str]:
     """What is not so of one record, in words. `label`: the data's."""
     logits = looked.logits[row]
+    if not bool(logits.isfinite().all()):
+        if sample.certified_radius is not None or sample.attack_radius is not None:
+            yield "the model's logits are not finite, but the record has a radius"
+        return
     ordered = logits.sort(descending=True)
     top, second = (int(k) for k in ordered.indices[:2])
     margin = float(ordered.values[0] - ordered.values[1])
-    scale = 1 + float(logits.abs().max())
+    scale = float(logits.abs().max())
     if sample.label != label:
         yield f"the label is {label} in the data, {sample.label} in the record"
     if margin > NEAR * scale and sample.prediction != top:
         yield f"the model predicts {top}, the record says {sample.prediction}"
+    if sample.certified_radius is not None and not _is_class(sample.prediction, looked.logits):
+        yield f"the prediction {sample.prediction} is no class, but the record has a radius"
+    if sample.certified_radius is not None and not margin > 0:
+        yield "the two largest logits are the same, but the record has a radius"
     if sample.correct != (None if label is None else sample.prediction == label):
         yield f"correct is {sample.correct} for label {label} and prediction {sample.prediction}"
     if sample.margin is not None and abs(sample.margin - margin) > NEAR * scale:

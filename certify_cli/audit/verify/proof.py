@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.audit.verify.prover import Prover, Values, Vectors
-from certify_cli.audit.verify.reading import INPUT, UP, U
+from certify_cli.audit.verify.reading import INPUT, UP, U, length
 
 STEPS = 30
 """Tangents tried for a rival."""
@@ -151,13 +151,13 @@ def _tangents(
     eye = torch.eye(prover.classes, dtype=torch.float64)
     gradient = prover.adjoints(values, (eye[top] - eye[rival])[:, None])[INPUT]
     g, error = gradient.value[:, 0], gradient.error[:, 0]
-    length = step.norm(dim=1) * UP
+    far = length(step, 1)
     terms = (g * step).abs().sum(1) * UP
-    along = (g * step).sum(1) + (g.shape[1] + 4) * U * terms + error * length
-    level = margin - along - m * length.square() / 2 * UP
-    level = level - 8 * U * (margin.abs() + terms + m * length.square())
+    along = (g * step).sum(1) + (g.shape[1] + 4) * U * terms + error * far
+    level = margin - along - m * far.square() / 2 * UP
+    level = level - 8 * U * (margin.abs() + terms + m * far.square())
     p = g + m[:, None] * step
-    steep = ((p.norm(dim=1) + 4 * U * (g.norm(dim=1) + m * length)) * UP + error) * UP
+    steep = ((length(p, 1) + 4 * U * (length(g, 1) + m * far)) * UP + error) * UP
     rows = zip(level.tolist(), steep.tolist(), m.tolist(), radius.tolist(), strict=True)
     holds = torch.tensor([stays_positive(f, slope, c, 0.0, e) for f, slope, c, e in rows])
     return holds, steep * radius + m * radius.square() / 2 - level, p

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from certify_cli.audit.verify.functions import Function
-from certify_cli.audit.verify.reading import INPUT, UP, Layer, Matrix, U, spectral
+from certify_cli.audit.verify.reading import INPUT, UP, Layer, Matrix, U, length, spectral
 
+LEAST = 1e-70
+"""Added to fourth roots, and to sums of squares: what fourth powers may lose by underflow is less."""
 ORTHONORMAL = 1e-11
 """A basis of the input's space may be so far from orthonormal."""
 
@@ -31,7 +33,7 @@ class Vectors:
 
     @property
     def size(self) -> Tensor:
-        return (self.value.norm(dim=-1) + self.error) * UP
+        return (length(self.value, -1) + self.error) * UP
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ class Balls:
         apart = (u @ (self.reach(k) ** 2)[:, :, None])[..., 0]
         fourth = ((u @ self.squared[k, k]) * u).sum(2) * UP
         spread = (u @ (self.rest[k] ** 2)[:, :, None])[..., 0] * UP
-        return torch.minimum(apart, (self.radius * fourth**0.25 + spread**0.5) ** 2) / 2 * UP
+        return torch.minimum(apart, (self.radius * (fourth**0.25 + LEAST) + spread**0.5) ** 2) / 2 * UP + LEAST
 
 
 class Prover:
@@ -113,14 +115,14 @@ class Prover:
             gamma = (w.shape[1] + 4) * U * UP
             value = value + h.value @ w.T
             error = error + matrix.norm * h.error + (matrix.flaw + gamma * matrix.size) * h.size
-        rounding = 2 * len(weights) * U * (value.norm(dim=-1) + start.value.norm(dim=-1))
+        rounding = 2 * len(weights) * U * (length(value, -1) + length(start.value, -1))
         return Vectors(value, (error + rounding) * UP)
 
     @staticmethod
     def _activated(function: Function, z: Vectors) -> Vectors:
         value = function.value(z.value)
-        own = 64 * U * (value.norm(dim=-1) + z.value.norm(dim=-1) + value.shape[-1] ** 0.5)
-        return Vectors(value, (function.lipschitz * z.error + own) * UP)
+        own = length(value, -1) + function.gain * length(z.value, -1) + function.size * value.shape[-1] ** 0.5
+        return Vectors(value, (function.lipschitz * z.error + 64 * U * own) * UP)
 
     def margins(self, values: Values, prediction: Tensor) -> Tensor:
         """z_y - z_i from below, (batch, classes); inf at i = y."""
@@ -152,7 +154,7 @@ class Prover:
     def _sloped(function: Function, z: Vectors, v: Vectors) -> Vectors:
         """phi'(z) o v; the slope's error is at most that of z times sup |phi''|, and its evaluation's."""
         slope = function.slope(z.value)
-        off = max(map(abs, function.curvatures)) * z.error + 1e-13
+        off = _slope_error(function, z)
         value = slope[:, None] * v.value
         return Vectors(value, (function.lipschitz * v.error + off[:, None] * v.size + U * v.size) * UP)
 
@@ -203,7 +205,7 @@ class Prover:
             for source, factor in [(INPUT, 1.0), *((k, radius[k] * m[k]) for k in range(self.last))]:
                 if (self.last, source) in blocks:
                     block = blocks[self.last, source]
-                    rows = (block.value[:, None] - block.value[None]).norm(dim=2)
+                    rows = length(block.value[:, None] - block.value[None], 2)
                     total = total + (rows * (1 + 4 * U) + 2 * block.flaw) * factor
             ways.append(total * UP)
         return torch.stack(ways).amin(0)
@@ -229,7 +231,7 @@ class Prover:
                 root = weight.sqrt() * UP
                 scaled = root[:, None] * torch.cat([sources[s].value * reach[s] for s in sources], dim=1)
                 flaw = float(root.max()) * sum(sources[s].flaw * reach[s] for s in sources)
-                rounding = 4 * U * float(scaled.norm())
+                rounding = 4 * U * float(length(scaled))
                 ways = [change[k] ** 2 * float(weight.max())]
                 ways.append(len(sources) * ((spectral(scaled) + flaw + rounding) * UP) ** 2)
                 total += min(ways) * UP
@@ -249,7 +251,7 @@ class Prover:
                     w, (a, b) = layer.weights[k].value.T, head[t]
                     middle, radius = (a + b) / 2, (b - a) / 2 * UP + U * (a.abs() + b.abs())
                     spread = w.abs() @ radius + 1e-13 * len(middle) * (w.abs() @ middle.abs())
-                    spread = (spread + layer.weights[k].flaw * (middle.norm() + radius.norm())) * UP
+                    spread = (spread + layer.weights[k].flaw * (length(middle) + length(radius))) * UP
                     bottom, roof = bottom + w @ middle - spread, roof + w @ middle + spread
             near, spread = self._adjoint_about(k, top, rival)
             bottom, roof = torch.maximum(bottom, near - spread), torch.minimum(roof, near + spread)
@@ -273,10 +275,10 @@ class Prover:
             flaw = (2 * own.flaw + 4 * U * own.size) * UP if own else 0.0
             later = [(t, blocks[t, j]) for t in range(j + 1, self.last) if (t, j) in blocks]
             if j == k:
-                columns = [(m.value.norm(dim=0) + m.flaw) * radius[t] * lengths[t] for t, m in later]
+                columns = [(length(m.value, 0) + m.flaw) * radius[t] * lengths[t] for t, m in later]
                 middle, spread = row, (sum(columns, torch.zeros(size).double()) + flaw) * UP
             else:
-                lengths[j] = (float(row.norm()) + flaw + sum(m.norm * radius[t] * lengths[t] for t, m in later)) * UP
+                lengths[j] = (float(length(row)) + flaw + sum(m.norm * radius[t] * lengths[t] for t, m in later)) * UP
         return middle, spread
 
     # --- on balls ------------------------------------------------------------------------------------------------
@@ -297,15 +299,15 @@ class Prover:
                     extra = b_error[:, None, None] * torch.stack(found.bend[j]).abs().amax(0)[:, None]
                     high = high + found.half_squares((ends.amax(0).clamp(min=0) + extra) * UP, j)
                     low = low + found.half_squares(((-ends).amax(0).clamp(min=0) + extra) * UP, j)
-            straight = (jacobian.norm(dim=2) + error[:, None]) * e * UP  # UP is more than ORTHONORMAL
+            straight = (length(jacobian, 2) + error[:, None]) * e * UP  # UP is more than ORTHONORMAL
             found.rest[k] = torch.maximum(low, high) * UP
             found.low[k], found.high[k] = -(straight + low) * UP, (straight + high) * UP
             found.bend[k] = self._bends(self._functions[k], values.z[k], found.low[k], found.high[k])
             for j in range(k + 1):
                 other, other_error = blocks[j, INPUT]
-                slack = error * other.norm(dim=(1, 2)) + other_error * jacobian.norm(dim=(1, 2)) + error * other_error
+                slack = error * length(other, (1, 2)) + other_error * length(jacobian, (1, 2)) + error * other_error
                 rounding = (
-                    ((other.shape[2] + 4) * U + 2 * ORTHONORMAL) * jacobian.norm(dim=(1, 2)) * other.norm(dim=(1, 2))
+                    ((other.shape[2] + 4) * U + 2 * ORTHONORMAL) * length(jacobian, (1, 2)) * length(other, (1, 2))
                 )
                 found.gram[k, j] = jacobian @ other.mT
                 square = found.gram[k, j].abs() + ((slack + rounding) * UP)[:, None, None]
@@ -325,8 +327,10 @@ class Prover:
             (1 if j == k else 2) * ((weights[k] @ squared) * weights[j]).sum(2)
             for (k, j), squared in ball.squared.items()
         )
-        together = (ball.radius * (torch.as_tensor(fourth) * UP) ** 0.25 + (torch.as_tensor(spread) * UP) ** 0.5) ** 2
-        return torch.minimum(torch.as_tensor(apart), together) / 2 * UP
+        together = (
+            ball.radius * ((torch.as_tensor(fourth) * UP) ** 0.25 + LEAST) + (torch.as_tensor(spread) * UP) ** 0.5
+        ) ** 2
+        return torch.minimum(torch.as_tensor(apart), together) / 2 * UP + LEAST
 
     @staticmethod
     def _bends(function: Function, z: Vectors, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,14 +351,14 @@ class Prover:
         if len(stacked) >= stacked.shape[1]:
             return own
         basis = torch.linalg.qr(stacked.T).Q.T
-        skew = float((basis @ basis.T - torch.eye(len(basis), dtype=basis.dtype)).norm())
+        skew = float(length(basis @ basis.T - torch.eye(len(basis), dtype=basis.dtype)))
         gamma = (stacked.shape[1] + 4) * U * UP
         if skew + gamma * len(basis) > ORTHONORMAL:
             return own
         found = {}
         for k, matrix in own.items():
             value = matrix.value @ basis.T
-            left = float((matrix.value - value @ basis).norm()) + 2 * gamma * matrix.size * len(basis) ** 0.5
+            left = float(length(matrix.value - value @ basis)) + 2 * gamma * matrix.size * len(basis) ** 0.5
             found[k] = Matrix(value, (matrix.flaw + left) * UP)
         return found
 
@@ -375,9 +379,9 @@ class Prover:
                         matrix, function = self.layers[t].weights[k], self._functions[k]
                         before, error = found[k, source]
                         slope = function.slope(values.z[k].value)
-                        off = max(map(abs, function.curvatures)) * values.z[k].error + 1e-13
+                        off = _slope_error(function, values.z[k])
                         sloped = slope[:, :, None] * before
-                        size = before.norm(dim=(1, 2))
+                        size = length(before, (1, 2))
                         error = function.lipschitz * error + (off + U) * (size + error)
                         gamma = (before.shape[1] + 4) * U * UP
                         whole = matrix.norm * error
@@ -386,7 +390,7 @@ class Prover:
                 if parts:
                     value = torch.stack([part for part, _ in parts]).sum(0) if len(parts) > 1 else parts[0][0]
                     error = torch.stack([error for _, error in parts]).sum(0)
-                    rounding = len(parts) * U * sum(part.norm(dim=(1, 2)) for part, _ in parts)
+                    rounding = len(parts) * U * sum(length(part, (1, 2)) for part, _ in parts)
                     found[t, source] = value, (error + rounding) * UP
         return found
 
@@ -396,6 +400,11 @@ class Prover:
         least, most = bend[0][:, None], bend[1][:, None]
         weight = torch.maximum(-v.value * least, -v.value * most).clamp(min=0)
         return (weight + v.error[..., None] * torch.maximum(least.abs(), most.abs())) * UP
+
+
+def _slope_error(function: Function, z: Vectors) -> Tensor:
+    """At most so far is a slope at the computed z from that at the exact one, entrywise: (batch,)."""
+    return (function.bend * (z.error + 64 * U * length(z.value, -1)) + 1e-13 * function.gain) * UP
 
 
 def _product(left: Matrix, factor: float, right: Matrix) -> Matrix:

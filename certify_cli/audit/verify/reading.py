@@ -20,8 +20,10 @@ from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scal
 from certify_cli.network.graph import Add, Concat, Network
 
 U = 2.0**-53
-UP = 1 + 1e-9
-"""Covers the rounding of every sum of non-negative numbers in this check: fewer than a million terms, a few times."""
+UP = 1 + 4e-9
+"""Covers the rounding of every sum of non-negative numbers in this check: fewer than LARGEST terms."""
+TINY = 1e-150
+"""Added to every Euclidean norm: what squares may lose by underflow is less."""
 LARGEST = 3 * 10**7
 """Entries of a matrix; a model that needs a larger one is not read."""
 SVD_WORK, GRAM_WORK = 4e9, 1e12
@@ -44,7 +46,7 @@ class Matrix:
     @property
     def size(self) -> float:
         """The exact matrix's Frobenius norm, at most."""
-        return (float(self.value.norm()) + self.flaw) * UP
+        return (float(length(self.value)) + self.flaw) * UP
 
     @property
     def norm(self) -> float:
@@ -64,42 +66,48 @@ class Layer:
     bias_flaw: float
 
 
+def length(a: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Euclidean norms, at least; of everything, or along `dim`."""
+    return torch.linalg.vector_norm(a, dim=dim) * UP + TINY
+
+
 def spectral(a: Tensor) -> float:
     """Upper bound of ||a||: from a computed SVD and its residuals (theory section 2), else from the powers of a Gram
     matrix, ||a||^2 <= ||(a a^T)^q||_F^(1/q), every rounding counted."""
     a = a if a.shape[0] <= a.shape[1] else a.T
     m, n = a.shape
     scale = float(a.abs().max())
-    if scale == 0.0:
-        return 0.0
+    if scale == 0.0 or not math.isfinite(scale):
+        return 0.0 if scale == 0.0 else math.inf
     a = a / scale
-    frobenius = float(a.norm()) * UP
+    frobenius = float(length(a))
     rounding = U * frobenius  # of the division
     if m * m * n <= SVD_WORK:
         u, s, vt = torch.linalg.svd(a, full_matrices=False)
         gamma = (n + 4) * U * UP
         product = (u * s) @ vt
-        magnitude = float(((u.abs() * s) @ vt.abs()).norm())
-        apart = float((a - product).norm()) + gamma * (magnitude + frobenius)
-        skew = [float((q.T @ q - torch.eye(m, dtype=a.dtype)).norm()) + gamma * float(q.norm()) ** 2 for q in (u, vt.T)]
+        magnitude = float(length((u.abs() * s) @ vt.abs()))
+        apart = float(length(a - product)) + gamma * (magnitude + frobenius)
+        eye = torch.eye(m, dtype=a.dtype)
+        skew = [float(length(q.T @ q - eye)) + gamma * float(length(q)) ** 2 for q in (u, vt.T)]
         found = float(s.max()) * math.sqrt((1 + skew[0]) * (1 + skew[1])) + apart
-        return min(found + rounding, frobenius) * scale * UP
+        return min(found + rounding, frobenius) * scale * UP + TINY
     if m * m * n > GRAM_WORK:
-        return frobenius * scale * UP
+        return frobenius * scale * UP + TINY
     gram = a @ a.T
     error = (n + 3) * U * UP * frobenius**2  # of the Gram matrix, in the Frobenius norm
     # invariant: ||a||^2 <= (||gram|| + error) ^ (1/power) / scaling, kept as logarithms
     log, power = 0.0, 1.0
     for _ in range(8):
-        size = float(gram.norm()) * UP
+        size = float(length(gram))
         gram, error = gram / size, error / size + U
         log += math.log(size) / power
         error = (2 * error + error * error + (m + 3) * U) * UP
         gram = gram @ gram
         power *= 2
-    largest = (float(gram.norm()) + error) * UP
+    largest = (float(length(gram)) + error) * UP
     squared = math.exp(log + math.log(largest) / power) * (1 + 1e-12)
-    return min(math.sqrt(squared) + rounding, frobenius) * scale * UP
+    return min(math.sqrt(squared) + rounding, frobenius) * scale * UP + TINY
 
 
 @dataclass(eq=False)
@@ -146,10 +154,10 @@ def _identity(source: int, shape: tuple[int, ...]) -> _Form:
 
 def _layer(function: Function | None, form: _Form) -> Layer:
     weights = {
-        source: Matrix(value.flatten(1).T.contiguous(), float(error.norm()) * UP)
+        source: Matrix(value.flatten(1).T.contiguous(), float(length(error)))
         for source, (value, error) in form.parts.items()
     }
-    return Layer(function, weights, form.bias.flatten(), float(form.bias_error.norm()) * UP)
+    return Layer(function, weights, form.bias.flatten(), float(length(form.bias_error)))
 
 
 def _added(forms: list[_Form]) -> _Form:

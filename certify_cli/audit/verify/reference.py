@@ -22,7 +22,7 @@ from certify_cli.audit.verify.prover import Balls, Prover
 from certify_cli.audit.verify.reading import INPUT
 
 GRID = 65
-"""Places in a neuron's range."""
+"""Places in a neuron's range, besides 0 and the kinks; what lies between is bounded by the curvature."""
 STEPS = 120
 RATE = 0.03
 POWER = 12
@@ -59,6 +59,14 @@ class Reference:
             return None
         return self.prover.balls(self.prover.values(x[None]), torch.tensor([radius], dtype=torch.float64))
 
+    def _function(self, k: int) -> Function:
+        function = self.layers[k].function
+        assert function is not None
+        return function
+
+    def _grid(self, z: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+        return _grid(self._function(k), z[k], self.low[k], self.high[k])
+
     def _relax(self, z: list[Tensor], ball: Balls | None, radius: float) -> None:
         """Sets `low`, `high`: ranges of every D_l by backward substitution of two lines a neuron, within the ball's."""
         self.low: dict[int, Tensor] = {}
@@ -70,7 +78,7 @@ class Reference:
             if ball is not None:
                 low, high = torch.maximum(low, ball.low[k][0]), torch.minimum(high, ball.high[k][0])
             self.low[k], self.high[k] = low, high
-            self.lines[k] = self._two_lines(self.layers[k].function, z[k], low, high)  # type: ignore[arg-type]
+            self.lines[k] = self._two_lines(self._function(k), z[k], low, high)
 
     def _substituted(self, head: int, rows: Tensor, radius: float) -> Tensor:
         """The most that rows . D_head can be: lines above where a coefficient is positive, below where not."""
@@ -90,13 +98,13 @@ class Reference:
     def _two_lines(f: Function, z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Slope and offset of a line above phi(z + t) - phi(z) for t in [low, high], and of one below: of the slopes at
         the sample, in the middle, at the ends and of the chord, whichever leaves least in the middle."""
-        t = _grid(low, high)
+        t, between = _grid(f, z, low, high)
         rise = f.value(z + t) - f.value(z)
         middle = (low + high) / 2
-        chord = (rise[-1] - rise[0]) / (high - low).clamp(min=1e-12)
+        chord = (rise[GRID - 2] - rise[0]) / (high - low).clamp(min=1e-12)
         slopes = torch.stack([chord, *(f.slope(z + p) for p in (0 * low, middle, low, high))])
         gap = rise - slopes[:, None] * t
-        above, below = gap.amax(1), gap.amin(1)
+        above, below = gap.amax(1) + between, gap.amin(1) - between
         up, down = (above + slopes * middle).argmin(0)[None], (below + slopes * middle).argmax(0)[None]
         picked = [(slopes, up), (above, up), (slopes, down), (below, down)]
         steep, over, shallow, under = (table.gather(0, row)[0] for table, row in picked)
@@ -108,8 +116,8 @@ class Reference:
         """The best bound found for every rival."""
         eye = torch.eye(self.prover.classes, dtype=torch.float64)
         rows = eye[top] - eye[list(rivals)]
-        grids = {k: _grid(self.low[k], self.high[k]) for k in range(self.last)}
-        rise = {k: self.layers[k].function.value(z[k] + grids[k]) - self.layers[k].function.value(z[k]) for k in grids}  # type: ignore[union-attr]
+        grids = {k: self._grid(z, k) for k in range(self.last)}
+        rise = {k: self._function(k).value(z[k] + t) - self._function(k).value(z[k]) for k, (t, _) in grids.items()}
         best = torch.full_like(f, -torch.inf)
         open_ = torch.arange(len(rivals))
         for start in self._starts(z, ball, rows):
@@ -146,7 +154,7 @@ class Reference:
             by_lines[k] = v * flat[k]
             if ball is not None:
                 w = self._pulled(by_tangents, k)
-                bent[k] = self.layers[k].function.slope(z[k]).expand_as(w)  # type: ignore[union-attr]
+                bent[k] = self._function(k).slope(z[k]).expand_as(w)
                 by_tangents[k] = w * bent[k]
                 least, most = ball.bend[k]
                 logs[k] = torch.maximum(-w * least, -w * most).clamp(min=1e-9).log()
@@ -165,7 +173,7 @@ class Reference:
         f: Tensor,
         slopes: dict[int, Tensor],
         logs: dict[int, Tensor],
-        grids: dict[int, Tensor],
+        grids: dict[int, tuple[Tensor, Tensor]],
         rise: dict[int, Tensor],
     ) -> Tensor:
         """The bound (rivals,) by its formula."""
@@ -173,9 +181,10 @@ class Reference:
         weights = {k: log.exp() for k, log in logs.items()}
         for k in range(self.last - 1, -1, -1):
             v, s, w = self._pulled(at_head, k), slopes[k], weights[k]
-            t = grids[k][:, None]
+            t, between = grids[k][0][:, None], grids[k][1]
+            step = (self.high[k] - self.low[k]) / (GRID - 2)
             left = v * (rise[k][:, None] - s * t) + w * t.square() / 2
-            least = least + left.amin(0).sum(1)
+            least = least + (left.amin(0) - v.abs() * between - w * step.square() / 8).sum(1)
             at_head[k] = v * s
         g = self._pulled(at_head, INPUT).norm(dim=1)
         if ball is None:
@@ -186,11 +195,12 @@ class Reference:
         return f - radius * g + least - bent
 
 
-def _grid(low: Tensor, high: Tensor) -> Tensor:
-    """(GRID, size): places from low to high, and 0."""
+def _grid(f: Function, z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """(count, size): places from low to high, 0 and the kinks; and by how much phi may leave a line between two."""
     part = torch.linspace(0, 1, GRID - 1, dtype=torch.float64)[:, None]
-    inner = low + part * (high - low)
-    return torch.cat([inner[:1], torch.zeros_like(low)[None].clamp(low, high), inner[1:]])
+    marked = [torch.zeros_like(low), *(kink - z for kink in f.kinks)]
+    places = torch.cat([low + part * (high - low), *(place.clamp(low, high)[None] for place in marked)])
+    return places, f.bend * ((high - low) / (GRID - 2)).square() / 8
 
 
 def _largest(ball: Balls, weights: dict[int, Tensor]) -> Tensor:

@@ -83,6 +83,10 @@ class Verifier:
             layout=said.get("layout"),
         )
         self.notes: list[str] = []
+        if result.summary.seal is None:
+            self.notes.append("the run bears no seal, so a change that leaves it true is not noticed")
+        if witnesses is None and any(sample.attack_kind == "search" for sample in result.samples):
+            self.notes.append("attacks that a search found are not replayed: say --witnesses FILE.npz")
         self._loaded = loaded
         self._witnesses = None if witnesses is None else Witnesses.of(witnesses)
         self._points = None if points is None else dict(zip(points["index"].tolist(), points["d"], strict=True))
@@ -135,7 +139,8 @@ class Verifier:
             for row, (sample, label) in enumerate(zip(samples, labels, strict=True))
         ]
         for row, sample in enumerate(samples):
-            found[row] += replayed(self.network, sample, x[row], self._witnesses)
+            if _known(sample, looked.logits):
+                found[row] += replayed(self.network, sample, x[row], self._witnesses)
         certified = [n for n, s in enumerate(samples) if s.certified_radius is not None and _known(s, looked.logits)]
         if certified:
             radius = torch.tensor([samples[n].certified_radius for n in certified], dtype=torch.float64)
