@@ -63,7 +63,7 @@ def verify(
             verifier = Verifier(result, loaded, chosen, attacks, tangents, share, seed)
             notes = verifier.notes
             reporter.notes(notes)
-            wrong = [found.text for found in verifier.of_run]
+            wrong = list(verifier.of_run)
             rows = [
                 Row(**asdict(checked))
                 for checked in reporter.track(verifier.records(), len(result.samples), "verifying")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import certify_cli.audit.verify as package
 from certify_cli.audit.verify import reading
+from certify_cli.audit.verify import reference as reference_module
 from certify_cli.audit.verify.functions import FUNCTIONS, Function
 from certify_cli.audit.verify.proof import proved, stays_positive, stays_positive_capped
 from certify_cli.audit.verify.prover import Prover
@@ -336,3 +337,26 @@ def test_the_reference_looks_between_its_places() -> None:
         margin = (torch.tensor([[1.0, 1.0], [0.0, 0.0]]).double(), torch.tensor([0.0, 0.005]).double())
         network = dense_stack(both, from_name("relu"), margin)
         assert not Reference(Prover(read(network))).holds(torch.zeros(1).double(), 0, 1.0)
+
+
+def test_what_the_reference_accepts_rests_on_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eigenvalue estimated at next to nothing leads the climb astray, but nothing is accepted by it."""
+    network = mlp((6, 30, 3), "softplus:3", seed=8, gain=3.0)
+    x = samples(network, 6, seed=1)
+    prediction = network(x).argmax(1)
+    reference = Reference(Prover(read(network)))
+    exact = [largest_held(reference, row, int(y)) for row, y in zip(x, prediction, strict=True)]
+    estimate = reference_module._largest
+    monkeypatch.setattr(
+        reference_module, "_largest", lambda b, w, exact: estimate(b, w, exact) * (1.0 if exact else 1e-6)
+    )
+    for row, y, radius in zip(x, prediction, exact, strict=True):
+        assert not reference.holds(row, int(y), 1.3 * radius)
+
+
+def largest_held(reference: Reference, x: Tensor, top: int) -> float:
+    """The radius that the reference reaches, to some per cent."""
+    radius = 1e-3
+    while reference.holds(x, top, 1.1 * radius):
+        radius *= 1.1
+    return radius

@@ -19,33 +19,25 @@ METHODS = ("lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz
 KINDS = ("certificate", "search")
 
 
-@dataclass(frozen=True)
-class Contradiction:
-    """Something that a run says and that is not so; `index` is the sample's, None where it is about the whole run."""
-
-    index: int | None
-    text: str
-
-
-def of_run(result: Result, data: Dataset, network: Network) -> Iterator[Contradiction]:
-    """The seal, the counts, the classes, the summary."""
+def of_run(result: Result, data: Dataset, network: Network) -> Iterator[str]:
+    """What is not so of the whole run, in words: the seal, the counts, the classes, the summary."""
     run, summary = result.run, result.summary
     if summary.seal is not None and summary.seal != seal(run, result.samples, summary):
-        yield Contradiction(None, "the seal does not fit: something was changed after it was written")
+        yield "the seal does not fit: something was changed after it was written"
     if run.model.classes != network.classes:
-        yield Contradiction(None, f"the run line says {run.model.classes} classes, the model has {network.classes}")
+        yield f"the run line says {run.model.classes} classes, the model has {network.classes}"
     indices = [sample.index for sample in result.samples]
     if indices != list(data.indices):
-        yield Contradiction(None, f"the records are not those of the data's {len(data.indices)} samples in order")
+        yield f"the records are not those of the data's {len(data.indices)} samples in order"
     eps = tuple(summary.certified_accuracy or summary.certified_share or ())
     if eps != tuple(run.arguments.get("eps") or ()):
-        yield Contradiction(None, "the summary's radii are not those that the run line says were asked for")
+        yield "the summary's radii are not those that the run line says were asked for"
     again = summarise(result.samples, eps, summary.seconds, summary.search_seconds)
     apart = [
         name for name, value in replace(again, seal=summary.seal).to_dict().items() if value != summary.to_dict()[name]
     ]
     for name in apart:
-        yield Contradiction(None, f"the summary's {name} is not what the samples add up to")
+        yield f"the summary's {name} is not what the samples add up to"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +57,7 @@ def look(network: Network, x: Tensor, samples: list[Sample]) -> Looked:
         logits = network(x)
         top = logits.detach().argmax(1)
         second = logits.detach().scatter(1, top[:, None], -torch.inf).argmax(1)
-        rivals = [s.rival if _is_class(s.rival, logits) else int(r) for s, r in zip(samples, second, strict=True)]
+        rivals = [s.rival if is_class(s.rival, logits) else int(r) for s, r in zip(samples, second, strict=True)]
         rival = torch.tensor(rivals)
         margin = (logits.gather(1, top[:, None]) - logits.gather(1, rival[:, None])).sum()
         (gradient,) = torch.autograd.grad(margin, x, create_graph=True)
@@ -79,7 +71,8 @@ def look(network: Network, x: Tensor, samples: list[Sample]) -> Looked:
     return Looked(logits.detach(), size.detach(), bend.detach())
 
 
-def _is_class(value: int | None, logits: Tensor) -> bool:
+def is_class(value: int | None, logits: Tensor) -> bool:
+    """Whether a record's class is one of the model's."""
     return value is not None and 0 <= value < logits.shape[1]
 
 
@@ -98,7 +91,7 @@ def of_sample(sample: Sample, label: int | None, looked: Looked, row: int, run: 
         yield f"the label is {label} in the data, {sample.label} in the record"
     if margin > NEAR * scale and sample.prediction != top:
         yield f"the model predicts {top}, the record says {sample.prediction}"
-    if sample.certified_radius is not None and not _is_class(sample.prediction, looked.logits):
+    if sample.certified_radius is not None and not is_class(sample.prediction, looked.logits):
         yield f"the prediction {sample.prediction} is no class, but the record has a radius"
     if sample.certified_radius is not None and not margin > 0:
         yield "the two largest logits are the same, but the record has a radius"
@@ -108,7 +101,7 @@ def of_sample(sample: Sample, label: int | None, looked: Looked, row: int, run: 
         yield f"the margin is {margin:.9g}, the record says {sample.margin:.9g}"
     if sample.runner_up is not None and not _nearly_second(logits, sample.runner_up, top, second, scale):
         yield f"the runner-up is {second}, the record says {sample.runner_up}"
-    if sample.rival is not None and (sample.rival == sample.prediction or not _is_class(sample.rival, looked.logits)):
+    if sample.rival is not None and (sample.rival == sample.prediction or not is_class(sample.rival, looked.logits)):
         yield f"the rival {sample.rival} is no other class"
     yield from _of_figures(sample, float(looked.gradient[row]), float(looked.bend[row]))
     yield from _of_verdicts(sample, run.method, run.attack)

@@ -129,8 +129,14 @@ class Reference:
                     value = self._value(ball, radius, rows[open_], f[open_], slopes, logs, grids, rise)
                     climber.zero_grad()
                     (-value.sum()).backward()
+                found = value.detach()
+                hopeful = ((found > 0) & (best[open_] <= 0)).nonzero()[:, 0]
+                if len(hopeful):  # power iteration is below the largest eigenvalue: what it promises is looked at again
+                    s, w = ({k: part.detach()[hopeful] for k, part in parts.items()} for parts in (slopes, logs))
+                    which = open_[hopeful]
+                    found[hopeful] = self._value(ball, radius, rows[which], f[which], s, w, grids, rise, exact=True)
                 climber.step()
-                best[open_] = torch.maximum(best[open_], value.detach())
+                best[open_] = torch.maximum(best[open_], found)
                 if bool((best[open_] > 0).all()):
                     break
             open_ = open_[best[open_] <= 0]
@@ -175,8 +181,9 @@ class Reference:
         logs: dict[int, Tensor],
         grids: dict[int, tuple[Tensor, Tensor]],
         rise: dict[int, Tensor],
+        exact: bool = False,
     ) -> Tensor:
-        """The bound (rivals,) by its formula."""
+        """The bound (rivals,) by its formula; not exact: with an estimate of the largest eigenvalue, to climb by."""
         at_head, least = {self.last: rows}, torch.zeros_like(f)
         weights = {k: log.exp() for k, log in logs.items()}
         for k in range(self.last - 1, -1, -1):
@@ -189,7 +196,7 @@ class Reference:
         g = self._pulled(at_head, INPUT).norm(dim=1)
         if ball is None:
             return f - radius * g + least
-        largest = _largest(ball, weights)
+        largest = _largest(ball, weights, exact)
         spread = torch.stack([(w * ball.rest[k][0] ** 2).sum(1) for k, w in weights.items()]).sum(0)
         bent = (radius * largest.clamp(min=1e-30).sqrt() + spread.clamp(min=1e-30).sqrt()) ** 2 / 2
         return f - radius * g + least - bent
@@ -203,13 +210,15 @@ def _grid(f: Function, z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Te
     return places, f.bend * ((high - low) / (GRID - 2)).square() / 8
 
 
-def _largest(ball: Balls, weights: dict[int, Tensor]) -> Tensor:
-    """lambda_max of sum A^T diag(w) A for every rival, by the vector that power iteration ends with."""
+def _largest(ball: Balls, weights: dict[int, Tensor], exact: bool) -> Tensor:
+    """lambda_max of sum A^T diag(w) A for every rival; not exact: from below, by what power iteration ends with."""
     order = sorted(weights)
     full = torch.cat(
         [torch.cat([ball.gram[k, j][0] if k >= j else ball.gram[j, k][0].T for j in order], 1) for k in order]
     )
     root = torch.cat([weights[k] for k in order], dim=1).sqrt()
+    if exact:
+        return torch.stack([torch.linalg.eigvalsh(w[:, None] * full * w)[-1] for w in root])
     with torch.no_grad():
         vector = root.clone()
         for _ in range(POWER):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify_cli.audit.verify.claims import Contradiction, look, of_run, of_sample
+from certify_cli.audit.verify.claims import is_class, look, of_run, of_sample
 from certify_cli.audit.verify.proof import proved
 from certify_cli.audit.verify.prover import Prover
 from certify_cli.audit.verify.reading import UnreadableError, read
@@ -95,7 +95,7 @@ class Verifier:
         self._deployed = self._runtime()
 
     @cached_property
-    def of_run(self) -> tuple[Contradiction, ...]:
+    def of_run(self) -> tuple[str, ...]:
         return tuple(of_run(self.result, self.data, self.network))
 
     def _read(self) -> tuple[Prover | None, Reference | None]:
@@ -139,9 +139,11 @@ class Verifier:
             for row, (sample, label) in enumerate(zip(samples, labels, strict=True))
         ]
         for row, sample in enumerate(samples):
-            if _known(sample, looked.logits):
+            if is_class(sample.prediction, looked.logits):
                 found[row] += replayed(self.network, sample, x[row], self._witnesses)
-        certified = [n for n, s in enumerate(samples) if s.certified_radius is not None and _known(s, looked.logits)]
+        certified = [
+            n for n, s in enumerate(samples) if s.certified_radius is not None and is_class(s.prediction, looked.logits)
+        ]
         if certified:
             radius = torch.tensor([samples[n].certified_radius for n in certified], dtype=torch.float64)
             prediction = torch.tensor([samples[n].prediction for n in certified])
@@ -209,10 +211,6 @@ class Verifier:
             expected = self.network(moved)
             for k, text in _unlike(self._deployed.logits(moved), expected, expected.argmax(1).tolist()):
                 yield kept[k], f"at its witness onnxruntime predicts {text}"
-
-
-def _known(sample: Sample, logits: Tensor) -> bool:
-    return sample.prediction is not None and 0 <= sample.prediction < logits.shape[1]
 
 
 def _unlike(deployed: Tensor, logits: Tensor, prediction: list[int | None]) -> Iterator[tuple[int, str]]:
