@@ -44,3 +44,23 @@ class MethodError(CurvcertError):
 def first_line(error: BaseException) -> str:
     """What a library's exception says, cut to one line without its full stop, to stand inside a sentence of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+
+
+LONGEST = 100
+"""Characters of a file's text that are shown in one place."""
+
+
+def shown(text: object, longest: int = LONGEST) -> str:
+    """A text that a file holds, fit for a sentence or a table: one line, every character printable, cut in the middle.
+
+    Control, bidirectional and other unprintable characters are written as Python escapes, and so is the backslash.
+    """
+    raw = str(text)
+    if len(raw) > longest:
+        half = (longest - 5) // 2
+        raw = f"{raw[:half]} ... {raw[-half:]}"
+    return "".join(letter if letter.isprintable() and letter != "\\" else _escape(letter) for letter in raw)
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -1,23 +1,69 @@
-"""Rewritings of the affine operators and of max pooling: one form each."""
+"""Rewritings of the affine operators: one form each."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
-from certify_cli.load.interpret import evaluate
-from certify_cli.load.normal import Normal, attributes_of, emit_index, numbered_entries, rewrites
+from certify_cli.load.normal import Normal, data_axis, emit_index, numbered_entries, rewrites
+from certify_cli.load.operators import attributes_of, padding_of
 
 
-@rewrites("Add", "Sub", "Mul", "Div", "MatMul", "Neg", "Sum")
+@rewrites("Add", "Sub", "Mul", "Div", "Neg", "Sum")
 def _as_it_is(normal: Normal, node: NodeProto) -> None:
     normal.emit(node, node.op_type, list(node.input), node.output[0])
 
 
+@rewrites("MatMul")
+def _product(normal: Normal, node: NodeProto) -> None:
+    """A matrix times a sample of one axis is that sample times the transposed matrix."""
+    found, (left, right) = normal.found, node.input
+    if right in found.values and left in found.constants and found.values[right].ndim == 1:
+        turned = normal.constant(np.ascontiguousarray(found.constants[left].T))
+        normal.emit(node, "MatMul", [right, turned], node.output[0])
+        return
+    normal.emit(node, "MatMul", [left, right], node.output[0])
+
+
 @rewrites("Concat")
 def _concat(normal: Normal, node: NodeProto) -> None:
-    axis = int(attributes_of(node)["axis"]) % len(normal.found.shape(node.output[0]))
-    join(normal, node, list(node.input), node.output[0], axis)
+    found = normal.found
+    output = node.output[0]
+    data = [value for value in node.input if value in found.values]
+    if any((value in found.unbatched) != (output in found.unbatched) for value in data):
+        raise found.refuse(node, "joins values with and without a batch axis, which is not supported")
+    axis = data_axis(found, node, output, int(attributes_of(node)["axis"]))
+    if len(data) == len(node.input):
+        join(normal, node, data, output, axis)
+        return
+    _join_constants(normal, node, data, axis)
+
+
+def _join_constants(normal: Normal, node: NodeProto, data: list[str], axis: int) -> None:
+    """Constants between data: the data are moved to their places, and the constants added to the zeros between."""
+    found = normal.found
+    widths = [normal.shapes[value][axis] for value in data]
+    shape = list(normal.shapes[data[0]])
+    shape[axis] = sum(widths)
+    joined = data[0]
+    if len(data) > 1:
+        joined = normal.part(tuple(shape))
+        join(normal, node, data, joined, axis)
+    numbers = iter(np.split(numbered_entries(tuple(shape)), np.cumsum(widths)[:-1], axis=axis))
+    moved, frame = [], []
+    for value in node.input:
+        if value in found.values:
+            moved.append(next(numbers))
+            frame.append(np.zeros_like(moved[-1]))
+        else:
+            constant = normal.constants[value]
+            frame.append(constant[None] if node.output[0] in found.unbatched else constant)
+            moved.append(np.zeros_like(frame[-1]))
+    bare = normal.part(normal.shapes[node.output[0]])
+    emit_index(normal, node, joined, bare, np.concatenate(moved, axis=axis))
+    normal.emit(node, "Add", [bare, normal.constant(np.concatenate(frame, axis=axis))], node.output[0])
 
 
 def join(normal: Normal, node: NodeProto, parts: list[str], value: str, axis: int) -> None:
@@ -36,82 +82,108 @@ def _gemm(normal: Normal, node: NodeProto) -> None:
     """alpha A B + beta C as a product (with C as its bias where alpha is 1) and, otherwise, a scale and a sum."""
     found, attributes = normal.found, attributes_of(node)
     a, b, *rest = node.input
-    if b not in found.constants or attributes.get("transA", 0):
+    if a not in found.values or b not in found.constants or attributes.get("transA", 0):
         raise found.refuse(node, "must multiply the data by a constant matrix from the right; export a Linear layer")
     alpha, beta = (float(attributes.get(key, 1.0)) for key in ("alpha", "beta"))
-    width = found.shape(node.output[0])[1]
+    if a in found.unbatched:
+        _product_and_sum(normal, node, alpha, beta)
+        return
     inputs = [a, b]
     bias = None
     if rest and rest[0]:
         bias = rest[0]
         if bias in found.constants:
             # float32 numbers times a float32 beta: exact in float64
-            row = np.broadcast_to(found.constants[bias] * beta, (1, width))[0]
-            bias = normal.constant(node, np.ascontiguousarray(row))
+            rows = np.broadcast_to(found.constants[bias] * beta, found.values[node.output[0]].shape)
+            if not (rows == rows[:1]).all():
+                raise found.refuse(node, "adds another bias to every sample of its batch; export with a free batch")
+            bias = normal.constant(np.ascontiguousarray(rows[0]))
         elif beta != 1:
             raise found.refuse(node, "adds a multiple of a value that depends on the input; use beta = 1")
     if alpha == 1 and bias in normal.constants:
         normal.emit(node, "Gemm", [*inputs, str(bias)], node.output[0], transB=int(attributes.get("transB", 0)))
         return
-    product = normal.part(node) if alpha != 1 or bias else node.output[0]
+    product = normal.part() if alpha != 1 or bias else node.output[0]
     normal.emit(node, "Gemm", inputs, product, transB=int(attributes.get("transB", 0)))
     if alpha != 1:
-        scaled = normal.part(node) if bias else node.output[0]
-        normal.emit(node, "Mul", [product, normal.constant(node, np.array(alpha))], scaled)
+        scaled = normal.part() if bias else node.output[0]
+        normal.emit(node, "Mul", [product, normal.constant(np.array(alpha))], scaled)
         product = scaled
     if bias:
         normal.emit(node, "Add", [product, bias], node.output[0])
 
 
-def _explicit_pads(normal: Normal, node: NodeProto, kernel: list[int]) -> list[int]:
-    """[begin..., end...], `auto_pad` worked out."""
-    attributes = attributes_of(node)
-    rule = attributes.get("auto_pad", "NOTSET")
-    if rule in ("NOTSET", ""):
-        return [int(p) for p in attributes.get("pads", [0] * 2 * len(kernel))]
-    if rule == "VALID":
-        return [0] * 2 * len(kernel)
-    strides = attributes.get("strides", [1] * len(kernel))
-    dilations = attributes.get("dilations", [1] * len(kernel))
-    begin, end = [], []
-    for n, k, s, d in zip(normal.found.shape(node.input[0])[2:], kernel, strides, dilations, strict=True):
-        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-        small, large = total // 2, total - total // 2
-        begin.append(small if rule == "SAME_UPPER" else large)
-        end.append(large if rule == "SAME_UPPER" else small)
-    return begin + end
+def _product_and_sum(normal: Normal, node: NodeProto, alpha: float, beta: float) -> None:
+    """A Gemm of a sample that is one matrix, without a batch axis."""
+    found = normal.found
+    a, b, *rest = node.input
+    matrix = found.constants[b].T if attributes_of(node).get("transB", 0) else found.constants[b]
+    bias = rest[0] if rest and rest[0] else None
+    value = node.output[0]
+    steps = [("MatMul", np.ascontiguousarray(matrix))]
+    if alpha != 1:
+        steps.append(("Mul", np.array(alpha)))
+    if bias is not None:
+        if bias not in found.constants:
+            raise found.refuse(node, "adds a value that depends on the input to a single matrix; export a Linear layer")
+        steps.append(("Add", found.constants[bias] * beta))
+    for number, (operator, constant) in enumerate(steps, start=1):
+        after = value if number == len(steps) else normal.part()
+        normal.emit(node, operator, [a, normal.constant(constant)], after)
+        a = after
 
 
-def _spatial_pad(normal: Normal, node: NodeProto, pads: list[int]) -> str:
-    """The node's input with zeros around its pixels."""
-    half, shape = len(pads) // 2, normal.found.shape(node.input[0])
-    widths = [(0, 0), (0, 0), *zip(pads[:half], pads[half:], strict=True)]
-    moved = np.pad(numbered_entries(shape), widths)
-    padded = normal.part(node)
-    normal.shapes[padded] = moved.shape
-    emit_index(normal, node, node.input[0], padded, moved)
+def spatial_pad(normal: Normal, node: NodeProto, source: str, pads: list[tuple[int, int]]) -> str:
+    """A value with zeros around its pixels; negative widths cut pixels off."""
+    shape = normal.shapes[source]
+    cut = [slice(max(-begin, 0), n - max(-end, 0)) for n, (begin, end) in zip(shape[2:], pads, strict=True)]
+    added = [(max(begin, 0), max(end, 0)) for begin, end in pads]
+    moved = np.pad(numbered_entries(shape)[(slice(None), slice(None), *cut)], [(0, 0), (0, 0), *added])
+    padded = normal.part(moved.shape)
+    emit_index(normal, node, source, padded, moved)
     return padded
 
 
-@rewrites("Conv", "ConvTranspose")
+@rewrites("Conv")
 def _conv(normal: Normal, node: NodeProto) -> None:
+    """Unequal padding is a step of its own."""
+    kernel, kept = _convolution(normal, node)
+    pads = padding_of(attributes_of(node), normal.found.shape(node.input[0])[2:], kernel)
+    source = node.input[0]
+    if any(begin != end or begin < 0 for begin, end in pads):
+        source, pads = spatial_pad(normal, node, source, pads), [(0, 0)] * len(pads)
+    inputs = [source, *(value for value in node.input[1:] if value)]
+    flat = [begin for begin, _ in pads] * 2
+    normal.emit(node, "Conv", inputs, node.output[0], pads=flat, kernel_shape=kernel, **kept)
+
+
+@rewrites("ConvTranspose")
+def _conv_transpose(normal: Normal, node: NodeProto) -> None:
+    """Whose padding is cut off its output: as a step of its own where it is unequal."""
+    found, attributes = normal.found, attributes_of(node)
+    kernel, kept = _convolution(normal, node)
+    if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "") or attributes.get("output_shape"):
+        raise found.refuse(node, "leaves its padding to be worked out; export explicit pads")
+    pads = padding_of(attributes, [0] * len(kernel), kernel)
+    inputs = [value for value in node.input if value]
+    kept |= {"output_padding": attributes["output_padding"]} if "output_padding" in attributes else {}
+    if all(begin == end and begin >= 0 for begin, end in pads):
+        flat = [begin for begin, _ in pads] * 2
+        normal.emit(node, "ConvTranspose", inputs, node.output[0], pads=flat, kernel_shape=kernel, **kept)
+        return
+    batch, channels, *space = found.shape(node.output[0])
+    whole = normal.part((batch, channels, *(n + sum(pair) for n, pair in zip(space, pads, strict=True))))
+    normal.emit(node, "ConvTranspose", inputs, whole, pads=[0] * 2 * len(kernel), kernel_shape=kernel, **kept)
+    normal.pass_on(spatial_pad(normal, node, whole, [(-begin, -end) for begin, end in pads]), node.output[0])
+
+
+def _convolution(normal: Normal, node: NodeProto) -> tuple[list[int], dict[str, Any]]:
+    """The kernel, and the attributes that are kept."""
     found, attributes = normal.found, attributes_of(node)
     if any(value and value not in found.constants for value in node.input[1:]):
         raise found.refuse(node, "has weights that are computed from the input, which is not supported")
     kernel = list(found.constants[node.input[1]].shape[2:])
-    kept = {key: attributes[key] for key in ("strides", "dilations", "group", "output_padding") if key in attributes}
-    if node.op_type == "ConvTranspose" and (
-        attributes.get("auto_pad", "NOTSET") != "NOTSET" or attributes.get("output_shape")
-    ):
-        raise found.refuse(node, "leaves its padding to be worked out; export explicit pads")
-    pads = _explicit_pads(normal, node, kernel)
-    source, half = node.input[0], len(pads) // 2
-    if pads[:half] != pads[half:]:
-        if node.op_type == "ConvTranspose":
-            raise found.refuse(node, "pads unevenly, which is not supported; use the same padding on both sides")
-        source, pads = _spatial_pad(normal, node, pads), [0] * len(pads)
-    inputs = [source, *(value for value in node.input[1:] if value)]
-    normal.emit(node, node.op_type, inputs, node.output[0], pads=pads, kernel_shape=kernel, **kept)
+    return kernel, {key: attributes[key] for key in ("strides", "dilations", "group") if key in attributes}
 
 
 @rewrites("BatchNormalization")
@@ -127,67 +199,25 @@ def _batch_norm(normal: Normal, node: NodeProto) -> None:
     normal.emit(node, "BatchNormalization", list(node.input), node.output[0], epsilon=epsilon)
 
 
-@rewrites("AveragePool")
-def _average_pool(normal: Normal, node: NodeProto) -> None:
-    found, attributes = normal.found, attributes_of(node)
-    kernel = [int(k) for k in attributes["kernel_shape"]]
-    pads, half = _explicit_pads(normal, node, kernel), len(kernel)
-    strides, ceil = attributes.get("strides", [1] * half), int(attributes.get("ceil_mode", 0))
-    if any(d != 1 for d in attributes.get("dilations", [])):
-        raise found.refuse(node, "averages over dilated windows, which is not supported; use dilation 1")
-    form = {"kernel_shape": kernel, "strides": strides}
-    if pads[:half] == pads[half:]:
-        include = int(attributes.get("count_include_pad", 0))
-        form |= {"pads": pads, "ceil_mode": ceil, "count_include_pad": include}
-        normal.emit(node, "AveragePool", [node.input[0]], node.output[0], **form)
-        return
-    if ceil:
-        raise found.refuse(node, "pads unevenly and rounds its size up, which is not supported; use one of the two")
-    padded = _spatial_pad(normal, node, pads)
-    if attributes.get("count_include_pad", 0):
-        normal.emit(node, "AveragePool", [padded], node.output[0], **form)
-        return
-    # the mean over the whole window, times its size, over the number of its pixels inside the image
-    mean, total = normal.part(node), f"{normal.part(node)}/sum"
-    normal.emit(node, "AveragePool", [padded], mean, **form)
-    normal.emit(node, "Mul", [mean, normal.constant(node, np.array(float(np.prod(kernel))))], total)
-    image = np.ones((1, 1, *found.shape(node.input[0])[2:]))
-    widths = [(0, 0), (0, 0), *zip(pads[:half], pads[half:], strict=True)]
-    whole = helper.make_node("AveragePool", ["x"], ["y"], **form)
-    inside = evaluate(found, whole, [np.pad(image, widths)])[0] * np.prod(kernel)
-    normal.emit(node, "Div", [total, normal.constant(node, np.rint(inside))], node.output[0])
-
-
-@rewrites("MaxPool", "GlobalMaxPool")
-def _max_pool(normal: Normal, node: NodeProto) -> None:
-    found, attributes = normal.found, attributes_of(node)
-    kernel = [int(k) for k in attributes.get("kernel_shape", found.shape(node.input[0])[2:])]
-    pads, half = _explicit_pads(normal, node, kernel), len(kernel)
-    if pads[:half] != pads[half:]:
-        raise found.refuse(node, "pads unevenly, which is not supported; use the same padding on both sides")
-    if len(node.output) > 1 and node.output[1] and any(node.output[1] in other.input for other in found.nodes):
-        raise found.refuse(node, "gives its indices to other nodes, which is not supported")
-    kept = {key: attributes[key] for key in ("strides", "dilations", "ceil_mode") if key in attributes}
-    normal.emit(node, "MaxPool", [node.input[0]], node.output[0], kernel_shape=kernel, pads=pads, **kept)
-
-
 @rewrites("GlobalAveragePool", "ReduceMean", "ReduceSum")
 def _reduce(normal: Normal, node: NodeProto) -> None:
     found, attributes = normal.found, attributes_of(node)
-    rank = len(found.shape(node.input[0]))
+    source = node.input[0]
+    rank = found.values[source].ndim
     axes, keep, operator = attributes.get("axes"), int(attributes.get("keepdims", 1)), node.op_type
     if operator == "GlobalAveragePool":
         axes, operator = list(range(2, rank)), "ReduceMean"
     elif len(node.input) > 1 and node.input[1]:
         axes = found.constants[node.input[1]].ravel().tolist()
     if not axes and attributes.get("noop_with_empty_axes", 0):
-        normal.same[node.output[0]] = normal.same.get(node.input[0], node.input[0])
+        normal.pass_on(source, node.output[0])
         return
-    axes = sorted(int(axis) % rank for axis in axes or range(rank))
-    if 0 in axes:
+    counted = sorted({int(axis) % rank for axis in axes or range(rank)})
+    if 0 in counted and source not in found.unbatched:
         raise found.refuse(node, "reduces over the batch; every value must keep the batch on its first axis")
+    axes = [data_axis(found, node, source, axis) for axis in counted]
     if operator == "ReduceMean":
-        normal.emit(node, operator, [node.input[0]], node.output[0], axes=axes, keepdims=keep)
+        normal.emit(node, operator, [source], node.output[0], axes=axes, keepdims=keep)
     else:
-        where = normal.constant(node, np.array(axes, dtype=np.int64))
-        normal.emit(node, operator, [node.input[0], where], node.output[0], keepdims=keep)
+        where = normal.constant(np.array(axes, dtype=np.int64))
+        normal.emit(node, operator, [source, where], node.output[0], keepdims=keep)

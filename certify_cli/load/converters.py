@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
+import torch.nn.functional as F
 from onnx2torch.node_converters.registry import add_converter
 from onnx2torch.onnx_graph import OnnxGraph
 from onnx2torch.onnx_node import OnnxNode
 from onnx2torch.utils.common import OnnxMapping, OperationConverterResult
-from torch import Tensor, nn
+from torch import Tensor, from_numpy, nn
 
 from certify_cli.load.normal import DOMAIN
+from certify_cli.load.operators import Windows, pixel_counts
 from certify_cli.network.activations import ACTIVATIONS, Activation
-from certify_cli.network.pooling import MaxMin
+from certify_cli.network.pooling import MaxMin, MaxPool
 
 
 class ActivationLayer(nn.Module):
@@ -35,6 +38,41 @@ class MaxMinLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return MaxMin().apply(x)
+
+
+class MaxPoolLayer(nn.Module):
+    """The largest pixel of every window."""
+
+    def __init__(self, pool: MaxPool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool.apply(x)
+
+
+class AveragePoolLayer(nn.Module):
+    """The mean of every window over its pixels in the image, or (`counts_padding`) in the image and its padding.
+
+    pads (begin, end) along every axis: how far the windows reach over the image; negative where they leave pixels out.
+    """
+
+    def __init__(self, at: Windows, pads: list[tuple[int, int]], counts_padding: bool) -> None:
+        super().__init__()
+        self.at, self.pads, self.counts_padding = at, pads, counts_padding
+
+    def divisors(self, sizes: tuple[int, ...]) -> Tensor:
+        """Of every window, (*count), float64."""
+        return from_numpy(pixel_counts(self.at, sizes, self.counts_padding))
+
+    def padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, [width for pair in reversed(self.pads) for width in pair])
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.pads) - 1]
+        ones = x.new_ones(x.shape[1], 1, *self.at.kernel)
+        total = convolve(self.padded(x), ones, None, self.at.stride, 0, self.at.dilation, x.shape[1])
+        return total / self.divisors(tuple(x.shape[2:])).to(x)
 
 
 class SelectLayer(nn.Module):
@@ -60,6 +98,33 @@ def _activation(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
 @add_converter(operation_type="MaxMin", version=1, domain=DOMAIN)
 def _max_min(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
     return OperationConverterResult(MaxMinLayer(), OnnxMapping(node.input_values, node.output_values))
+
+
+def _window(node: OnnxNode) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """kernel, stride and dilation, and the pads along every axis."""
+    names = {"kernel": "kernel_shape", "stride": "strides", "dilation": "dilations"}
+    form = {key: tuple(map(int, node.attributes[name])) for key, name in names.items()}
+    pads, axes = list(map(int, node.attributes["pads"])), len(form["kernel"])
+    return form, list(zip(pads[:axes], pads[axes:], strict=True))
+
+
+@add_converter(operation_type="MaxPool", version=1, domain=DOMAIN)
+def _max_pool(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
+    form, pads = _window(node)
+    begin, end = zip(*pads, strict=True)
+    layer = MaxPoolLayer(MaxPool(**form, padding=begin, end=None if begin == end else end))
+    return OperationConverterResult(layer, OnnxMapping(node.input_values, node.output_values))
+
+
+@add_converter(operation_type="AveragePool", version=1, domain=DOMAIN)
+def _average_pool(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
+    form, pads = _window(node)
+    padded = tuple(map(int, node.attributes["padded"]))
+    begin = tuple(-first for first, _ in pads)
+    count = tuple(map(int, node.attributes["count"]))
+    at = Windows(**form, begin=begin, count=count, padded=padded)
+    layer = AveragePoolLayer(at, pads, bool(node.attributes["count_include_pad"]))
+    return OperationConverterResult(layer, OnnxMapping(node.input_values, node.output_values))
 
 
 @add_converter(operation_type="Select", version=1, domain=DOMAIN)

@@ -260,6 +260,8 @@ def _primitive(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
             values[key] = entry.optional_tensor(key)
         elif annotation == "bool":
             values[key] = entry.flag(key, False)
+        elif annotation == "tuple[int, ...] | None":
+            values[key] = entry.optional_integers(key)
         elif annotation == "int":
             default = inspect.signature(kind).parameters[key].default
             values[key] = entry.integer(key, ... if default is inspect.Parameter.empty else default, least)
@@ -289,8 +291,8 @@ def _check_primitive(entry: Entry, op: Any, place: Place) -> None:
     if isinstance(op, MaxPool):
         axes = len(op.kernel)
     if isinstance(op, (Conv, ConvTranspose, MaxPool)):
-        for key in ("stride", "padding", "dilation", "output_padding"):
-            if len(getattr(op, key, (0,) * axes)) != axes:
+        for key in ("stride", "padding", "dilation", "output_padding", "end"):
+            if len(getattr(op, key, None) or (0,) * axes) != axes:
                 entry.fail(f"{key} must hold {axes} numbers")
     if isinstance(op, Select) and (int(op.index.min()) < -1 or int(op.index.max()) >= op.size):
         entry.fail(f"index must lie between -1 and {op.size - 1}")

@@ -101,6 +101,10 @@ class Entry:
             self.fail(f"{key} must be {how_many} of at least {least}, not {_shown(value)}")
         return tuple(value)
 
+    def optional_integers(self, key: str) -> tuple[int, ...] | None:
+        """Integers of any sign; None where the field is absent or null."""
+        return None if self._value(key, None) is None else self.integers(key, None, least=-(2**31))
+
     def number(self, key: str, default: Any = ...) -> float:
         value = self._value(key, default)
         if not _is_number(value):

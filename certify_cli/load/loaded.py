@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from certify_cli.load.entrance import Entrance
 from certify_cli.network.graph import Network
 from certify_cli.records import ModelInfo
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How the file itself is run: what it takes, and the name of the tensor that it ends in."""
+
+    entrance: Entrance
+    output: str
 
 
 @dataclass(frozen=True)
@@ -14,7 +23,7 @@ class LoadedModel:
 
     `input_shape` is the file's own input without the batch (the network's, before `fit` puts preprocessing in front);
     `stored_dtype` names the type of the weights in the file ("float32", "float16", ...; they are upcast exactly);
-    `notes` are sentences for the user (an upcast, a dropped softmax).
+    `notes` are sentences for the user (an upcast, a dropped softmax); `deployment` is there for ONNX files.
     """
 
     network: Network
@@ -22,3 +31,4 @@ class LoadedModel:
     input_shape: tuple[int, ...]
     stored_dtype: str
     notes: tuple[str, ...]
+    deployment: Deployment | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from certify_cli.errors import ModelError, UsageError
@@ -12,11 +13,22 @@ PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 _ZIP, _PICKLE, _HDF5 = b"PK\x03\x04", b"\x80", b"\x89HDF"
 
 
-def load_model(path: str | Path, *, activation: str | None = None) -> LoadedModel:
+def load_model(
+    path: str | Path,
+    *,
+    activation: str | None = None,
+    output: str | None = None,
+    input_shape: Sequence[int] | Callable[[], Sequence[int] | None] | None = None,
+    layout: str | None = None,
+) -> LoadedModel:
     """Load a classifier from an ONNX or a safetensors file.
 
-    `activation` (such as "softplus:5") stands between the layers of a safetensors file that declares none. Raises
-    ModelError where the file is missing, unreadable or cannot be certified, UsageError for `activation`.
+    activation: stands between the layers of a safetensors file that declares none, such as "softplus:5".
+    output: which output of an ONNX file holds the logits, where it has several and no choice is plain.
+    input_shape: a sample's shape, channels first, where the file leaves sizes free; or what gives it when it is needed.
+    layout: "nhwc" where the model reads such samples with the channels last.
+    Raises ModelError where the file is missing, unreadable or cannot be certified, UsageError for `activation` and
+    `output`.
     """
     file = Path(path)
     if os.path.isdir(file):
@@ -31,6 +43,8 @@ def load_model(path: str | Path, *, activation: str | None = None) -> LoadedMode
     if not start:
         raise ModelError(f"{file}: the file is empty; export or copy the model again")
     if _is_safetensors(file, start):
+        if output is not None:
+            raise UsageError(f"an output can be chosen in ONNX files only, and {file} is not one")
         from certify_cli.load.safetensors import load_safetensors
 
         return load_safetensors(file, activation=activation)
@@ -41,7 +55,11 @@ def load_model(path: str | Path, *, activation: str | None = None) -> LoadedMode
         raise UsageError(f"--activation is for safetensors files without a declared architecture; {file} is not one")
     from certify_cli.load.onnx import load_onnx
 
-    return load_onnx(file)
+    def sample_shape() -> tuple[int, ...] | None:
+        shape = input_shape() if callable(input_shape) else input_shape
+        return None if shape is None else tuple(shape)
+
+    return load_onnx(file, output=output, sample_shape=sample_shape, layout=layout)
 
 
 def _is_safetensors(file: Path, start: bytes) -> bool:

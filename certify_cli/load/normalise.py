@@ -21,42 +21,94 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from certify_cli.errors import ModelError
 from certify_cli.load import affine_rewrites as _affine  # noqa: F401  (enters its rewritings)
+from certify_cli.load import pool_rewrites as _pools  # noqa: F401  (likewise)
 from certify_cli.load import sorted_pairs as _pairs  # noqa: F401  (likewise)
-from certify_cli.load.interpret import Interpretation, evaluate
-from certify_cli.load.normal import DOMAIN, REWRITES, Normal, attributes_of, emit_index, numbered_entries, rewrites
+from certify_cli.load.blocks import block_of
+from certify_cli.load.interpret import Interpretation, keeps_type
+from certify_cli.load.normal import DOMAIN, REWRITES, Normal, Piece, move, rewrites
+from certify_cli.load.operators import attributes_of
 from certify_cli.load.patterns import fuse
 from certify_cli.network.activations import Activation, from_onnx
 
 TARGET_OPSET = 13
 MOVEMENTS = {
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "GatherElements", "GatherND",
-    "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Identity",
+    "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Identity", "Pad", "Resize", "Upsample",
 }  # fmt: skip
+PRODUCTS = {"Mul", "Div", "MatMul", "Pow"}
+"""Of two values that depend on the input they are no affine map."""
 
 
 def normalise(found: Interpretation, output: str) -> Normal:
     """Rewrite what leads to the value `output`. ModelError, naming node and operator, for what is not supported."""
     makers = {value: node for node in found.nodes for value in node.output if value}
     fused = _fuse_all(found, makers)
-    normal = Normal(found, shapes={name: value.shape for name, value in found.values.items()})
+    normal = Normal(found, shapes={name: found.shape(name) for name in found.values})
     for node in _leading_to(output, found.nodes, makers, fused):
         if node.output[0] in fused:
-            _emit_activation(normal, node, *fused[node.output[0]])
+            activation, argument = fused[node.output[0]]
+            _emit_activation(normal, node, activation, argument)
+            before = _between(argument, node, found.nodes, makers)
+            normal.pieces.append(Piece(before, (argument,), node.output[0]))
             continue
         for value in node.input:
             if value in found.constants:
-                normal.constants[value] = found.constants[value]
-        activation = _plain_activation(found, node)
-        if activation is not None:
-            _emit_activation(normal, node, activation, node.input[0])
-        elif node.op_type in REWRITES:
-            REWRITES[node.op_type](normal, node)
-        else:
-            raise found.refuse(
-                node,
-                "is not supported: an affine operator or an activation of the table is needed; replace the layer",
-            )
+                normal.constants[value] = _per_sample(found, found.constants[value])
+        _rewrite(normal, node)
+        data = tuple(dict.fromkeys(value for value in node.input if value in found.values))
+        normal.pieces += [Piece((node,), data, value) for value in node.output if value in found.values]
+    _flatten(normal, output)
     return normal
+
+
+def _flatten(normal: Normal, output: str) -> None:
+    """Logits as a vector, where all other axes have one entry."""
+    normal.output = output
+    shape = normal.shapes[output]
+    size = max(shape)
+    if len(shape) != 2 and int(np.prod(shape)) == size and normal.nodes:
+        normal.output = normal.part((1, size))
+        target = normal.constant(np.array([-1, size], dtype=np.int64))
+        last = next(node for node in normal.found.nodes if output in node.output)
+        normal.emit(last, "Reshape", [output, target], normal.output)
+
+
+def _rewrite(normal: Normal, node: NodeProto) -> None:
+    found = normal.found
+    data = [value for value in node.input if value in found.values]
+    block = block_of(found, node) if node.op_type not in REWRITES or node.op_type in PRODUCTS else None
+    if block is not None and (len(data) > 1 or node.op_type not in PRODUCTS):
+        raise found.refuse(node, f"is not supported: it is part of {block}")
+    activation = _plain_activation(found, node)
+    if activation is not None:
+        _emit_activation(normal, node, activation, node.input[0])
+    elif node.op_type in REWRITES:
+        REWRITES[node.op_type](normal, node)
+    else:
+        raise found.refuse(
+            node, "is not supported: an affine operator or an activation of the table is needed; replace the layer"
+        )
+
+
+def _per_sample(found: Interpretation, constant: np.ndarray) -> np.ndarray:
+    """A constant that repeats one sample's numbers along a fixed batch, once."""
+    batch = found.entrance.batch or 1
+    if batch > 1 and constant.ndim > 1 and len(constant) == batch and (constant == constant[:1]).all():
+        return constant[:1]
+    return constant
+
+
+def _between(
+    argument: str, node: NodeProto, nodes: list[NodeProto], makers: dict[str, NodeProto]
+) -> tuple[NodeProto, ...]:
+    """The nodes that compute a fused activation of its argument, in order."""
+    needed, stack = set(), list(node.output)
+    while stack:
+        name = stack.pop()
+        if name != argument and name in makers and name not in needed:
+            needed.add(name)
+            stack.extend(makers[name].input)
+    return tuple(other for other in nodes if needed & set(other.output))
 
 
 def _fuse_all(found: Interpretation, makers: dict[str, NodeProto]) -> dict[str, tuple[Activation, str]]:
@@ -66,7 +118,7 @@ def _fuse_all(found: Interpretation, makers: dict[str, NodeProto]) -> dict[str, 
             match = fuse(node, makers, found.constants)
         except ModelError as error:
             raise found.refuse(node, f"ends an activation that cannot be used: {error}") from error
-        if match is not None and found.shape(match[1]) == found.shape(node.output[0]):
+        if match is not None and found.values[match[1]].shape == found.values[node.output[0]].shape:
             fused[node.output[0]] = match
     return fused
 
@@ -95,6 +147,8 @@ def _plain_activation(found: Interpretation, node: NodeProto) -> Activation | No
         for key, value in zip(("min", "max"), node.input[1:], strict=False):
             if value:
                 attributes[key] = _scalar(found, node, value)
+        if not {"min", "max"} & set(attributes):
+            return None
     if operator == "PRelu":
         operator, attributes = "LeakyRelu", {"alpha": _scalar(found, node, node.input[1])}
     try:
@@ -117,71 +171,55 @@ def _emit_activation(normal: Normal, node: NodeProto, activation: Activation, ar
 
 # --- data movement ----------------------------------------------------------------------------------------------
 
-
-@rewrites(*MOVEMENTS)
-def _move(normal: Normal, node: NodeProto) -> None:
-    """Any movement: number the entries of the data operand, let the node itself move them, and read the index off."""
-    found = normal.found
-    moving = [value for value in node.input if value in found.values]
-    if len(moving) != 1 or node.input[0] != moving[0]:
-        raise found.refuse(node, "moves data to places that depend on the data, which is not supported")
-    shape = found.shape(moving[0])
-    outputs = evaluate(
-        found, node, [numbered_entries(shape), *(found.constants.get(value) for value in node.input[1:])]
-    )
-    for value, output in zip(node.output, outputs, strict=False):
-        if value:
-            emit_index(normal, node, moving[0], value, output)
-
-
-@rewrites("Upsample", "Resize")
-def _resize(normal: Normal, node: NodeProto) -> None:
-    mode = attributes_of(node).get("mode", "nearest")
-    if mode != "nearest":
-        raise normal.found.refuse(node, f"resizes by {mode!r}, which is not supported; use nearest")
-    _move(normal, node)
-
-
-@rewrites("Pad")
-def _pad(normal: Normal, node: NodeProto) -> None:
-    """Whatever the mode: what the node makes of zeros is its frame, and the rest is movement (zeros moved in)."""
-    found = normal.found
-    constants = [found.constants.get(value) for value in node.input[1:]]
-    frame = evaluate(found, node, [np.zeros(found.shape(node.input[0])), *constants])[0]
-    moved = evaluate(found, node, [numbered_entries(found.shape(node.input[0])), *constants])[0] - frame
-    if not frame.any():
-        emit_index(normal, node, node.input[0], node.output[0], moved)
-        return
-    bare = normal.part(node)
-    emit_index(normal, node, node.input[0], bare, moved)
-    normal.emit(node, "Add", [bare, normal.constant(node, frame)], node.output[0])
+rewrites(*MOVEMENTS)(move)
 
 
 @rewrites("Dropout")
 def _dropout(normal: Normal, node: NodeProto) -> None:
-    training = normal.found.constants.get(node.input[2]) if len(node.input) > 2 else None
-    if training is not None and bool(training):
-        raise normal.found.refuse(node, "is in training mode; call model.eval() before exporting")
     if len(node.output) > 1 and any(node.output[1] in other.input for other in normal.found.nodes):
         raise normal.found.refuse(node, "gives its mask to other nodes, which is not supported")
-    normal.same[node.output[0]] = normal.same.get(node.input[0], node.input[0])
+    normal.pass_on(node.input[0], node.output[0])
 
 
 @rewrites("Cast", "CastLike")
 def _cast(normal: Normal, node: NodeProto) -> None:
-    """Between float types nothing happens in exact arithmetic; the interpretation has widened both sides."""
-    if normal.found.values[node.output[0]].dtype != np.float64:
-        raise normal.found.refuse(node, "rounds data to another type, which is not supported; drop the cast")
-    normal.same[node.output[0]] = normal.same.get(node.input[0], node.input[0])
+    """To a wider float type, or to float32, nothing happens in exact arithmetic; 16 bits round the data."""
+    found = normal.found
+    if found.values[node.output[0]].dtype != np.float64:
+        raise found.refuse(node, "rounds data to another type, which is not supported; drop the cast")
+    if not keeps_type(found, node):
+        raise found.refuse(
+            node,
+            "rounds data to 16 bits, a step function of them, which is not supported; export the model in float32, or "
+            "with an input of the weights' type",
+        )
+    normal.pass_on(node.input[0], node.output[0])
 
 
-def to_model(normal: Normal, source: str, output: str) -> ModelProto:
+@rewrites("Clip")
+def _clip(normal: Normal, node: NodeProto) -> None:
+    """Without bounds: with one it is an activation."""
+    normal.pass_on(node.input[0], node.output[0])
+
+
+@rewrites("Pow")
+def _power(normal: Normal, node: NodeProto) -> None:
+    found = normal.found
+    power = found.constants.get(node.input[1])
+    if power is None or not (power == 1).all() or found.shape(node.output[0]) != found.shape(node.input[0]):
+        raise found.refuse(
+            node, "is not supported: a power of the data is no activation of the table; replace the layer"
+        )
+    normal.pass_on(node.input[0], node.output[0])
+
+
+def to_model(normal: Normal, source: str) -> ModelProto:
     """The rewritten graph as an ONNX model in float64 with a free batch, every value's shape declared."""
 
     def declare(name: str) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["N", *normal.shapes[name][1:]])
 
-    output = normal.same.get(output, output)
+    output = normal.resolved(normal.output)
     read = {value for node in normal.nodes for value in node.input}
     initializers = [numpy_helper.from_array(array, name) for name, array in normal.constants.items() if name in read]
     made = [node.output[0] for node in normal.nodes if node.output[0] in normal.shapes and node.output[0] != output]

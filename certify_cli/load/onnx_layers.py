@@ -18,7 +18,7 @@ from onnx2torch.node_converters.reduce import OnnxReduceStaticAxes, OnnxReduceSu
 from onnx2torch.node_converters.reshape import OnnxReshape
 from onnx2torch.node_converters.sum import OnnxSum
 
-from certify_cli.load.converters import ActivationLayer, MaxMinLayer, SelectLayer
+from certify_cli.load.converters import ActivationLayer, AveragePoolLayer, MaxMinLayer, MaxPoolLayer, SelectLayer
 from certify_cli.network import layers
 from certify_cli.network.affine import Dense, Reshape, Select
 from certify_cli.network.place import Data, Place, lowers
@@ -104,6 +104,25 @@ def _activation(place: Place, layer: ActivationLayer, x: Any) -> Data:
 @lowers(MaxMinLayer)
 def _max_min(place: Place, layer: MaxMinLayer, x: Any) -> Data:
     return place.add(MaxMin(), place.data(x))
+
+
+@lowers(MaxPoolLayer)
+def _max_pool(place: Place, layer: MaxPoolLayer, x: Any) -> Data:
+    return place.add(layer.pool, place.data(x))
+
+
+@lowers(AveragePoolLayer)
+def _average_pool(place: Place, layer: AveragePoolLayer, x: Any) -> Data:
+    """One divisor throughout: a convolution of the padded image; else a matrix of the pixels."""
+    value, at = place.data(x), layer.at
+    divisors = layer.divisors(place.shape(value)[1:])
+    if bool((divisors != divisors.flatten()[0]).any()):
+        return layers.spatial_matrix(place, layer, value)
+    padding = tuple(begin for begin, _ in layer.pads)
+    if any(begin != end for begin, end in layer.pads):
+        value, padding = place.move(layer.padded, value), (0,) * len(padding)
+    divisor = int(divisors.flatten()[0])
+    return layers.depthwise_mean(place, value, at.kernel, at.stride, padding, divisor, at.dilation)
 
 
 @lowers(SelectLayer)

@@ -92,6 +92,19 @@ def about(value: float) -> Number:
     return Number(value, TOLERANCE)
 
 
+def _in_any_order(operator: str, first: Pattern, second: Pattern) -> tuple[Call, Call]:
+    return Call(operator, (first, second)), Call(operator, (second, first))
+
+
+def _clamps() -> list[Call]:
+    """A value between two constants, written as a largest and a smallest of two."""
+    found: list[Call] = []
+    for (inner, near), (outer, far) in ((("Max", "low"), ("Min", "high")), (("Min", "high"), ("Max", "low"))):
+        for within in _in_any_order(inner, X(), Number(name=near)):
+            found += _in_any_order(outer, within, Number(name=far))
+    return found
+
+
 _scaled = Product(Number(name="beta"), (x,))
 _softplus = Product(Number(name="beta", inverse=True), (Call("Softplus", (_scaled,)),))
 _tanh_argument = Sum(ZERO, (x, Product(about(0.044715), (x, x, x))))
@@ -112,6 +125,7 @@ ROWS: tuple[Row, ...] = (
     # torch's softplus: the argument itself above the threshold
     Row("softplus", Call("Where", (Call("Greater", (_scaled, Number(name="threshold"))), x, _softplus))),
     Row("softplus", _softplus),
+    *(Row("clip", clamp) for clamp in _clamps()),
     # x * clip(a x + 1/2, 0, 1): the error of a enters as x^2 |a - 1/6| where |x| <= 3 (1 + 1e-6), and nowhere else
     Row(
         "hard_swish",
@@ -156,11 +170,11 @@ class _Graph:
     constants: Mapping[str, Any]
 
     def scalar(self, name: str) -> float | None:
-        """The value of a constant of one entry."""
+        """The value of a constant whose entries are all the same."""
         array = self.constants.get(name)
-        if array is None or np.size(array) != 1:
+        if array is None or np.size(array) == 0 or np.ptp(array) != 0:
             return None
-        return float(np.reshape(array, ()))
+        return float(np.ravel(array)[0])
 
     def above(self, node: NodeProto) -> list[str]:
         """The values that are not constant, nearest first, within DEPTH nodes above `node`."""

@@ -169,15 +169,19 @@ class Builder:
         self._nodes.append(Node(unique, op, inputs, shape))
         return len(self._nodes) - 1
 
-    def build(self, output: int) -> Network:
-        """The network that ends in node `output`; nodes that do not lead there are left out."""
+    def order(self, output: int) -> dict[int, int]:
+        """The nodes that lead to `output`, and the input: index here -> index in the network."""
         needed = {0, output}
         for index in range(output, 0, -1):
             if index in needed:
                 needed.update(self._nodes[index].inputs)
-        order = {old: new for new, old in enumerate(sorted(needed))}
+        return {old: new for new, old in enumerate(sorted(needed))}
+
+    def build(self, output: int) -> Network:
+        """The network that ends in node `output`; nodes that do not lead there are left out."""
+        order = self.order(output)
         nodes = tuple(
             Node(node.name, node.op, tuple(order[i] for i in node.inputs), node.shape)
-            for node in (self._nodes[old] for old in sorted(needed))
+            for node in (self._nodes[old] for old in order)
         )
         return Network(nodes)

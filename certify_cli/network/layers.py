@@ -100,13 +100,19 @@ def _adaptive_average_pool(place: Place, layer: nn.AdaptiveAvgPool2d, x: Any) ->
 
 
 def depthwise_mean(
-    place: Place, x: Data, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], divisor: int
+    place: Place,
+    x: Data,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    divisor: int,
+    dilation: tuple[int, ...] | None = None,
 ) -> Data:
     """Average pooling with one divisor throughout: a depthwise convolution whose weights are all 1/divisor."""
     channels = place.shape(x)[0]
     weight = torch.full((channels, 1, *kernel), 1.0 / divisor, dtype=torch.float64)
-    ones = (1,) * len(kernel)
-    return place.add(Conv(weight, None, stride, padding, ones, channels, weight_error=1, title="average_pool"), x)
+    dilation = dilation or (1,) * len(kernel)
+    return place.add(Conv(weight, None, stride, padding, dilation, channels, weight_error=1, title="average_pool"), x)
 
 
 def spatial_matrix(place: Place, pool: Callable[[Tensor], Tensor], x: Data) -> Data:

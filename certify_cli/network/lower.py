@@ -27,6 +27,13 @@ def lower(module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | No
     `names` maps a module's path to the name that users know it by (default: the path itself). ModelError, naming layer
     and type, for everything outside the tables, for layers in training mode and for shapes that do not fit.
     """
+    return lower_traced(module, input_shape, names)[0]
+
+
+def lower_traced(
+    module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | None = None
+) -> tuple[Network, dict[str, int]]:
+    """The same, and which node of the network holds the value of each module, by the module's path."""
     module = copy.deepcopy(module).double()
     builder = Builder(tuple(input_shape))
     values: dict[fx.Node, Any] = {}
@@ -56,7 +63,14 @@ def lower(module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | No
         output = output[0]
     if not isinstance(output, Data):
         raise ModelError("the model must have exactly one output, computed from its input: the logits")
-    return classifier(builder, output)
+    network = classifier(builder, output)
+    order = builder.order(output.index)
+    holding = {
+        str(node.target): order[value.index]
+        for node, value in values.items()
+        if node.op == "call_module" and isinstance(value, Data) and value.index in order
+    }
+    return network, holding
 
 
 def classifier(builder: Builder, output: Data) -> Network:

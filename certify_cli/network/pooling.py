@@ -46,7 +46,8 @@ _POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 class MaxPool(GroupMap):
     """Maximum over windows of (channels, *space), torch's conventions; one entry per spatial axis.
 
-    `padding` counts pixels of -inf on both sides, so a padded pixel never wins.
+    `padding` counts pixels of -inf on both sides, so a padded pixel never wins; `end`, where it is given, those behind
+    the image (negative: pixels cut off), and `padding` those before it.
     """
 
     kernel: tuple[int, ...]
@@ -54,18 +55,26 @@ class MaxPool(GroupMap):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     ceil_mode: bool = False
+    end: tuple[int, ...] | None = None
     title: str = "max_pool"
 
     def output_shape(self, *shapes: Shape) -> Shape:
-        """ValueError where the number of axes differs or a window does not fit."""
+        """ValueError where the number of axes differs, or a window does not fit or lies in the padding alone."""
         (shape,) = shapes
         if len(shape) != len(self.kernel) + 1:
             raise ValueError(f"a {len(self.kernel)}-d max pooling cannot take a value of shape {shape}")
+        for axis, size in enumerate(shape[1:]):
+            taps = self._taps(axis, size)
+            if not bool(((taps >= 0) & (taps < size)).any(1).all()):
+                raise ValueError("a window of a max pooling lies in the padding alone")
         return (shape[0], *(self._outputs(axis, size) for axis, size in enumerate(shape[1:])))
 
     def apply(self, *values: Tensor) -> Tensor:
         pool = _POOLS[len(self.kernel) - 1]
-        return pool(values[0], self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+        if self.end is None:
+            return pool(values[0], self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+        widths = [width for pair in zip(self.padding[::-1], self.end[::-1], strict=True) for width in pair]
+        return pool(F.pad(values[0], widths, value=-math.inf), self.kernel, self.stride, 0, self.dilation)
 
     def gain(self, shape: Shape) -> float:
         """Root of the largest number of windows that contain one pixel: an upper bound for the l2 norm, rounded up.
@@ -82,8 +91,15 @@ class MaxPool(GroupMap):
         kernel, stride, padding, dilation = (
             part[axis] for part in (self.kernel, self.stride, self.padding, self.dilation)
         )
+        if self.end is not None:
+            room = size + padding + self.end[axis] - (kernel - 1) * dilation - 1
+            if room < 0:
+                raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels")
+            return room // stride + 1
         try:
-            out = F.max_pool1d(torch.zeros(1, 1, size), kernel, stride, padding, dilation, self.ceil_mode)
+            out = F.max_pool1d(
+                torch.zeros(1, 1, size, dtype=torch.float64), kernel, stride, padding, dilation, self.ceil_mode
+            )
         except RuntimeError as error:
             raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels: {error}") from error
         return out.shape[-1]

@@ -229,7 +229,7 @@ def test_a_file_that_mixes_the_batch_is_refused(tmp_path: Path) -> None:
         helper.make_node("Sub", ["x", "first"], ["y"]),
     ]
     weights = {"zero": np.array([0]), "one": np.array([1])}
-    with pytest.raises(ModelError, match=r"onnx.reference"):
+    with pytest.raises(ModelError, match=r"differs from the file evaluated by onnxruntime"):
         load_onnx(save(tmp_path, nodes, weights, (3,)))
 
 
@@ -241,7 +241,7 @@ def shared_models() -> list[Path]:
 def test_every_shared_model_but_the_transformer_loads() -> None:
     for path in shared_models():
         if path.name == TRANSFORMER:
-            with pytest.raises(ModelError, match=r"node .*Softmax.* is not supported"):
+            with pytest.raises(ModelError, match=r"node .*MatMul.* is not supported: it is part of an attention block"):
                 load_onnx(path)
         else:
             assert load_onnx(path).network.classes == 10

@@ -1,0 +1,105 @@
+"""Which output of a file counts: named by the user, or found. The one that is found is the float output from which all
+others (labels, probabilities) derive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto
+
+from certify_cli.errors import ModelError, shown
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+SOFTMAX = {"Softmax", "LogSoftmax"}
+RESHAPING = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Dropout"}
+"""May end a model behind the logits, where they leave every number in its order."""
+WRAPPING = {"ZipMap", "Normalizer"}
+"""Of ai.onnx.ml: a table of the numbers by class, and their division by a positive number."""
+CLASSIFIERS = {"LinearClassifier"}
+"""Their label is computed from their scores."""
+
+
+def leading_to(output: str, nodes: Sequence[NodeProto]) -> list[NodeProto]:
+    """The nodes that the value `output` needs, in order."""
+    makers: dict[str, list[NodeProto]] = {}
+    for node in nodes:
+        for name in node.output:
+            makers.setdefault(name, []).append(node)
+    needed, stack = {""}, [output]
+    while stack:
+        name = stack.pop()
+        if name not in needed:
+            needed.add(name)
+            stack.extend(operand for node in makers.get(name, ()) for operand in node.input)
+    needed.remove("")
+    return [node for node in nodes if needed.intersection(node.output)]
+
+
+def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[str, tuple[str, ...]]:
+    """The name of the tensor that ends in the logits' output, and a note where there was a choice.
+
+    `wanted`: the user's choice. ModelError, naming the outputs, where it is none of them or no choice is plain.
+    """
+    outputs = list(graph.output)
+    makers = {name: node for node in graph.node for name in node.output if name}
+    listed = ", ".join(f"'{shown(value.name)}'" for value in outputs)
+    if wanted is not None:
+        found = [value for value in outputs if value.name == wanted]
+        if not found:
+            raise ModelError(f"{path}: --output {shown(wanted)} is none of its outputs ({listed})")
+        if not _holds_floats(found[0]):
+            raise ModelError(f"{path}: --output {shown(wanted)} holds no floating-point numbers; choose the logits")
+    elif len(outputs) == 1:
+        found = outputs
+    else:
+        found = [value for value in outputs if _holds_floats(value) and _all_derive(value, graph, makers)]
+        if not found:
+            raise ModelError(
+                f"{path}: the model has {len(outputs)} outputs ({listed}), and not all derive from one; "
+                "say with --output NAME which one holds the logits"
+            )
+    name = found[0].name
+    notes = () if len(outputs) == 1 else (f"of its outputs {listed} '{shown(name)}' is certified",)
+    return _unwrapped(name, makers), notes
+
+
+def _holds_floats(value: ValueInfoProto) -> bool:
+    """Whether an output may hold logits: floats, or the table of probabilities that ZipMap makes; unsaid counts."""
+    kind = value.type.WhichOneof("value")
+    return kind != "tensor_type" or value.type.tensor_type.elem_type in (*FLOATS, TensorProto.UNDEFINED)
+
+
+def _all_derive(value: ValueInfoProto, graph: GraphProto, makers: dict[str, NodeProto]) -> bool:
+    """Whether every output depends on the input only through what stands at the base of `value`'s end."""
+    base = _base(value.name, makers)
+    maker = makers.get(base)
+    seen = {base} | (set(maker.output) if maker is not None and maker.op_type in CLASSIFIERS else set())
+    seen.update(tensor.name for tensor in graph.initializer)
+    stack = [other.name for other in graph.output]
+    while stack:
+        name = stack.pop()
+        if name in seen:
+            continue
+        if name not in makers:
+            return False  # the input itself
+        seen.add(name)
+        stack.extend(operand for operand in makers[name].input if operand)
+    return True
+
+
+def _base(name: str, makers: dict[str, NodeProto]) -> str:
+    """Up from an output through everything that may end a model behind its logits."""
+    while (maker := makers.get(name)) is not None and maker.op_type in RESHAPING | WRAPPING | SOFTMAX:
+        name = maker.input[0]
+    return name
+
+
+def _unwrapped(name: str, makers: dict[str, NodeProto]) -> str:
+    """The tensor behind ZipMap and Normalizer, where one of them ends the model."""
+    at = last = name
+    while (maker := makers.get(at)) is not None and maker.op_type in WRAPPING | {"Identity", "Cast"}:
+        at = maker.input[0]
+        if maker.op_type in WRAPPING:
+            last = at
+    return last
