@@ -18,6 +18,7 @@ from certify_cli.records import SCHEMA
 if TYPE_CHECKING:
     from certify_cli.bounds.layers import LayerRow
     from certify_cli.certificates.losses import Losses, LossRow
+    from certify_cli.load.data import Dataset
 
 COLUMNS = (
     Column("layer", wraps=True),  # name, kind and shape: a narrow terminal has them below one another
@@ -53,9 +54,11 @@ def bounds(
     std: opt.Std = None,
     layout: opt.Layout = None,
     activation: opt.ActivationName = None,
+    output: opt.ModelOutput = None,
+    input_shape: opt.InputShape = None,
     memory: opt.Memory = "auto",
     format: opt.PlainFormat = None,
-    output: opt.OutputFile = None,
+    output_file: opt.OutputFile = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Show Lipschitz and curvature bounds, layer by layer; with --sample, where the local bound loses.
@@ -64,11 +67,11 @@ def bounds(
     network up to and with the layer. With --sample the margin on the sample's certified ball is proved, and spent term
     by term: those parts are estimates.
     """
-    form = opt.format_of(format, output, opt.PLAIN_FORMATS)
+    form = opt.format_of(format, output_file, opt.PLAIN_FORMATS)
     if (sample is None) != (data is None):
         raise UsageError("--sample I and --data SOURCE belong together: sample number I of that data set")
     if sample is None:
-        of_data = {
+        about_data = {
             "--data-root": data_root,
             "--split": split != "test",
             "--data-layout": data_layout != "nchw",
@@ -77,7 +80,7 @@ def bounds(
             "--std": std,
             "--layout": layout,
         }
-        given = [name for name, value in of_data.items() if value]
+        given = [name for name, value in about_data.items() if value]
         if given:
             raise UsageError(
                 f"{given[0]} says how a sample is read, but none is asked for; add --sample I --data SOURCE"
@@ -85,11 +88,33 @@ def bounds(
     opt.one_of("--split", split, opt.SPLITS)
     opt.one_of("--data-layout", data_layout, opt.DATA_LAYOUTS)
     limit = opt.memory_size("--memory", memory)
-    with sink(output) as out, Reporter(quiet) as reporter:
+    with sink(output_file) as out, Reporter(quiet) as reporter:
         from certify_cli import load_data, load_model
         from certify_cli.bounds.layers import layer_table
 
-        loaded = load_model(model, activation=activation)
+        chosen: list[Dataset] = []
+
+        def of_data() -> tuple[int, ...] | None:
+            return tuple(taken().x.shape[1:]) if data is not None else None
+
+        def taken() -> Dataset:
+            if not chosen:
+                chosen.append(
+                    load_data(
+                        str(data),
+                        root=data_root,
+                        split=split,
+                        samples=f"{sample}:{int(sample or 0) + 1}",
+                        data_layout=data_layout,
+                        offline=offline,
+                        notify=None if quiet else reporter.note,
+                    )
+                )
+            return chosen[0]
+
+        loaded = load_model(
+            model, activation=activation, output=output, input_shape=opt.shape(input_shape) or of_data, layout=layout
+        )
         reporter.notes(loaded.notes)
         if sample is None or data is None:
             reporter.stage("bounding the network")
@@ -103,24 +128,16 @@ def bounds(
         from certify_cli.certificates.losses import of_sample
         from certify_cli.load.fit import fit
 
-        chosen = load_data(
-            data,
-            root=data_root,
-            split=split,
-            samples=f"{sample}:{sample + 1}",
-            data_layout=data_layout,
-            offline=offline,
-            notify=None if quiet else reporter.note,
-        )
+        one = taken()
         network = fit(
             loaded.network,
-            tuple(chosen.x.shape[1:]),
+            tuple(one.x.shape[1:]),
             mean=opt.numbers("--mean", mean) or None,
             std=opt.numbers("--std", std) or None,
             layout=layout,
         )
         reporter.stage("bounding the network")
-        found = of_sample(network, chosen.x.double(), limit)
+        found = of_sample(network, one.x.double(), limit)
         if form == "json":
             out.write(
                 pretty({"schema": SCHEMA, "model": asdict(loaded.info), "sample": sample, "losses": found.to_dict()})

@@ -33,7 +33,7 @@ def certify(
     context: typer.Context,
     run: RunOptions,
     format: opt.RecordFormat = None,
-    output: opt.OutputFile = None,
+    output_file: opt.OutputFile = None,
     all_rows: opt.AllRows = False,
     plot: opt.PlotCurve = False,
     witnesses: opt.Witnesses = None,
@@ -46,7 +46,7 @@ def certify(
 
     No perturbation of a smaller Euclidean norm changes the model's prediction: this is proved, not tested.
     """
-    form_name = opt.format_of(format, output, FORMATS)
+    form_name = opt.format_of(format, output_file, FORMATS)
     form = FORMATS[form_name]
     opt.npz_name("--witnesses", witnesses)
     opt.npz_name("--certificate", certificate)
@@ -61,12 +61,12 @@ def certify(
     settings = run.settings()
     if resume:
         beside = {"--witnesses": witnesses, "--certificate": certificate}
-        _resumed(context, run, settings, form_name, output, beside, quiet)
+        _resumed(context, run, settings, form_name, output_file, beside, quiet)
         return
 
     # all files are opened before the work, so that a wrong path costs nothing
     with (
-        sink(output, all_rows, plot) as out,
+        sink(output_file, all_rows, plot) as out,
         atomic(witnesses, "--witnesses", "wb") if witnesses is not None else nullcontext() as witness_file,
         atomic(certificate, "--certificate", "wb") if certificate is not None else nullcontext() as place_file,
         Reporter(quiet, bar=not (form.streams and out.terminal)) as reporter,
@@ -116,7 +116,7 @@ def _resumed(
 ) -> None:
     """Into a file that keeps every batch, from where it ends."""
     if output is None or form != "jsonl":
-        raise UsageError("--resume goes on with a file of JSON lines; name it: --output FILE.jsonl")
+        raise UsageError("--resume goes on with a file of JSON lines; name it: -o FILE.jsonl")
     for option, path in beside.items():
         if path is not None:
             raise UsageError(f"{option} and --resume exclude one another: records keep none of what was done before")

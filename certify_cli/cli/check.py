@@ -39,7 +39,7 @@ def check(
     policy: PolicyFile = None,
     exact: opt.Exact = False,
     format: opt.CheckFormat = None,
-    output: opt.OutputFile = None,
+    output_file: opt.OutputFile = None,
     all_rows: opt.AllRows = False,
     quiet: opt.Quiet = False,
 ) -> int:
@@ -47,10 +47,10 @@ def check(
 
     Stops as soon as the verdict is certain. Exit 1 where the policy is not met.
     """
-    form = opt.format_of(format, output, RENDERED)
+    form = opt.format_of(format, output_file, RENDERED)
     asked = _policy(context)
     settings = run.settings()
-    with sink(output, all_rows) as out, Reporter(quiet) as reporter:
+    with sink(output_file, all_rows) as out, Reporter(quiet) as reporter:
         tell(context, reporter)
         if settings.attack == "none" and any(r.key in OF_ATTACKS for r in asked.requirements):
             raise UsageError("the policy asks about attacks, but --attack none looks for none")

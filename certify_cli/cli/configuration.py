@@ -24,7 +24,18 @@ POLICY = "policy"
 PREFIX = "CURVCERT_"
 OTHER_VARIABLES = ("CURVCERT_DATA", "CURVCERT_DATA_SOURCE", "CURVCERT_DEBUG")
 """Variables that are no option's by name."""
-PRESENTATION = ("config", "policy", "quiet", "output", "format", "all_rows", "witnesses", "exact", "resume", "plot")
+PRESENTATION = (
+    "config",
+    "policy",
+    "quiet",
+    "output_file",
+    "format",
+    "all_rows",
+    "witnesses",
+    "exact",
+    "resume",
+    "plot",
+)
 """Options that the environment may set, and a file may not: they change no result."""
 
 

@@ -18,6 +18,8 @@ def convert(
     source: opt.SourceFile,
     target: opt.TargetFile,
     force: opt.Force = False,
+    output: opt.ModelOutput = None,
+    input_shape: opt.InputShape = None,
     format: opt.PrintedFormat = "table",
     quiet: opt.Quiet = False,
 ) -> None:
@@ -32,7 +34,7 @@ def convert(
         from certify_cli import load_model
         from certify_cli.load.convert import convert as write
 
-        write(source, target)
+        write(source, target, output=output, input_shape=opt.shape(input_shape))
         written = load_model(target)
         reporter.notes(written.notes)
         if format == "json":

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 def inspect(
     model: opt.ModelFile,
     activation: opt.ActivationName = None,
+    output: opt.ModelOutput = None,
+    input_shape: opt.InputShape = None,
     format: opt.PlainFormat = None,
-    output: opt.OutputFile = None,
+    output_file: opt.OutputFile = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Show what a model file holds and which methods apply."""
-    form = opt.format_of(format, output, opt.PLAIN_FORMATS)
-    with sink(output) as out, Reporter(quiet) as reporter:
+    form = opt.format_of(format, output_file, opt.PLAIN_FORMATS)
+    with sink(output_file) as out, Reporter(quiet) as reporter:
         from certify_cli import load_model
 
-        loaded = load_model(model, activation=activation)
+        loaded = load_model(model, activation=activation, output=output, input_shape=opt.shape(input_shape))
         found = describe(loaded)
         if form == "json":
             out.write(pretty(found) + "\n")

@@ -157,7 +157,7 @@ Memory = Annotated[
     str, typer.Option("--memory", metavar="SIZE|auto", help="Memory to stay within, such as 2GB or 512MB.")
 ]
 
-FORMAT_DEFAULT = "the suffix of --output, such as .json; else table"
+FORMAT_DEFAULT = "the suffix of the output file, such as .json; else table"
 
 RecordFormat = Annotated[
     str | None,
@@ -190,7 +190,27 @@ Exact = Annotated[
 PrintedFormat = Annotated[str, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.")]
 OutputFile = Annotated[
     str | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Write to FILE, whole or not at all.", show_default="stdout"),
+    typer.Option(
+        "--output-file", "-o", metavar="FILE", help="Write to FILE, whole or not at all.", show_default="stdout"
+    ),
+]
+ModelOutput = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        metavar="NAME",
+        help="Which output of an ONNX file with several holds the logits, where the choice is not plain.",
+        show_default=False,
+    ),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        "--input-shape",
+        metavar="C,H,W",
+        help="A sample's shape, where an ONNX file leaves sizes free.",
+        show_default=False,
+    ),
 ]
 PlotCurve = Annotated[
     bool, typer.Option("--plot", help="Draw the certified accuracy against the radius below the table.")
@@ -199,7 +219,7 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Keep every batch in --output FILE.jsonl as it is done; the same command goes on from there.",
+        help="Keep every batch in -o FILE.jsonl as it is done; the same command goes on from there.",
     ),
 ]
 AllRows = Annotated[bool, typer.Option("--all", help="Show every sample in the table, not only the first.")]
@@ -351,3 +371,12 @@ def _parse(
     if not accept(value):
         raise refusal
     return value
+
+
+def shape(text: str | None) -> tuple[int, ...] | None:
+    """The sizes of `--input-shape`. Raises UsageError."""
+    if text is None:
+        return None
+    if re.fullmatch(r"[1-9][0-9]{0,8}([,x][1-9][0-9]{0,8}){0,7}", text) is None:
+        raise UsageError(f"--input-shape {text!r} is not a sample's shape such as 3,32,32")
+    return tuple(int(part) for part in re.split("[,x]", text))

@@ -31,7 +31,7 @@ def report(
     if len(records) > plots.MOST_RUNS:
         raise UsageError(f"a report shows at most {plots.MOST_RUNS} runs, not {len(records)}")
     if output is None and svg is None and png is None:
-        raise UsageError("name the page to write: --output report.html; or a folder for its plots: --svg, --png")
+        raise UsageError("name the page to write: -o report.html; or a folder for its plots: --svg, --png")
     with Reporter(quiet) as reporter:
         results = [read_document(path) for path in records]
         empty = [path for path, result in zip(records, results, strict=True) if not result.samples]
@@ -92,9 +92,10 @@ def _layers(results: Sequence[Result], reporter: Reporter) -> list[html.Layers]:
 def _layer_rows(result: Result) -> tuple[tuple[str, str, str, float], ...]:
     from certify_cli import load_model
     from certify_cli.bounds.layers import layer_table
+    from certify_cli.load.model import of_run
 
     info = result.run.model
-    loaded = load_model(info.path, activation=result.run.arguments.get("activation"))
+    loaded = load_model(info.path, **of_run(result.run))
     if loaded.info.sha256 != info.sha256:
         raise RecordsError(f"{info.path} is another file now than the run certified")
     rows = layer_table(loaded.network)

@@ -34,6 +34,7 @@ class RunOptions:
     std: opt.Std = None
     layout: opt.Layout = None
     activation: opt.ActivationName = None
+    output: opt.ModelOutput = None
     method: opt.Method = "auto"
     effort: opt.Effort = "normal"
     attack: opt.Attack = "certificate"
@@ -64,19 +65,38 @@ class RunOptions:
 
     def load(self, settings: Settings, reporter: Reporter) -> tuple[LoadedModel, Dataset]:
         """The model and the data; raises ModelError, DataError, UsageError."""
-        from certify_cli import load_data, load_model
+        from certify_cli import load_model
         from certify_cli.certificates.methods import METHODS
         from certify_cli.load.data import named_shape
 
         opt.one_of("--method", self.method, dict.fromkeys(["auto", *METHODS]))
-        loaded = load_model(self.model, activation=self.activation)
-        reporter.notes(loaded.notes)
+        chosen: list[Dataset] = []
+
+        def taken() -> Dataset:
+            """The data, loaded once: before the model is understood where it leaves its sizes to them, else after."""
+            if not chosen:
+                chosen.append(self._data(reporter))
+            return chosen[0]
+
         shape = named_shape(self.data)
+        loaded = load_model(
+            self.model,
+            activation=self.activation,
+            output=self.output,
+            input_shape=shape or (lambda: tuple(taken().x.shape[1:])),
+            layout=self.layout,
+        )
+        reporter.notes(loaded.notes)
         if shape is not None:
             from certify_cli.load.fit import fit
 
             # a set that does not fit is refused before it is downloaded
             fit(loaded.network, shape, mean=settings.mean or None, std=settings.std or None, layout=self.layout)
+        return loaded, taken()
+
+    def _data(self, reporter: Reporter) -> Dataset:
+        from certify_cli import load_data
+
         chosen = load_data(
             self.data,
             root=self.data_root,
@@ -90,7 +110,7 @@ class RunOptions:
             notify=None if reporter.quiet else reporter.note,
         )
         reporter.notes(chosen.notes)
-        return loaded, chosen
+        return chosen
 
     def arguments(self) -> dict[str, Any]:
         """By name, for the run line."""

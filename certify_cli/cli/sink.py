@@ -84,9 +84,9 @@ class Sink:
 
 @contextmanager
 def sink(path: str | None, all_rows: bool = False, plot: bool = False) -> Iterator[Sink]:
-    """Open the sink of one command: FILE of `--output`, else stdout."""
+    """Open the sink of one command: FILE of `--output-file`, else stdout."""
     if path is not None:
-        with atomic(path, "--output") as stream:
+        with atomic(path, "--output-file") as stream:
             yield Sink(stream, View(all_rows=all_rows, plot=plot), terminal=False)
         return
     terminal = sys.stdout.isatty()
@@ -99,10 +99,10 @@ def sink(path: str | None, all_rows: bool = False, plot: bool = False) -> Iterat
 @contextmanager
 def appending(path: str, size: int) -> Iterator[Sink]:
     """The first `size` bytes of a file, and what is written after them: every record stays, whatever happens next."""
-    with refusing(f"--output {path!r}"):
+    with refusing(f"--output-file {path!r}"):
         stream = open(path, "r+" if size else "w", encoding="utf-8", newline="")  # noqa: SIM115
     with stream:
-        with refusing(f"--output {path!r}"):
+        with refusing(f"--output-file {path!r}"):
             stream.truncate(size)
             stream.seek(size)
         yield Sink(stream, View(), terminal=False)

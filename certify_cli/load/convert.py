@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ from certify_cli.load.model import load_model
 from certify_cli.load.safetensors import METADATA_KEY
 
 
-def convert(source: str | Path, target: str | Path) -> None:
+def convert(
+    source: str | Path, target: str | Path, *, output: str | None = None, input_shape: Sequence[int] | None = None
+) -> None:
     """Write the model in `source` to `target` (.safetensors): the network as it was lowered, weight for weight.
 
     A weight is stored in the source's type or float32 where that is exact, else in float64. The file replaces `target`
-    whole or not at all. Raises ModelError for the source, UsageError for the target.
+    whole or not at all. output, input_shape: see `load_model`. Raises ModelError for the source, UsageError for the
+    target.
     """
     path = Path(target)
     if path.suffix.lower() != ".safetensors":
         raise UsageError(f"{target}: the converted file's name must end in .safetensors")
-    loaded = load_model(source)
+    loaded = load_model(source, output=output, input_shape=input_shape)
     spec, exact = declare(loaded.network)
     narrow = [getattr(torch, loaded.stored_dtype, torch.float32), torch.float32]
     tensors = {name: _narrowed(tensor, narrow) for name, tensor in exact.items()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from certify_cli.errors import ModelError, UsageError
 from certify_cli.load.loaded import LoadedModel
+from certify_cli.records import Run
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 _ZIP, _PICKLE, _HDF5 = b"PK\x03\x04", b"\x80", b"\x89HDF"
@@ -60,6 +62,17 @@ def load_model(
         return None if shape is None else tuple(shape)
 
     return load_onnx(file, output=output, sample_shape=sample_shape, layout=layout)
+
+
+def of_run(run: Run) -> dict[str, Any]:
+    """How the model of a run was loaded, as arguments of `load_model`; what is malformed counts as not said."""
+    said, shape = run.arguments, run.preprocessing.get("input_shape")
+    sizes = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    return {
+        "activation": said.get("activation") if isinstance(said.get("activation"), str) else None,
+        "output": said.get("output") if isinstance(said.get("output"), str) else None,
+        "input_shape": shape if sizes else None,
+    }
 
 
 def _is_safetensors(file: Path, start: bytes) -> bool:

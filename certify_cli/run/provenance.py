@@ -13,7 +13,7 @@ from certify_cli.records import DataInfo, Run
 from certify_cli.run.settings import Settings
 from certify_cli.version import __version__
 
-LIBRARIES = ("torch", "numpy", "onnx", "onnx2torch", "safetensors", "torchvision")
+LIBRARIES = ("torch", "numpy", "onnx", "onnx2torch", "onnxruntime", "safetensors", "torchvision")
 
 
 def library_versions() -> dict[str, str]:
@@ -60,6 +60,7 @@ def describe(
             "std": list(settings.std) or None,
             "layout": settings.layout,
             "stored_dtype": model.stored_dtype,
+            "input_shape": list(model.input_shape),
         },
         classes=list(data.classes) if data.classes else None,
         notes=list(notes),

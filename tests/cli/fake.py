@@ -91,7 +91,7 @@ class FakeJob:
             yield sample(index, self.labels[index])
 
 
-def load_model(path: str, *, activation: str | None = None) -> Any:
+def load_model(path: str, *, activation: str | None = None, **rest: Any) -> Any:
     if path == "two.onnx":
         return SimpleNamespace(info=INFO, notes=("a trailing softmax was dropped",))
     if path == "bug.onnx":

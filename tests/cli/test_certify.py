@@ -102,7 +102,7 @@ def test_the_run_line_holds_the_options_and_none_that_change_no_result(curvcert:
     assert arguments["model"] == "two.onnx"
     assert arguments["mean"] == ["0.1,0.2"]
     assert arguments["seed"] == 7
-    assert not {"quiet", "format", "output", "all_rows", "witnesses"} & set(arguments)
+    assert not {"quiet", "format", "output_file", "all_rows", "witnesses"} & set(arguments)
 
 
 def test_settings_arrive(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_settings_arrive(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) ->
         ("--threads many", "--threads 'many' is not a positive integer or auto"),
         ("--memory 2XB", "--memory '2XB' is not a size such as 2GB or 512MB, nor auto"),
         ("--memory 0GB", "--memory '0GB' is not a size such as 2GB or 512MB, nor auto"),
-        ("--output nowhere/x.json", "--output 'nowhere/x.json' cannot be written: No such file or directory"),
+        ("--output-file nowhere/x.json", "--output-file 'nowhere/x.json' cannot be written: No such file or directory"),
         (
             "--witnesses w.txt",
             "--witnesses 'w.txt': the file is written as npz, so its name must end in .npz",

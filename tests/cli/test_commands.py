@@ -46,7 +46,7 @@ def model(activation: str) -> LoadedModel:
 def loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """`small.onnx` has the activation given by --activation (here a stand-in for files of many kinds)."""
 
-    def load_model(path: str, *, activation: str | None = None) -> LoadedModel:
+    def load_model(path: str, *, activation: str | None = None, **rest: Any) -> LoadedModel:
         return model(activation or "softplus")
 
     monkeypatch.setitem(vars(certify_cli), "load_model", load_model)
@@ -137,7 +137,7 @@ def test_convert_writes_a_file_that_certifies_alike(
     from certify_cli.load import convert as convert_module
 
     source = model("softplus:5")
-    monkeypatch.setattr(convert_module, "load_model", lambda path: source)
+    monkeypatch.setattr(convert_module, "load_model", lambda path, **rest: source)
     target = tmp_path / "small.safetensors"
     done = curvcert("convert", "small.onnx", target, "--format", "json")
     found = json.loads(done.out)

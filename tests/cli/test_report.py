@@ -163,7 +163,7 @@ def test_witnesses_of_another_run_are_refused(
 
 
 def test_what_is_wrong_is_said(curvcert: Curvcert, records: str, tmp_path: Path) -> None:
-    assert "--output report.html" in curvcert("report", records).last
+    assert "-o report.html" in curvcert("report", records).last
     done = curvcert("report", *[records] * 7, "-o", tmp_path / "r.html")
     assert (done.code, "at most 6 runs" in done.last) == (2, True)
     done = curvcert("report", records, "--witnesses", records, "-o", tmp_path / "r.html")

@@ -44,7 +44,7 @@ def digits_network() -> Network:
 def _model(monkeypatch: pytest.MonkeyPatch) -> None:
     info = ModelInfo("digits.onnx", "ab" * 32, "onnx", 18, 10)
     loaded = LoadedModel(digits_network(), info, (1, 8, 8), "float32", ())
-    monkeypatch.setitem(vars(certify_cli), "load_model", lambda path, *, activation=None: loaded)
+    monkeypatch.setitem(vars(certify_cli), "load_model", lambda path, *, activation=None, **rest: loaded)
 
 
 WORDS = ("certify", "digits.onnx", "--data", "digits", "--samples", "30", "--eps", "0.01", "--device", "cpu")

@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "search",
         "-q",
     ]
-    made = ["--output", paths["run.json"], "--witnesses", paths["w.npz"], "--certificate", paths["c.npz"]]
+    made = ["-o", paths["run.json"], "--witnesses", paths["w.npz"], "--certificate", paths["c.npz"]]
     assert main(["certify", MODEL, *words, *made]) == 0
     return paths
 
