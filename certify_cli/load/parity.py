@@ -23,6 +23,7 @@ from certify_cli.load.interpret import Interpretation, compute, widen, widened
 from certify_cli.load.onnx_file import OnnxFile
 from certify_cli.load.runtime import NotRunnableError, Runtime
 from certify_cli.network.activations import Activation
+from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Network
 
 EXACT_PARITY = 1e-6
@@ -41,8 +42,10 @@ UNSTABLE = {"log_sigmoid": -12.0}
 IMAGES = 3
 SIZES = (1.0, 10.0, 1e2, 1e4)
 """Of inputs of both signs."""
-WOKEN, STEPS = 24, 3
-"""Sleeping units that are looked for inputs of, a layer; Newton steps for each."""
+WOKEN, STEPS = 64, 3
+"""Sleeping units that inputs are looked for, about; Newton steps for each."""
+WORK = 1e10
+"""Multiplications that this search may take: fewer units are woken in large networks. Pieces are checked anyway."""
 
 
 def images(shape: tuple[int, ...]) -> np.ndarray:
@@ -290,22 +293,26 @@ def probes(network: Network, samples: np.ndarray) -> np.ndarray:
 
 def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
     """Points on which units respond that are on one side of a kink on all of `points`: by Newton steps from the first
-    one towards the unit's other side."""
+    one towards the unit's other side. Of many such units some of every layer."""
+    with torch.no_grad():
+        values = network.values(torch.from_numpy(points))
+    goals: list[tuple[int, int, float]] = []
+    work = sum(node.op.products * node.size for node in network.nodes if isinstance(node.op, AffineOp))
+    woken = min(WOKEN, WORK / (3 * STEPS * max(1, work)))
     kinked = [index for index, node in enumerate(network.nodes) if isinstance(node.op, Activation)]
-    found = []
     for index in kinked:
-        op = network.nodes[index].op
-        before = network.nodes[index].inputs[0]
+        op, before = network.nodes[index].op, network.nodes[index].inputs[0]
         assert isinstance(op, Activation)
-        with torch.no_grad():
-            z = network.values(torch.from_numpy(points))[before].flatten(1)
+        z = values[before].flatten(1)
         for kink in _kinks(op):
             for side in (1.0, -1.0):
                 asleep = (side * (z - kink) <= 0).all(0).nonzero()[:, 0]
-                chosen = asleep[torch.linspace(0, len(asleep) - 1, min(WOKEN, len(asleep))).long()]
-                found += [_woken(network, before, int(unit), kink, side, points[:1]) for unit in chosen]
-    rows = [row for row in found if row is not None]
-    return np.concatenate(rows) if rows else None
+                most = math.ceil(woken / (2 * len(kinked)))
+                chosen = asleep[torch.linspace(0, len(asleep) - 1, min(most, len(asleep))).long()]
+                goals += [(before, int(unit), kink + side * (1.0 + abs(kink) * 0.1)) for unit in chosen]
+    del values
+    kept = np.linspace(0, len(goals) - 1, min(len(goals), math.ceil(woken))).astype(int)
+    return _newton(network, [goals[i] for i in kept], points[:1]) if goals else None
 
 
 def _kinks(op: Activation) -> list[float]:
@@ -313,18 +320,18 @@ def _kinks(op: Activation) -> list[float]:
     return [turn.place for turn in op.slope.turns if math.isfinite(turn.place) and turn.jump] or [0.0]
 
 
-def _woken(network: Network, before: int, unit: int, kink: float, side: float, start: np.ndarray) -> np.ndarray | None:
-    x = torch.from_numpy(start).requires_grad_()
+def _newton(network: Network, goals: list[tuple[int, int, float]], start: np.ndarray) -> np.ndarray | None:
+    """From one point a point for every goal (node, unit, value that it is to take), as far as steps lead there."""
+    x = torch.from_numpy(start).repeat(len(goals), *[1] * (start.ndim - 1))
+    target = torch.tensor([value for *_, value in goals], dtype=torch.float64)
     for _ in range(STEPS):
+        x = x.detach().requires_grad_()
         with torch.enable_grad():
-            z = network.values(x)[before].flatten(1)[0, unit]
-            (gradient,) = torch.autograd.grad(z, x)
-        size = float(gradient.square().sum())
-        if size == 0 or not np.isfinite(size):
-            return None
-        beyond = kink + side * (1.0 + abs(kink) * 0.1)
-        with torch.no_grad():
-            x = (x + gradient * (beyond - z) / size).requires_grad_()
-        if not bool(x.isfinite().all()):
-            return None
-    return x.detach().numpy()
+            values = network.values(x)
+            units = torch.stack([values[node][row].flatten()[unit] for row, (node, unit, _) in enumerate(goals)])
+            (gradient,) = torch.autograd.grad(units.sum(), x)
+        flat = gradient.flatten(1)
+        step = flat * ((target - units) / flat.square().sum(1).clamp(min=1e-300))[:, None]
+        x = (x + step.reshape(x.shape)).detach()
+    moved = x[x.flatten(1).isfinite().all(1)]
+    return moved.numpy() if len(moved) else None
