@@ -14,7 +14,7 @@ def logits(found: Interpretation, output: str) -> tuple[str, list[NodeProto], li
     """The value that holds the logits, the nodes between it and `output` in order, and a note on what is left out.
 
     A softmax over all entries of a sample changes no prediction, nor does anything behind it that keeps every entry in
-    its place; likewise the logistic function that ends a linear classifier.
+    its place; likewise the logistic function that ends a linear classifier, or a model of one logit.
     """
     makers = {value: node for node in found.nodes for value in node.output if value}
     tail: list[NodeProto] = []
@@ -22,7 +22,8 @@ def logits(found: Interpretation, output: str) -> tuple[str, list[NodeProto], li
     while (maker := makers.get(name)) is not None and maker.input[0] in found.values:
         if maker.op_type in SOFTMAX and _over_the_sample(found, maker):
             return maker.input[0], [maker, *tail], [_left_out(maker)]
-        if maker.op_type == "Sigmoid" and found.origin[maker.name].operator in CLASSIFIERS:
+        single = found.size(name) == 1
+        if maker.op_type == "Sigmoid" and (single or found.origin[maker.name].operator in CLASSIFIERS):
             return maker.input[0], [maker, *tail], [_left_out(maker)]
         if maker.op_type not in RESHAPING or not _keeps_order(found, maker):
             break

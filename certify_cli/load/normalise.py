@@ -62,15 +62,20 @@ def normalise(found: Interpretation, output: str) -> Normal:
 
 
 def _flatten(normal: Normal, output: str) -> None:
-    """Logits as a vector, where all other axes have one entry."""
+    """Logits as a vector, where all other axes have one entry; a single logit z as (0, z)."""
     normal.output = output
+    if not normal.nodes:
+        return
     shape = normal.shapes[output]
     size = max(shape)
-    if len(shape) != 2 and int(np.prod(shape)) == size and normal.nodes:
+    last = next(node for node in normal.found.nodes if output in node.output)
+    if len(shape) != 2 and int(np.prod(shape)) == size:
         normal.output = normal.part((1, size))
         target = normal.constant(np.array([-1, size], dtype=np.int64))
-        last = next(node for node in normal.found.nodes if output in node.output)
         normal.emit(last, "Reshape", [output, target], normal.output)
+    if size == 1:
+        single, normal.output = normal.output, normal.part((1, 2))
+        normal.emit(last, "MatMul", [single, normal.constant(np.array([[0.0, 1.0]]))], normal.output)
 
 
 def _rewrite(normal: Normal, node: NodeProto) -> None:

@@ -77,6 +77,8 @@ def _load(path: Path, file: OnnxFile, entrance: Entrance) -> LoadedModel:
         raise ModelError(f"{path}: {error}") from error
     pieces.check(normal, network, {values[at]: index for at, index in holding.items()}, entrance.source)
     notes = [*file.notes, *notes, *parity.check(path, file, found, network, logits, tail)]
+    if found.size(logits) == 1:
+        notes.append("its one logit z is read as the two logits (0, z): class 1 where z is positive")
     if file.stored_dtype in ("float16", "bfloat16"):
         notes.append(f"the weights are stored in {file.stored_dtype} and upcast exactly to float64")
     info = ModelInfo(str(path), file.sha256, "onnx", file.opset, network.classes)

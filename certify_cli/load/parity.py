@@ -70,7 +70,7 @@ def check(
         together = network(torch.from_numpy(samples))
         singly = torch.cat([network(torch.from_numpy(sample[None])) for sample in samples])
     _compare(path, "a batch of samples differs from the same samples one by one", together, singly)
-    first = torch.from_numpy(found.samples(logits, found.values[logits])[:1].reshape(1, -1))
+    first = torch.from_numpy(as_logits(found.samples(logits, found.values[logits])[:1].reshape(1, -1)))
     _compare(path, "the loaded network differs from the file evaluated in float64", together[:1], first)
 
     points = probes(network, samples)
@@ -88,6 +88,11 @@ def check(
     points, answers = points[kept], answers.at(kept)
     _compare_stored(path, file.stored_dtype, network, points, answers, name, lambda z: _ended(found, logits, tail, z))
     return notes
+
+
+def as_logits(rows: np.ndarray) -> np.ndarray:
+    """A single logit z a row as (0, z)."""
+    return np.concatenate([np.zeros_like(rows), rows], axis=1) if rows.shape[1] == 1 else rows
 
 
 def _compare(path: Path, what: str, left: Tensor, right: Tensor) -> None:
@@ -137,7 +142,7 @@ def _by_runtime(file: OnnxFile, logits: str, entrance: Entrance) -> Run:
                     row.append(array.astype(np.float64).reshape(len(feed) if entrance.batch != 0 else 1, -1))
         joined = [np.concatenate(row)[: len(points)] for row in rows]
         own = joined[1] if len(names) > 1 else joined[0] if called == file.output else None
-        return Answers(own, joined[0])
+        return Answers(None if own is None else as_logits(own), joined[0])
 
     return run
 
@@ -157,7 +162,7 @@ def _by_reference(file: OnnxFile, found: Interpretation, logits: str) -> Run:
         return widen(found.samples(logits, np.asarray(values[logits])))[:1].reshape(1, -1)
 
     def run(points: np.ndarray) -> Answers:
-        rows = np.concatenate([one(point[None]) for point in points])
+        rows = as_logits(np.concatenate([one(point[None]) for point in points]))
         return Answers(rows, rows)
 
     return run
@@ -167,11 +172,11 @@ def _ended(found: Interpretation, logits: str, tail: Sequence[NodeProto], z: np.
     """What the end of the model makes of logits, row by row."""
     rows = []
     for row in z:
-        array = found.filed(logits, row.reshape(found.shape(logits)))
+        array = found.filed(logits, row[-found.size(logits) :].reshape(found.shape(logits)))
         for node in tail:
             operands = [array, *(found.constants.get(value) for value in node.input[1:])]
             array = widened(found, node, operands)[0]
-        rows.append(array.ravel()[: z.shape[1]])
+        rows.append(array.ravel()[: found.size(logits)])
     return np.stack(rows)
 
 
@@ -194,14 +199,14 @@ def _compare_stored(
         _differ(path, name, "logits", ours, answers.logits, allowed)
     else:
         ends = ended(ours)
-        if ends.shape != answers.ends.shape:
-            raise ModelError(f"{path}: the loaded network has {ends.shape[1]} classes, {name} gives others")
         spread = allowed.max(1, keepdims=True) * np.maximum(1, np.abs(ends))
         _differ(path, name, "outputs", ends, answers.ends, spread)
     finite = np.isfinite(answers.ends).all(1)
     top = np.sort(ours, axis=1)
     clear = finite & (top[:, -1] - top[:, -2] > 2 * allowed.max(1))
     both = answers.logits if answers.logits is not None else answers.ends
+    if both.shape[1] == 1:  # a probability of class 1
+        both = np.concatenate([1 - both, both], axis=1)
     wrong = clear & (both.argmax(1) != ours.argmax(1)) & _untied(both)
     if wrong.any():
         raise ModelError(

@@ -125,7 +125,6 @@ MODELS: dict[str, tuple[onnx.ModelProto, str]] = {
         model([*model().graph.node, helper.make_node("MatMul", ["x", "w"], ["z"])], outputs=("y", "z")),
         "2 outputs ('y', 'z'), and not all derive from one",
     ),
-    "one logit": (model(weights={"w": np.ones((4, 1), dtype=np.float32)}), "export two logits (0, z)"),
     "map of logits": (model([node("Neg", "x")], {}, shape=("N", 3, 2)), "a vector of at least two logits"),
     "constant output": (model([node("Neg", "w")], W), "does not depend on the input"),
     "identity": (model([node("Identity", "x")], {}), "computes nothing"),
