@@ -76,6 +76,8 @@ def readings(
     if tensor.elem_type not in FLOATS:
         raise ModelError(f"{path}: the input '{called}' is not a floating-point tensor; export one that takes floats")
     dims = [dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in tensor.shape.dim]
+    if not tensor.HasField("shape"):
+        dims = [None] * (1 + len(sample_shape() or ()))
     if not dims or dims == [None]:
         raise ModelError(
             f"{path}: the input '{called}' does not say how many axes it has, or has the batch's alone; export it "

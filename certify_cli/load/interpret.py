@@ -113,6 +113,8 @@ def _run(found: Interpretation, node: NodeProto) -> None:
     for value, array in zip(node.output, outputs, strict=False):
         if not value:
             continue
+        if array.size == 0:
+            raise found.refuse(node, f"gives an empty value, of shape {list(array.shape)}; the shapes do not fit")
         if not found.entrance.keeps_batch(array.shape):
             if array.ndim == 0 or not found.entrance.whole:
                 raise found.refuse(

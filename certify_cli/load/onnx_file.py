@@ -103,7 +103,7 @@ def read_onnx(path: Path, output: str | None = None) -> OnnxFile:
     opset = _check_opset(path, model)
     inlined = _inlined(path, model)
     for value in inlined.graph.output:
-        if not value.HasField("type"):  # an output of ours; the checker asks for a type and compares it with none
+        if not value.type.tensor_type.HasField("shape"):  # the checker asks for one, and compares it with nothing
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, TensorProto.FLOAT, []))
     try:
         onnx.checker.check_model(inlined)

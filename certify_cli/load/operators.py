@@ -116,6 +116,13 @@ def windows_of(node: NodeProto, sizes: Sequence[int]) -> Windows:
     if not len(stride) == len(dilation) == axes == len(sizes) or min([*kernel, *stride, *dilation]) < 1:
         raise ValueError(f"has windows that do not fit a value of {len(sizes)} spatial axes")
     pads = padding_of(attributes, sizes, kernel)
+    if str(attributes.get("auto_pad", "NOTSET")).startswith("SAME"):
+        short = any((-(-n // s) - 1) * s + k < n for n, k, s in zip(sizes, kernel, stride, strict=True))
+        if short or any(d != 1 for d in dilation):
+            raise ValueError(
+                "pads by SAME with strides longer than its windows, or with dilation, where onnxruntime and the "
+                "standard differ; export explicit pads"
+            )
     count, padded = [], []
     for n, k, s, d, (begin, end) in zip(sizes, kernel, stride, dilation, pads, strict=True):
         if min(begin, end) < 0 or max(begin, end) >= k:

@@ -77,7 +77,7 @@ def check(
     stored = np.dtype(np.float64 if file.stored_dtype == "float64" else np.float32)
     points = points.astype(stored).astype(np.float64)
     try:
-        run, name, notes = _by_runtime(file, logits, entrance), "onnxruntime", []
+        run, name, notes = _by_runtime(path, file, logits, entrance), "onnxruntime", []
         answers = run(points)
     except NotRunnableError as error:
         run, name = _by_reference(file, found, logits), "onnx.reference"
@@ -119,7 +119,7 @@ class Answers:
 Run = Callable[[np.ndarray], Answers]
 
 
-def _by_runtime(file: OnnxFile, logits: str, entrance: Entrance) -> Run:
+def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> Run:
     """The file as it is, with the logits as another output where they have a name in it."""
     model = ModelProto()
     model.CopyFrom(file.model)
@@ -134,12 +134,29 @@ def _by_runtime(file: OnnxFile, logits: str, entrance: Entrance) -> Run:
         raise NotRunnableError(f"its input is of type {dtype}")
     runtime = Runtime(model, names)
 
+    def answered(feed: np.ndarray) -> list[np.ndarray]:
+        samples = len(feed) if entrance.batch != 0 else 1
+        arrays = [array.astype(np.float64) for array in runtime.run(feed.astype(dtype))]
+        if any(array.size % samples for array in arrays):
+            raise ModelError(
+                f"{path}: of {samples} samples the file gives values of shapes {[list(a.shape) for a in arrays]}; "
+                "every value must keep the batch on its first axis"
+            )
+        return [array.reshape(samples, -1) for array in arrays]
+
     def run(points: np.ndarray) -> Answers:
         rows: list[list[np.ndarray]] = [[] for _ in names]
         with np.errstate(over="ignore"):
-            for feed in entrance.feeds(points):
-                for row, array in zip(rows, runtime.run(feed.astype(dtype)), strict=True):
-                    row.append(array.astype(np.float64).reshape(len(feed) if entrance.batch != 0 else 1, -1))
+            feeds = entrance.feeds(points)
+            try:
+                found = [answered(feed) for feed in feeds]
+            except NotRunnableError:
+                if entrance.batch is not None:
+                    raise
+                found = [answered(point[None]) for point in points]  # its batch is free in name only
+        for arrays in found:
+            for row, array in zip(rows, arrays, strict=True):
+                row.append(array)
         joined = [np.concatenate(row)[: len(points)] for row in rows]
         own = joined[1] if len(names) > 1 else joined[0] if called == file.output else None
         return Answers(None if own is None else as_logits(own), joined[0])
@@ -238,7 +255,8 @@ def _differ(path: Path, name: str, what: str, ours: np.ndarray, theirs: np.ndarr
 
 def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
     """(n, classes): what float32 does to the network's logits, an estimate. Weights and values are rounded to it, and
-    an activation's value is off by as much as its argument's rounding, or 1's, in whatever way it is written."""
+    an activation's value is off by as much as its argument's rounding, or 1's, in whatever way it is written. One
+    logit's error may be small by chance: the largest of all points no farther out counts."""
     random = torch.Generator().manual_seed(0)
     values = [torch.from_numpy(points).to(torch.float32)]
     with torch.no_grad():
@@ -250,7 +268,9 @@ def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
                 sign = 2.0 * torch.randint(0, 2, value.shape, generator=random, dtype=value.dtype) - 1.0
                 value = value + UNITS["float32"] * (1 + arguments[0].abs()) * sign
             values.append(value)
-    return (values[-1].double() - exact).abs().nan_to_num(nan=np.inf, posinf=np.inf).numpy()
+    errors = (values[-1].double() - exact).abs().nan_to_num(nan=np.inf, posinf=np.inf).numpy()
+    sizes = np.abs(points).reshape(len(points), -1).max(1)
+    return np.stack([errors[sizes <= 1.01 * size].max(0) for size in sizes])
 
 
 def in_float32(network: Network) -> Network:

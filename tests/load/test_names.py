@@ -94,7 +94,6 @@ def outcome(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatc
     try:
         loaded = load_onnx(path)
     except ModelError as error:
-        assert len(str(error)) < 1000
         return str(error)
     normal, code = seen
     for node in normal.graph.node:
@@ -160,7 +159,7 @@ COLLIDING = ("z/constant/2", "z/part/3", "r/constant/0", "a/sorted/b", "v7", "v1
 
 @pytest.mark.parametrize("name", COLLIDING)
 def test_no_name_is_taken_for_one_of_ours(name: str, tmp_path: Path) -> None:
-    """x -> 101 - |x|-like margin of known radius, one constant named as the loader might name its own: 101 stays 101."""
+    """A margin of 101 at zero, one constant named as the loader might name its own: 101 it stays."""
     eye = np.eye(2, dtype=np.float32)
     weights = {
         "W1": eye, "b1": np.zeros(2, np.float32), name: np.array([[100.0, 0.0]], np.float32),
