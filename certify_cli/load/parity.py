@@ -334,7 +334,8 @@ def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
                 asleep = (side * (z - kink) <= 0).all(0).nonzero()[:, 0]
                 most = math.ceil(woken / (2 * len(kinked)))
                 chosen = asleep[torch.linspace(0, len(asleep) - 1, min(most, len(asleep))).long()]
-                goals += [(before, int(unit), kink + side * (1.0 + abs(kink) * 0.1)) for unit in chosen]
+                # as far beyond as the first point is on this side, so that the unit counts among the others
+                goals += [(before, int(u), kink + side * (1.0 + float((z[0, u] - kink).abs()))) for u in chosen]
     del values
     kept = np.linspace(0, len(goals) - 1, min(len(goals), math.ceil(woken))).astype(int)
     return _newton(network, [goals[i] for i in kept], points[:1]) if goals else None
