@@ -35,7 +35,7 @@ MOVEMENTS = {
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "GatherElements", "GatherND",
     "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Identity", "Pad", "Resize", "Upsample",
 }  # fmt: skip
-PRODUCTS = {"Mul", "Div", "MatMul", "Pow"}
+PRODUCTS = {"Mul", "Div", "MatMul"}
 """Of two values that depend on the input they are no affine map."""
 
 
@@ -81,9 +81,10 @@ def _flatten(normal: Normal, output: str) -> None:
 def _rewrite(normal: Normal, node: NodeProto) -> None:
     found = normal.found
     data = [value for value in node.input if value in found.values]
-    block = block_of(found, node) if node.op_type not in REWRITES or node.op_type in PRODUCTS else None
-    if block is not None and (len(data) > 1 or node.op_type not in PRODUCTS):
-        raise found.refuse(node, f"is not supported: it is part of {block}")
+    if node.op_type not in REWRITES or node.op_type == "Pow" or (node.op_type in PRODUCTS and len(data) > 1):
+        block = block_of(found, node)
+        if block is not None:
+            raise found.refuse(node, f"is not supported: it is part of {block}")
     activation = _plain_activation(found, node)
     if activation is not None:
         _emit_activation(normal, node, activation, node.input[0])

@@ -170,6 +170,12 @@ def average_pool(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray
     return [(total / pixel_counts(at, x.shape[2:], _counts_padding(node))).astype(x.dtype)]
 
 
+def global_average_pool(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
+    """The mean over all pixels."""
+    x = inputs[0]
+    return [x.mean(axis=tuple(range(2, x.ndim)), keepdims=True)]
+
+
 def _counts_padding(node: NodeProto) -> bool:
     return bool(attributes_of(node).get("count_include_pad", 0))
 
@@ -358,6 +364,8 @@ OPERATORS: dict[str, Callable[[NodeProto, Arrays, int], list[np.ndarray]]] = {
     "Erf": erf,
     "Gelu": gelu,
     "HardSwish": hard_swish,
+    "GlobalAveragePool": global_average_pool,
+    "GlobalMaxPool": max_pool,
     "MaxPool": max_pool,
     "AveragePool": average_pool,
     "Pad": pad,
