@@ -44,8 +44,9 @@ SIZES = (1.0, 10.0, 1e2, 1e4)
 """Of inputs of both signs."""
 WOKEN, STEPS = 64, 3
 """Sleeping units that inputs are looked for, about; Newton steps for each."""
-WORK = 1e10
-"""Multiplications that this search may take: fewer units are woken in large networks. Pieces are checked anyway."""
+WORK, GROUPED = 3e9, 30
+"""Multiplications that this search may take (fewer units are woken in large networks; pieces are checked anyway), and
+for how many one counts in a grouped convolution, which is as much slower."""
 
 
 def images(shape: tuple[int, ...]) -> np.ndarray:
@@ -322,7 +323,11 @@ def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
     with torch.no_grad():
         values = network.values(torch.from_numpy(points))
     goals: list[tuple[int, int, float]] = []
-    work = sum(node.op.products * node.size for node in network.nodes if isinstance(node.op, AffineOp))
+    work = sum(
+        node.op.products * node.size * (GROUPED if getattr(node.op, "groups", 1) > 1 else 1)
+        for node in network.nodes
+        if isinstance(node.op, AffineOp)
+    )
     woken = min(WOKEN, WORK / (3 * STEPS * max(1, work)))
     kinked = [index for index, node in enumerate(network.nodes) if isinstance(node.op, Activation)]
     for index in kinked:
