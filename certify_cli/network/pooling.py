@@ -83,7 +83,8 @@ class MaxPool(GroupMap):
             part[axis] for part in (self.kernel, self.stride, self.padding, self.dilation)
         )
         try:
-            out = F.max_pool1d(torch.zeros(1, 1, size), kernel, stride, padding, dilation, self.ceil_mode)
+            pixels = torch.zeros(1, 1, size, dtype=torch.float64)
+            out = F.max_pool1d(pixels, kernel, stride, padding, dilation, self.ceil_mode)
         except RuntimeError as error:
             raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels: {error}") from error
         return out.shape[-1]
