@@ -20,8 +20,10 @@ WAVE_ERROR = 64 * UNIT
 - r is a fraction of integers below 2^53, in [0, 1), and its quotient is rounded once: u;
 - 2 pi is stored with a relative error below 0.4 u, and the product with it is rounded: the angle is below 2 pi and off
   by less than 2 pi (1 + 0.4 + 1) u, that is 15.1 u, and so is the wave;
-- cosine and sine are within four units in the last place (CPU libraries stay below one, GPU libraries below two): 8 u
-  of either, hence of the wave, whose modulus is 1. The product with the modulus 1 is exact.
+- cosine and sine are within four units in the last place of the computed angle's (the libraries of CPUs, where waves
+  are computed, stay below one): 8 u of either, hence of the wave, whose modulus is 1. `polar` multiplies them by 1.
+
+What is left of the 64 u covers terms in u^2 and the rounding of the sums that WAVE_ERROR is multiplied by.
 """
 
 
