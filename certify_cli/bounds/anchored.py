@@ -130,7 +130,7 @@ class AnchoredBounds:
 
     @cached_property
     def _pairs(self) -> Tensor:
-        ones = torch.ones(self.network.classes, self.network.classes, device=self.network.device)
+        ones = torch.ones(self.network.classes, self.network.classes, dtype=torch.bool, device=self.network.device)
         return ones.nonzero()
 
     def _pair_table(self, values: Tensor) -> Tensor:

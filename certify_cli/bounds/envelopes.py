@@ -17,6 +17,7 @@ from certify_cli.network.graph import Shape
 from certify_cli.network.grids import Grid, kinks, straight
 from certify_cli.network.linearised import Vectors
 from certify_cli.network.spans import Span
+from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
 
 LINES, OF_ONE_KINK = 16, 2
@@ -57,7 +58,7 @@ class Envelopes:
             several = spread[-1] - spread[0] > CLOSE * (spread[-1].abs() + spread[0].abs())  # and no NaN
             slope, constant = (t.reshape(samples, size).repeat(count, 1, 1) for t in (given, needed))
             part, chosen_slopes = here.at(several), spread[:, several]
-            error = torch.as_tensor(part.error)
+            error = torch.as_tensor(part.error, dtype=torch.float64, device=part.z.device)
             wide = Span(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
             least, most = wide.remainders(chosen_slopes.reshape(-1))
             slope[:, several] = chosen_slopes
@@ -109,7 +110,7 @@ class Envelopes:
         part = ((inside - start) / (end - start)).nan_to_num(nan=0.0)
         mean = low + part * (high - low) + 16 * UNIT * torch.maximum(low, high)
         beyond = up((slope - inside).abs() * self.reach, 3)
-        touch = (high - low) / (end - start) * torch.where(above, -1.0, 1.0)
+        touch = (high - low) / (end - start) * either(above, -1.0, 1.0)
         return up(mean + beyond, 4).nan_to_num(nan=torch.inf, posinf=torch.inf), torch.minimum(
             torch.maximum(touch.nan_to_num(nan=0.0), -self.reach), self.reach
         )

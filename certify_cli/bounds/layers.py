@@ -48,7 +48,7 @@ def layer_table(network: Network, effort: str = "normal") -> list[LayerRow]:
 
 def _rows(network: Network, analysis: Analysis) -> list[LayerRow]:
     lipschitz, weights = analysis.lipschitz, analysis.weights
-    pairs = (1 - torch.eye(network.classes)).nonzero().to(network.device)
+    pairs = (~torch.eye(network.classes, dtype=torch.bool, device=network.device)).nonzero()
     layers = nonlinear_nodes(network)
     parts = None
     if why_no_curvature(network) is None:

@@ -21,6 +21,7 @@ from certify_cli.bounds.relaxation import Lines, falls
 from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes, offsets, pull
+from certify_cli.numerics.choose import either
 from certify_cli.numerics.climber import LONGEST, RATE, SLOPE_STEP, Climber, adjoint_sizes
 from certify_cli.numerics.rounding import TINY
 
@@ -63,7 +64,7 @@ def climbed(
             climber.value = choice[k].lines(climber.value).slopes
         value, found, _ = problem.at(best | {k: c.value for k, c in climbers.items()})
         better = value > most
-        rate = (rate * torch.where(better, LONGER, SHORTER)).clamp(max=LONGEST)
+        rate = (rate * either(better, LONGER, SHORTER)).clamp(max=LONGEST)
         most, take = torch.maximum(value, most), better.unsqueeze(1)
         for k, climber in climbers.items():  # a step that does not help is taken back
             best[k] = climber.value = torch.where(take, climber.value, best[k])

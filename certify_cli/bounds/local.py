@@ -34,6 +34,7 @@ from certify_cli.network.linearised import Slope, Slopes, Vectors, head, nonline
 from certify_cli.network.minorants import depths
 from certify_cli.network.spans import Span
 from certify_cli.numerics.batched import row_times
+from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import UNDERFLOW, difference_down, positive_up, up, vector_norm_up
 
 MIXED = 0.2
@@ -312,7 +313,7 @@ def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, 
         weight = choice.weights[layer]
         bend = (weight / v.abs()).nan_to_num(nan=0.0).clamp(min=0.0, max=LARGEST_BEND)
         bend = torch.where(bend * v.abs() > LEAST_WEIGHT, bend, torch.zeros_like(bend))
-        depth = depths(here, torch.where(v < 0, -1.0, 1.0).to(v.dtype), slope, bend)
+        depth = depths(here, either(v < 0, -1.0, 1.0), slope, bend)
         reach = torch.maximum(-here.lo, here.hi)
         far = vector_norm_up(up((here.activation.lipschitz + slope.abs()) * reach, 3))
         loss = up(loss + up((v.abs() * depth).sum(1), v.shape[1] + 1) + error * far, 4) + UNDERFLOW

@@ -24,6 +24,7 @@ from certify_cli.certificates.point import Point
 from certify_cli.certificates.solver import Solution, largest_about, solved
 from certify_cli.network.grids import Grid, Touch
 from certify_cli.network.linearised import Slope, head, nonlinear_nodes, offsets, pull
+from certify_cli.numerics.choose import either
 from certify_cli.numerics.climber import LONGEST, RATE, SLOPE_STEP, WEIGHT_STEP, Climber, adjoint_sizes
 
 SLIP, SHORTER, CALMER, LONGER = 0.03, 0.4, 0.7, 1.3
@@ -97,7 +98,7 @@ def ascend(
         # a step too long for an item is taken back, and its next ones are shorter
         good = after.ascended.estimate > best.estimate - SLIP * margin
         better = after.ascended.estimate > state.ascended.estimate
-        rate = (rate * torch.where(better, LONGER, torch.where(good, CALMER, SHORTER))).clamp(max=LONGEST)
+        rate = (rate * torch.where(better, LONGER, either(good, CALMER, SHORTER))).clamp(max=LONGEST)
         for climber, value in held:
             climber.value = torch.where(good.unsqueeze(1), climber.value, value)
             climber.mean = torch.where(good.unsqueeze(1), climber.mean, 0.0)
@@ -170,7 +171,7 @@ class Problem:
         found: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = [({}, {}) for _ in range(4)]
         v, _ = self._pulled({k: grid.op.slope(grid.z) for k, grid in self.grids.items()})
         for k, grid in self.grids.items():
-            sign = torch.where(v[k] < 0, -1.0, 1.0).to(none.dtype)
+            sign = either(v[k] < 0, -1.0, 1.0)
             zero = torch.zeros_like(sign)
             tangent, bend = grid.about(zero, sign)
             line, depth = grid.envelope(zero, sign)
@@ -253,7 +254,7 @@ class Problem:
         moved = self._moved(state)
         slopes, bends = {}, {}
         for k in self.layers:
-            sign = torch.where(state.adjoints[k] < 0, -1.0, 1.0).to(self.margin.dtype)
+            sign = either(state.adjoints[k] < 0, -1.0, 1.0)
             slopes[k], bends[k] = self.grids[k].about(moved[head(self.network, k)], sign)
         v, _ = self._pulled(slopes)
         none = torch.zeros_like(self.margin)

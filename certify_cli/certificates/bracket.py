@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import TINY
 
 GROWTH, GROWTHS = 1.5, (1.0, 5.0)
@@ -87,8 +88,8 @@ class Bracket:
             self.outside[items] = self.outside[items].masked_fill(forgotten, torch.inf)
         loss = 1 - value
         lost = loss.clamp(min=TINY, max=MOST_LOSS).log()
-        side = torch.where(good, 1.0, -1.0).to(here.dtype)
-        again = torch.where(side == self.side[items], 0.5, 1.0)
+        side = either(good, 1.0, -1.0)
+        again = either(side == self.side[items], 0.5, 1.0)
         self.below[items] = torch.where(raised, lost, self.below[items] * again)
         self.above[items] = torch.where(lowered, lost, self.above[items] * again)
         self.side[items] = side

@@ -24,6 +24,7 @@ from certify_cli.certificates.point import Point
 from certify_cli.certificates.solver import solved
 from certify_cli.network.graph import Network
 from certify_cli.network.linearised import head, nonlinear_nodes
+from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import difference_down
 
 START = 0.5
@@ -260,7 +261,7 @@ class Batch:
         assert search is not None
         alone = not bool(cap.isfinite().any())  # each sample's first search: its balls make the frame
         bracket = Bracket.around(torch.minimum(start, cap))
-        enough = torch.where(cap.isfinite(), 2 * SAFE, torch.inf)
+        enough = either(cap.isfinite(), 2 * SAFE, torch.inf)
         best: Choice | None = None
         choice: Choice | None = None
         live = torch.arange(len(start), device=start.device)

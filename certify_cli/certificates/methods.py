@@ -155,7 +155,7 @@ def by_balls(*names: str) -> Certify:
     def certify(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
         found = by_lipschitz(analysis, point, False, None) if before is None else before
         balls = largest_balls(bounds, analysis, point, found.radius)
-        own = torch.tensor([_index(name) for name in names], device=balls.bound.device)[balls.bound]
+        own = torch.tensor([_index(name) for name in names], dtype=torch.int64, device=balls.bound.device)[balls.bound]
         return _raised(point, found, balls.radius, balls.rival, own, alone=before is None)
 
     return certify

@@ -15,6 +15,7 @@ from torch import Tensor
 from certify_cli.certificates.attack import replayed
 from certify_cli.certificates.point import Point
 from certify_cli.network.graph import Network
+from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import TINY
 
 STEPS = {"fast": 30, "normal": 100, "max": 300}
@@ -60,7 +61,7 @@ def _ddn(point: Point, step: Tensor, steps: int, target: Tensor | None) -> Tenso
         best_norm = torch.where(better, step.flatten(1).norm(dim=1), best_norm)
         cooling = 0.5 * (1 + math.cos(math.pi * k / steps))
         shrink = SHRINK * max(cooling, 0.02)
-        norm = norm * torch.where(flipped, 1 - shrink, 1 + shrink)
+        norm = norm * either(flipped, 1 - shrink, 1 + shrink)
         rate = norm * (0.01 + 0.5 * cooling)
         step = step - gradient * _wide(rate / gradient.flatten(1).norm(dim=1).clamp(min=TINY), step)
         step = step * _wide(norm / step.flatten(1).norm(dim=1).clamp(min=TINY), step)

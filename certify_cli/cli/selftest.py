@@ -45,7 +45,7 @@ class Known:
         data = Dataset(
             name=self.name,
             x=torch.tensor([self.point], dtype=torch.float32),
-            y=torch.tensor([0]),
+            y=torch.tensor([0], dtype=torch.int64),
             indices=(0,),
             classes=None,
             image=False,

@@ -326,7 +326,7 @@ def softsign() -> Activation:
         value=Curve(lambda z: z / (1 + z.abs()), _limits(-1.0, 1.0), relative=4),
         slope=Curve(lambda z: (1 + z.abs()).square().reciprocal(), (*_limits(0.0, 0.0), exactly(0.0, 1.0)), relative=6),
         curvature=Curve(
-            lambda z: torch.where(z < 0, 2.0, -2.0) / (1 + z.abs()) ** 3,
+            lambda z: torch.where(z < 0, 2, -2) / (1 + z.abs()) ** 3,
             (*_limits(0.0, 0.0), exactly(0.0, -2.0, 2.0)),
             relative=12,
         ),

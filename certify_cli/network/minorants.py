@@ -44,7 +44,7 @@ def depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
 
 
 def _depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-    phi, z, error = span.activation, span.z, torch.as_tensor(span.error)
+    phi, z, error = span.activation, span.z, torch.as_tensor(span.error, dtype=torch.float64, device=span.z.device)
     curvature = phi.curvature
     assert curvature is not None
     knots = _knots(span, error)

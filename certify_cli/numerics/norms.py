@@ -14,6 +14,17 @@ from certify_cli.numerics.rounding import UNIT, gamma, power_of_two, times, up, 
 
 CHUNK_ENTRIES = 2**22
 """Symbol matrices are built in chunks of at most this many complex entries (64 MiB)."""
+WAVE_ERROR = 64 * UNIT
+"""More than |computed - exact| of a wave exp(2 pi i r), which `_waves` computes with an error below 23 u:
+
+- r is a fraction of integers below 2^53, in [0, 1), and its quotient is rounded once: u;
+- 2 pi is stored with a relative error below 0.4 u, and the product with it is rounded: the angle is below 2 pi and off
+  by less than 2 pi (1 + 0.4 + 1) u, that is 15.1 u, and so is the wave;
+- cosine and sine are within four units in the last place of the computed angle's (the libraries of CPUs, where waves
+  are computed, stay below one): 8 u of either, hence of the wave, whose modulus is 1. `polar` multiplies them by 1.
+
+What is left of the 64 u covers terms in u^2 and the rounding of the sums that WAVE_ERROR is multiplied by.
+"""
 
 
 def frobenius_norm(matrix: Tensor) -> float:
@@ -61,6 +72,12 @@ def conv_symbol_norm(
     norm is the largest singular value of its symbol, a (channels out x channels in * phases) matrix per frequency. A
     strided convolution is a sum over input phases: tap a reads phase (a dil - pad) mod s at offset
     floor((a dil - pad) / s). Tap sums are explicit, so their rounding error is a plain dot product's.
+
+    An entry of the symbol is a sum of at most T = `taps.shape[-1]` products wave * w, w real. With waves within
+    WAVE_ERROR of the exact ones, and real and imaginary part each a dot product of T terms in any order, fused or not,
+    it is off by at most (gamma_T (1 + WAVE_ERROR) + WAVE_ERROR) sum |w|; the parts' errors add up as |wave w| does. A
+    complex product by three real ones errs by (sqrt 2 + 1) gamma_(T+3) in a part, which gamma_(4 (T + 2)) covers too.
+    The symbol's norm is off by at most the Frobenius norm of these errors. Dividing by a power of two is exact.
     """
     axes = [
         _Axis(n, k, s, p, d) for n, k, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True)
@@ -73,9 +90,10 @@ def conv_symbol_norm(
     phases = sorted(set(tap_phase))
     members = [[t for t, phase in enumerate(tap_phase) if phase == wanted] for wanted in phases]
 
-    # entrywise: |computed - exact| <= (rounding of the dot product, of exp(i omega offset), of omega) * sum |w|
-    entry_error = (gamma(4 * (taps.shape[-1] + 2)) + 64 * UNIT) * taps.abs().sum(-1)
-    slack = up(float(entry_error.square().sum((1, 2)).max().sqrt()) * math.sqrt(len(phases)), 8)
+    # entrywise: |computed - exact| <= (rounding of the dot product, and of the waves) * sum |w|
+    entry_error = (gamma(4 * (taps.shape[-1] + 2)) + WAVE_ERROR) * taps.abs().sum(-1)
+    slack = float(entry_error.square().sum((1, 2)).max().sqrt()) * math.sqrt(len(phases))
+    slack = up(slack, taps[0].numel() + 8)
 
     frequencies = _frequencies(axes)
     entries = groups * out_channels * in_channels * len(phases)
@@ -123,10 +141,17 @@ def _frequencies(axes: Sequence[_Axis]) -> Tensor:
 
 
 def _waves(axes: Sequence[_Axis], frequencies: Tensor, kernel: Sequence[int]) -> Tensor:
-    """exp(2 pi i <frequency, offset> / torus), (count, taps); the angle is reduced in integers first."""
-    angle = torch.zeros(frequencies.shape[0], math.prod(kernel), dtype=torch.float64)
+    """exp(2 pi i sum over axes of frequency * offset / torus), (count, taps), within WAVE_ERROR.
+
+    Turns are counted in integers, in parts of 1 / (the least common multiple of the toruses); these are far below 2^53,
+    as there are about as many frequencies as the product of the toruses. Only then are they float64, and divided:
+    torch divides integers in float32.
+    """
+    whole = math.lcm(*(axis.torus for axis in axes))
     offsets = [[a.offset[t] for a, t in zip(axes, index, strict=True)] for index in _indices(kernel)]
+    parts = torch.zeros(frequencies.shape[0], len(offsets), dtype=torch.int64)
     for number, axis in enumerate(axes):
-        steps = torch.tensor([o[number] for o in offsets])
-        angle += torch.remainder(frequencies[:, number : number + 1] * steps, axis.torus) / axis.torus
-    return torch.polar(torch.ones_like(angle), 2 * math.pi * angle)
+        steps = torch.tensor([o[number] for o in offsets], dtype=torch.int64)
+        parts += torch.remainder(frequencies[:, number : number + 1] * steps, axis.torus) * (whole // axis.torus)
+    turns = torch.remainder(parts, whole).to(torch.float64) / whole
+    return torch.polar(torch.ones_like(turns), 2 * math.pi * turns)

@@ -58,7 +58,7 @@ def look(network: Network, x: Tensor, samples: list[Sample]) -> Looked:
         top = logits.detach().argmax(1)
         second = logits.detach().scatter(1, top[:, None], -torch.inf).argmax(1)
         rivals = [s.rival if is_class(s.rival, logits) else int(r) for s, r in zip(samples, second, strict=True)]
-        rival = torch.tensor(rivals)
+        rival = torch.tensor(rivals, dtype=torch.int64)
         margin = (logits.gather(1, top[:, None]) - logits.gather(1, rival[:, None])).sum()
         (gradient,) = torch.autograd.grad(margin, x, create_graph=True)
         size = gradient.flatten(1).norm(dim=1)

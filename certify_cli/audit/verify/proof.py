@@ -114,7 +114,7 @@ def _by_tangents(prover: Prover, at: Samples, open_: list[Pair]) -> list[Pair]:
 
 def _descended(prover: Prover, at: Samples, open_: list[Pair]) -> list[Pair]:
     x, prediction, radius, start = at.x, at.prediction, at.radius, at.points
-    sample, rival = (torch.tensor(part) for part in zip(*open_, strict=True))
+    sample, rival = (torch.tensor(part, dtype=torch.int64) for part in zip(*open_, strict=True))
     low, high = (
         torch.tensor([prover.curvature(*pair) for pair in pairs], dtype=torch.float64)
         for pairs in (
@@ -159,5 +159,5 @@ def _tangents(
     p = g + m[:, None] * step
     steep = ((length(p, 1) + 4 * U * (length(g, 1) + m * far)) * UP + error) * UP
     rows = zip(level.tolist(), steep.tolist(), m.tolist(), radius.tolist(), strict=True)
-    holds = torch.tensor([stays_positive(f, slope, c, 0.0, e) for f, slope, c, e in rows])
+    holds = torch.tensor([stays_positive(f, slope, c, 0.0, e) for f, slope, c, e in rows], dtype=torch.bool)
     return holds, steep * radius + m * radius.square() / 2 - level, p

@@ -271,12 +271,14 @@ class Prover:
         lengths: dict[int, float] = {}
         for j in range(self.last - 1, k - 1, -1):
             own = blocks.get((self.last, j))
-            row = own.value[top] - own.value[rival] if own else torch.zeros(len(self.layers[j].bias)).double()
+            row = (
+                own.value[top] - own.value[rival] if own else torch.zeros(len(self.layers[j].bias), dtype=torch.float64)
+            )
             flaw = (2 * own.flaw + 4 * U * own.size) * UP if own else 0.0
             later = [(t, blocks[t, j]) for t in range(j + 1, self.last) if (t, j) in blocks]
             if j == k:
                 columns = [(length(m.value, 0) + m.flaw) * radius[t] * lengths[t] for t, m in later]
-                middle, spread = row, (sum(columns, torch.zeros(size).double()) + flaw) * UP
+                middle, spread = row, (sum(columns, torch.zeros(size, dtype=torch.float64)) + flaw) * UP
             else:
                 lengths[j] = (float(length(row)) + flaw + sum(m.norm * radius[t] * lengths[t] for t, m in later)) * UP
         return middle, spread
@@ -328,9 +330,10 @@ class Prover:
             for (k, j), squared in ball.squared.items()
         )
         together = (
-            ball.radius * ((torch.as_tensor(fourth) * UP) ** 0.25 + LEAST) + (torch.as_tensor(spread) * UP) ** 0.5
+            ball.radius * ((torch.as_tensor(fourth, dtype=torch.float64) * UP) ** 0.25 + LEAST)
+            + (torch.as_tensor(spread, dtype=torch.float64) * UP) ** 0.5
         ) ** 2
-        return torch.minimum(torch.as_tensor(apart), together) / 2 * UP + LEAST
+        return torch.minimum(torch.as_tensor(apart, dtype=torch.float64), together) / 2 * UP + LEAST
 
     @staticmethod
     def _bends(function: Function, z: Vectors, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

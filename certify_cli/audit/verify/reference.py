@@ -37,7 +37,8 @@ class Reference:
         """Whether every margin is positive on the ball of `radius` around x (inputs,)."""
         rivals = [i for i in range(self.prover.classes) if i != top]
         if not self.last:  # affine: the proof is exact already
-            return proved(self.prover, x[None], torch.tensor([top]), torch.tensor([radius], dtype=torch.float64))[0]
+            prediction, size = torch.tensor([top], dtype=torch.int64), torch.tensor([radius], dtype=torch.float64)
+            return proved(self.prover, x[None], prediction, size)[0]
         z = self._values(x)
         ball = self._ball(x, radius)
         self._relax(z, ball, radius)
@@ -92,7 +93,7 @@ class Reference:
             most = most + v.clamp(min=0) @ above + v.clamp(max=0) @ below
             at_head[k] = torch.where(v > 0, v * steep, v * shallow)
         g = sum(at_head[t] @ self.layers[t].weights[INPUT].value for t in at_head if INPUT in self.layers[t].weights)
-        return most + radius * torch.as_tensor(g).norm(dim=1)
+        return most + radius * torch.as_tensor(g, dtype=torch.float64).norm(dim=1)
 
     @staticmethod
     def _two_lines(f: Function, z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

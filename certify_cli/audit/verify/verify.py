@@ -146,7 +146,7 @@ class Verifier:
         ]
         if certified:
             radius = torch.tensor([samples[n].certified_radius for n in certified], dtype=torch.float64)
-            prediction = torch.tensor([samples[n].prediction for n in certified])
+            prediction = torch.tensor([samples[n].prediction for n in certified], dtype=torch.int64)
             hit = attacked(self.network, x[certified], prediction, radius, self.seed + part.start)
             for n, broken in zip(certified, hit.tolist(), strict=True):
                 if broken:
@@ -169,7 +169,7 @@ class Verifier:
         for rows in (cheap[k : k + step] for k in range(0, len(cheap), step)):
             chosen = [samples[n] for n in rows]
             radii = torch.tensor([s.certified_radius for s in chosen], dtype=torch.float64)
-            predictions = torch.tensor([s.prediction for s in chosen])
+            predictions = torch.tensor([s.prediction for s in chosen], dtype=torch.int64)
             done = proved(self._prover, flat[rows], predictions, radii * TO_PROVE, self._places(chosen, flat[rows]))
             for n, holds in zip(rows, done, strict=True):
                 outcome[n] = PROVED if holds else outcome[n]
