@@ -59,6 +59,13 @@ PROPOSING: Mapping[Place, frozenset[str]] = {
 """Where matrices of a size above `batched.SMALL` may be float32 because they only propose: in calls of these."""
 
 
+ESTIMATES: Mapping[Place, frozenset[str]] = {
+    # what float32 does to a network is what it is about
+    ("load/parity.py", "noise_of"): ANY,
+}
+"""Where float32 is asked for, in calls of these; no claim is made of what they give."""
+
+
 class NarrowError(AssertionError):
     """An operation gave numbers narrower than float64 where none are meant."""
 
@@ -68,7 +75,7 @@ class Float64Only(TorchDispatchMode):
 
     def __init__(self, proposing: bool = False) -> None:
         super().__init__()
-        self.outer = PROPOSING if proposing else {}
+        self.outer = {**ESTIMATES, **(PROPOSING if proposing else {})}
         self.proposed = 0
         self.found: str | None = None
 

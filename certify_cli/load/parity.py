@@ -338,7 +338,7 @@ def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
             for side in (1.0, -1.0):
                 asleep = (side * (z - kink) <= 0).all(0).nonzero()[:, 0]
                 most = math.ceil(woken / (2 * len(kinked)))
-                chosen = asleep[torch.linspace(0, len(asleep) - 1, min(most, len(asleep))).long()]
+                chosen = asleep[torch.linspace(0, len(asleep) - 1, min(most, len(asleep)), dtype=torch.float64).long()]
                 # as far beyond as the first point is on this side, so that the unit counts among the others
                 goals += [(before, int(u), kink + side * (1.0 + float((z[0, u] - kink).abs()))) for u in chosen]
     del values

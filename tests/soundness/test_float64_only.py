@@ -173,7 +173,7 @@ def test_the_road_from_files_to_a_checked_run(tmp_path: Path, model: str, method
     kept = [f"{witnesses}.npz", f"{points_of}.npz"]
     wanted = ["--data", "digits", "--samples", "2", "--method", method, "--effort", "fast", "--attack", "search", "-q"]
     with Float64Only():
-        made = ["--output", run, "--witnesses", kept[0], "--certificate", kept[1]]
+        made = ["-o", run, "--witnesses", kept[0], "--certificate", kept[1]]
         assert main(["certify", file, *wanted, *made]) == 0
         assert main(["verify", run, file, "--witnesses", kept[0], "--certificate", kept[1], "--share", "1", "-q"]) == 0
         assert main(["bounds", file, "-q"]) == 0
