@@ -48,8 +48,6 @@ def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[st
         found = [value for value in outputs if value.name == wanted]
         if not found:
             raise ModelError(f"{path}: --output {shown(wanted)} is none of its outputs ({listed})")
-        if not _holds_floats(found[0]):
-            raise ModelError(f"{path}: --output {shown(wanted)} holds no floating-point numbers; choose the logits")
     elif len(outputs) == 1:
         found = outputs
     else:
@@ -59,6 +57,10 @@ def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[st
                 f"{path}: the model has {len(outputs)} outputs ({listed}), and not all derive from one; "
                 "say with --output NAME which one holds the logits"
             )
+    if not _holds_floats(found[0]):
+        raise ModelError(
+            f"{path}: the output '{shown(found[0].name)}' holds no floating-point numbers; choose or export the logits"
+        )
     name = found[0].name
     notes = () if len(outputs) == 1 else (f"of its outputs {listed} '{shown(name)}' is certified",)
     return _unwrapped(name, makers), notes

@@ -17,7 +17,7 @@ import torch
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 from torch import Tensor
 
-from certify_cli.errors import ModelError
+from certify_cli.errors import ModelError, shown
 from certify_cli.load.entrance import Entrance
 from certify_cli.load.interpret import Interpretation, compute, widen, widened
 from certify_cli.load.onnx_file import OnnxFile
@@ -78,6 +78,7 @@ def check(
     stored = np.dtype(np.float64 if file.stored_dtype == "float64" else np.float32)
     points = points.astype(stored).astype(np.float64)
     try:
+        _check_folds(path, file, found)
         run, name, notes = _by_runtime(path, file, logits, entrance), "onnxruntime", []
         answers = run(points)
     except NotRunnableError as error:
@@ -163,6 +164,36 @@ def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> 
         return Answers(None if own is None else as_logits(own), joined[0])
 
     return run
+
+
+def _check_folds(path: Path, file: OnnxFile, found: Interpretation) -> None:
+    """What was computed of constants alone, and is read by data, against what onnxruntime makes of it: by itself, since
+    a constant in front of a sleeping unit shows nowhere else."""
+    inside = {name for node in file.model.graph.node for name in node.output}
+    read = dict.fromkeys(value for node in found.nodes for value in node.input if value in found.constants)
+    folded = {name: called for name in read if (called := file.graph.called.get(name, "")) in inside}
+    if not folded:
+        return
+    model = ModelProto()
+    model.CopyFrom(file.model)
+    del model.graph.output[:]
+    model.graph.output.extend(ValueInfoProto(name=called) for called in folded.values())
+    dtype = helper.tensor_dtype_to_np_dtype(found.entrance.kind)
+    feed = found.entrance.filed(images(found.entrance.shape)[:1]).astype(dtype)
+    for (name, called), array in zip(folded.items(), Runtime(model, list(folded.values())).run(feed), strict=True):
+        ours, theirs = found.constants[name], widen(array)
+        if ours.shape != theirs.shape:
+            raise ModelError(
+                f"{path}: the constant '{shown(called)}' was computed in the shape {list(ours.shape)}, onnxruntime "
+                f"gives {list(theirs.shape)}; please report it with the model"
+            )
+        noise = np.abs(widen(found.native[name]) - ours) if name in found.native else 0.1 * np.abs(ours)
+        allowed = 0.0 if ours.dtype.kind != "f" else STORED_PARITY["float32"] * np.abs(ours) + NOISE * noise + 1e-30
+        if not (np.abs(ours - theirs.astype(ours.dtype if ours.dtype.kind == "f" else np.float64)) <= allowed).all():
+            raise ModelError(
+                f"{path}: the constant '{shown(called)}' was computed otherwise than onnxruntime does; please report "
+                "it with the model"
+            )
 
 
 def _by_reference(file: OnnxFile, found: Interpretation, logits: str) -> Run:

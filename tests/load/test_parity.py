@@ -11,7 +11,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 
 from certify_cli.errors import ModelError
-from certify_cli.load import normalise, operators, parity, patterns, pieces, sorted_pairs
+from certify_cli.load import interpret, normalise, operators, parity, patterns, pieces, sorted_pairs
 from certify_cli.load.normal import REWRITES, Normal
 from certify_cli.load.onnx import load_onnx
 from certify_cli.network import activations
@@ -219,3 +219,25 @@ def test_waking_reaches_the_other_side() -> None:
     assert points is not None
     with torch.no_grad():
         assert bool((network_.values(torch.from_numpy(points))[1] > 0).any())
+
+
+def test_a_constant_that_is_folded_wrongly_behind_a_sleeping_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exp(c), folded; nothing that is seen of the whole file depends on it."""
+    nodes = [
+        helper.make_node("Exp", ["c"], ["e"]),
+        helper.make_node("Sub", ["x", "far"], ["s"]),
+        helper.make_node("Relu", ["s"], ["r"]),
+        helper.make_node("Mul", ["r", "e"], ["h"]),
+    ]
+    path = network(tmp_path, nodes, {"c": [0.1, 0.2, 0.3, 0.4], "far": 1e12})
+    load_onnx(path)
+    right = interpret.compute
+
+    def wrong(found: Any, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
+        outputs = right(found, node, inputs)
+        return [array * array.dtype.type(1.1) for array in outputs] if node.op_type == "Exp" else outputs
+
+    monkeypatch.setattr(interpret, "compute", wrong)
+    refused(path, "the constant 'e' was computed otherwise than onnxruntime does")
