@@ -1,8 +1,13 @@
 """Errors meant for the user: one sentence that says what is wrong, where, and what to do.
 
 Each class carries the exit code of the command line (see the README's table). Anything else that
-escapes is a bug of ours and ends with exit code 4.
+escapes is a bug of ours and ends with exit code 4. What a file or an option says enters a sentence by way of `shown`,
+`quoted` or `listed`: it must neither steer a terminal nor fill it.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class CurvcertError(Exception):
@@ -41,6 +46,49 @@ class MethodError(CurvcertError):
     exit_code = 3
 
 
+LONGEST_NAME = 100
+"""Characters of a file's text that one sentence quotes."""
+LONGEST_LINE = 300
+"""Characters of what a library says that one sentence quotes."""
+
+
+def shown(text: str, limit: int = LONGEST_NAME) -> str:
+    """A file's text for a name or a sentence: one line of at most `limit` characters, the middle left out of longer
+    texts, everything unprintable (control characters, bidirectional marks, lone surrogates) escaped as repr does.
+
+    A text that needs none of this stays as it is, so that shown(shown(text)) == shown(text).
+    """
+    half = (limit - 3) // 2
+    if len(text) > limit:  # before escaping: what escapes to more is cut once more, below
+        text = f"{text[:half]}...{text[-half:]}"
+    if not text.isprintable():
+        text = "".join(map(_escaped, text))
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+
+
+def quoted(value: object, limit: int = LONGEST_NAME) -> str:
+    """Any value from a file or a command line as repr shows it, bounded and escaped as `shown` does."""
+    if isinstance(value, str):  # cut first: the text may be very long
+        cut = shown(value, limit)
+        return f'"{cut}"' if "'" in cut and '"' not in cut else f"'{cut}'"
+    try:
+        return shown(repr(value), limit)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists without end
+        return f"a value that is too long to show ({type(value).__name__})"
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first names of a file, shown, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(shown(name) for name in every[:most]) + more
+
+
 def first_line(error: BaseException) -> str:
     """What a library's exception says, cut to one line without its full stop, to stand inside a sentence of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+    return shown(line, LONGEST_LINE)

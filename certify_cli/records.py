@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean, median
 from typing import Any
 
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, quoted
+from certify_cli.plain import ratio
 
 SCHEMA = "curvcert/1"
 
@@ -167,14 +168,16 @@ class Result:
 
 
 def parse_eps(text: str) -> float:
-    """The radius that an `--eps` text stands for: a number or a fraction such as 36/255. Raises UsageError."""
-    numerator, slash, denominator = text.partition("/")
+    """The radius that an `--eps` text stands for: a positive decimal or a fraction of two, such as 36/255.
+
+    Raises UsageError.
+    """
     try:
-        value = float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"--eps {text!r} is not a positive number or fraction such as 0.5 or 36/255")
+        value = ratio(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise UsageError(f"--eps {quoted(text)} is not a positive number or fraction such as 0.5 or 36/255")
     return value
 
 
