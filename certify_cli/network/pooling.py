@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certify_cli.network.graph import Nonlinear, Shape
+from certify_cli.network.graph import MAX_VALUES, Nonlinear, Shape, refuse_large
 from certify_cli.numerics.rounding import up
 
 
@@ -61,7 +61,13 @@ class MaxPool(GroupMap):
         (shape,) = shapes
         if len(shape) != len(self.kernel) + 1:
             raise ValueError(f"a {len(self.kernel)}-d max pooling cannot take a value of shape {shape}")
-        return (shape[0], *(self._outputs(axis, size) for axis, size in enumerate(shape[1:])))
+        padded = [n + 2 * p for n, p in zip(shape[1:], self.padding, strict=True)]
+        refuse_large((shape[0], *padded), "its padded input")
+        refuse_large(self.kernel, "a window")
+        outputs = [self._outputs(axis, size) for axis, size in enumerate(shape[1:])]
+        if math.prod(outputs) * math.prod(self.kernel) > MAX_VALUES:
+            raise ValueError(f"{math.prod(outputs)} windows of shape {self.kernel} are too many to be listed")
+        return (shape[0], *outputs)
 
     def apply(self, *values: Tensor) -> Tensor:
         pool = _POOLS[len(self.kernel) - 1]
