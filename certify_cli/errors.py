@@ -52,6 +52,10 @@ LONGEST_LINE = 300
 """Characters of what a library says that one sentence quotes."""
 
 
+LONGEST_SENTENCE = 2000
+"""Characters of one sentence on stderr, whatever it quotes."""
+
+
 def shown(text: str, limit: int = LONGEST_NAME) -> str:
     """A file's text for a name or a sentence: one line of at most `limit` characters, the middle left out of longer
     texts, everything unprintable (control characters, bidirectional marks, lone surrogates) escaped as repr does.
