@@ -364,8 +364,8 @@ def memory_size(flag: str, text: str) -> int | None:
     """Bytes of a size such as 2GB (10^9), 2GiB (2^30) or 512MB; None for `auto`."""
     if text == AUTO:
         return None
-    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([A-Za-z]*)", text, re.ASCII)
-    unit = UNITS.get(found[2].upper()) if found else None
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(?: ?([A-Za-z]+))?", text, re.ASCII)
+    unit = UNITS.get((found[2] or "").upper()) if found else None
     size = int(float(found[1]) * unit) if found and unit else 0
     if size < 1:
         raise UsageError(f"{flag} {quoted(text)} is not a size such as 2GB or 512MB, nor auto")
