@@ -62,11 +62,13 @@ def shown(text: str, limit: int = LONGEST_NAME) -> str:
 
     A text that needs none of this stays as it is, so that shown(shown(text)) == shown(text).
     """
+    text = cut(text, limit)  # what escapes to more is cut once more, below
+    return text if text.isprintable() else cut("".join(map(_escaped, text)), limit)
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, or where it is longer than `limit` its beginning and its end."""
     half = (limit - 3) // 2
-    if len(text) > limit:  # before escaping: what escapes to more is cut once more, below
-        text = f"{text[:half]}...{text[-half:]}"
-    if not text.isprintable():
-        text = "".join(map(_escaped, text))
     return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
@@ -77,8 +79,8 @@ def _escaped(letter: str) -> str:
 def quoted(value: object, limit: int = LONGEST_NAME) -> str:
     """Any value from a file or a command line as repr shows it, bounded and escaped as `shown` does."""
     if isinstance(value, str):  # cut first: the text may be very long
-        cut = shown(value, limit)
-        return f'"{cut}"' if "'" in cut and '"' not in cut else f"'{cut}'"
+        text = shown(value, limit)
+        return f'"{text}"' if "'" in text and '"' not in text else f"'{text}'"
     try:
         return shown(repr(value), limit)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists without end

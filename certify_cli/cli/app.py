@@ -28,7 +28,7 @@ from certify_cli.cli.report import report
 from certify_cli.cli.signals import Stopped, at_once
 from certify_cli.cli.sink import refusing
 from certify_cli.cli.verify import verify
-from certify_cli.errors import LONGEST_SENTENCE, CurvcertError, shown
+from certify_cli.errors import CurvcertError
 from certify_cli.output.console import printable
 from certify_cli.version import __version__
 
@@ -133,7 +133,7 @@ def _sentence(text: str) -> str:
 def _fail(message: str, code: int) -> int:
     if os.environ.get(DEBUG_VARIABLE) and sys.exc_info()[0] is not None:
         _complain(traceback.format_exc().rstrip(), lines=True)
-    _complain(f"curvcert: error: {shown(printable(message), LONGEST_SENTENCE)}")
+    _complain(f"curvcert: error: {message}")
     return code
 
 

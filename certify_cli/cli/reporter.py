@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from certify_cli.errors import LONGEST_SENTENCE, shown
 from certify_cli.output.console import printable
 
 if TYPE_CHECKING:
@@ -75,7 +74,6 @@ class Reporter:
         if self.quiet or text in self._said:
             return
         self._said.add(text)
-        text = shown(text, LONGEST_SENTENCE)
         if self._progress is not None:
             self._progress.console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
             return

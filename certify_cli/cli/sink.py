@@ -76,8 +76,9 @@ class Sink:
         with refusing("the output"):
             try:
                 self._stream.write(text)
-            except UnicodeEncodeError as error:  # the reader's encoding lacks a letter of a name
-                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+            except UnicodeEncodeError:  # the reader's encoding lacks a letter of a name
+                encoding = getattr(self._stream, "encoding", None) or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self._stream.flush()
 
     def last(self, text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from certify_cli.errors import shown
+from certify_cli.errors import LONGEST_SENTENCE, cut, shown
 from certify_cli.output.document import Record, View, collect
 from certify_cli.output.numbers import DOWN, NEAREST, UP, number, seconds, share
 from certify_cli.records import ERROR, NOT_CERTIFIED, Result, Run, Sample
@@ -37,8 +37,9 @@ COMMANDS = re.compile(r"(?:^|(?<=\s))::|##(?=\[|vso\[)")
 
 
 def printable(text: str) -> str:
-    """`text` on one line, without control characters and commands to CI servers: names come out of files and must not
-    steer a terminal, nor whatever else reads along."""
+    """`text` on one line of bounded length, without control characters and commands to CI servers: names come out of
+    files and must not steer a terminal, nor whatever else reads along."""
+    text = cut(text, LONGEST_SENTENCE)
     line = text if text.isprintable() else "".join(letter if letter.isprintable() else " " for letter in text)
     return COMMANDS.sub(lambda found: f"{found[0][0]}\\{found[0][1:]}", line)
 
