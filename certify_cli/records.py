@@ -10,14 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean, median
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, quoted
+from certify_cli.plain import ratio
 
 SCHEMA = "curvcert/1"
+
+Record = TypeVar("Record")
 
 CERTIFIED = "certified"
 NOT_CERTIFIED = "not_certified"
@@ -65,8 +70,9 @@ class Sample:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
+        """TypeError or ValueError where the data is no record; so it is with `Run` and `Summary`."""
         known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})
+        return checked(cls(**{key: value for key, value in data.items() if key in known}))
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,10 @@ class Run:
     def from_dict(cls, data: dict[str, Any]) -> Run:
         known = {item.name for item in fields(cls)}
         values = {key: value for key, value in data.items() if key in known}
-        values["model"] = ModelInfo(**values["model"])
-        values["data"] = DataInfo(**values["data"])
-        return cls(**values)
+        for key, kind in (("model", ModelInfo), ("data", DataInfo)):
+            own = {item.name for item in fields(kind)}
+            values[key] = checked(kind(**{name: value for name, value in values[key].items() if name in own}))
+        return checked(cls(**values))
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,66 @@ class Summary:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Summary:
         known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})
+        return checked(cls(**{key: value for key, value in data.items() if key in known}))
+
+
+ARGUMENTS = {
+    "activation": str | None,
+    "data": str | None,
+    "data_layout": str | None,
+    "data_root": str | None,
+    "eps": str | float | list[str | float] | None,
+    "resize": list[int] | None,
+    "samples": str | int | None,
+    "seed": int | None,
+    "shuffle": bool | None,
+    "split": str | None,
+}
+"""What is read back of a run's arguments, whether the command line or Python asked for it."""
+PREPROCESSING = {"mean": list[float] | None, "std": list[float] | None, "layout": str | None}
+
+HINTS: dict[type, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Run, ModelInfo, DataInfo, Sample, Summary)}
+"""What each field of a record is declared to be."""
+
+
+def checked(record: Record) -> Record:
+    """The record. TypeError, naming the field, where a value that was read is of another kind than is declared."""
+    for name, hint in HINTS[type(record)].items():
+        _check(name, getattr(record, name), hint)
+    if isinstance(record, Run):
+        for held, hints in ((record.arguments, ARGUMENTS), (record.preprocessing, PREPROCESSING)):
+            for name, hint in hints.items():
+                _check(name, held.get(name), hint)
+        if record.batch_size < 1:
+            raise TypeError(f"batch_size is {record.batch_size}")
+    if isinstance(record, Summary):
+        for level in {**(record.certified_accuracy or {}), **(record.certified_share or {})}:
+            parse_eps(level)
+    return record
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    if not _is(value, hint):
+        raise TypeError(f"{name} is {quoted(value)}")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value that JSON can hold is of the kind; an int may stand for a float, and numbers are no others than
+    float64 and int64 hold."""
+    origin, of = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is(value, part) for part in of)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, of[0]) and _is(v, of[1]) for k, v in value.items())
+    if origin is list:
+        return isinstance(value, list) and all(_is(item, of[0]) for item in value)
+    if hint is Any:
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # which no NaN is
+    return isinstance(value, hint) and not (hint is int and abs(value) >= 2**63)
 
 
 @dataclass(frozen=True)
@@ -167,14 +233,16 @@ class Result:
 
 
 def parse_eps(text: str) -> float:
-    """The radius that an `--eps` text stands for: a number or a fraction such as 36/255. Raises UsageError."""
-    numerator, slash, denominator = text.partition("/")
+    """The radius that an `--eps` text stands for: a positive decimal or a fraction of two, such as 36/255.
+
+    Raises UsageError.
+    """
     try:
-        value = float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise UsageError(f"--eps {text!r} is not a positive number or fraction such as 0.5 or 36/255")
+        value = ratio(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise UsageError(f"--eps {quoted(text)} is not a positive number or fraction such as 0.5 or 36/255")
     return value
 
 

@@ -12,13 +12,12 @@ fall = 0.01                                  # of every figure against the basel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from certify_cli.audit.figures import FIGURES, Figure, reached
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, quoted, shown
 from certify_cli.records import Result, parse_eps
 
 FALL = 0.01
@@ -69,13 +68,13 @@ class Policy:
         for key, value in table.items():
             name = key.replace("-", "_")
             if name in FIGURES:
-                requirements += _asked(name, value, f"{where}: policy.{key}")
+                requirements += _asked(name, value, f"{where}: policy.{shown(key)}")
             elif name not in BASELINE_KEYS:
                 known = ", ".join((*FIGURES, *BASELINE_KEYS))
-                raise UsageError(f"{where}: policy.{key} is not known; a policy has {known}")
+                raise UsageError(f"{where}: policy.{shown(key)} is not known; a policy has {known}")
         baseline = table.get("baseline")
         if baseline is not None and not isinstance(baseline, str):
-            raise UsageError(f"{where}: policy.baseline {baseline!r} is not the name of a file of records")
+            raise UsageError(f"{where}: policy.baseline {quoted(baseline)} is not the name of a file of records")
         fall = _falls(table.get("fall"), f"{where}: policy.fall")
         if fall and baseline is None:
             raise UsageError(f"{where}: policy.fall says how far figures may fall against policy.baseline; name one")
@@ -105,15 +104,15 @@ def _asked(key: str, value: Any, where: str) -> list[Requirement]:
         try:
             parse_eps(eps)
         except UsageError:
-            raise UsageError(f"{where}.{eps} is not a radius such as 0.5 or 36/255") from None
-        found.append(Requirement(key, _asked_number(key, asked, f"{where}.{eps}"), eps))
+            raise UsageError(f"{where}.{shown(eps)} is not a radius such as 0.5 or 36/255") from None
+        found.append(Requirement(key, _asked_number(key, asked, f"{where}.{shown(eps)}"), eps))
     return found
 
 
 def _asked_number(key: str, value: Any, where: str) -> float:
     number = _number(value, where)
     if FIGURES[key].share and number > 1:
-        raise UsageError(f"{where} = {value!r} is a share of the samples, from 0 to 1: 95 percent is 0.95")
+        raise UsageError(f"{where} = {quoted(value)} is a share of the samples, from 0 to 1: 95 percent is 0.95")
     return number
 
 
@@ -128,19 +127,19 @@ def _falls(value: Any, where: str) -> dict[str, float]:
     for key, number in value.items():
         name = key.replace("-", "_")
         if name not in guarded:
-            raise UsageError(f"{where}.{key} is no figure of a baseline; choose from {', '.join(guarded)}")
-        found[name] = _part(number, f"{where}.{key}")
+            raise UsageError(f"{where}.{shown(key)} is no figure of a baseline; choose from {', '.join(guarded)}")
+        found[name] = _part(number, f"{where}.{shown(key)}")
     return found
 
 
 def _part(value: Any, where: str) -> float:
     number = _number(value, where)
     if number >= 1:
-        raise UsageError(f"{where} = {value!r} would let everything fall: one percent is 0.01")
+        raise UsageError(f"{where} = {quoted(value)} would let everything fall: one percent is 0.01")
     return number
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise UsageError(f"{where} = {value!r} is not a number of at least 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300:  # no NaN either
+        raise UsageError(f"{where} = {quoted(value)} is not a number of at least 0")
     return float(value)

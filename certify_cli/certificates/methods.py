@@ -25,7 +25,7 @@ from certify_cli.certificates.local_attack import promised_locally
 from certify_cli.certificates.on_ball import grown, promised_on_ball
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.tangent import sharpened
-from certify_cli.errors import MethodError, UsageError
+from certify_cli.errors import MethodError, UsageError, quoted
 from certify_cli.network.graph import Network
 
 AUTO = "auto"
@@ -273,7 +273,7 @@ def select(name: str, network: Network) -> tuple[Method, ...]:
         joined = replace(METHODS[next(iter(BALL_BOUNDS))], name="+".join(BALL_BOUNDS), certify=by_balls(*BALL_BOUNDS))
         return (*(method for method in applying if method.name not in BALL_BOUNDS), joined)
     if name not in METHODS:
-        raise UsageError(f"--method {name!r} is not known; choose from {', '.join((AUTO, *METHODS))}")
+        raise UsageError(f"--method {quoted(name)} is not known; choose from {', '.join((AUTO, *METHODS))}")
     reason = METHODS[name].applies(network)
     if reason is not None:
         raise MethodError(f"--method {name} cannot apply to this model: {reason}; use --method auto or lipschitz")

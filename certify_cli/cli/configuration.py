@@ -17,7 +17,7 @@ import typer
 
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import SETTABLE
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, first_line, quoted, shown
 
 OWN_FILE, PROJECT_FILE = "curvcert.toml", "pyproject.toml"
 POLICY = "policy"
@@ -72,8 +72,11 @@ def _table(path: Path) -> Mapping[str, Any] | None:
             whole = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is not TOML: {error}") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no TOML, no UTF-8, an integer of thousands of digits, lists in lists
+        raise UsageError(f"{path}: is not TOML: {first_line(error)}") from error
     if path.name != PROJECT_FILE:
         return whole
     tool = whole.get("tool", {})
@@ -103,26 +106,33 @@ def defaults(found: Configuration, parameters: Iterable[Any]) -> dict[str, Any]:
         if name not in known:
             listed = ", ".join(sorted(n.replace("_", "-") for n in known))
             where = " in a file, only on the command line or in the environment" if name in PRESENTATION else ""
-            raise UsageError(f"{found.path}: {key} is not known{where}; it may set {listed}, and a table [policy]")
+            raise UsageError(
+                f"{found.path}: {shown(key)} is not known{where}; it may set {listed}, and a table [policy]"
+            )
         if name in values:
-            raise UsageError(f"{found.path}: {key} is set twice, with dashes and with underscores")
-        values[name] = _value(value, known[name], f"{found.path}: {key}")
+            raise UsageError(f"{found.path}: {shown(key)} is set twice, with dashes and with underscores")
+        values[name] = _value(value, known[name], f"{found.path}: {shown(key)}")
     return values
 
 
 def _value(value: Any, parameter: Any, where: str) -> Any:
     if getattr(parameter, "is_flag", False):
         if not isinstance(value, bool):
-            raise UsageError(f"{where} = {value!r} is not true or false")
+            raise UsageError(f"{where} = {quoted(value)} is not true or false")
         return value
     several = parameter.multiple or parameter.nargs != 1
     items = value if isinstance(value, list) and several else [value]
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, str | int | float):
+        if isinstance(item, bool) or not isinstance(item, str | int | float) or _huge(item):
             kind = "a list of texts or numbers" if several else "a text or number"
-            raise UsageError(f"{where} = {value!r} is not {kind}")
+            raise UsageError(f"{where} = {quoted(value)} is not {kind}")
     texts = [str(item) for item in items]
     return texts if several else texts[0]
+
+
+def _huge(item: str | int | float) -> bool:
+    """Whether Python refuses to write an integer as digits."""
+    return isinstance(item, int) and abs(item) >= 10**18
 
 
 def from_file(context: typer.Context, path: str | None) -> str | None:
@@ -154,7 +164,7 @@ def tell(context: typer.Context, reporter: Reporter) -> None:
     if context.obj is not None and (context.obj.options or context.obj.policy):
         reporter.note(f"settings from {context.obj.path}")
     for name in unknown_variables():
-        reporter.warning(f"the environment has {name}, which is no setting of curvcert")
+        reporter.warning(f"the environment has {shown(name)}, which is no setting of curvcert")
 
 
 def name_variables(command: Any) -> None:

@@ -9,7 +9,7 @@ from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
 from certify_cli.errors import UsageError
-from certify_cli.output.console import FIRST_ROWS, Column, escaped, grid, markdown_grid
+from certify_cli.output.console import FIRST_ROWS, Column, escaped, grid, markdown_grid, paragraph, printable
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.output.numbers import DOWN, number
@@ -54,9 +54,9 @@ def as_json(found: Comparison, view: View) -> str:
 
 
 def as_table(found: Comparison, view: View) -> str:
-    text = f"{found.old} -> {found.new}, {found.count} samples\n\n"
+    text = f"{printable(f'{found.old} -> {found.new}')}, {found.count} samples\n\n"
     text += grid(FIGURES, figure_rows(found), view, ["red" if f.regressed else None for f in found.figures])
-    text += f"\n{verdict(found)}\n"
+    text += f"\n{printable(verdict(found))}\n"
     shown = _shown(found, view)
     if shown:
         text += f"\n{grid(SAMPLES, [sample_cells(s) for s in shown], view)}"
@@ -64,7 +64,7 @@ def as_table(found: Comparison, view: View) -> str:
 
 
 def as_markdown(found: Comparison, view: View) -> str:
-    text = f"## curvcert: {escaped(found.old)} -> {escaped(found.new)}\n\n{verdict(found)}\n\n"
+    text = f"## curvcert: {escaped(found.old)} -> {escaped(found.new)}\n\n{paragraph(verdict(found))}\n\n"
     text += markdown_grid(FIGURES, figure_rows(found))
     shown = _shown(found, view)
     if shown:

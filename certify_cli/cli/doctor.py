@@ -17,7 +17,7 @@ from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.selftest import PROBLEMS, Known
 from certify_cli.cli.sink import sink
 from certify_cli.errors import CurvcertError, UsageError, first_line
-from certify_cli.output.console import Column, grid, pairs
+from certify_cli.output.console import Column, grid, pairs, printable
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA
@@ -79,7 +79,7 @@ def doctor(
         out.write(pretty(found) + "\n" if form == "json" else as_text(found, checks, out.view))
     if not found["ok"]:
         faults = "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.ok)
-        print(f"curvcert: doctor found a fault: {faults}", file=sys.stderr)
+        print(printable(f"curvcert: doctor found a fault: {faults}"), file=sys.stderr)
         raise typer.Exit(FAULT)
 
 

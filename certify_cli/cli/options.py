@@ -5,6 +5,7 @@ Nothing here imports torch: `--help` and completion read this file.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, quoted
 from certify_cli.output.formats import FORMATS
+from certify_cli.plain import decimal, integer
 from certify_cli.run.settings import ATTACKS, EFFORTS, LAYOUTS
 
 METHOD_NAMES = ("auto", "lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz")
@@ -30,6 +32,28 @@ SUFFIXES = {"md": "markdown", "xml": "junit"}
 AUTO = "auto"
 
 Number = TypeVar("Number", int, float)
+
+
+def _number(read: Callable[[str], Number], expected: str, least: float, most: float) -> Callable[[Any], Number]:
+    """The parser of an option that holds a plain number from `least` to `most`."""
+
+    def parse(text: Any) -> Number:
+        if not isinstance(text, str):  # a default, or a value that was parsed before
+            return text
+        try:
+            value = read(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            raise typer.BadParameter(f"{quoted(text)} is not {expected}")
+        return value
+
+    return parse
+
+
+_POSITION = _number(integer, "a plain integer of at least 0", 0, 10**18)
+_PIXELS = _number(integer, f"a number of pixels from 1 to {2**16}", 1, 2**16)
+_PART = _number(decimal, "a plain number such as 0.01", -math.inf, math.inf)
 
 
 def _choice(flag: str, names: Sequence[str], help: str, default: str | bool = True) -> Any:
@@ -76,7 +100,7 @@ SampleIndex = Annotated[
     typer.Option(
         "--sample",
         metavar="I",
-        min=0,
+        parser=_POSITION,
         help="Where the local bound loses for this sample of --data.",
         show_default=False,
     ),
@@ -102,11 +126,13 @@ Samples = Annotated[
     ),
 ]
 Shuffle = Annotated[bool, typer.Option("--shuffle", help="Draw the samples in the random order of --seed.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of --shuffle and of every random start.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", parser=_POSITION, help="Seed of --shuffle and of every random start.")
+]
 DataLayout = Annotated[str, _choice("--data-layout", DATA_LAYOUTS, "How an npz file holds its images.")]
 Resize = Annotated[
     tuple[int, int] | None,
-    typer.Option("--resize", metavar="H W", help="Resize the images of a folder.", show_default=False),
+    typer.Option("--resize", metavar="H W", parser=_PIXELS, help="Resize the images of a folder.", show_default=False),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
 
@@ -267,10 +293,15 @@ CertificateOfRun = Annotated[
 Share = Annotated[
     float,
     typer.Option(
-        "--share", metavar="P", help="Part of the records to compute anew that are not proved (at least 4; 0: none)."
+        "--share",
+        metavar="P",
+        parser=_PART,
+        help="Part of the records to compute anew that are not proved (at least 4; 0: none).",
     ),
 ]
-SeedOfCheck = Annotated[int, typer.Option("--seed", metavar="N", help="Draws that share, and starts the attacks.")]
+SeedOfCheck = Annotated[
+    int, typer.Option("--seed", metavar="N", parser=_POSITION, help="Draws that share, and starts the attacks.")
+]
 ManyRecords = Annotated[
     list[str], typer.Argument(metavar="RECORDS...", help="Records of runs: what certify wrote as JSON or JSON lines.")
 ]
@@ -297,6 +328,7 @@ Tolerance = Annotated[
     typer.Option(
         "--tolerance",
         metavar="T",
+        parser=_PART,
         help="How far a figure may fall: accuracies by T (0.01 is one percent of the samples), radii by the part T.",
     ),
 ]
@@ -307,7 +339,7 @@ def one_of(flag: str, value: str, names: Iterable[str]) -> str:
     """`value`, if it is one of `names`; UsageError listing them otherwise."""
     listed = list(names)
     if value not in listed:
-        raise UsageError(f"{flag} {value!r} is not one of {', '.join(listed)}")
+        raise UsageError(f"{flag} {quoted(value)} is not one of {', '.join(listed)}")
     return value
 
 
@@ -324,21 +356,21 @@ def format_of(format: str | None, output: str | None, names: Iterable[str]) -> s
 def npz_name(flag: str, path: str | None) -> str | None:
     """`path`, if its name says what will be written; UsageError otherwise."""
     if path is not None and Path(path).suffix.lower() != ".npz":
-        raise UsageError(f"{flag} {path!r}: the file is written as npz, so its name must end in .npz")
+        raise UsageError(f"{flag} {quoted(path)}: the file is written as npz, so its name must end in .npz")
     return path
 
 
 def numbers(flag: str, texts: Sequence[str] | None) -> tuple[float, ...]:
-    """The values of a repeated or comma-separated option, finite numbers only."""
-    pieces = [piece.strip() for text in texts or () for piece in text.split(",")]
-    return tuple(_parse(flag, piece, float, "a number", lambda value: abs(value) < float("inf")) for piece in pieces)
+    """The values of a repeated or comma-separated option, plain numbers only; spaces may follow a comma."""
+    pieces = [piece for text in texts or () for piece in re.split(", *", text)]
+    return tuple(_parse(flag, piece, decimal, "a number", lambda value: True) for piece in pieces)
 
 
 def count_or_auto(flag: str, text: str) -> int | None:
     """A positive integer, or None for `auto`."""
     if text == AUTO:
         return None
-    return _parse(flag, text, int, "a positive integer or auto", lambda value: value > 0)
+    return _parse(flag, text, integer, "a positive integer or auto", lambda value: value > 0)
 
 
 UNITS = {"": 1, "B": 1} | {
@@ -352,18 +384,18 @@ def memory_size(flag: str, text: str) -> int | None:
     """Bytes of a size such as 2GB (10^9), 2GiB (2^30) or 512MB; None for `auto`."""
     if text == AUTO:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = UNITS.get(found[2].upper()) if found else None
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(?: ?([A-Za-z]+))?", text, re.ASCII)
+    unit = UNITS.get((found[2] or "").upper()) if found else None
     size = int(float(found[1]) * unit) if found and unit else 0
     if size < 1:
-        raise UsageError(f"{flag} {text!r} is not a size such as 2GB or 512MB, nor auto")
+        raise UsageError(f"{flag} {quoted(text)} is not a size such as 2GB or 512MB, nor auto")
     return size
 
 
 def _parse(
     flag: str, text: str, convert: Callable[[str], Number], expected: str, accept: Callable[[Number], bool]
 ) -> Number:
-    refusal = UsageError(f"{flag} {text!r} is not {expected}")
+    refusal = UsageError(f"{flag} {quoted(text)} is not {expected}")
     try:
         value = convert(text)
     except ValueError as error:

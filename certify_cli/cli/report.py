@@ -8,7 +8,7 @@ from pathlib import Path
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import refusing, sink
-from certify_cli.errors import CurvcertError, RecordsError, UsageError
+from certify_cli.errors import CurvcertError, RecordsError, UsageError, quoted
 from certify_cli.output import html, plots
 from certify_cli.output.numbers import UP, number
 from certify_cli.output.read import read_document
@@ -64,10 +64,10 @@ def _title(results: Sequence[Result]) -> str:
 
 
 def _pictures(result: Result, path: str) -> list[html.Witnessed]:
-    from certify_cli.load.npz import read_arrays
+    from certify_cli.load.npz import read_rows
 
     keys = ("index", "x", "d")
-    return html.pictured(result, read_arrays(Path(path), (keys,), "a file that certify --witnesses wrote is needed"))
+    return html.pictured(result, read_rows(Path(path), keys, "a file that certify --witnesses wrote is needed"))
 
 
 def _layers(results: Sequence[Result], reporter: Reporter) -> list[html.Layers]:
@@ -108,7 +108,7 @@ def _layer_rows(result: Result) -> tuple[tuple[str, str, str, float], ...]:
 
 def _draw(results: Sequence[Result], folder: str, form: str) -> None:
     target = Path(folder)
-    with refusing(f"--{form} {folder!r}"):
+    with refusing(f"--{form} {quoted(folder)}"):
         target.mkdir(parents=True, exist_ok=True)
         for plot in plots.PLOTS:
             if plot.fits(results):

@@ -75,7 +75,7 @@ class Reporter:
             return
         self._said.add(text)
         if self._progress is not None:
-            self._progress.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
             return
         try:
             print(printable(text), file=sys.stderr, flush=True)

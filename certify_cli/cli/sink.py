@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, quoted
 from certify_cli.output.document import View
 
 
@@ -26,13 +27,13 @@ def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
     if not device:
         target = target.resolve()  # a link stays a link: what it points to is replaced
     written = target if device else target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with ExitStack() as undo:
-        with refusing(f"{option} {path!r}"):
+        with refusing(f"{option} {quoted(path)}"):
             stream = written.open(mode, **text)
         undo.callback(_discard, stream, None if device else written)
         yield stream
-        with refusing(f"{option} {path!r}"):
+        with refusing(f"{option} {quoted(path)}"):
             stream.flush()
             if not device:
                 os.fsync(stream.fileno())
@@ -73,7 +74,11 @@ class Sink:
     def write(self, text: str) -> None:
         """Write and flush: a reader of a stream sees a record when it is done."""
         with refusing("the output"):
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # the reader's encoding lacks a letter of a name
+                encoding = getattr(self._stream, "encoding", None) or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self._stream.flush()
 
     def last(self, text: str) -> None:
@@ -99,10 +104,10 @@ def sink(path: str | None, all_rows: bool = False, plot: bool = False) -> Iterat
 @contextmanager
 def appending(path: str, size: int) -> Iterator[Sink]:
     """The first `size` bytes of a file, and what is written after them: every record stays, whatever happens next."""
-    with refusing(f"--output-file {path!r}"):
-        stream = open(path, "r+" if size else "w", encoding="utf-8", newline="")  # noqa: SIM115
+    with refusing(f"--output-file {quoted(path)}"):
+        stream = open(path, "r+" if size else "w", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
     with stream:
-        with refusing(f"--output-file {path!r}"):
+        with refusing(f"--output-file {quoted(path)}"):
             stream.truncate(size)
             stream.seek(size)
         yield Sink(stream, View(), terminal=False)
@@ -116,13 +121,13 @@ def job_summary(text: str) -> None:
     """What annotations leave out, where GitHub Actions shows it; nothing elsewhere."""
     path = os.environ.get(JOB_SUMMARY)
     if path:
-        with refusing(f"{JOB_SUMMARY} {path!r}"), open(path, "a", encoding="utf-8") as file:
+        with refusing(f"{JOB_SUMMARY} {quoted(path)}"), open(path, "a", encoding="utf-8") as file:
             file.write(text.encode()[:LONGEST_SUMMARY].decode(errors="ignore"))
 
 
 def _width(terminal: bool) -> int | None:
     """COLUMNS, else the terminal's width; a pipe gets tables as wide as their content."""
     columns = os.environ.get("COLUMNS", "")
-    if columns.isdecimal() and int(columns) > 0:
+    if re.fullmatch("[1-9][0-9]{0,3}", columns):
         return int(columns)
     return shutil.get_terminal_size().columns if terminal else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
-from certify_cli.errors import UsageError
+from certify_cli.errors import RecordsError, UsageError, shown
 from certify_cli.output.read import read_document
 from certify_cli.output.verified import RENDERED, Row, Verified
 from certify_cli.records import Run
@@ -58,6 +58,12 @@ def verify(
         if not wrong:
             chosen = _data(run, data, data_root, offline, reporter)
             wrong = _of_hash("data", run.data.sha256, chosen.sha256)
+            for path, arrays in ((witnesses, attacks), (certificate, tangents)):
+                if arrays is not None and arrays["d"].shape[1:] != chosen.x.shape[1:]:
+                    raise RecordsError(
+                        f"{path}: d has shape {arrays['d'].shape}, a sample of the data {tuple(chosen.x.shape[1:])}; "
+                        "name a file that this run wrote"
+                    )
         if not wrong:
             reporter.stage("reading the network")
             verifier = Verifier(result, loaded, chosen, attacks, tangents, share, seed)
@@ -76,15 +82,15 @@ def verify(
 def _of_hash(what: str, said: str, found: str) -> list[str]:
     if said == found:
         return []
-    return [f"the {what} is not the run's: its sha256 is {found[:12]}..., the run line says {said[:12]}..."]
+    return [f"the {what} is not the run's: its sha256 is {found[:12]}..., the run line says {shown(said[:12])}..."]
 
 
 def _arrays(path: str | None, keys: tuple[str, ...], option: str) -> Mapping[str, Any] | None:
     if path is None:
         return None
-    from certify_cli.load.npz import read_arrays
+    from certify_cli.load.npz import read_rows
 
-    return read_arrays(Path(path), (keys,), f"a file that certify {option} wrote is needed")
+    return read_rows(Path(path), keys, f"a file that certify {option} wrote is needed")
 
 
 def _data(run: Run, source: str | None, root: str | None, offline: bool, reporter: Reporter) -> Dataset:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from certify_cli.errors import DataError, UsageError
-from certify_cli.load.source import Floats, Source, Taken
+from certify_cli.errors import DataError, UsageError, quoted, shown
+from certify_cli.load.source import MAX_PIXELS, Floats, Source, Taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,11 +71,14 @@ def load_data(
     download; without it a download is silent. Raises UsageError for an argument, DataError for the data.
     """
     if split not in SPLITS:
-        raise UsageError(f"--split {split!r} is not one of {', '.join(SPLITS)}")
+        raise UsageError(f"--split {quoted(split)} is not one of {', '.join(SPLITS)}")
     if data_layout not in LAYOUTS:
-        raise UsageError(f"--data-layout {data_layout!r} is not one of {', '.join(LAYOUTS)}")
-    if resize is not None and min(resize) < 1:
-        raise UsageError(f"--resize {resize[0]} {resize[1]} is not a height and width of at least one pixel")
+        raise UsageError(f"--data-layout {quoted(data_layout)} is not one of {', '.join(LAYOUTS)}")
+    if resize is not None and (min(resize) < 1 or resize[0] * resize[1] > MAX_PIXELS):
+        raise UsageError(
+            f"--resize {resize[0]} {resize[1]} is not a height and width of at least one pixel, and of at most "
+            f"{MAX_PIXELS} pixels together"
+        )
     start, stop = parse_samples(samples)
     opened = _open(str(source), root, split, data_layout, resize, offline, notify)
     return _select(opened, start, stop, seed if shuffle else None)
@@ -95,12 +98,12 @@ def parse_samples(samples: str | int | None) -> tuple[int, int | None]:
     """(start, stop) of a `--samples` text: "100", "0:1000", "500:", ":20"; stop None is the end. Raises UsageError."""
     if samples is None:
         return 0, None
-    match = re.fullmatch(r"(?:(\d{0,18}):)?(\d{0,18})", str(samples), re.ASCII)
+    match = re.fullmatch("(?:([0-9]{0,18}):)?([0-9]{0,18})", str(samples))
     if match is None or not any(match.groups()):
-        raise UsageError(f"--samples {samples!r} is neither a count such as 100 nor a range such as 0:1000")
+        raise UsageError(f"--samples {quoted(samples)} is neither a count such as 100 nor a range such as 0:1000")
     start, stop = int(match[1] or 0), int(match[2]) if match[2] else None
     if stop is not None and stop <= start:
-        raise UsageError(f"--samples {samples!r} chooses no sample at all")
+        raise UsageError(f"--samples {quoted(samples)} chooses no sample at all")
     return start, stop
 
 
@@ -119,22 +122,23 @@ def _open(
     named = source.lower() == "digits" or source.lower() in vision.SETS
     is_folder = not named and os.path.isdir(path)
     is_file = not named and os.path.isfile(path)
+    if not (named or is_folder or is_file):
+        names = ", ".join(["digits", *vision.SETS])
+        raise DataError(f"{source}: no such file or folder, and not a data set known by name ({names})")
+    kind = "a data set known by name" if named else "a folder" if is_folder else "a file"
     if resize is not None and not is_folder:
-        raise UsageError(f"--resize is for folders of images, and {source} is not a folder")
+        raise UsageError(f"--resize is for folders of images, and {source} is {kind}")
     if data_layout != "nchw" and not is_file:
-        raise UsageError(f"--data-layout is for .npz files, and {source} is not one")
+        raise UsageError(f"--data-layout is for .npz files, and {source} is {kind}")
     if split != "test" and not named:
-        raise UsageError(f"--split is for named data sets; {source} has no splits")
+        raise UsageError(f"--split is for data sets known by name, and {source} is {kind}")
     if source.lower() == "digits":
         return _digits(split)
     if named:
         return vision.open_set(source.lower(), root, split, offline, notify)
     if is_folder:
         return vision.open_folder(path, resize)
-    if is_file:
-        return npz.open_npz(path, data_layout)
-    names = ", ".join(["digits", *vision.SETS])
-    raise DataError(f"{source}: no such file or folder, and not a data set known by name ({names})")
+    return npz.open_npz(path, data_layout)
 
 
 def _digits(split: str) -> Source:
@@ -179,7 +183,7 @@ def _select(source: Source, start: int, stop: int | None, seed: int | None) -> D
         x=torch.from_numpy(x),
         y=None if y is None else torch.from_numpy(y),
         indices=indices,
-        classes=source.classes,
+        classes=None if source.classes is None else tuple(map(shown, source.classes)),
         image=source.image,
         sha256=_digest(x, y),
         notes=tuple(notes),

@@ -21,8 +21,8 @@ from certify_cli.load.entry import Entry
 from certify_cli.load.fit import normalisation
 from certify_cli.network.activations import ACTIVATIONS, Activation
 from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scale, Select, Shift
-from certify_cli.network.graph import Add, Concat, Node
-from certify_cli.network.layers import pad_with
+from certify_cli.network.graph import Add, Concat, Node, refuse_large
+from certify_cli.network.layers import pad_with, padded_shape
 from certify_cli.network.place import MODULES, Data, Place
 from certify_cli.network.pooling import MaxMin, MaxPool
 
@@ -180,6 +180,7 @@ def _pad(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
     mode = entry.choice("mode", ("constant", "reflect", "replicate", "circular"), "constant")
     if len(widths) % 2 or len(widths) > 2 * len(place.shape(x)):
         entry.fail(f"padding takes two numbers an axis, and its input has shape {place.shape(x)}")
+    refuse_large(padded_shape(place.shape(x), widths))
     if mode == "constant":
         return pad_with(place, x, widths, entry.number("value", 0.0))
     return place.move(lambda t: F.pad(t, widths, mode=mode), x)

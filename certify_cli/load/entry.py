@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from certify_cli.errors import ModelError
+from certify_cli.errors import ModelError, listed, quoted, shown
 
 _FIXED = ("type", "name", "inputs", "title")
 
@@ -21,10 +21,10 @@ class Tensors:
         self._taken: set[str] = set()
         for name, tensor in tensors.items():
             if tensor.is_complex():
-                raise ModelError(f"tensor {name!r} is complex; a classifier's weights are real")
+                raise ModelError(f"tensor {quoted(name)} is complex; a classifier's weights are real")
             value = tensor.to(torch.float64) if tensor.is_floating_point() else tensor
             if not bool(torch.isfinite(value).all()):
-                raise ModelError(f"tensor {name!r} holds a NaN or an infinite value")
+                raise ModelError(f"tensor {quoted(name)} holds a NaN or an infinite value")
             self._tensors[name] = value
 
     def __contains__(self, name: object) -> bool:
@@ -43,19 +43,22 @@ class Tensors:
 
 
 class Entry:
-    """One layer of a spec. Its readers return a field's checked value; `finish` refuses fields that nothing read."""
+    """One layer of a spec. Its readers return a field's checked value; `finish` refuses fields that nothing read.
+
+    `type` and `name` are as the file has them, to look things up; `title` can be printed.
+    """
 
     def __init__(self, raw: Any, position: int, tensors: Tensors) -> None:
         self._where = f"layer {position}"
         if not isinstance(raw, dict):
-            self.fail(f"a JSON object is expected, not {_shown(raw)}")
+            self.fail(f"a JSON object is expected, not {quoted(raw)}")
         self._raw: dict[str, Any] = raw
         self._tensors = tensors
         self._read = set(_FIXED)
         self.type = self._text("type")
         self.name = self._text("name", f"{self.type}_{position}")
-        self._where = f"layer {self.name!r} ({self.type})"
-        self.title = self._text("title", "")
+        self._where = f"layer {quoted(self.name)} ({shown(self.type)})"
+        self.title = shown(self._text("title", ""))
 
     def fail(self, message: str) -> NoReturn:
         raise ModelError(f"{self._where}: {message}")
@@ -64,18 +67,18 @@ class Entry:
         """The names of the layers it takes, by default the one before."""
         names = self._raw.get("inputs", [previous])
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            self.fail(f"inputs must be a list of layer names, not {_shown(names)}")
+            self.fail(f"inputs must be a list of layer names, not {quoted(names)}")
         return names
 
     def finish(self) -> None:
         if unknown := sorted(set(self._raw) - self._read):
             known = sorted(self._read - set(_FIXED))
-            self.fail(f"unknown field {', '.join(unknown)}; it takes {', '.join(known) or 'none'}")
+            self.fail(f"unknown field {listed(unknown)}; it takes {', '.join(known) or 'none'}")
 
     def _text(self, key: str, default: str | None = None) -> str:
         value = self._raw.get(key, default)
         if not isinstance(value, str):
-            self.fail(f"{key} must be a text, not {_shown(value)}" if key in self._raw else f"has no {key}")
+            self.fail(f"{key} must be a text, not {quoted(value)}" if key in self._raw else f"has no {key}")
         return value
 
     def _value(self, key: str, default: Any) -> Any:
@@ -87,7 +90,7 @@ class Entry:
     def integer(self, key: str, default: Any = ..., least: int = 0) -> int:
         value = self._value(key, default)
         if not _is_integer(value) or value < least:
-            self.fail(f"{key} must be an integer of at least {least}, not {_shown(value)}")
+            self.fail(f"{key} must be an integer of at least {least}, not {quoted(value)}")
         return value
 
     def integers(self, key: str, count: int | None, default: Any = ..., least: int = 0) -> tuple[int, ...]:
@@ -98,7 +101,7 @@ class Entry:
         fits = isinstance(value, (list, tuple)) and (len(value) == count if count is not None else len(value) > 0)
         if not fits or not all(_is_integer(item) and item >= least for item in value):
             how_many = "integers" if count is None else f"{count} integers"
-            self.fail(f"{key} must be {how_many} of at least {least}, not {_shown(value)}")
+            self.fail(f"{key} must be {how_many} of at least {least}, not {quoted(value)}")
         return tuple(value)
 
     def optional_integers(self, key: str) -> tuple[int, ...] | None:
@@ -108,7 +111,7 @@ class Entry:
     def number(self, key: str, default: Any = ...) -> float:
         value = self._value(key, default)
         if not _is_number(value):
-            self.fail(f"{key} must be a finite number, not {_shown(value)}")
+            self.fail(f"{key} must be a finite number, not {quoted(value)}")
         return float(value)
 
     def numbers(self, key: str, default: Any = ...) -> list[float] | None:
@@ -117,19 +120,19 @@ class Entry:
             return None
         items = value if isinstance(value, list) else [value]
         if not items or not all(map(_is_number, items)):
-            self.fail(f"{key} must be a number or a list of numbers, not {_shown(value)}")
+            self.fail(f"{key} must be a number or a list of numbers, not {quoted(value)}")
         return [float(item) for item in items]
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._value(key, default)
         if not isinstance(value, bool):
-            self.fail(f"{key} must be true or false, not {_shown(value)}")
+            self.fail(f"{key} must be true or false, not {quoted(value)}")
         return value
 
     def choice(self, key: str, options: Sequence[str], default: str) -> str:
         value = self._value(key, default)
         if value not in options:
-            self.fail(f"{key} must be one of {', '.join(options)}, not {_shown(value)}")
+            self.fail(f"{key} must be one of {', '.join(options)}, not {quoted(value)}")
         return value
 
     def parameters(self, accepted: Mapping[str, Any]) -> dict[str, float | None]:
@@ -142,7 +145,7 @@ class Entry:
         """The float64 tensor that `key` names, by default NAME.key."""
         tensor = self.optional_tensor(key)
         if tensor is None:
-            self.fail(f"has no {key}: neither the field nor a tensor {f'{self.name}.{key}'!r}")
+            self.fail(f"has no {key}: neither the field nor a tensor {quoted(f'{self.name}.{key}')}")
         return tensor
 
     def optional_tensor(self, key: str) -> Tensor | None:
@@ -168,9 +171,9 @@ class Entry:
         if name is None:
             return None
         if not isinstance(name, str):
-            self.fail(f"{key} must be the name of a tensor, not {_shown(name)}")
+            self.fail(f"{key} must be the name of a tensor, not {quoted(name)}")
         if name not in self._tensors:
-            self.fail(f"there is no tensor {name!r} for its {key}")
+            self.fail(f"there is no tensor {quoted(name)} for its {key}")
         return self._tensors.take(name)
 
 
@@ -180,8 +183,3 @@ def _is_integer(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

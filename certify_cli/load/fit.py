@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from certify_cli.errors import DataError, UsageError
+from certify_cli.errors import DataError, UsageError, quoted, shown
 from certify_cli.load.source import CHANNELS
 from certify_cli.network.affine import AffineOp, Reshape, Scale, Select, Shift
 from certify_cli.network.graph import Builder, Network, Shape
@@ -58,8 +58,10 @@ def normalisation(
         steps.append(("mean", Shift(-_per_channel("--mean", mean, shape))))
     if std is not None:
         values = _per_channel("--std", std, shape)
-        if not bool((values > 0).all()):
-            raise UsageError(f"--std {_shown(std)}: every value must be positive")
+        if not bool((values > 0).all() and (1 / values).isfinite().all()):
+            raise UsageError(
+                f"--std {_shown(std)}: every value must be positive, and not so small that 1/std overflows"
+            )
         steps.append(("std", Scale(1 / values, weight_error=1)))
     return steps
 
@@ -70,20 +72,18 @@ def _per_channel(option: str, values: Sequence[float], shape: Shape) -> Tensor:
         raise UsageError(f"{option} {_shown(values)}: one finite number, or one a channel, is expected")
     channels = shape[0] if len(shape) > 1 else 1
     if len(values) not in (1, channels):
-        raise UsageError(
-            f"{option} {_shown(values)} holds {len(values)} values; data of shape {shape} takes one, or one each for "
-            f"its {channels} channel(s)"
-        )
+        each = f", or one each for its {channels} channels" if channels > 1 else ""
+        raise UsageError(f"{option} {_shown(values)} holds {len(values)} values; data of shape {shape} takes one{each}")
     return torch.tensor(values, dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1))
 
 
 def _shown(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values)
+    return shown(",".join(f"{value:g}" for value in values))
 
 
 def _layout(data: Shape, model: Shape, layout: str | None) -> list[tuple[str, AffineOp]]:
     if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"--layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+        raise UsageError(f"--layout {quoted(layout)} is not one of {', '.join(LAYOUTS)}")
     if math.prod(data) != math.prod(model):
         raise DataError(
             f"the data's shape {data} does not fit the model's input {model}: "
@@ -95,11 +95,20 @@ def _layout(data: Shape, model: Shape, layout: str | None) -> list[tuple[str, Af
     channels_last = len(data) == 3 and model == last
     if layout is None:
         layout = "nhwc" if channels_last and model != data else "flat"
-    elif layout == "nhwc":
-        if not (channels_last or (len(data) == 3 and flat)):
-            raise DataError(f"--layout nhwc: the model's input {model} is not {last}, the data's shape channels last")
-    elif not (model == data if layout == "nchw" else flat):
-        raise DataError(f"--layout {layout}: the model's input {model} is not that of the data's shape {data}")
+    elif layout == "nhwc" and len(data) != 3:
+        raise DataError(
+            f"--layout nhwc: data of shape {data} are no images (channels, height, width), so they have no channels to "
+            "move; leave --layout out"
+        )
+    elif layout == "nhwc" and not (channels_last or flat):
+        raise DataError(
+            f"--layout nhwc: the model's input {model} is neither {last}, the data's shape with the channels last, nor "
+            "flat"
+        )
+    elif layout == "nchw" and model != data:
+        raise DataError(f"--layout nchw: the model's input {model} is not the data's shape {data}")
+    elif layout == "flat" and not flat:
+        raise DataError(f"--layout flat: the model's input {model} is not flat: it has several axes longer than 1")
     if layout == "nhwc" and data[0] > 1:
         moved = Select.of(lambda x: x.movedim(1, -1), data, "channels last")
         return [("layout", moved), *_reshaped("flatten", last, model)]
@@ -116,8 +125,8 @@ def _refuse_misread_images(data: Shape, model: Shape, layout: str | None) -> Non
         )
     if layout is None and data == (model[2], *model[:2]) and data[0] not in CHANNELS:
         raise DataError(
-            f"the data's shape {data} is the model's input {model} read as channels last although they come first; "
-            "leave --data-layout nhwc out"
+            f"the data's shape {data} is what the model's input {model} becomes when it is taken for channels last; "
+            "give the data in the model's shape (where it was said, leave --data-layout nhwc out)"
         )
 
 

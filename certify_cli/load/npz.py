@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 import zlib
@@ -13,14 +14,17 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from certify_cli.errors import DataError, UsageError, first_line
-from certify_cli.load.source import CHANNELS, Source, Taken, unit_range
-
-MAX_BYTES = 16 * 2**30
-"""An array larger than this is refused unread."""
+from certify_cli.errors import DataError, UsageError, first_line, listed, shown
+from certify_cli.load.source import CHANNELS, MAX_BYTES, Source, Taken, unit_range
 
 DEFLATE_RATIO = 1040
 """Deflate cannot shrink data more than 1032 times: a header that claims more lies."""
+
+LARGE, LARGE_RATIO = 2**30, 100
+"""An array larger than so many bytes must not unpack to more than so many times its size in the file."""
+
+LONGEST_HEADER = 2**16
+"""Bytes; numpy itself reads no longer ones."""
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 """How a zip file begins; the second one is empty."""
@@ -35,14 +39,14 @@ def open_npz(path: Path, layout: str) -> Source:
     if x.ndim < 2 or min(x.shape) < 1:
         raise DataError(f"{path}: x has shape {x.shape}; (N, ...) with at least one sample is expected")
     if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
-        raise DataError(f"{path}: x has type {x.dtype}; integers or floats of up to 64 bits are expected")
+        raise DataError(f"{path}: x has type {shown(str(x.dtype))}; integers or floats of up to 64 bits are expected")
     notes = []
-    if x.ndim == 3:
-        x = x[:, None]
-    elif layout == "nhwc" and x.ndim == 4:
+    if layout == "nhwc" and x.ndim == 4:
         x = x.transpose(0, 3, 1, 2)
+    elif x.ndim == 3:  # grey images: no channels, first or last
+        x = x[:, None]
     elif layout == "nhwc":
-        raise UsageError(f"--data-layout nhwc: {path} holds x of shape {x.shape}, which has no channels to move")
+        raise UsageError(f"--data-layout nhwc: {path} holds x of shape {x.shape}, which is not (N, H, W, C)")
     elif x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
         notes.append(f"{path.name}: x of shape {x.shape} looks like NHWC; if it is, say --data-layout nhwc")
 
@@ -68,6 +72,23 @@ def read_arrays(path: Path, keys: Sequence[Sequence[str]], advice: str) -> dict[
         raise DataError(f"{path}: not a readable .npz file ({first_line(error)})") from error
 
 
+def read_rows(path: Path, keys: Sequence[str], advice: str) -> dict[str, NDArray[Any]]:
+    """What a run kept beside its records: arrays of numbers, a row a sample; `index` and `rival` are integers.
+
+    Raises DataError for anything else.
+    """
+    arrays = read_arrays(path, (keys,), advice)
+    for key, array in arrays.items():
+        kinds, axes = ("iu", (1,)) if key in ("index", "rival") else ("f", range(2, 10))
+        if array.dtype.kind not in kinds or array.dtype.itemsize > 8 or array.ndim not in axes:
+            raise DataError(f"{path}: {key} has type {shown(str(array.dtype))} and shape {array.shape}; {advice}")
+        if len(array) != len(arrays["index"]):
+            raise DataError(f"{path}: {key} has {len(array)} rows, index has {len(arrays['index'])}; {advice}")
+    if "x" in arrays and arrays["x"].shape != arrays["d"].shape:
+        raise DataError(f"{path}: x has shape {arrays['x'].shape}, d has shape {arrays['d'].shape}; {advice}")
+    return arrays
+
+
 def _refuse_other_files(path: Path) -> None:
     """DataError for what is no zip file at all, and for one without its end."""
     with path.open("rb") as file:
@@ -87,7 +108,7 @@ def _declared(path: Path, allowed: Sequence[Sequence[str]], advice: str) -> None
         entries = archive.infolist()
         keys = sorted(entry.filename.removesuffix(".npy") for entry in entries)
         if keys not in allowed:
-            raise DataError(f"{path}: holds the arrays {', '.join(keys) or '(none)'}; {advice}")
+            raise DataError(f"{path}: holds the arrays {listed(keys) or '(none)'}; {advice}")
         for entry in entries:
             key = entry.filename.removesuffix(".npy")
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -96,6 +117,11 @@ def _declared(path: Path, allowed: Sequence[Sequence[str]], advice: str) -> None
                 )
             if entry.file_size > DEFLATE_RATIO * entry.compress_size + 1024:
                 raise DataError(f"{path}: {key} claims to unpack to an impossible {entry.file_size} bytes")
+            if entry.file_size > max(LARGE, LARGE_RATIO * entry.compress_size):
+                raise DataError(
+                    f"{path}: {key} would unpack to {entry.file_size} bytes, more than {LARGE_RATIO} times what it "
+                    "takes in the file; save it with np.savez, uncompressed, if that is what it holds"
+                )
             shape, dtype, header = _header(archive, entry)
             if dtype.hasobject:
                 raise DataError(f"{path}: {key} holds Python objects, which are never unpickled; save numbers")
@@ -108,14 +134,15 @@ def _declared(path: Path, allowed: Sequence[Sequence[str]], advice: str) -> None
 
 def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, type and header length of one array."""
-    with archive.open(entry) as file:
+    with archive.open(entry) as opened:
+        file = io.BytesIO(opened.read(LONGEST_HEADER))
         version = npy.read_magic(file)
         # versions 2 and 3 differ in the encoding of field names only, which a plain array has none of
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         try:
             shape, _, dtype = read(file)
         except Exception as error:  # numpy evaluates a literal here: a garbled one fails in a dozen ways
-            raise ValueError(f"garbled header of {entry.filename}: {first_line(error)}") from error
+            raise ValueError(f"garbled header of {shown(entry.filename)}: {first_line(error)}") from error
         return shape, dtype, file.tell()
 
 
@@ -125,7 +152,7 @@ def _labels(path: Path, y: NDArray[Any] | None, count: int) -> NDArray[np.int64]
     if y.shape != (count,):
         raise DataError(f"{path}: y has shape {y.shape}, but x holds {count} samples; ({count},) is expected")
     if y.dtype.kind not in "iu":
-        raise DataError(f"{path}: y has type {y.dtype}; labels are integers")
+        raise DataError(f"{path}: y has type {shown(str(y.dtype))}; labels are integers")
     if y.min() < 0 or y.max() >= 2**31:
         raise DataError(f"{path}: y holds the label {y.min() if y.min() < 0 else y.max()}; classes count from 0")
     return y.astype(np.int64)

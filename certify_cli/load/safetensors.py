@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify_cli.errors import ModelError, UsageError, first_line
+from certify_cli.errors import ModelError, UsageError, first_line, quoted
 from certify_cli.load.architecture import FORMAT, build
 from certify_cli.load.loaded import LoadedModel
 from certify_cli.network.activations import from_name
 from certify_cli.records import ModelInfo
 
 METADATA_KEY = "curvcert"
-MAX_SPEC_BYTES = 64 * 2**20
+MAX_SPEC_BYTES = 4 * 2**20
+"""A declared architecture of MAX_LAYERS layers is smaller."""
 
 
 def load_safetensors(path: Path, *, activation: str | None = None) -> LoadedModel:
@@ -78,7 +79,9 @@ def linear_stack(tensors: Mapping[str, Tensor], activation: str) -> dict[str, An
     for first, second in itertools.pairwise(order):
         given, taken = tensors[f"{first}.weight"].shape[0], tensors[f"{second}.weight"].shape[1]
         if given != taken:
-            raise ModelError(f"layer {second!r} takes {taken} values, but layer {first!r} before it gives {given}")
+            raise ModelError(
+                f"layer {quoted(second)} takes {taken} values, but layer {quoted(first)} before it gives {given}"
+            )
     layers: list[dict[str, Any]] = []
     for prefix in order:
         if layers:
@@ -92,7 +95,7 @@ def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
     prefixes = [n.removesuffix(".weight") for n, t in tensors.items() if n.endswith(".weight") and t.dim() == 2]
     known = {f"{prefix}.{part}" for prefix in prefixes for part in ("weight", "bias")}
     if odd := sorted(set(tensors) - known):
-        raise ModelError(f"tensor {odd[0]!r} belongs to no Linear layer; declare the architecture in a JSON file")
+        raise ModelError(f"tensor {quoted(odd[0])} belongs to no Linear layer; declare the architecture in a JSON file")
     if not prefixes:
         raise ModelError("holds no tensors")
     return prefixes
@@ -100,9 +103,11 @@ def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _by_number(prefixes: list[str]) -> list[str]:
     """In the order of their numbers, if the names differ in these only; else empty."""
-    if len(prefixes) > 1 and len({re.sub(r"\d+", "#", prefix) for prefix in prefixes}) > 1:
+    if len(prefixes) > 1 and len({re.sub("[0-9]+", "#", prefix) for prefix in prefixes}) > 1:
         return []
-    numbers = {tuple(int(n) for n in re.findall(r"\d+", prefix)): prefix for prefix in prefixes}
+    # by length, then digit by digit: a name may hold more digits than int() takes
+    found = {prefix: [n.lstrip("0") for n in re.findall("[0-9]+", prefix)] for prefix in prefixes}
+    numbers = {tuple((len(n), n) for n in digits): prefix for prefix, digits in found.items()}
     return [numbers[key] for key in sorted(numbers)] if len(numbers) == len(prefixes) else []
 
 
@@ -136,13 +141,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_SPEC_BYTES:
-            raise ModelError(f"{path}: larger than {MAX_SPEC_BYTES} bytes; no architecture is")
+            raise ModelError(f"{path}: the architecture is larger than {MAX_SPEC_BYTES} bytes; no architecture is")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: not a readable text ({first_line(error)})") from error
 
 
 def _parsed(text: str) -> Any:
+    if len(text) > MAX_SPEC_BYTES:
+        raise ModelError(f"the architecture is larger than {MAX_SPEC_BYTES} bytes; no architecture is")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certify_cli.errors import DataError, first_line
-from certify_cli.load.source import Source, Taken, unit_range
+from certify_cli.load.source import MAX_PIXELS, Source, Taken, refuse_many, unit_range
 
 DIGIT_NAMES = tuple("0123456789")
+IMAGES = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""What an image file may hold, whatever its name: Pillow would run other programs for some formats."""
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 
 _DAMAGED = (OSError, ValueError, RuntimeError, AssertionError, EOFError, KeyError, pickle.UnpicklingError)
@@ -152,19 +155,25 @@ def _read(path: Path, files: Sequence[Path], resize: tuple[int, int] | None) -> 
     images: list[Image.Image] = []
     for file in files:
         try:
-            with Image.open(file) as opened:
+            if not file.is_file():  # a pipe would be waited for
+                raise DataError(f"{file}: not a plain file")
+            with Image.open(file, formats=IMAGES) as opened:
+                width, height = opened.size
+                if width * height > MAX_PIXELS:
+                    raise DataError(f"{file}: an image of {height}x{width} pixels; at most {MAX_PIXELS} are read")
+                refuse_many(len(files) * (width * height if resize is None else resize[0] * resize[1]))
                 if opened.mode.startswith(("I", "F")):
                     raise DataError(f"{file}: mode {opened.mode}; only images of 8 bits a channel can be read")
                 image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
             raise DataError(f"{file}: not a readable image ({first_line(error)})") from error
         if resize is not None:
             image = image.resize((resize[1], resize[0]), Image.Resampling.BILINEAR)
         elif images and image.size != images[0].size:
             first = images[0].size
             raise DataError(
-                f"{path}: images differ in size ({files[0].name} is {first[1]}x{first[0]}, "
-                f"{file.name} {image.size[1]}x{image.size[0]}); give one with --resize HEIGHT WIDTH"
+                f"{path}: images differ in size ({files[0].relative_to(path)} is {first[1]}x{first[0]}, "
+                f"{file.relative_to(path)} {image.size[1]}x{image.size[0]}); give one with --resize HEIGHT WIDTH"
             )
         images.append(image)
     grey = all(image.mode == "L" for image in images)

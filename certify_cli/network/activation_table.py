@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from certify_cli.errors import ModelError, UsageError
+from certify_cli.errors import ModelError, UsageError, quoted, shown
 from certify_cli.network.curves import Curve
 from certify_cli.network.graph import Nonlinear, Shape
+from certify_cli.plain import decimal
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,19 +194,19 @@ def from_name(text: str) -> Activation:
 
     Numbers after the colon are the row's parameters in order. UsageError for anything that is not a row.
     """
-    name, _, numbers = text.strip().partition(":")
-    builder = ACTIVATIONS.get(name.strip().lower().replace("-", "_"))
+    name, colon, numbers = text.partition(":")
+    builder = ACTIVATIONS.get(name.lower().replace("-", "_"))
     if builder is None:
-        raise UsageError(f"unknown activation {name.strip()!r}: choose one of {', '.join(sorted(ACTIVATIONS))}")
+        raise UsageError(f"unknown activation {quoted(name)}: choose one of {', '.join(sorted(ACTIVATIONS))}")
     try:
-        arguments = [float(number) for number in numbers.split(",")] if numbers.strip() else []
+        arguments = [decimal(number) for number in numbers.split(",")] if colon else []
     except ValueError as error:
-        raise UsageError(f"activation {text!r}: after the colon comes a number, as in softplus:5") from error
+        raise UsageError(f"activation {quoted(text)}: after the colon comes a number, as in softplus:5") from error
     accepted = list(inspect.signature(builder).parameters.values())
     required = sum(parameter.default is parameter.empty for parameter in accepted)
     if not required <= len(arguments) <= len(accepted):
         listing = ", ".join(parameter.name for parameter in accepted) or "none"
-        raise UsageError(f"activation {text!r} has the wrong number of parameters: {name.strip()} takes {listing}")
+        raise UsageError(f"activation {quoted(text)} has the wrong number of parameters: {shown(name)} takes {listing}")
     try:
         return builder(*arguments)
     except ModelError as error:

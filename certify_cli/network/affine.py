@@ -23,12 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
-from certify_cli.network.graph import Shape
+from certify_cli.network.graph import Shape, refuse_large
 from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, matrix_norm
 from certify_cli.numerics.rounding import gamma, times, up, vector_norm_up
 
 MATERIALISE_FLOPS = 2e10
 """A convolution's matrix is built and its norm proved directly when that costs no more than this."""
+
+
+MAX_TAPS = 2**27
+"""Products of one output channel of a convolution over a whole image."""
 
 
 class AffineOp(ABC):
@@ -207,6 +211,8 @@ class Conv(AffineOp):
             raise ValueError(
                 f"a {self.dimensions}-d convolution of {channels} channels cannot take a value of shape {shape}"
             )
+        padded = [n + 2 * p for n, p in zip(shape[1:], self.padding, strict=True)]
+        refuse_large((channels, *padded), "its padded input")
         sizes = tuple(
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(
@@ -215,6 +221,10 @@ class Conv(AffineOp):
         )
         if min(sizes) < 1:
             raise ValueError(f"the kernel of a convolution is larger than its padded input of shape {shape}")
+        if math.prod(sizes) * self.weight[0].numel() > MAX_TAPS:  # torch lays them out side by side
+            raise ValueError(
+                f"a convolution of kernel {tuple(self.weight.shape)} at {math.prod(sizes)} places is too large"
+            )
         return (self.weight.shape[0], *sizes)
 
     def linear(self, x: Tensor) -> Tensor:
@@ -308,6 +318,9 @@ class ConvTranspose(AffineOp):
                 strict=True,
             )
         )
+        if min(sizes) < 1:
+            raise ValueError(f"a transposed convolution leaves nothing of a value of shape {shape}")
+        refuse_large((self.weight.shape[0], *sizes))
         return (self.weight.shape[1] * self.groups, *sizes)
 
     def linear(self, x: Tensor) -> Tensor:

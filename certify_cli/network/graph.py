@@ -11,6 +11,7 @@ Tensors carry the batch in front; shapes in here never mention it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from certify_cli.errors import shown
+
+MAX_VALUES = 2**24
+"""Entries of a sample's value at one node: what would be larger is refused before memory is asked for."""
 
 Shape = tuple[int, ...]
 
@@ -149,23 +155,35 @@ def _moved(op: Op, device: torch.device | str) -> Op:
     return replace(op, **tensors) if tensors else op  # type: ignore[type-var]
 
 
+def refuse_large(shape: Sequence[int], what: str = "its value") -> None:
+    """ValueError where a value of `shape` has more than MAX_VALUES entries."""
+    if math.prod(shape) > MAX_VALUES:
+        raise ValueError(f"{what} of shape {tuple(shape)} is too large; the limit is {MAX_VALUES} entries")
+
+
 class Builder:
-    """Grows a network node by node; shapes are derived, names made unique."""
+    """Grows a network node by node; shapes are derived, names made tame and unique.
+
+    Names come out of files: this is where they enter the network, and from here on they can be printed.
+    """
 
     def __init__(self, input_shape: Shape, name: str = "input") -> None:
-        self._nodes: list[Node] = [Node(name, Input(), (), tuple(input_shape))]
+        self._nodes: list[Node] = [Node(shown(name), Input(), (), tuple(input_shape))]
+        self._names = {self._nodes[0].name}
+        self._copies: dict[str, int] = {}
 
     def shape(self, index: int) -> Shape:
         return self._nodes[index].shape
 
     def add(self, name: str, op: Op, *inputs: int) -> int:
-        """Append a node and return its index. ValueError if the shapes do not fit."""
+        """Append a node and return its index. ValueError if the shapes do not fit, or the value would be too large."""
         shape = op.output_shape(*(self._nodes[i].shape for i in inputs))
-        taken = {node.name for node in self._nodes}
-        unique, count = name, 1
-        while unique in taken:
-            count += 1
-            unique = f"{name}.{count}"
+        refuse_large(shape)
+        name = unique = shown(name)
+        while unique in self._names:
+            self._copies[name] = self._copies.get(name, 1) + 1
+            unique = f"{name}.{self._copies[name]}"
+        self._names.add(unique)
         self._nodes.append(Node(unique, op, inputs, shape))
         return len(self._nodes) - 1
 

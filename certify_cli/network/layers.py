@@ -5,8 +5,9 @@ Activations come from their own table; the layers of the ONNX converter are ente
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scale, Shift
-from certify_cli.network.graph import Add, Concat
+from certify_cli.network.graph import MAX_VALUES, Add, Concat, refuse_large
 from certify_cli.network.place import Data, Place, lowers
 from certify_cli.network.pooling import MaxPool
 
-SPATIAL_MATRIX_ENTRIES = 10**8
+SPATIAL_MATRIX_ENTRIES = MAX_VALUES
 """The largest matrix (entries) that an irregular pooling may be written out as."""
 
 
@@ -37,6 +38,7 @@ def _conv(place: Place, layer: nn.Conv2d, x: Any) -> Data:
     padding = tuple(pads[::-2])
     if layer.padding_mode != "zeros" or pads[0::2] != pads[1::2]:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        refuse_large(padded_shape(place.shape(value), pads), "its padded input")
         value = place.move(lambda t: F.pad(t, pads, mode=mode), value)
         padding = (0,) * len(padding)
     weight, offset = layer.weight.detach(), _detached(layer.bias)
@@ -93,6 +95,7 @@ def _adaptive_average_pool(place: Place, layer: nn.AdaptiveAvgPool2d, x: Any) ->
     size = layer.output_size
     wanted = _tuple(size, len(space)) if isinstance(size, int) else tuple(size or ())
     target = tuple(n if t is None else int(t) for t, n in zip(wanted, space, strict=True))
+    refuse_large((place.shape(value)[0], *target))
     if all(n % t == 0 for n, t in zip(space, target, strict=True)):
         kernel = tuple(n // t for n, t in zip(space, target, strict=True))
         return depthwise_mean(place, value, kernel, kernel, (0,) * len(space), torch.Size(kernel).numel())
@@ -110,6 +113,7 @@ def depthwise_mean(
 ) -> Data:
     """Average pooling with one divisor throughout: a depthwise convolution whose weights are all 1/divisor."""
     channels = place.shape(x)[0]
+    refuse_large((channels, *kernel), "its window")
     weight = torch.full((channels, 1, *kernel), 1.0 / divisor, dtype=torch.float64)
     dilation = dilation or (1,) * len(kernel)
     return place.add(Conv(weight, None, stride, padding, dilation, channels, weight_error=1, title="average_pool"), x)
@@ -121,18 +125,26 @@ def spatial_matrix(place: Place, pool: Callable[[Tensor], Tensor], x: Data) -> D
     Each entry is 1/divisor or a sum of zeros and one such number, hence off by one rounding.
     """
     shape = place.shape(x)
-    pixels = torch.Size(shape[1:]).numel()
+    pixels = math.prod(shape[1:])
     outputs = pool(torch.zeros(1, 1, *shape[1:], dtype=torch.float64)).shape[2:]
     if pixels * outputs.numel() > SPATIAL_MATRIX_ENTRIES:
         place.refuse(
             f"pooling {shape[1:]} to {tuple(outputs)} with unequal windows needs too large a matrix; "
             "use windows that divide the image"
         )
-    basis = torch.eye(pixels, dtype=torch.float64).reshape(pixels, 1, *shape[1:])
-    matrix = pool(basis).reshape(pixels, -1).T.contiguous()
+    step = max(1, MAX_VALUES // pixels)  # the basis has pixels x pixels entries, the matrix may have far fewer
+    columns = [pool(_basis(start, min(start + step, pixels), shape[1:])).flatten(1) for start in range(0, pixels, step)]
+    matrix = torch.cat(columns).T.contiguous()
     x = place.add(Reshape((shape[0], pixels)), x)
     x = place.add(Dense(matrix, None, weight_error=1, title="average_pool"), x)
     return place.add(Reshape((shape[0], *outputs)), x)
+
+
+def _basis(start: int, stop: int, space: tuple[int, ...]) -> Tensor:
+    """Images (stop - start, 1, *space) of one pixel each, the pixels from `start` on."""
+    basis = torch.zeros(stop - start, math.prod(space), dtype=torch.float64)
+    basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+    return basis.reshape(-1, 1, *space)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -163,9 +175,18 @@ def _constant_pad(place: Place, layer: nn.ConstantPad2d, x: Any) -> Data:
     return pad_with(place, place.data(x), tuple(layer.padding), float(layer.value))
 
 
+def padded_shape(shape: Sequence[int], pads: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a value behind F.pad: two numbers an axis, the last axis first."""
+    widths = [0] * (len(shape) - len(pads) // 2) + [
+        low + high for low, high in zip(pads[::2], pads[1::2], strict=True)
+    ][::-1]
+    return tuple(n + w for n, w in zip(shape, widths, strict=True))
+
+
 def pad_with(place: Place, x: Data, pads: tuple[int, ...], value: float) -> Data:
     """Constant padding, torch's order of `pads`: zeros moved in, and the constant added where they stand."""
     shape = place.shape(x)
+    refuse_large(padded_shape(shape, pads))
     padded = place.move(lambda t: F.pad(t, pads), x)
     if value == 0:
         return padded

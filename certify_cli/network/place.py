@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from certify_cli.errors import ModelError, first_line
+from certify_cli.errors import ModelError, first_line, quoted, shown
 from certify_cli.network.affine import Reshape, Select
 from certify_cli.network.graph import Builder, Op, Shape
 
@@ -30,7 +30,7 @@ class Place:
     """Where the lowering stands: adds nodes under the name of the layer at hand and refuses in its name."""
 
     def __init__(self, builder: Builder, name: str, kind: str) -> None:
-        self.builder, self.name, self.kind = builder, name, kind
+        self.builder, self.name, self.kind = builder, shown(name), shown(kind)
 
     def shape(self, value: Data) -> Shape:
         return self.builder.shape(value.index)
@@ -39,7 +39,7 @@ class Place:
         return Data(self.builder.add(self.name, op, *(value.index for value in values)))
 
     def refuse(self, why: str) -> NoReturn:
-        raise ModelError(f"layer {self.name!r} ({self.kind}): {why}")
+        raise ModelError(f"layer {quoted(self.name)} ({self.kind}): {why}")
 
     def data(self, value: Any) -> Data:
         """`value`, which must be data."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certify_cli.network.graph import Nonlinear, Shape
+from certify_cli.network.graph import MAX_VALUES, Nonlinear, Shape, refuse_large
 from certify_cli.numerics.rounding import up
 
 
@@ -63,11 +63,18 @@ class MaxPool(GroupMap):
         (shape,) = shapes
         if len(shape) != len(self.kernel) + 1:
             raise ValueError(f"a {len(self.kernel)}-d max pooling cannot take a value of shape {shape}")
+        ends = self.padding if self.end is None else self.end
+        padded = [n + p + e for n, p, e in zip(shape[1:], self.padding, ends, strict=True)]
+        refuse_large((shape[0], *padded), "its padded input")
+        refuse_large(self.kernel, "a window")
+        outputs = [self._outputs(axis, size) for axis, size in enumerate(shape[1:])]
+        if math.prod(outputs) * math.prod(self.kernel) > MAX_VALUES:
+            raise ValueError(f"{math.prod(outputs)} windows of shape {self.kernel} are too many to be listed")
         for axis, size in enumerate(shape[1:]):
             taps = self._taps(axis, size)
             if not bool(((taps >= 0) & (taps < size)).any(1).all()):
                 raise ValueError("a window of a max pooling lies in the padding alone")
-        return (shape[0], *(self._outputs(axis, size) for axis, size in enumerate(shape[1:])))
+        return (shape[0], *outputs)
 
     def apply(self, *values: Tensor) -> Tensor:
         pool = _POOLS[len(self.kernel) - 1]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from certify_cli.errors import LONGEST_SENTENCE, cut, shown
 from certify_cli.output.document import Record, View, collect
 from certify_cli.output.numbers import DOWN, NEAREST, UP, number, seconds, share
 from certify_cli.records import ERROR, NOT_CERTIFIED, Result, Run, Sample
@@ -30,9 +32,16 @@ class Column:
     wraps: bool = False
 
 
+COMMANDS = re.compile(r"(?:^|(?<=\s))::|##(?=\[|vso\[)")
+"""What a CI server takes for a command to itself, wherever a line of a log has it: ::error, ##[error], ##vso[...]."""
+
+
 def printable(text: str) -> str:
-    """`text` on one line, without control characters: names come out of files and must not steer a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    """`text` on one line of bounded length, without control characters and commands to CI servers: names come out of
+    files and must not steer a terminal, nor whatever else reads along."""
+    text = cut(text, LONGEST_SENTENCE)
+    line = text if text.isprintable() else "".join(letter if letter.isprintable() else " " for letter in text)
+    return COMMANDS.sub(lambda found: f"{found[0][0]}\\{found[0][1:]}", line)
 
 
 def grid(
@@ -58,13 +67,25 @@ def grid(
     return _drawn(table, max(_total(widths), 1) + len(GAP), view)
 
 
-SPECIAL = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_|<>[]#~"})
-"""What Markdown would take for markup."""
+SPECIAL = str.maketrans(
+    {letter: f"\\{letter}" for letter in "\\`*_|<>[]#~"} | {"&": "&amp;", "$": "&#36;", "@": "@<!-- -->"}
+)
+"""What Markdown would take for markup, and GitHub for mathematics or the mention of a person."""
+LINKS = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
+BLOCKS = re.compile(r"\s+|[-+=]|[0-9]+(?=[.)])")
+"""What Markdown would take for a list, a heading's underline or code at the beginning of a paragraph."""
 
 
 def escaped(text: str) -> str:
     """`text` on one line, as Markdown that shows it as it is."""
-    return printable(text).translate(SPECIAL)
+    return LINKS.sub(lambda found: f"&#{ord(found[0])};", printable(text).translate(SPECIAL))
+
+
+def paragraph(text: str) -> str:
+    """`text` as a paragraph of its own in Markdown, whatever it begins with."""
+    begin = BLOCKS.match(text)
+    start = begin[0] if begin else ""
+    return "".join(f"&#{ord(letter)};" for letter in start) + escaped(text[len(start) :])
 
 
 def markdown_grid(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
@@ -153,7 +174,7 @@ def _total(widths: Sequence[int]) -> int:
 
 def pairs(rows: Iterable[tuple[str, str]]) -> str:
     """Names and values in two aligned columns."""
-    listed = [(name, printable(value)) for name, value in rows]
+    listed = [(printable(name), printable(value)) for name, value in rows]
     width = max((len(name) for name, _ in listed), default=0)
     return "".join(f"{name:<{width}}  {value}".rstrip() + "\n" for name, value in listed)
 
@@ -219,7 +240,7 @@ def class_name(label: int | None, run: Run) -> str:
     """The class's name where the run has names, else its number."""
     if label is None:
         return "-"
-    return run.classes[label] if run.classes and 0 <= label < len(run.classes) else str(label)
+    return shown(run.classes[label]) if run.classes and 0 <= label < len(run.classes) else str(label)
 
 
 def summary_block(whole: Result) -> str:

@@ -8,8 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
+from certify_cli.output.console import printable
 from certify_cli.output.document import Record, View, collect
 from certify_cli.records import Sample
+
+FORMULA = ("=", "+", "-", "@")
+"""How a cell begins that a spreadsheet would compute."""
 
 COLUMNS = [item.name for item in fields(Sample)]
 
@@ -26,5 +30,8 @@ def rows(records: Iterable[Record], view: View) -> Iterator[str]:
 
 
 def _cell(value: Any) -> Any:
-    """csv writes None as an empty cell and floats by repr; only booleans differ from JSON."""
+    """csv writes None as an empty cell and floats by repr; booleans differ from JSON, and a text must be no formula."""
+    if isinstance(value, str):
+        text = printable(value)
+        return f"'{text}" if text.lstrip().startswith(FORMULA) else text
     return str(value).lower() if isinstance(value, bool) else value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from certify_cli.errors import RecordsError, UsageError
 from certify_cli.output import plots
-from certify_cli.output.console import class_name, summary_rows
+from certify_cli.output.console import class_name, printable, summary_rows
 from certify_cli.output.numbers import DOWN, UP, number, seconds
 from certify_cli.records import Result, Sample
 from certify_cli.version import __version__
@@ -81,7 +81,12 @@ def _environment() -> Any:
     except ImportError:
         raise UsageError("report needs jinja2, which is not installed: pip install 'curvcert[report]'") from None
     loader = jinja2.PackageLoader("certify_cli", "output")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return jinja2.Environment(loader=loader, autoescape=True, finalize=_line, trim_blocks=True, lstrip_blocks=True)
+
+
+def _line(value: Any) -> Any:
+    """A text as it can be shown; drawings, which are markup of our own, as they are."""
+    return printable(value) if type(value) is str else value
 
 
 def _about(result: Result) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ def of_cases(cases: Cases, view: View) -> str:
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=rule,
+            name=printable(rule),
             tests=str(len(mine)),
             failures=str(counts["failure"]),
             errors=str(counts["error"]),
@@ -36,7 +36,9 @@ def of_cases(cases: Cases, view: View) -> str:
         for name, value in (("model", cases.model), ("on", cases.title), ("asked", cases.rules[rule])):
             ElementTree.SubElement(properties, "property", name=name, value=printable(value))
         for case in mine:
-            element = ElementTree.SubElement(suite, "testcase", name=case.name, classname=printable(cases.model))
+            element = ElementTree.SubElement(
+                suite, "testcase", name=printable(case.name), classname=printable(cases.model)
+            )
             if case.outcome in ELEMENTS:
                 ElementTree.SubElement(element, ELEMENTS[case.outcome], message=printable(case.message))
     ElementTree.indent(root)

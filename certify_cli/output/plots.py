@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from certify_cli.audit.figures import counts, radius
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, shown
+from certify_cli.output.console import class_name
 from certify_cli.records import Result
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ WIDE, HIGH = 6.4, 3.7
 DOTS = 160
 """An inch, of pixels."""
 BINS = 30
+LONGEST_LABEL = 40
+"""Characters of a name in a drawing."""
 POINTS = 400
 """Radii at which a curve is drawn."""
 
@@ -68,11 +71,14 @@ class Plot:
 
 def names(results: Sequence[Result]) -> list[str]:
     """Short and different: the model's file, and what else sets runs apart."""
-    files = [re.split(r"[\\/]", result.run.model.path)[-1] for result in results]
+    files = [shown(re.split(r"[\\/]", result.run.model.path)[-1], LONGEST_LABEL) for result in results]
     for extra in ("method", "effort", "started"):
         if len(set(files)) == len(files):
             break
-        files = [f"{file}, {getattr(result.run, extra)}" for file, result in zip(files, results, strict=True)]
+        files = [
+            f"{file}, {shown(getattr(result.run, extra), LONGEST_LABEL)}"
+            for file, result in zip(files, results, strict=True)
+        ]
     if len(set(files)) < len(files):
         files = [f"{k + 1}: {file}" for k, file in enumerate(files)]
     return [f" {file}" if file.startswith("_") else file for file in files]  # matplotlib hides labels that begin so
@@ -149,13 +155,12 @@ def classes(axes: Axes, results: Sequence[Result]) -> None:
     import numpy as np
 
     labels = sorted({s.label for result in results for s in result.samples if s.label is not None})
-    named = results[0].run.classes
     width = 0.8 / len(results)
     for k, (name, result) in enumerate(zip(names(results), results, strict=True)):
         means = [float(np.mean([radius(s) for s in result.samples if s.label == c] or [0.0])) for c in labels]
         places = np.arange(len(labels)) + (k - (len(results) - 1) / 2) * width
         axes.bar(places, means, width, color=f"run{k}", label=name)
-    ticks = [named[c] if named and c < len(named) else str(c) for c in labels]
+    ticks = [shown(class_name(c, results[0].run), LONGEST_LABEL) for c in labels]
     long = len(labels) > 12 or max(map(len, ticks)) > 8
     axes.set_xticks(range(len(labels)), ticks, rotation=60 if long else 0, ha="right" if long else "center")
     axes.set(xlabel="class", ylabel="mean certified radius")
@@ -226,10 +231,15 @@ def inline(plot: Plot, results: Sequence[Result]) -> str:
     """An SVG element for a page that defines the colours as CSS variables; no id of it is another plot's."""
     text = drawn(plot, results, "svg").decode()
     text = text[text.index("<svg") :]
-    for name, colour in LIGHT.items():
-        text = text.replace(colour, f"var(--{name})")
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{plot.name}-", text)
+    text = re.sub("<[^>]*>", lambda tag: _in_page(tag[0], plot.name), text)  # names between the tags stay as they are
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
+
+
+def _in_page(tag: str, name: str) -> str:
+    """A tag of a drawing with CSS variables for colours and `name` in front of its ids."""
+    for role, colour in LIGHT.items():
+        tag = tag.replace(colour, f"var(--{role})")
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", tag)
 
 
 def drawn(plot: Plot, results: Sequence[Result], form: str) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from certify_cli.output.cases import BROKEN, FAIL, OPEN, PASS, Case, Cases, of_result
+from certify_cli.output.console import printable
 from certify_cli.output.document import Record, View, collect
 from certify_cli.output.json import pretty
 from certify_cli.version import __version__
@@ -28,7 +29,7 @@ def of_cases(cases: Cases, view: View) -> str:
     """One run, a rule a rule, a result a case that does not pass."""
     names = list(cases.rules)
     rules = [
-        {"id": identifier(name), "name": _pascal(name), "shortDescription": {"text": cases.rules[name]}}
+        {"id": identifier(name), "name": _pascal(name), "shortDescription": {"text": printable(cases.rules[name])}}
         for name in names
     ]
     results = [_result(case, names.index(case.rule), cases) for case in cases.cases if case.outcome != PASS]
@@ -40,15 +41,15 @@ def of_cases(cases: Cases, view: View) -> str:
 def _result(case: Case, rule: int, cases: Cases) -> dict[str, Any]:
     kind, level = KINDS[case.outcome]
     path = PurePath(cases.model)
-    uri = path.as_uri() if path.is_absolute() else quote(path.as_posix())
+    uri = ("file://" if path.is_absolute() else "") + quote(path.as_posix().encode("utf-8", "surrogatepass"))
     return {
         "ruleId": identifier(case.rule),
         "ruleIndex": rule,
         "kind": kind,
         "level": level,
-        "message": {"text": case.message},
+        "message": {"text": printable(case.message)},
         "locations": [{"physicalLocation": {"artifactLocation": {"uri": uri}, "region": {"startLine": 1}}}],
-        "partialFingerprints": {"curvcert/case": f"{identifier(case.rule)}/{case.name}"},
+        "partialFingerprints": {"curvcert/case": f"{identifier(case.rule)}/{printable(case.name)}"},
     }
 
 

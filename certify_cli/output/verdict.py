@@ -7,7 +7,7 @@ from collections.abc import Callable
 from certify_cli.audit.judge import Finding, Verdict
 from certify_cli.output import github, junit, sarif
 from certify_cli.output.cases import MOST_SAMPLES, asked, found, of_verdict
-from certify_cli.output.console import Column, class_name, escaped, grid, markdown_grid
+from certify_cli.output.console import Column, class_name, grid, markdown_grid, paragraph, printable
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.output.numbers import DOWN, UP, number
@@ -31,14 +31,14 @@ Renderer = Callable[[Verdict, Run, View], str]
 def as_table(verdict: Verdict, run: Run, view: View) -> str:
     rows = [_requirement(finding) for finding in verdict.findings]
     styles = [{True: "green", False: "red", None: None}[finding.met] for finding in verdict.findings]
-    text = f"{sentence(verdict, run)}\n\n{grid(REQUIREMENTS, rows, view, styles)}"
+    text = f"{printable(sentence(verdict, run))}\n\n{grid(REQUIREMENTS, rows, view, styles)}"
     deciding = _deciding(verdict, run, view)
     return text + (f"\n{grid(DECIDING, deciding, view)}" if deciding else "")
 
 
 def as_markdown(verdict: Verdict, run: Run, view: View) -> str:
     heading = "met" if verdict.met else "not met"
-    text = f"## curvcert: policy {heading}\n\n{escaped(sentence(verdict, run))}\n\n"
+    text = f"## curvcert: policy {heading}\n\n{paragraph(sentence(verdict, run))}\n\n"
     text += markdown_grid(REQUIREMENTS, [_requirement(finding) for finding in verdict.findings])
     deciding = _deciding(verdict, run, view)
     return text + (f"\n{markdown_grid(DECIDING, deciding)}" if deciding else "")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from certify_cli.output.console import FIRST_ROWS, Column, escaped, grid, markdown_grid
+from certify_cli.output.console import FIRST_ROWS, Column, grid, markdown_grid, paragraph, printable
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA, Run
@@ -59,7 +59,7 @@ WRONG = (Column("sample", right=True), Column("contradiction", wraps=True))
 
 
 def as_table(found: Verified, view: View) -> str:
-    text = f"{found.sentence}\n\n{grid(OUTCOMES, _counts(found), view)}"
+    text = f"{printable(found.sentence)}\n\n{grid(OUTCOMES, _counts(found), view)}"
     shown = _shown(found, view)
     if shown:
         text += f"\n{grid(WRONG, shown, view, ['red'] * len(shown))}"
@@ -68,7 +68,7 @@ def as_table(found: Verified, view: View) -> str:
 
 def as_markdown(found: Verified, view: View) -> str:
     text = f"## curvcert: records {'verified' if not found.contradictions else 'contradicted'}\n\n"
-    text += f"{escaped(found.sentence)}\n\n{markdown_grid(OUTCOMES, _counts(found))}"
+    text += f"{paragraph(found.sentence)}\n\n{markdown_grid(OUTCOMES, _counts(found))}"
     shown = _shown(found, view)
     if shown:
         text += f"\n{markdown_grid(WRONG, shown)}"

@@ -20,7 +20,7 @@ from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import TANGENT_METHODS, certify_batch, method_name, select
 from certify_cli.certificates.point import Point
 from certify_cli.certificates.search import searched
-from certify_cli.errors import DataError, UsageError, first_line
+from certify_cli.errors import DataError, UsageError, first_line, quoted
 from certify_cli.load.data import Dataset
 from certify_cli.load.fit import fit
 from certify_cli.load.loaded import LoadedModel
@@ -294,23 +294,23 @@ def _numbers(values: float | Sequence[float]) -> tuple[float, ...]:
     try:
         return tuple(float(value) for value in ([values] if isinstance(values, int | float) else values))
     except (TypeError, ValueError):
-        raise UsageError(f"mean and std must be numbers, one or one a channel, not {values!r}") from None
+        raise UsageError(f"mean and std must be numbers, one or one a channel, not {quoted(values)}") from None
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name, re.ASCII) is None:  # others lack float64, or values altogether
-        raise UsageError(f"--device {name!r} is not one of auto, cpu, cuda, cuda:N")
+        raise UsageError(f"--device {quoted(name)} is not one of auto, cpu, cuda, cuda:N")
     advice = "use --device cpu or --device auto"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         why = "no GPU was found" if torch.backends.cuda.is_built() else "this PyTorch is built without CUDA"
-        raise UsageError(f"--device {name!r} cannot be used here: {why}; {advice}")
+        raise UsageError(f"--device {quoted(name)} cannot be used here: {why}; {advice}")
     try:
         torch.zeros(1, device=device, dtype=torch.float64)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UsageError(f"--device {name!r} cannot be used here: {first_line(error)}; {advice}") from None
+        raise UsageError(f"--device {quoted(name)} cannot be used here: {first_line(error)}; {advice}") from None
     return device
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, quoted, shown
 from certify_cli.records import SCHEMA, Run, Sample
 from certify_cli.run.settings import Settings
 
@@ -49,8 +49,8 @@ class Begun:
         if apart:
             name = apart[0]
             raise UsageError(
-                f"--resume: {self.path} holds another run: its {name} is {before.get(name)!r}, not "
-                f"{after.get(name)!r}; repeat the command that began it, or write to another file"
+                f"--resume: {self.path} holds another run: its {shown(name)} is {quoted(before.get(name))}, not "
+                f"{quoted(after.get(name))}; repeat the command that began it, or write to another file"
             )
         if self.finished and len(self.samples) != now.data.samples:
             raise UsageError(
@@ -100,8 +100,8 @@ def begun(path: str) -> Begun | None:
             if run is not None and kind == "summary" and not finished:
                 finished = True
                 continue
-        except (KeyError, TypeError, ValueError, AttributeError):
-            pass
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError):
+            pass  # told below
         raise _foreign(path, number)
     if run is None:
         if content[:offset] or not BEGINNING.startswith(content[: len(BEGINNING)]):
@@ -120,7 +120,7 @@ def _foreign(path: str, line: int = 1) -> UsageError:
 def _record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, quoted
 from certify_cli.records import parse_eps
 
 EFFORTS = ("fast", "normal", "max")
@@ -55,4 +55,4 @@ class Settings:
 
 def _among(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"{option} {value!r} is not one of {', '.join(choices)}")
+        raise UsageError(f"{option} {quoted(value)} is not one of {', '.join(choices)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from certify_cli.errors import quoted
 from certify_cli.load.data import Dataset
 from certify_cli.network.graph import Network
 from certify_cli.records import CERTIFIED, NOT_CERTIFIED, Result, Run, Sample, seal, summarise
@@ -133,7 +134,7 @@ def _of_verdicts(sample: Sample, run_method: str, attack: str) -> Iterator[str]:
     if sample.status == NOT_CERTIFIED and not sample.reason:
         yield "a sample that is not certified has no reason"
     if radius is not None and sample.method not in METHODS:
-        yield f"the method {sample.method!r} is none of curvcert's"
+        yield f"the method {quoted(sample.method)} is none of curvcert's"
     elif radius is not None and run_method not in ("auto", sample.method):
         yield f"the method is {sample.method}, the run was by {run_method}"
     if (sample.attack_radius is None) != (sample.attack_kind is None):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certify_cli.audit.verify.functions import FUNCTIONS, Function
+from certify_cli.errors import quoted
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scale, Select, Shift
 from certify_cli.network.graph import Add, Concat, Network
@@ -136,10 +137,10 @@ def read(network: Network) -> list[Layer]:
         elif type(op) in LINEAR:
             for source in inputs[0].parts:
                 if inputs[0].parts[source][0].shape[0] * node.size > LARGEST:
-                    raise UnreadableError(f"layer {node.name!r} needs too large a matrix")
+                    raise UnreadableError(f"layer {quoted(node.name)} needs too large a matrix")
             forms.append(_mapped(op, inputs[0]))
         else:
-            raise UnreadableError(f"layer {node.name!r} ({op.title}) is none that is written as a matrix")
+            raise UnreadableError(f"layer {quoted(node.name)} ({op.title}) is none that is written as a matrix")
     return [*layers, _layer(None, forms[-1])]
 
 
