@@ -89,7 +89,8 @@ class MaxPool(GroupMap):
             part[axis] for part in (self.kernel, self.stride, self.padding, self.dilation)
         )
         try:
-            out = F.max_pool1d(torch.zeros(1, 1, size), kernel, stride, padding, dilation, self.ceil_mode)
+            row = torch.zeros(1, 1, size, device="meta")  # shapes only: a window may be long
+            out = F.max_pool1d(row, kernel, stride, padding, dilation, self.ceil_mode)
         except RuntimeError as error:
             raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels: {error}") from error
         return out.shape[-1]

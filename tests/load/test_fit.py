@@ -142,7 +142,7 @@ def test_what_is_said_of_shapes_is_true(data: Shape, model: Shape, layout: str |
         orders = [x.flatten(1) @ weight.T, last.flatten(1) @ weight.T]
         assert any(torch.allclose(fitted(x), order) for order in orders)
         return
-    shapes = [tuple(map(int, found.split(",")[: found.count(",") + 1])) for found in _shapes(said)]
+    shapes = [tuple(map(int, found.strip(", ").split(","))) for found in re.findall(r"\(((?:[0-9]+,? ?)+)\)", said)]
     assert model in shapes or f"data of shape {data}" in said
     sides = [data, model, (*data[1:], data[0])]
     assert all(shape in sides for shape in shapes), said
@@ -161,10 +161,6 @@ def test_what_is_said_of_shapes_is_true(data: Shape, model: Shape, layout: str |
     assert all(facts[clause] for clause in claimed), said
     if layout is not None and f"--layout {layout}" in said:
         assert math.prod(data) == math.prod(model)
-
-
-def _shapes(text: str) -> list[str]:
-    return [found.rstrip(",") for found in re.findall(r"\(((?:[0-9]+,? ?)+)\)", text)]
 
 
 @pytest.mark.parametrize(
