@@ -215,7 +215,8 @@ def _is(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_is(item, of[0]) for item in value)
     if hint is Any:
-        return True
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return all(_is(item, Any) for item in held) and (not isinstance(value, float) or math.isfinite(value))
     if isinstance(value, bool):
         return hint is bool
     if hint is float:

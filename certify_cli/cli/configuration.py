@@ -22,6 +22,8 @@ from certify_cli.errors import UsageError, first_line, quoted, shown
 OWN_FILE, PROJECT_FILE = "curvcert.toml", "pyproject.toml"
 POLICY = "policy"
 PREFIX = "CURVCERT_"
+LARGEST = 2**20
+"""Bytes of a file of settings."""
 OTHER_VARIABLES = ("CURVCERT_DATA", "CURVCERT_DATA_SOURCE", "CURVCERT_DEBUG")
 """Variables that are no option's by name."""
 PRESENTATION = (
@@ -69,7 +71,10 @@ def find(path: str | None) -> Configuration | None:
 def _table(path: Path) -> Mapping[str, Any] | None:
     try:
         with path.open("rb") as file:
-            whole = tomllib.load(file)
+            text = file.read(LARGEST + 1).decode("utf-8")
+        if len(text) > LARGEST:
+            raise UsageError(f"{path}: is larger than {LARGEST} bytes; no settings are")
+        whole = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (

@@ -22,7 +22,13 @@ class Tensors:
         for name, tensor in tensors.items():
             if tensor.is_complex():
                 raise ModelError(f"tensor {quoted(name)} is complex; a classifier's weights are real")
-            value = tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+            try:
+                value = tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+            except NotImplementedError:  # floats of four bits, two in a byte
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"tensor {quoted(name)} holds {kind} numbers, which cannot be read; store float32"
+                ) from None
             if not bool(torch.isfinite(value).all()):
                 raise ModelError(f"tensor {quoted(name)} holds a NaN or an infinite value")
             self._tensors[name] = value

@@ -19,8 +19,9 @@ from certify_cli.network.graph import MAX_VALUES, Add, Concat, refuse_large
 from certify_cli.network.place import Data, Place, lowers
 from certify_cli.network.pooling import MaxPool
 
-SPATIAL_MATRIX_ENTRIES = MAX_VALUES
-"""The largest matrix (entries) that an irregular pooling may be written out as."""
+SPATIAL_MATRIX_ENTRIES, SPATIAL_MATRIX_PIXELS = MAX_VALUES, 2**16
+"""The largest matrix (entries) that an irregular pooling may be written out as, and of how many pixels: their square is
+the work."""
 
 
 # --- affine layers ----------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def spatial_matrix(place: Place, pool: Callable[[Tensor], Tensor], x: Data) -> D
     shape = place.shape(x)
     pixels = math.prod(shape[1:])
     outputs = pool(torch.zeros(1, 1, *shape[1:], dtype=torch.float64)).shape[2:]
-    if pixels * outputs.numel() > SPATIAL_MATRIX_ENTRIES:
+    if pixels * outputs.numel() > SPATIAL_MATRIX_ENTRIES or pixels > SPATIAL_MATRIX_PIXELS:
         place.refuse(
             f"pooling {shape[1:]} to {tuple(outputs)} with unequal windows needs too large a matrix; "
             "use windows that divide the image"

@@ -104,8 +104,8 @@ class MaxPool(GroupMap):
                 raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels")
             return room // stride + 1
         try:
-            pixels = torch.zeros(1, 1, size, dtype=torch.float64)
-            out = F.max_pool1d(pixels, kernel, stride, padding, dilation, self.ceil_mode)
+            row = torch.zeros(1, 1, size, dtype=torch.float64, device="meta")  # shapes only: a window may be long
+            out = F.max_pool1d(row, kernel, stride, padding, dilation, self.ceil_mode)
         except RuntimeError as error:
             raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels: {error}") from error
         return out.shape[-1]

@@ -30,7 +30,7 @@ def read_document(path: str) -> Result:
     try:
         samples = tuple(Sample.from_dict(row) for row in parts["samples"])
         found = Result(Run.from_dict(parts["run"]), samples, Summary.from_dict(parts["summary"]))
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UsageError) as error:
         raise RecordsError(f"{path}: a record is not as curvcert writes it: {first_line(error)}") from error
     if found.summary.samples != len(samples):
         raise RecordsError(f"{path}: the summary counts {found.summary.samples} samples, but there are {len(samples)}")

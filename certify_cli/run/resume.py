@@ -100,7 +100,7 @@ def begun(path: str) -> Begun | None:
             if run is not None and kind == "summary" and not finished:
                 finished = True
                 continue
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UsageError):
             pass  # told below
         raise _foreign(path, number)
     if run is None:

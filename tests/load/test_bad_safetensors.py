@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 import struct
 from collections.abc import Callable
@@ -81,6 +82,36 @@ def test_damaged_containers(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.safetensors"
     path.write_bytes(CONTAINERS[name])
     refused(path, "not a readable safetensors file")
+
+
+BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [[2, 4], [], [0, 4], [2, 2, 2]])
+@pytest.mark.parametrize("dtype", BITS)
+def test_every_type_of_numbers_loads_or_is_refused(dtype: str, shape: list[int], tmp_path: Path) -> None:
+    size = -(-math.prod(shape) * BITS[dtype] // 8)
+    spec = {"format": FORMAT, "input": [4], "layers": [{"type": "Linear", "name": "fc"}]}
+    tensor = {"fc.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+    for metadata, activation in (({"curvcert": json.dumps(spec)}, None), ({}, "tanh")):
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(header({"__metadata__": metadata, **tensor}, bytes(size)))
+        try:
+            loaded = load_model(path, activation=activation)
+        except ModelError as error:
+            refusal = str(error)
+        else:
+            assert shape == [2, 4]
+            assert dtype.startswith(("F", "BF"))
+            assert loaded.network.classes == 2
+            continue
+        assert path.name in refusal
+        assert "\n" not in refusal
+        assert dtype not in ("F16", "BF16", "F32", "F64") or shape != [2, 4]
 
 
 # the architecture

@@ -323,6 +323,38 @@ def test_folder_of_mixed_sizes_needs_resize(tmp_path: Path) -> None:
     assert any("resized to 4x7" in note for note in data.notes)
 
 
+def test_images_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    picture(tmp_path / "cat" / "1.png")
+    picture(tmp_path / "dog" / "1.png", size=(9, 9))
+    with pytest.raises(DataError, match=r"cat.1\.png is 5x6, dog.1\.png 9x9"):
+        load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["folder", "d.npz", "missing", "digits"])
+@pytest.mark.parametrize("option", [{"resize": (4, 4)}, {"data_layout": "nhwc"}, {"split": "train"}])
+def test_options_of_another_kind_of_data(
+    name: str, option: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said about the source is so, also where a folder bears the name of a data set."""
+    monkeypatch.chdir(tmp_path)
+    picture(Path("folder/a.png"))
+    Path("digits").mkdir()
+    save(Path("d.npz"), x=pixels(2, 4, 4, 3))
+    kinds = {"folder": "is a folder", "d.npz": "is a file", "missing": "no such file", "digits": "is a data set known"}
+    fits = {"resize": "folder", "data_layout": "d.npz", "split": "digits"}
+    if fits[next(iter(option))] == name:
+        load_data(name, **option)
+        return
+    with pytest.raises(DataError if name == "missing" else UsageError, match=kinds[name]):
+        load_data(name, **option)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 4, 5, 6)])
+def test_a_layout_of_what_are_no_images(shape: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is not \(N, H, W, C\)"):
+        load_data(save(tmp_path / "d.npz", x=pixels(*shape)), data_layout="nhwc")
+
+
 def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no image"):
         load_data(str(tmp_path))

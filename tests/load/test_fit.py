@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from certify_cli.errors import DataError, UsageError
-from certify_cli.load.fit import fit
+from certify_cli.load.fit import LAYOUTS, fit
 from certify_cli.network.affine import Dense, Reshape
 from certify_cli.network.graph import Builder, Network, Shape
 
@@ -117,6 +120,65 @@ def test_a_layout_that_contradicts_the_shape(model: Shape, layout: str) -> None:
 def test_bad_mean_or_std(mean: list[float] | None, std: list[float] | None, what: str) -> None:
     with pytest.raises(UsageError, match=what):
         fit(flatten_then_dense(IMAGE)[0], IMAGE, mean=mean, std=std)
+
+
+SHAPES = [(4,), (1,), (6, 2), (1, 4), (1, 2, 2), (2, 2, 1), (3, 4, 4), (4, 4, 3), (4, 3, 4), (48,), (48, 1), (1, 48, 1),
+          (3, 3, 3), (3, 16), (2, 2, 2, 2), (16,), (1, 4, 4), (4, 4, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [None, *LAYOUTS])
+@pytest.mark.parametrize("data", SHAPES)
+@pytest.mark.parametrize("model", SHAPES)
+def test_what_is_said_of_shapes_is_true(data: Shape, model: Shape, layout: str | None) -> None:
+    """Every clause of a refusal is read and held against the shapes; what is taken computes the same everywhere."""
+    network, weight = flatten_then_dense(model)
+    try:
+        fitted = fit(network, data, layout=layout)
+    except DataError as error:
+        said = str(error)
+    else:
+        x = images(data)
+        last = x.movedim(1, -1) if len(data) == 3 and (layout == "nhwc" or (layout is None and model != data)) else x
+        orders = [x.flatten(1) @ weight.T, last.flatten(1) @ weight.T]
+        assert any(torch.allclose(fitted(x), order) for order in orders)
+        return
+    shapes = [tuple(map(int, found.strip(", ").split(","))) for found in re.findall(r"\(((?:[0-9]+,? ?)+)\)", said)]
+    assert model in shapes or f"data of shape {data}" in said
+    sides = [data, model, (*data[1:], data[0])]
+    assert all(shape in sides for shape in shapes), said
+    facts = {
+        "does not fit": math.prod(data) != math.prod(model),
+        "is not the data's shape": model != data,
+        "is neither": model != (*data[1:], data[0]) and sum(n > 1 for n in model) > 1,
+        "are no images": len(data) != 3,
+        "no channels to move": len(data) != 3,
+        "is not flat": sum(n > 1 for n in model) > 1,
+        "with the channels last; say": data == (*model[1:], model[0]) and data != model,
+        "becomes when it is taken for channels last": len(model) == 3 and data == (model[2], *model[:2]),
+    }
+    claimed = [clause for clause in facts if clause in said]
+    assert claimed, said
+    assert all(facts[clause] for clause in claimed), said
+    if layout is not None and f"--layout {layout}" in said:
+        assert math.prod(data) == math.prod(model)
+
+
+@pytest.mark.parametrize(
+    ("data", "values", "words"),
+    [
+        ((4,), [1, 2], "takes one$"),
+        ((1, 2, 2), [1, 2], "takes one$"),
+        ((3, 2, 2), [1, 2], "one each for its 3 channels$"),
+    ],
+)
+def test_how_many_values_a_mean_may_have(data: Shape, values: list[float], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        fit(flatten_then_dense(data)[0], data, mean=values)
+
+
+def test_a_std_whose_reciprocal_overflows() -> None:
+    with pytest.raises(UsageError, match="positive, and not so small"):
+        fit(flatten_then_dense((4,))[0], (4,), std=[1e-320])
 
 
 def test_an_unknown_layout() -> None:

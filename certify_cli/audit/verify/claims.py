@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def of_run(result: Result, data: Dataset, network: Network) -> Iterator[str]:
     if indices != list(data.indices):
         yield f"the records are not those of the data's {len(data.indices)} samples in order"
     eps = tuple(summary.certified_accuracy or summary.certified_share or ())
-    if eps != tuple(run.arguments.get("eps") or ()):
+    if eps != _typed(run.arguments.get("eps")):
         yield "the summary's radii are not those that the run line says were asked for"
     again = summarise(result.samples, eps, summary.seconds, summary.search_seconds)
     apart = [
@@ -39,6 +40,11 @@ def of_run(result: Result, data: Dataset, network: Network) -> Iterator[str]:
     ]
     for name in apart:
         yield f"the summary's {name} is not what the samples add up to"
+
+
+def _typed(eps: Any) -> tuple[str, ...]:
+    """The radii asked for, as a run that was made in Python may have them, too: one number or several."""
+    return tuple(str(level) for level in (eps if isinstance(eps, list | tuple) else [] if eps is None else [eps]))
 
 
 @dataclass(frozen=True, eq=False)
