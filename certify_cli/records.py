@@ -295,5 +295,12 @@ def seal(run: Run, samples: Iterable[Sample], summary: Summary) -> str:
     return digest.hexdigest()
 
 
+def linked(chain: str, sample: Sample) -> str:
+    """The link of a sample's line to all lines of samples before it, whose last link is `chain` ("" at the beginning):
+    a run that is gone on with is told by it whether what it has was changed since."""
+    content = json.dumps(sample.to_dict(), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(f"{chain}{content}".encode()).hexdigest()[:32]
+
+
 def sealed(run: Run, samples: Sequence[Sample], summary: Summary) -> Summary:
     return replace(summary, seal=seal(run, samples, summary))

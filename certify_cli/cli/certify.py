@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -141,7 +142,8 @@ def _resumed(
             reporter.note(f"going on after {past.whole} of {job.total} samples in {output}")
         with appending(output, 0 if past is None else past.size) as out, noted() as flag:
             records = _records(job, settings.eps, started, reporter, past, flag)
-            for text in FORMATS[form].render(records, out.view):
+            view = out.view if past is None else replace(out.view, chain=past.chain)
+            for text in FORMATS[form].render(records, view):
                 out.write(text)
 
 

@@ -49,14 +49,24 @@ def verify(
         tangents = _arrays(certificate, ("index", "rival", "d"), "--certificate")
         from certify_cli import load_model
         from certify_cli.audit.verify.verify import OUTCOMES, Verifier
+        from certify_cli.load.model import of_run
 
         run = result.run
-        loaded = load_model(model, activation=run.arguments.get("activation"))
+        kept: list[Dataset] = []
+
+        def taken() -> Dataset:
+            if not kept:
+                kept.append(_data(run, data, data_root, offline, reporter))
+            return kept[0]
+
+        asked = of_run(run)
+        asked["input_shape"] = asked["input_shape"] or (lambda: tuple(taken().x.shape[1:]))
+        loaded = load_model(model, **asked)
         wrong = _of_hash("model", run.model.sha256, loaded.info.sha256)
         rows: list[Row] = []
         notes: list[str] = []
         if not wrong:
-            chosen = _data(run, data, data_root, offline, reporter)
+            chosen = taken()
             wrong = _of_hash("data", run.data.sha256, chosen.sha256)
             for path, arrays in ((witnesses, attacks), (certificate, tangents)):
                 if arrays is not None and arrays["d"].shape[1:] != chosen.x.shape[1:]:

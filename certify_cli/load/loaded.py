@@ -11,10 +11,14 @@ from certify_cli.records import ModelInfo
 
 @dataclass(frozen=True)
 class Deployment:
-    """How the file itself is run: what it takes, and the name of the tensor that it ends in."""
+    """How the file itself is run: what it takes, and the name of the tensor that it ends in.
+
+    threshold: of a model of a single number, above which that means class 1.
+    """
 
     entrance: Entrance
     output: str
+    threshold: float = 0.0
 
 
 @dataclass(frozen=True)

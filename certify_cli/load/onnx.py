@@ -82,9 +82,9 @@ def _load(path: Path, file: OnnxFile, entrance: Entrance) -> LoadedModel:
     if file.stored_dtype in ("float16", "bfloat16"):
         notes.append(f"the weights are stored in {file.stored_dtype} and upcast exactly to float64")
     info = ModelInfo(str(path), file.sha256, "onnx", file.opset, network.classes)
-    return LoadedModel(
-        network, info, entrance.shape, file.stored_dtype, tuple(notes), Deployment(entrance, file.output)
-    )
+    threshold = 0.5 if tail and found.size(logits) == 1 else 0.0
+    deployment = Deployment(entrance, file.output, threshold)
+    return LoadedModel(network, info, entrance.shape, file.stored_dtype, tuple(notes), deployment)
 
 
 def _convert(model: ModelProto) -> fx.GraphModule:

@@ -12,10 +12,10 @@ Record = Run | Sample | Summary
 
 @dataclass(frozen=True)
 class View:
-    """How text meant for a person is shown; data formats ignore it.
+    """How text meant for a person is shown; data formats ignore it, but for `chain`.
 
     `width` is in columns, None for as wide as the content (a file or a pipe); `all_rows` shows every sample, `plot`
-    draws the accuracy curve.
+    draws the accuracy curve. `chain` is what the first sample's line is linked to, where lines are appended.
     """
 
     width: int | None = None
@@ -23,6 +23,7 @@ class View:
     unicode: bool = True
     all_rows: bool = False
     plot: bool = False
+    chain: str = ""
 
 
 def collect(records: Iterable[Record]) -> Result:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from certify_cli.output.document import Record, View, collect
-from certify_cli.records import SCHEMA, Run, Sample, Summary
+from certify_cli.records import SCHEMA, Run, Sample, Summary, linked
 
 TYPES = {Run: "run", Sample: "sample", Summary: "summary"}
 
@@ -34,9 +34,15 @@ def document(records: Iterable[Record], view: View) -> Iterator[str]:
 
 
 def lines(records: Iterable[Record], view: View) -> Iterator[str]:
-    """One object a line with its `type`; the run line carries the schema's name."""
+    """One object a line with its `type`; the run line carries the schema's name, each sample the link to those before
+    it, which begins at `view.chain`."""
+    chain = view.chain
     for record in records:
         head: dict[str, Any] = {"type": TYPES[type(record)]}
+        tail: dict[str, Any] = {}
         if isinstance(record, Run):
             head["schema"] = SCHEMA
-        yield _compact(head | record.to_dict()) + "\n"
+        if isinstance(record, Sample):
+            chain = linked(chain, record)
+            tail["chain"] = chain
+        yield _compact(head | record.to_dict() | tail) + "\n"

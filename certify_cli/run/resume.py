@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from certify_cli.errors import UsageError, quoted, shown
-from certify_cli.records import SCHEMA, Run, Sample
+from certify_cli.records import SCHEMA, Run, Sample, linked
 from certify_cli.run.settings import Settings
 
 BEGINNING = b'{"type": "run"'
@@ -25,7 +25,7 @@ ELSEWHERE = ("model", "data", "data_root", "offline")
 @dataclass(frozen=True)
 class Begun:
     """What a file of records holds of a run: `size` is where the last complete record ends, `ends` where each sample's
-    does, in bytes."""
+    does, in bytes, `links` what links each to those before it."""
 
     path: str
     run: Run
@@ -33,6 +33,7 @@ class Begun:
     ends: tuple[int, ...]
     start: int
     finished: bool
+    links: tuple[str, ...]
 
     def settings(self, wanted: Settings) -> Settings:
         """With the batch size and threads of the run so far, where none are asked for."""
@@ -66,6 +67,11 @@ class Begun:
         return len(self.samples) if self.finished else len(self.samples) // self.run.batch_size * self.run.batch_size
 
     @property
+    def chain(self) -> str:
+        """The link of the last sample that is kept."""
+        return self.links[self.whole - 1] if self.whole else ""
+
+    @property
     def size(self) -> int:
         """Bytes that are kept."""
         return self.ends[self.whole - 1] if self.whole else self.start
@@ -81,33 +87,45 @@ def begun(path: str) -> Begun | None:
         return None
     except OSError as error:
         raise UsageError(f"--resume: {path} cannot be read: {error.strerror or error}") from error
-    run, samples, ends, offset, finished = None, [], [], 0, False
+    run, samples, ends, links, offset, finished = None, [], [], [""], 0, False
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):  # cut off while it was written
             break
         offset += len(line)
         record = _record(line)
         kind = record.pop("type", None)
+        changed = False
         try:
             if run is None and kind == "run" and record.get("schema") == SCHEMA:
                 run, start = Run.from_dict(record), offset
                 _identity(run)  # whole, and of the right kinds
                 continue
             if run is not None and kind == "sample" and not finished:
-                samples.append(Sample.from_dict(record))
+                sample = Sample.from_dict(record)
+                samples.append(sample)
                 ends.append(offset)
-                continue
-            if run is not None and kind == "summary" and not finished:
+                links.append(linked(links[-1], sample))
+                changed = record.get("chain") != links[-1]
+                if not changed:
+                    continue
+            elif run is not None and kind == "summary" and not finished:
                 finished = True
                 continue
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UsageError):
             pass  # told below
-        raise _foreign(path, number)
+        raise _changed(path, number) if changed else _foreign(path, number)
     if run is None:
         if content[:offset] or not BEGINNING.startswith(content[: len(BEGINNING)]):
             raise _foreign(path)
         return None
-    return Begun(path, run, tuple(samples), tuple(ends), start, finished)
+    return Begun(path, run, tuple(samples), tuple(ends), start, finished, tuple(links[1:]))
+
+
+def _changed(path: str, line: int) -> UsageError:
+    return UsageError(
+        f"--resume: {path}, line {line}: this record, or one before it, was changed after it was written; delete this "
+        "line and all that follow if those before are as certify wrote them, or write to another file"
+    )
 
 
 def _foreign(path: str, line: int = 1) -> UsageError:

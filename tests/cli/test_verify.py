@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
@@ -121,6 +123,9 @@ TAMPERED: dict[str, tuple[Callable[[Result], Result], str]] = {
     "every radius half as large again": (
         lambda r: replace(r, samples=tuple(replace(s, certified_radius=1.5 * s.certified_radius) for s in r.samples)),
         "inside the certified radius",
+    ),
+    "every radius twice as large": (
+        lambda r: replace(r, samples=tuple(replace(s, certified_radius=2 * s.certified_radius) for s in r.samples)), "radius"
     ),
     "a radius beyond all numbers of use": (each(certified_radius=1e200), "inside the certified radius"),
     "a prediction that is no class": (each(prediction=57), "is no class"),
@@ -266,3 +271,155 @@ def test_a_sample_without_a_radius_is_no_claim(curvcert: Curvcert, tmp_path: Pat
     changed = replace(document, samples=tuple(nothing), summary=summary)
     code, found = verified(curvcert, write(tmp_path / "n.jsonl", changed))
     assert (code, found["outcomes"]["no radius"]) == (0, 2)
+
+
+# --- networks that are hard to attack -------------------------------------------------------------------------------
+
+
+def classifier(folder: Path, weights: list[np.ndarray], biases: list[np.ndarray]) -> str:
+    """Dense layers with ReLUs between them, as an ONNX file."""
+    nodes, last = [], "x"
+    initializers = []
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        out = "y" if number == len(weights) - 1 else f"z{number}"
+        nodes.append(helper.make_node("Gemm", [last, f"w{number}", f"b{number}"], [out], transB=1))
+        initializers.append(numpy_helper.from_array(weight.astype(np.float32), f"w{number}"))
+        initializers.append(numpy_helper.from_array(bias.astype(np.float32), f"b{number}"))
+        if out != "y":
+            nodes.append(helper.make_node("Relu", [out], [f"h{number}"]))
+            last = f"h{number}"
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", weights[0].shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", weights[-1].shape[0]])],
+        initializers,
+    )
+    path = folder / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return str(path)
+
+
+def random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape)
+
+
+DEAD = np.full(12, -3.0)
+HARD: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {
+    # no unit responds near the samples: the margin's gradient is 0 there
+    "dead units": ([random(12, 4), 3 * random(3, 12)], [DEAD, np.array([1.0, 0.0, -1.0])]),
+    "dead units, far away": ([random(12, 4), 3 * random(3, 12)], [100 * DEAD, np.array([1.0, 0.0, -1.0])]),
+    # a logit that has nothing to do with the others
+    "a huge logit": ([random(12, 4), random(3, 12)], [np.zeros(12), np.array([0.3, 0.0, -1e15])]),
+    # margins that do not depend on the input
+    "a constant": ([np.zeros((5, 4)), random(3, 5)], [np.ones(5), np.array([0.5, 0.0, 0.1])]),
+    "a constant, by cancellation": (
+        [np.concatenate([random(6, 4), random(6, 4)]), np.concatenate([np.ones((3, 6)), -np.ones((3, 6))], axis=1)],
+        [np.full(12, 10.0), np.array([0.5, 0.0, 0.1])],
+    ),
+    "offsets that cancel": ([1e4 * random(12, 4), 1e-4 * random(3, 12)], [np.full(12, 1e8), np.zeros(3)]),
+    "tiny numbers": ([1e-6 * random(12, 4), 1e-6 * random(3, 12)], [np.zeros(12), np.zeros(3)]),
+    "huge numbers": ([1e6 * random(12, 4), 1e6 * random(3, 12)], [np.zeros(12), np.zeros(3)]),
+}
+
+
+@pytest.fixture(scope="module")
+def hard_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[str, str]]:
+    """Of every hard network by two methods: the records and the model."""
+    from certify_cli.cli.app import main
+
+    found = {}
+    for name, (weights, biases) in HARD.items():
+        folder = tmp_path_factory.mktemp("hard")
+        model = classifier(folder, weights, biases)
+        np.savez(folder / "d.npz", x=np.random.default_rng(5).random((6, 4)).astype(np.float32))
+        for method in ("lipschitz", "auto"):
+            path = str(folder / f"{method}.jsonl")
+            words = ["certify", model, "--data", str(folder / "d.npz"), "--method", method, "-o", path, "-q"]
+            assert main(words) == 0
+            found[name, method] = path, model
+    return found
+
+
+@pytest.mark.parametrize("method", ["lipschitz", "auto"])
+@pytest.mark.parametrize("name", HARD)
+def test_an_honest_run_of_a_hard_network_is_not_contradicted(
+    curvcert: Curvcert, hard_runs: dict[tuple[str, str], tuple[str, str]], name: str, method: str
+) -> None:
+    path, model = hard_runs[name, method]
+    code, found = verified(curvcert, path, model=model)
+    assert (code, found["contradictions_of_run"]) == (0, []), found["samples"]
+
+
+def scaled(result: Result, factor: float) -> Result:
+    """Every radius times a factor (1e6 where there is none), the summary and the seal made to fit."""
+    rows = [
+        replace(
+            s,
+            certified_radius=factor * s.certified_radius if s.certified_radius else 1e6,
+            status="certified",
+            method=s.method or result.run.method.replace("auto", "linear"),
+            reason=None,
+            attack_radius=None,
+            attack_kind=None,
+            attack_in_range=None,
+        )
+        for s in result.samples
+    ]
+    summary = summarise(rows, (), result.summary.seconds)
+    return replace(result, samples=tuple(rows), summary=sealed(result.run, rows, summary))
+
+
+FORGED = [
+    (name, method, factor)
+    for name in HARD
+    for method in ("lipschitz", "auto")
+    for factor in (20.0, 100.0, 1e6)
+    if not name.startswith("a constant")  # every radius is true there
+]
+
+
+@pytest.mark.parametrize(("name", "method", "factor"), FORGED)
+def test_a_forged_radius_of_a_hard_network_is_found(
+    curvcert: Curvcert,
+    hard_runs: dict[tuple[str, str], tuple[str, str]],
+    tmp_path: Path,
+    name: str,
+    method: str,
+    factor: float,
+) -> None:
+    """Every record of a lipschitz run, whose radii can be proved; of other methods those that an attack reaches."""
+    path, model = hard_runs[name, method]
+    forged = scaled(read_document(path), factor)
+    code, found = verified(curvcert, write(tmp_path / "f.jsonl", forged), model=model)
+    assert code == 1
+    wrong = [row for row in found["samples"] if row["contradictions"]]
+    assert len(wrong) == len(found["samples"]) if method == "lipschitz" else len(wrong) >= 1
+
+
+def test_a_turned_prediction_beside_a_huge_logit_is_found(
+    curvcert: Curvcert, hard_runs: dict[tuple[str, str], tuple[str, str]], tmp_path: Path
+) -> None:
+    path, model = hard_runs["a huge logit", "lipschitz"]
+    honest = read_document(path)
+    rows = [replace(s, prediction=1 - s.prediction, runner_up=s.prediction, rival=s.prediction) for s in honest.samples]
+    summary = sealed(honest.run, rows, summarise(rows, (), honest.summary.seconds))
+    forged = replace(honest, samples=tuple(rows), summary=summary)
+    code, found = verified(curvcert, write(tmp_path / "t.jsonl", forged), model=model)
+    assert code == 1
+    assert all(any("the model predicts" in text for text in row["contradictions"]) for row in found["samples"])
+
+
+@pytest.mark.parametrize("method", ["lipschitz", "curvature", "dual"])
+@pytest.mark.parametrize("factor", [1.02, 1.2, 3.0, 20.0])
+def test_a_radius_that_is_not_proved_says_so(curvcert: Curvcert, tmp_path: Path, method: str, factor: float) -> None:
+    """Raised by a little it ends as not proved, by more as contradicted; never as merely attacked."""
+    path = str(tmp_path / "r.jsonl")
+    words = ("--data", "digits", "--samples", "12", "--method", method, "-o", path, "-q")
+    assert curvcert("certify", MODEL, *words).code == 0
+    code, found = verified(curvcert, write(tmp_path / "f.jsonl", scaled(read_document(path), factor)), "--share", "0")
+    counts = found["outcomes"]
+    assert counts["attacked only"] == 0
+    if method == "lipschitz":
+        assert counts["proved"] == 0
+    assert (code, counts["contradicted"]) == (1, 12) if factor >= 3 else counts["proved"] + counts["contradicted"] < 13

@@ -78,6 +78,40 @@ def test_the_seal_is_that_of_the_run_that_was_begun(whole: Path, tmp_path: Path)
     assert found.summary.seal == seal(found.run, found.samples, found.summary)
 
 
+@pytest.mark.parametrize("name", ["certified_radius", "margin", "prediction", "label", "attack_radius", "index"])
+@pytest.mark.parametrize("number", [1, 9, 30])
+def test_an_altered_record_is_not_gone_on_with(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, number: int
+) -> None:
+    """It would be sealed with what was computed."""
+    content = lines(whole)[:40]
+    record = json.loads(content[number])
+    record[name] = 2 * (record[name] or 1)
+    content[number] = json.dumps(record).encode() + b"\n"
+    target = tmp_path / "altered.jsonl"
+    target.write_bytes(b"".join(content))
+    before = target.read_bytes()
+    assert curvcert(*COMMAND, *COUNT, "-o", target, "--resume", "-q") == 2
+    assert f"line {number + 1}: this record, or one before it, was changed" in capsys.readouterr().err
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["left out", "exchanged", "without its link"])
+def test_records_that_are_moved_are_not_gone_on_with(whole: Path, tmp_path: Path, change: str) -> None:
+    content = lines(whole)[:40]
+    if change == "left out":
+        del content[5]
+    elif change == "exchanged":
+        content[5], content[6] = content[6], content[5]
+    else:
+        record = json.loads(content[5])
+        del record["chain"]
+        content[5] = json.dumps(record).encode() + b"\n"
+    target = tmp_path / "moved.jsonl"
+    target.write_bytes(b"".join(content))
+    assert curvcert(*COMMAND, *COUNT, "-o", target, "--resume", "-q") == 2
+
+
 def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
     before = whole.read_bytes()
     assert curvcert(*COMMAND, *COUNT, "-o", whole, "--resume", "-q") == 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from certify_cli.audit.verify.rounding import blur
 from certify_cli.errors import quoted
 from certify_cli.load.data import Dataset
 from certify_cli.network.graph import Network
@@ -50,11 +51,14 @@ def _typed(eps: Any) -> tuple[str, ...]:
 @dataclass(frozen=True, eq=False)
 class Looked:
     """Of a batch, in float64: logits (batch, classes), and for the rival of each record (or the runner-up) the norm of
-    the margin's gradient and the curvature along it, both (batch,)."""
+    the margin's gradient and the curvature along it, both (batch,). blur: what rounding does to the logits. steep: the
+    norms of the two logits' own gradients added up, to which the margin's rounding is relative."""
 
     logits: Tensor
     gradient: Tensor
     bend: Tensor
+    blur: Tensor
+    steep: Tensor
 
 
 def look(network: Network, x: Tensor, samples: list[Sample]) -> Looked:
@@ -75,7 +79,13 @@ def look(network: Network, x: Tensor, samples: list[Sample]) -> Looked:
             (turned,) = torch.autograd.grad((gradient * u).sum(), x, allow_unused=True)
             if turned is not None:
                 bend = (turned * u).flatten(1).sum(1)
-    return Looked(logits.detach(), size.detach(), bend.detach())
+        moved = x.detach().requires_grad_()
+        at = network(moved)
+        steep = torch.zeros_like(size)
+        for column in (top, rival):
+            (own,) = torch.autograd.grad(at.gather(1, column[:, None]).sum(), moved, retain_graph=True)
+            steep = steep + own.flatten(1).norm(dim=1)
+    return Looked(logits.detach(), size.detach(), bend.detach(), blur(network, x.detach()), steep.detach())
 
 
 def is_class(value: int | None, logits: Tensor) -> bool:
@@ -93,10 +103,10 @@ def of_sample(sample: Sample, label: int | None, looked: Looked, row: int, run: 
     ordered = logits.sort(descending=True)
     top, second = (int(k) for k in ordered.indices[:2])
     margin = float(ordered.values[0] - ordered.values[1])
-    scale = float(logits.abs().max())
+    slack = NEAR * float(ordered.values[:2].abs().sum()) + float(looked.blur[row, [top, second]].sum())
     if sample.label != label:
         yield f"the label is {label} in the data, {sample.label} in the record"
-    if margin > NEAR * scale and sample.prediction != top:
+    if margin > slack and sample.prediction != top:
         yield f"the model predicts {top}, the record says {sample.prediction}"
     if sample.certified_radius is not None and not is_class(sample.prediction, looked.logits):
         yield f"the prediction {sample.prediction} is no class, but the record has a radius"
@@ -104,30 +114,55 @@ def of_sample(sample: Sample, label: int | None, looked: Looked, row: int, run: 
         yield "the two largest logits are the same, but the record has a radius"
     if sample.correct != (None if label is None else sample.prediction == label):
         yield f"correct is {sample.correct} for label {label} and prediction {sample.prediction}"
-    if sample.margin is not None and abs(sample.margin - margin) > NEAR * scale:
+    if sample.margin is not None and abs(sample.margin - margin) > slack:
         yield f"the margin is {margin:.9g}, the record says {sample.margin:.9g}"
-    if sample.runner_up is not None and not _nearly_second(logits, sample.runner_up, top, second, scale):
+    if sample.runner_up is not None and not _nearly_second(looked, row, sample.runner_up, top, second):
         yield f"the runner-up is {second}, the record says {sample.runner_up}"
     if sample.rival is not None and (sample.rival == sample.prediction or not is_class(sample.rival, looked.logits)):
         yield f"the rival {sample.rival} is no other class"
-    yield from _of_figures(sample, float(looked.gradient[row]), float(looked.bend[row]))
+    yield from _of_figures(sample, float(looked.gradient[row]), float(looked.bend[row]), float(looked.steep[row]))
+    if run.method == "lipschitz" or sample.method == "lipschitz":
+        yield from _of_closed_form(sample, logits, slack)
     yield from _of_verdicts(sample, run.method, run.attack)
 
 
-def _nearly_second(logits: Tensor, claimed: int, top: int, second: int, scale: float) -> bool:
-    return 0 <= claimed < len(logits) and claimed != top and float(logits[second] - logits[claimed]) <= NEAR * scale
+def _nearly_second(looked: Looked, row: int, claimed: int, top: int, second: int) -> bool:
+    """Whether a class may be the runner-up: the second logit, or one that rounding may put there."""
+    logits = looked.logits[row]
+    if not 0 <= claimed < len(logits) or claimed == top:
+        return False
+    pair = [second, claimed]
+    return float(logits[second] - logits[claimed]) <= NEAR * float(logits[pair].abs().sum()) + float(
+        looked.blur[row, pair].sum()
+    )
 
 
-def _of_figures(sample: Sample, gradient: float, bend: float) -> Iterator[str]:
-    """Gradient, curvature and Lipschitz figures belong to the rival's margin."""
-    slack = 1e-6 * (gradient + 1e-9)
-    if sample.gradient_norm is not None and abs(sample.gradient_norm - gradient) > slack:
+def _of_closed_form(sample: Sample, logits: Tensor, slack: float) -> Iterator[str]:
+    """A radius by a Lipschitz constant is the rival's margin over it."""
+    radius, constant, rival, top = sample.certified_radius, sample.lipschitz, sample.rival, sample.prediction
+    if radius is None or constant is None or rival is None or top is None:
+        return
+    if not (0 <= rival < len(logits) and 0 <= top < len(logits)):
+        return
+    margin = float(logits[top] - logits[rival])
+    if radius * constant > (margin + slack) * (1 + 1e-9):
+        yield (
+            f"the margin to class {rival}, {margin:.9g}, over the Lipschitz constant {constant:.9g} is less than the "
+            f"certified radius {radius:.9g}"
+        )
+
+
+def _of_figures(sample: Sample, gradient: float, bend: float, steep: float) -> Iterator[str]:
+    """Gradient, curvature and Lipschitz figures belong to the rival's margin, and are upper bounds."""
+    slack = 1e-6 * gradient + 1e-11 * steep
+    bent = 1e-6 * abs(bend) + 1e-9 * steep + 1e-12 * steep * steep
+    if sample.gradient_norm is not None and sample.gradient_norm < gradient - slack:
         yield f"the gradient's norm is {gradient:.9g}, the record says {sample.gradient_norm:.9g}"
     if sample.lipschitz is not None and sample.lipschitz < gradient - slack:
         yield f"the Lipschitz constant {sample.lipschitz:.6g} is below the gradient's norm {gradient:.6g}"
-    if sample.curvature_lower is not None and sample.curvature_lower < -bend * (1 - 1e-6) - 1e-9:
+    if sample.curvature_lower is not None and sample.curvature_lower < -bend - bent:
         yield f"the curvature bound {sample.curvature_lower:.6g} is below the curvature {-bend:.6g} along the gradient"
-    if sample.curvature_upper is not None and sample.curvature_upper < bend * (1 - 1e-6) - 1e-9:
+    if sample.curvature_upper is not None and sample.curvature_upper < bend - bent:
         yield f"the curvature bound {sample.curvature_upper:.6g} is below the curvature {bend:.6g} along the gradient"
 
 

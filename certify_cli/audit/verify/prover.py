@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.audit.verify.functions import Function
-from certify_cli.audit.verify.reading import INPUT, UP, Layer, Matrix, U, length, spectral
+from certify_cli.audit.verify.reading import GRAM_WORK, INPUT, UP, Layer, Matrix, U, length, spectral
 
 LEAST = 1e-70
 """Added to fourth roots, and to sums of squares: what fourth powers may lose by underflow is less."""
@@ -195,6 +195,12 @@ class Prover:
     @property
     def _radii(self) -> list[dict[int, float]]:
         return [{k: self._centre(k)[1] for k in self._functions}, {k: f.lipschitz for k, f in self._functions.items()}]
+
+    @property
+    def tight(self) -> bool:
+        """Whether every norm is proved near the true one: beyond GRAM_WORK it is a Frobenius norm, far above."""
+        shapes = [tuple(matrix.value.shape) for layer in self.layers for matrix in layer.weights.values()]
+        return all(min(shape) ** 2 * max(shape) <= GRAM_WORK for shape in shapes)
 
     @cached_property
     def lipschitz(self) -> Tensor:

@@ -3,22 +3,27 @@ gradient; and the model itself once more through onnxruntime, where that is inst
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnx.helper import tensor_dtype_to_np_dtype
 from torch import Tensor
 
+from certify_cli.load.loaded import LoadedModel
+from certify_cli.load.onnx_file import read_onnx
+from certify_cli.load.runtime import Runtime
 from certify_cli.network.graph import Network
 from certify_cli.records import Sample
 
 FURTHER = 1e-4
 """float32 blurs what float64 decides: an example goes so much further, relatively, before it meets onnxruntime."""
 BLURRED = 1e-3
-"""Margins below this part of the logits may fall either way in float32."""
+"""Margins below this part of their two logits may fall either way in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +83,23 @@ def _along_gradient(network: Network, x: Tensor, prediction: int, radius: float)
 class Deployed:
     """The ONNX file in onnxruntime; `prefix` maps a batch of data to the file's own input."""
 
-    def __init__(self, path: str, prefix: Any, input_shape: tuple[int, ...]) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self._name = self._session.get_inputs()[0].name
-        self._single = self._session.get_inputs()[0].shape[0] == 1
-        self._prefix, self._shape = prefix, input_shape
+    def __init__(self, loaded: LoadedModel, output: str | None, prefix: Callable[[Tensor], Tensor]) -> None:
+        """NotRunnableError where onnxruntime does not run the file."""
+        assert loaded.deployment is not None
+        file = read_onnx(Path(loaded.info.path), output)
+        self._runtime = Runtime(file.model, [file.output])
+        self._prefix, self._deployment = prefix, loaded.deployment
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of x (batch, *shape) in data units, as float32 computes them."""
-        taken = self._prefix(x).reshape(-1, *self._shape).to(torch.float32).numpy()
-        parts = [taken[k : k + 1] for k in range(len(taken))] if self._single else [taken]
-        return torch.from_numpy(np.concatenate([self._session.run(None, {self._name: part})[0] for part in parts]))
+        """What the file ends in for x (batch, *shape) in data units, in its own type, a column a class: logits, or
+        probabilities in the same order."""
+        entrance = self._deployment.entrance
+        taken = self._prefix(x).reshape(-1, *entrance.shape).numpy().astype(tensor_dtype_to_np_dtype(entrance.kind))
+        rows = []
+        for feed in entrance.feeds(taken):
+            (array,) = self._runtime.run(feed)
+            rows.append(array.astype(np.float64).reshape(1 if entrance.batch == 0 else len(feed), -1))
+        joined = np.concatenate(rows)[: len(x)]
+        if joined.shape[1] == 1:  # class 1, where it is above the threshold
+            joined = np.concatenate([np.full_like(joined, self._deployment.threshold), joined], axis=1)
+        return torch.from_numpy(joined)

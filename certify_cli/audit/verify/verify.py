@@ -22,13 +22,17 @@ from certify_cli.audit.verify.search import attacked
 from certify_cli.load.data import Dataset
 from certify_cli.load.fit import fit
 from certify_cli.load.loaded import LoadedModel
+from certify_cli.load.parity import NOISE, UNITS, noise_of
+from certify_cli.load.runtime import NotRunnableError
 from certify_cli.records import Result, Sample
 
 PROVED, RECOMPUTED, ATTACKED, NOTHING = "proved", "recomputed", "attacked only", "no radius"
+UNPROVED = "not proved"
 CONTRADICTED = "contradicted"
 OUTCOMES = {
     PROVED: "the radius is proved anew: norms and arithmetic of this check, every rival",
     RECOMPUTED: "a dense float64 reference reaches at least 90 % of the radius",
+    UNPROVED: "a proof by the record's own method was tried and falls short of the radius; an attack found nothing",
     ATTACKED: "an attack inside the ball found nothing; the radius itself was not looked at again",
     NOTHING: "the record claims no radius",
     CONTRADICTED: "something in the record is not so",
@@ -37,6 +41,9 @@ CHEAP = ("lipschitz", "curvature", "dual")
 """Methods whose radii are proved anew; others are recomputed for a share."""
 TO_PROVE = 1 - 1e-6
 """Two proofs round differently: this part of a radius must be reached."""
+PART = {"lipschitz": 0.9, "curvature": 0.4, "dual": 0.4}
+"""A proof by these methods that does not even reach this part of a radius contradicts it: measured on honest runs, the
+proofs reach far more (tests/audit/test_verify_bounds.py)."""
 TO_RECOMPUTE = 0.9
 """The reference climbs less than the bounds do: this part of a radius must be reached."""
 LEAST_SHARE = 4
@@ -88,6 +95,7 @@ class Verifier:
         if witnesses is None and any(sample.attack_kind == "search" for sample in result.samples):
             self.notes.append("attacks that a search found are not replayed: say --witnesses FILE.npz")
         self._loaded = loaded
+        self._output = result.run.arguments.get("output")
         self._witnesses = None if witnesses is None else Witnesses.of(witnesses)
         self._points = None if points is None else dict(zip(points["index"].tolist(), points["d"], strict=True))
         self._share, self._recomputed = share, 0
@@ -115,7 +123,13 @@ class Verifier:
         except ImportError:
             self.notes.append("onnxruntime is not installed, so the file itself was not run")
             return None
-        return Deployed(info.path, self._before_model, self._loaded.input_shape)
+        if self._loaded.deployment is None:
+            return None
+        try:
+            return Deployed(self._loaded, self._output, self._before_model)
+        except NotRunnableError as error:
+            self.notes.append(f"onnxruntime does not run the file, so it was not run itself ({error})")
+            return None
 
     def _before_model(self, x: Tensor) -> Tensor:
         """Data as the file takes them: behind mean, std and layout."""
@@ -153,12 +167,13 @@ class Verifier:
                     found[n].append("an attack inside the certified radius changes the prediction")
         for n, text in self._through_runtime(samples, x, looked.logits):
             found[n].append(text)
-        outcome = self._outcomes(samples, x, certified)
+        outcome = self._outcomes(samples, x, certified, found)
         for n, sample in enumerate(samples):
             ended = CONTRADICTED if found[n] else outcome[n]
             yield Checked(sample.index, sample.method, sample.certified_radius, ended, tuple(found[n]))
 
-    def _outcomes(self, samples: list[Sample], x: Tensor, certified: list[int]) -> list[str]:
+    def _outcomes(self, samples: list[Sample], x: Tensor, certified: list[int], found: list[list[str]]) -> list[str]:
+        """How far each radius is confirmed; what a proof contradicts is added to `found`."""
         outcome = [ATTACKED if sample.certified_radius is not None else NOTHING for sample in samples]
         if self._prover is None or self._reference is None:
             return outcome
@@ -170,16 +185,38 @@ class Verifier:
             chosen = [samples[n] for n in rows]
             radii = torch.tensor([s.certified_radius for s in chosen], dtype=torch.float64)
             predictions = torch.tensor([s.prediction for s in chosen], dtype=torch.int64)
-            done = proved(self._prover, flat[rows], predictions, radii * TO_PROVE, self._places(chosen, flat[rows]))
+            points = self._places(chosen, flat[rows])
+            done = proved(self._prover, flat[rows], predictions, radii * TO_PROVE, points)
             for n, holds in zip(rows, done, strict=True):
-                outcome[n] = PROVED if holds else outcome[n]
+                outcome[n] = PROVED if holds else UNPROVED
+            self._refuted([n for n in rows if outcome[n] == UNPROVED], samples, flat, found)
         for n in certified:
             radius, prediction = samples[n].certified_radius, samples[n].prediction
-            if outcome[n] != ATTACKED or not self._drawn(samples[n].index) or radius is None or prediction is None:
+            if (
+                outcome[n] not in (ATTACKED, UNPROVED)
+                or not self._drawn(samples[n].index)
+                or radius is None
+                or prediction is None
+            ):
                 continue
             if self._reference.holds(flat[n], prediction, radius * TO_RECOMPUTE):
                 outcome[n] = RECOMPUTED
         return outcome
+
+    def _refuted(self, rows: list[int], samples: list[Sample], flat: Tensor, found: list[list[str]]) -> None:
+        """Of records whose proof fell short, contradict those of which no proof reaches even a part."""
+        if self._prover is None or not self._prover.tight or not rows:
+            return
+        parts = torch.tensor([PART[str(samples[n].method)] for n in rows], dtype=torch.float64)
+        radii = torch.tensor([samples[n].certified_radius for n in rows], dtype=torch.float64)
+        predictions = torch.tensor([samples[n].prediction for n in rows])
+        for n, part, holds in zip(
+            rows, parts.tolist(), proved(self._prover, flat[rows], predictions, parts * radii), strict=True
+        ):
+            if not holds:
+                found[n].append(
+                    f"no proof by {samples[n].method} reaches {part:g} of the radius {samples[n].certified_radius:.9g}"
+                )
 
     def _drawn(self, index: int) -> bool:
         """Whether a record is of the share that is recomputed."""
@@ -188,6 +225,10 @@ class Verifier:
         )
         self._recomputed += drawn
         return drawn
+
+    def _noise(self, x: Tensor) -> Tensor:
+        unit = UNITS.get(self._loaded.stored_dtype, UNITS["float32"]) / UNITS["float32"]
+        return torch.from_numpy(NOISE * unit * noise_of(self.network, x.numpy()))
 
     def _places(self, samples: list[Sample], x: Tensor) -> Tensor | None:
         """Where the run took its tangents; the samples themselves where it kept none."""
@@ -203,20 +244,23 @@ class Verifier:
         """The file itself on the samples, and on the kept witnesses a little further out."""
         if self._deployed is None:
             return
-        for n, text in _unlike(self._deployed.logits(x), logits, [s.prediction for s in samples]):
+        said = [s.prediction for s in samples]
+        for n, text in _unlike(self._deployed.logits(x), logits, said, self._noise(x)):
             yield n, f"onnxruntime predicts {text}"
         kept = [n for n, s in enumerate(samples) if self._witnesses and s.index in self._witnesses.d]
         if kept and self._witnesses:
             moved = torch.stack([x[n] + self._witnesses.d[samples[n].index] * (1 + FURTHER) for n in kept])
             expected = self.network(moved)
-            for k, text in _unlike(self._deployed.logits(moved), expected, expected.argmax(1).tolist()):
+            there = self._deployed.logits(moved)
+            for k, text in _unlike(there, expected, expected.argmax(1).tolist(), self._noise(moved)):
                 yield kept[k], f"at its witness onnxruntime predicts {text}"
 
 
-def _unlike(deployed: Tensor, logits: Tensor, prediction: list[int | None]) -> Iterator[tuple[int, str]]:
-    """Rows where float32 clearly predicts another class."""
-    top, second = logits.topk(2, dim=1).values.unbind(1)
-    clear = top - second > BLURRED * (1 + logits.abs().amax(1))
+def _unlike(deployed: Tensor, logits: Tensor, prediction: list[int | None], noise: Tensor) -> Iterator[tuple[int, str]]:
+    """Rows where the file clearly predicts another class; noise: what its arithmetic does to a logit."""
+    values, order = logits.topk(2, dim=1)
+    blurred = BLURRED * values.abs().sum(1) + noise.gather(1, order).sum(1)
+    clear = (values[:, 0] - values[:, 1] > blurred) & deployed.isfinite().all(1)
     for n, (claimed, there) in enumerate(zip(prediction, deployed.argmax(1).tolist(), strict=True)):
         if bool(clear[n]) and claimed != there:
             yield n, f"{there}, not {claimed}"
