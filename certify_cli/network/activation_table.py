@@ -194,7 +194,7 @@ def from_name(text: str) -> Activation:
 
     Numbers after the colon are the row's parameters in order. UsageError for anything that is not a row.
     """
-    name, colon, numbers = text.partition(":")
+    name, colon, numbers = text.strip(" ").partition(":")
     builder = ACTIVATIONS.get(name.lower().replace("-", "_"))
     if builder is None:
         raise UsageError(f"unknown activation {quoted(name)}: choose one of {', '.join(sorted(ACTIVATIONS))}")
