@@ -35,7 +35,8 @@ FINE = {  # texts of the table that are something else to this reader
     "mean": {"1,5"},
     "mean of two": {"1,5"},
     "memory with a unit": {"1 "},
-    "activation": {"1,5"},
+    "activation": {"1,5", "1 "},  # spaces may stand around the whole
+    "second parameter": {"1 "},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,21 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     picture(tmp_path / "cat" / "x.png", mode="I;16", value=3)
     with pytest.raises(DataError, match="8 bits"):
         load_data(str(tmp_path))
+
+
+def test_a_program_or_a_pipe_under_the_name_of_an_image(tmp_path: Path) -> None:
+    """Pillow would hand PostScript to another program, and wait for a pipe."""
+    (tmp_path / "a.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    assert Image.open(tmp_path / "a.png").format == "EPS"
+    with pytest.raises(DataError, match=r"a\.png: not a readable image"):
+        load_data(str(tmp_path))
+    (tmp_path / "a.png").unlink()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "a.png")
+        with pytest.raises(DataError, match=r"a\.png: not a plain file"):
+            load_data(str(tmp_path))
 
 
 # arguments
