@@ -171,11 +171,12 @@ def _raised(point: Point, found: Certificates, radius: Tensor, rival: Tensor, ow
     theirs, larger or not."""
     better = radius > found.radius
     none = torch.full_like(radius, torch.nan)
+    gradient = _at(point.gradient_norm, rival) if point.smooth else none
     return replace(
         found,
         radius=torch.where(better, radius, found.radius),
         rival=torch.where(better, rival, found.rival),
-        gradient=torch.where(better, _at(point.gradient_norm, rival), found.gradient),
+        gradient=torch.where(better, gradient, found.gradient),
         curvature_lower=torch.where(better, none, found.curvature_lower),
         curvature_upper=torch.where(better, none, found.curvature_upper),
         lipschitz=torch.where(better, none, found.lipschitz),

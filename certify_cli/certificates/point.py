@@ -102,6 +102,11 @@ class Point:
                 found[k] = Slope(op.slope(z), up(op.curvature_sup * error + op.slope_error(z), 4))
         return found
 
+    @property
+    def smooth(self) -> bool:
+        """Whether every nonlinear node has a slope at the samples; without, there are no gradients."""
+        return len(self.slopes) == len(nonlinear_nodes(self.network))
+
     @cached_property
     def adjoints(self) -> dict[int, Vectors]:
         """Adjoints v_l of the margins towards every class, (batch, classes, *shape), at every nonlinear node's output;
@@ -132,7 +137,7 @@ class Point:
     def about(self) -> Tensor:
         """About how far to first order every rival is, (batch, classes), for networks with or without curvature; inf
         at the prediction. No bound."""
-        if len(self.slopes) == len(nonlinear_nodes(self.network)):
+        if self.smooth:
             return self.first_order
         with torch.enable_grad():
             x = self.x.detach().requires_grad_(True)

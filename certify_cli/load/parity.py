@@ -289,6 +289,8 @@ def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
     """(n, classes): what float32 does to the network's logits, an estimate. Weights and values are rounded to it, and
     an activation's value is off by as much as its argument's rounding, or 1's, in whatever way it is written. One
     logit's error may be small by chance: the largest of all points no farther out counts."""
+    if not len(points):
+        return np.zeros((0, network.classes))
     random = torch.Generator().manual_seed(0)
     values = [torch.from_numpy(points).to(torch.float32)]
     with torch.no_grad():

@@ -125,7 +125,8 @@ TAMPERED: dict[str, tuple[Callable[[Result], Result], str]] = {
         "inside the certified radius",
     ),
     "every radius twice as large": (
-        lambda r: replace(r, samples=tuple(replace(s, certified_radius=2 * s.certified_radius) for s in r.samples)), "radius"
+        lambda r: replace(r, samples=tuple(replace(s, certified_radius=2 * s.certified_radius) for s in r.samples)),
+        "radius",
     ),
     "a radius beyond all numbers of use": (each(certified_radius=1e200), "inside the certified radius"),
     "a prediction that is no class": (each(prediction=57), "is no class"),

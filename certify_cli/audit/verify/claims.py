@@ -120,6 +120,13 @@ def of_sample(sample: Sample, label: int | None, looked: Looked, row: int, run: 
         yield f"the runner-up is {second}, the record says {sample.runner_up}"
     if sample.rival is not None and (sample.rival == sample.prediction or not is_class(sample.rival, looked.logits)):
         yield f"the rival {sample.rival} is no other class"
+    if sample.status == CERTIFIED and sample.certified_radius is None:
+        gradient, steep = float(looked.gradient[row]), float(looked.steep[row])
+        if gradient > 1e-6 * steep:
+            yield (
+                f"the margin's gradient is {gradient:.6g}, but the record says that no perturbation changes the "
+                "prediction"
+            )
     yield from _of_figures(sample, float(looked.gradient[row]), float(looked.bend[row]), float(looked.steep[row]))
     if run.method == "lipschitz" or sample.method == "lipschitz":
         yield from _of_closed_form(sample, logits, slack)
@@ -168,7 +175,8 @@ def _of_figures(sample: Sample, gradient: float, bend: float, steep: float) -> I
 
 def _of_verdicts(sample: Sample, run_method: str, attack: str) -> Iterator[str]:
     radius = sample.certified_radius
-    if (sample.status == CERTIFIED) != (radius is not None):
+    never = sample.status == CERTIFIED and radius is None and sample.reason
+    if (sample.status == CERTIFIED) != (radius is not None) and not never:
         yield f"status {sample.status} with the radius {radius}"
     if radius is not None and radius <= 0:
         yield f"the certified radius {radius} is not positive"

@@ -203,6 +203,15 @@ class Prover:
         return all(min(shape) ** 2 * max(shape) <= GRAM_WORK for shape in shapes)
 
     @cached_property
+    def gain(self) -> float:
+        """The product of all layers' norms: what rounding errors of a Lipschitz constant are relative to."""
+        product = 1.0
+        for layer in self.layers:
+            own = 1.0 if layer.function is None else layer.function.lipschitz
+            product *= own * sum(matrix.norm for matrix in layer.weights.values())
+        return product
+
+    @cached_property
     def lipschitz(self) -> Tensor:
         """Of margins z_y - z_i, (y, i), everywhere."""
         ways = []
