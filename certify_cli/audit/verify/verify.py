@@ -207,22 +207,21 @@ class Verifier:
         """Of records whose proof fell short, contradict those of which no proof reaches even a part."""
         if self._prover is None or not self._prover.tight or not rows:
             return
-        values = self._prover.values(flat[rows])
-        predictions = torch.tensor([samples[n].prediction for n in rows])
-        margins = self._prover.margins(values, predictions).amin(1)
-        kept = [k for k, n in enumerate(rows) if self._measures(samples[n], float(margins[k]))]
-        rows = [rows[k] for k in kept]
-        if not rows:
+        predictions = torch.tensor([samples[n].prediction for n in rows], dtype=torch.int64)
+        margins = self._prover.margins(self._prover.values(flat[rows]), predictions).amin(1).tolist()
+        kept = [k for k, n in enumerate(rows) if self._measures(samples[n], margins[k])]
+        if not kept:
             return
-        parts = torch.tensor([PART[str(samples[n].method)] for n in rows], dtype=torch.float64)
-        radii = torch.tensor([samples[n].certified_radius for n in rows], dtype=torch.float64)
-        predictions = torch.tensor([samples[n].prediction for n in rows])
+        chosen = [rows[k] for k in kept]
+        parts = [PART[str(samples[n].method)] * float(samples[n].certified_radius or 0.0) for n in chosen]
+        radii = torch.tensor(parts, dtype=torch.float64)
         for n, part, holds in zip(
-            rows, parts.tolist(), proved(self._prover, flat[rows], predictions, parts * radii), strict=True
+            chosen, parts, proved(self._prover, flat[chosen], predictions[kept], radii), strict=True
         ):
             if not holds:
                 found[n].append(
-                    f"no proof by {samples[n].method} reaches {part:g} of the radius {samples[n].certified_radius:.9g}"
+                    f"no proof by {samples[n].method} reaches {part:.9g}, a part of the radius "
+                    f"{samples[n].certified_radius:.9g} that honest ones exceed"
                 )
 
     def _measures(self, sample: Sample, margin: float) -> bool:
