@@ -16,6 +16,24 @@ def _as_it_is(normal: Normal, node: NodeProto) -> None:
     normal.emit(node, node.op_type, list(node.input), node.output[0])
 
 
+@rewrites("Where")
+def _where(normal: Normal, node: NodeProto) -> None:
+    """By a constant condition: each operand times ones and zeros, and their sum."""
+    found = normal.found
+    condition, *operands = node.input
+    if condition not in found.constants:
+        raise found.refuse(node, "chooses by a condition that depends on the data, which is not supported")
+    chosen = found.constants[condition].astype(np.float64)
+    terms = []
+    for operand, mask in zip(operands, (chosen, 1 - chosen), strict=True):
+        if operand in found.values:
+            terms.append(normal.part())
+            normal.emit(node, "Mul", [operand, normal.constant(mask)], terms[-1])
+        else:
+            terms.append(normal.constant(np.where(mask > 0, found.constants[operand], 0.0)))
+    normal.emit(node, "Add", terms, node.output[0])
+
+
 @rewrites("MatMul")
 def _product(normal: Normal, node: NodeProto) -> None:
     """A matrix times a sample of one axis is that sample times the transposed matrix."""

@@ -163,6 +163,14 @@ FILES: dict[str, tuple[ModelProto, tuple[int, ...]]] = {
         ),
         (64,),
     ),
+    "a constant condition": (
+        model(
+            [node("Where", ["c", "x", "o"], ["a"]), node("Neg", ["x"], ["n"]), node("Where", ["c", "a", "n"], ["b"]),
+             node("MatMul", ["b", "w"], ["y"])],
+            {"c": np.arange(64) % 3 > 0, "o": normal(1, 64), "w": normal(64, 10)}, ["N", 64],
+        ),
+        (64,),
+    ),
     "max with zero": (
         model([node("MatMul", ["x", "w"], ["a"]), node("Max", ["a", "o"], ["b"]), node("MatMul", ["b", "v"], ["y"])],
               MLP | {"o": 0.0}, ["N", 64]),

@@ -199,6 +199,17 @@ def test_what_float32_does_to_a_network_is_allowed_for(tmp_path: Path) -> None:
     assert load_onnx(path).network.classes == 3
 
 
+def test_units_that_wake_beyond_all_float32_numbers_stop_nothing(tmp_path: Path) -> None:
+    """A unit of slope 1e-20: the point that wakes it is infinite in float32."""
+    nodes = [
+        helper.make_node("Mul", ["x", "tiny"], ["s"]),
+        helper.make_node("Mul", ["s", "tiny"], ["t"]),
+        helper.make_node("Sub", ["t", "one"], ["z"]),
+        helper.make_node("Relu", ["z"], ["h"]),
+    ]
+    assert load_onnx(network(tmp_path, nodes, {"tiny": 1e-20, "one": 1.0})).network.classes == 3
+
+
 def test_probes_have_both_signs_and_many_sizes() -> None:
     from tests.networks import mlp
 
