@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+import onnx
+import onnx.shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from certify_cli.errors import ModelError, first_line, shown
@@ -27,8 +29,8 @@ from certify_cli.load.outputs import FLOATS
 MAX_ENTRIES = 2**28
 """The largest value (entries) that a graph may make: 2 GiB in float64."""
 
-SHAPE_SETS_SIZE = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Reshape": 1}
-"""Operators whose output may be far larger than what they read, with the operand that says how large."""
+FEW = 1024
+"""Entries of an operand that may say how large a value will be."""
 
 WIDE = (TensorProto.FLOAT, TensorProto.DOUBLE)
 
@@ -194,12 +196,9 @@ def widened(found: Interpretation, node: NodeProto, inputs: list[Any]) -> list[n
 
 def compute(found: Interpretation, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
     """The outputs of one node on operands of any type: by `OPERATORS`, else by onnx.reference."""
-    operand = SHAPE_SETS_SIZE.get(node.op_type)
-    if operand is not None and len(inputs) > operand and inputs[operand] is not None:
-        entries = math.prod(int(v) for v in np.ravel(inputs[operand]))
-        if abs(entries) * (inputs[0].size if node.op_type == "Tile" else 1) > MAX_ENTRIES:
-            raise found.refuse(node, f"makes a value of {abs(entries)} entries, which is too large to certify")
     feeds = {value: array for value, array in zip(node.input, inputs, strict=True) if value}
+    if node.op_type not in OPERATORS:
+        _check_size(found, node, feeds)
     try:
         with np.errstate(all="ignore"):
             if node.op_type in OPERATORS:
@@ -220,6 +219,22 @@ def compute(found: Interpretation, node: NodeProto, inputs: list[Any]) -> list[n
     if any(array.dtype.kind not in "biufV" and array.dtype.name != "bfloat16" for array in arrays):
         raise found.refuse(node, "gives something other than numbers, which is not supported")
     return arrays
+
+
+def _check_size(found: Interpretation, node: NodeProto, feeds: dict[str, np.ndarray]) -> None:
+    """ModelError, before any memory is asked for, where a value would be far larger than any that is certified: by
+    ONNX's own shape inference, small operands known."""
+    model = _alone(node, feeds, found.opset)
+    small = [(name, array) for name, array in feeds.items() if array.size <= FEW and array.dtype.kind in "biuf"]
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in small)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output
+    except Exception:  # what cannot be inferred is told by the evaluation itself
+        return
+    for value in inferred:
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if math.prod(sizes) > MAX_ENTRIES:
+            raise found.refuse(node, f"makes a value of shape {sizes}, which is too large to certify")
 
 
 def _alone(node: NodeProto, feeds: dict[str, np.ndarray], opset: int) -> ModelProto:

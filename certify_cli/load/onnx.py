@@ -55,6 +55,10 @@ def load_onnx(
             return _load(path, file, entrance)
         except ModelError as error:
             refusal = refusal or error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
+            raise ModelError(f"{path}: loading it takes more memory than there is ({first_line(error)})") from error
     assert refusal is not None, "a file has at least one reading"
     raise refusal
 

@@ -24,6 +24,7 @@ from certify_cli.errors import ModelError, first_line, shown
 from certify_cli.load import ml_operators
 from certify_cli.load.neutral import Graph, Origin, neutral
 from certify_cli.load.outputs import chosen_output, leading_to
+from certify_cli.plain import integer
 
 MAX_BYTES = 2**31 - 1
 """The largest file that protobuf can hold, and the most external data read for one model."""
@@ -320,8 +321,8 @@ def _load_external(path: Path, where: str, tensor: TensorProto, files: dict[str,
         files[location] = _sibling(path, where, location, sum(map(len, files.values())))
     data = files[location]
     try:
-        offset = int(entries.get("offset", 0))
-        length = int(entries.get("length", len(data) - offset))
+        offset = integer(entries.get("offset", "0"))
+        length = integer(entries.get("length", str(len(data) - offset)))
     except ValueError:
         raise ModelError(f"{path}: {where} has an unreadable place in '{shown(location)}'; export it anew") from None
     if offset < 0 or length < 0 or offset + length > len(data):

@@ -137,6 +137,9 @@ def windows_of(node: NodeProto, sizes: Sequence[int]) -> Windows:
             raise ValueError(f"has a window of {k} pixels, larger than its padded input of {n + begin + end}")
         count.append(found)
         padded.append(n + end)
+    spans = [n + begin + end + k for n, k, (begin, end) in zip(sizes, kernel, pads, strict=True)]
+    if max(math.prod(spans), math.prod(count) * math.prod(kernel)) > LARGEST:
+        raise ValueError(f"has windows of {kernel} pixels on {sum(spans)} padded ones, which is too large to certify")
     starts = tuple(-first for first, _ in pads)
     return Windows(tuple(kernel), tuple(stride), tuple(dilation), starts, tuple(count), tuple(padded))
 
@@ -231,6 +234,8 @@ def pad(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
     return [np.pad(x, added, mode=mode)]
 
 
+MOST_TIMES = 4096
+"""By which an axis may be resized: beyond, float32 no longer tells its pixels apart."""
 LARGEST = 2**28
 """Entries of a value: 2 GiB in float64."""
 
@@ -299,7 +304,7 @@ def _scales_and_sizes(
         scales = [np.float32(m) / np.float32(n) for m, n in zip(sizes, before, strict=True)]
     else:
         raise ValueError("names neither scales nor sizes")
-    if min(sizes) < 1 or math.prod(sizes) > LARGEST or not all(0 < s < 2**20 for s in scales):
+    if min(sizes) < 1 or math.prod(sizes) > LARGEST or not all(0 < s <= MOST_TIMES for s in scales):
         raise ValueError(f"resizes to {sizes} pixels, which is not supported")
     return scales, sizes
 

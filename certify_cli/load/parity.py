@@ -42,6 +42,8 @@ UNSTABLE = {"log_sigmoid": -12.0}
 IMAGES = 3
 SIZES = (1.0, 10.0, 1e2, 1e4)
 """Of inputs of both signs."""
+ENTRIES = 2**27
+"""Of all values at once: 1 GiB."""
 FAR = 1e12
 """Beyond it float32 overflows on the way; units that wake only there are left to the check of pieces."""
 WOKEN, STEPS = 64, 3
@@ -80,7 +82,7 @@ def check(
     stored = np.dtype(np.float64 if file.stored_dtype == "float64" else np.float32)
     with np.errstate(over="ignore"):
         points = points.astype(stored).astype(np.float64)
-    points = points[np.abs(points).reshape(len(points), -1).max(1) <= FAR]
+    points = points[np.abs(points).reshape(len(points), -1).max(1) <= FAR][: rows_at_once(network)]
     try:
         _check_folds(path, file, found)
         run, name, notes = _by_runtime(path, file, logits, entrance), "onnxruntime", []
@@ -355,9 +357,15 @@ def probes(network: Network, samples: np.ndarray) -> np.ndarray:
     return points if woken is None else np.concatenate([points, woken])
 
 
+def rows_at_once(network: Network) -> int:
+    """How many points' values at all nodes fit into ENTRIES; at least the images."""
+    return max(IMAGES, ENTRIES // sum(node.size for node in network.nodes))
+
+
 def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
     """Points on which units respond that are on one side of a kink on all of `points`: by Newton steps from the first
     one towards the unit's other side. Of many such units some of every layer."""
+    points = points[: rows_at_once(network)]
     with torch.no_grad():
         values = network.values(torch.from_numpy(points))
     goals: list[tuple[int, int, float]] = []
@@ -366,7 +374,7 @@ def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
         for node in network.nodes
         if isinstance(node.op, AffineOp)
     )
-    woken = min(WOKEN, WORK / (3 * STEPS * max(1, work)))
+    woken = min(WOKEN, rows_at_once(network), WORK / (3 * STEPS * max(1, work)))
     kinked = [index for index, node in enumerate(network.nodes) if isinstance(node.op, Activation)]
     for index in kinked:
         op, before = network.nodes[index].op, network.nodes[index].inputs[0]

@@ -3,6 +3,7 @@ loader makes of them, which is held to onnxruntime on the way."""
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,67 @@ def test_loads_or_is_refused(operator: str, tmp_path: Path) -> None:
             refusals.append(str(error))
     assert len(refusals) < count // 5 - 1
     assert [text for text in refusals if "please report it" in text] == []
+
+
+# --- little that asks for much ----------------------------------------------------------------------------------------
+
+
+def asking(nodes: list[NodeProto], weights: dict[str, Any], shape: tuple[Any, ...] = ("N", 4)) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def of_constants(node: NodeProto, weights: dict[str, Any]) -> onnx.ModelProto:
+    """x plus the sum of a large constant h."""
+    ends = [helper.make_node("ReduceSum", ["h"], ["s"], keepdims=0), helper.make_node("Add", ["x", "s"], ["y"])]
+    return asking([node, *ends], weights)
+
+
+def of_data(node: NodeProto, weights: dict[str, Any]) -> onnx.ModelProto:
+    return asking([node, helper.make_node("Flatten", ["h"], ["y"])], weights, ("N", 2, 8))
+
+
+def made(operator: str, inputs: list[str], **attributes: Any) -> NodeProto:
+    return helper.make_node(operator, inputs, ["h"], **attributes)
+
+
+F, INT = np.float32, np.int64
+LONG, PAIR = np.ones((10**6, 1), F), np.ones((2, 2, 2), F)
+MUCH = {
+    "Range": of_constants(made("Range", ["a", "b", "c"]), {"a": F(0), "b": F(1e12), "c": F(1)}),
+    "Tile": of_constants(made("Tile", ["a", "t"]), {"a": np.ones(10, F), "t": np.array([10**10], INT)}),
+    "Expand": of_constants(made("Expand", ["a", "t"]), {"a": np.ones(1, F), "t": np.array([10**6, 10**6], INT)}),
+    "Add": of_constants(made("Add", ["a", "b"]), {"a": LONG, "b": LONG.T.copy()}),
+    "MatMul": of_constants(made("MatMul", ["a", "b"]), {"a": LONG, "b": LONG.T.copy()}),
+    "Einsum": of_constants(made("Einsum", ["a", "a"], equation="i,j->ij"), {"a": LONG[:, 0]}),
+    "OneHot": of_constants(
+        made("OneHot", ["a", "d", "v"]), {"a": np.zeros(9, INT), "d": np.array(10**11, INT), "v": np.array([0, 1], F)}
+    ),
+    "ConstantOfShape": of_constants(made("ConstantOfShape", ["t"]), {"t": np.array([10**6, 10**6], INT)}),
+    "Gather": of_constants(made("Gather", ["a", "i"]), {"a": np.ones((4, 10**5), F), "i": np.zeros(10**5, INT)}),
+    "Pad": of_data(made("Pad", ["x", "p"]), {"p": np.array([0, 0, 0, 0, 0, 10**10], INT)}),
+    "MaxPool": of_data(made("MaxPool", ["x"], kernel_shape=[10**9], pads=[5 * 10**8] * 2), {}),
+    "AveragePool": of_data(made("AveragePool", ["x"], kernel_shape=[10**9], auto_pad="SAME_UPPER"), {}),
+    "Conv": of_data(made("Conv", ["x", "w"], pads=[10**10] * 2), {"w": PAIR}),
+    "Conv, dilated": of_data(made("Conv", ["x", "w"], dilations=[10**9], pads=[10**9] * 2), {"w": PAIR}),
+    "ConvTranspose": of_data(made("ConvTranspose", ["x", "w"], strides=[10**9]), {"w": PAIR}),
+    "Resize": of_data(made("Resize", ["x", "", "s"], mode="nearest"), {"s": np.array([1, 1, 2**19], F)}),
+}
+
+
+@pytest.mark.parametrize("name", MUCH)
+def test_a_small_file_that_asks_for_much_is_refused_before_it_gets_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(MUCH[name].SerializeToString())
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match=r"too large to certify|which is not supported"):
+            load_onnx(tmp_path / "model.onnx")
+        assert tracemalloc.get_traced_memory()[1] < 2**28
+    finally:
+        tracemalloc.stop()
