@@ -112,7 +112,8 @@ def _window(node: OnnxNode) -> tuple[dict[str, Any], list[tuple[int, int]]]:
 def _max_pool(node: OnnxNode, graph: OnnxGraph) -> OperationConverterResult:
     form, pads = _window(node)
     begin, end = zip(*pads, strict=True)
-    layer = MaxPoolLayer(MaxPool(**form, padding=begin, end=None if begin == end else end))
+    within = all(2 * width <= k for width, k in zip(begin, form["kernel"], strict=True))  # torch pads no further
+    layer = MaxPoolLayer(MaxPool(**form, padding=begin, end=None if begin == end and within else end))
     return OperationConverterResult(layer, OnnxMapping(node.input_values, node.output_values))
 
 

@@ -28,7 +28,7 @@ from certify_cli.load.interpret import Interpretation, keeps_type
 from certify_cli.load.normal import DOMAIN, REWRITES, Normal, Piece, move, rewrites
 from certify_cli.load.operators import attributes_of
 from certify_cli.load.patterns import fuse
-from certify_cli.network.activations import Activation, from_onnx
+from certify_cli.network.activations import ACTIVATIONS, Activation, from_onnx
 
 TARGET_OPSET = 13
 MOVEMENTS = {
@@ -155,6 +155,8 @@ def _plain_activation(found: Interpretation, node: NodeProto) -> Activation | No
                 attributes[key] = _scalar(found, node, value)
         if not {"min", "max"} & set(attributes):
             return None
+    if operator == "PRelu" and np.ptp(found.constants.get(node.input[1], 0.0)) > 0:
+        return None
     if operator == "PRelu":
         operator, attributes = "LeakyRelu", {"alpha": _scalar(found, node, node.input[1])}
     try:
@@ -170,9 +172,11 @@ def _scalar(found: Interpretation, node: NodeProto, name: str) -> float:
     return float(np.ravel(array)[0])
 
 
-def _emit_activation(normal: Normal, node: NodeProto, activation: Activation, argument: str) -> None:
+def _emit_activation(
+    normal: Normal, node: NodeProto, activation: Activation, argument: str, output: str | None = None
+) -> None:
     row = {"name": activation.name, "parameters": activation.parameters, "deviation": activation.deviation}
-    normal.emit(node, "Activation", [argument], node.output[0], DOMAIN, row=json.dumps(row))
+    normal.emit(node, "Activation", [argument], output or node.output[0], DOMAIN, row=json.dumps(row))
 
 
 # --- data movement ----------------------------------------------------------------------------------------------
@@ -206,6 +210,16 @@ def _cast(normal: Normal, node: NodeProto) -> None:
 def _clip(normal: Normal, node: NodeProto) -> None:
     """Without bounds: with one it is an activation."""
     normal.pass_on(node.input[0], node.output[0])
+
+
+@rewrites("PRelu")
+def _leaky_by_channel(normal: Normal, node: NodeProto) -> None:
+    """max(x, 0) + slope min(x, 0), with slopes that differ."""
+    above, below, scaled = (normal.part() for _ in range(3))
+    _emit_activation(normal, node, ACTIVATIONS["relu"](), node.input[0], above)
+    _emit_activation(normal, node, ACTIVATIONS["clip"](high=0.0), node.input[0], below)
+    normal.emit(node, "Mul", [below, node.input[1]], scaled)
+    normal.emit(node, "Add", [above, scaled], node.output[0])
 
 
 @rewrites("Pow")
