@@ -41,6 +41,8 @@ def _over_the_sample(found: Interpretation, node: NodeProto) -> bool:
     shape = found.values[node.input[0]].shape
     old = found.opset < 13
     axis = int(attributes_of(node).get("axis", 1 if old else -1)) % len(shape)
+    if axis == 0 and not old and node.input[0] not in found.unbatched:
+        return False  # along the batch, which may be as long as there are classes
     width = int(np.prod(shape[axis:])) if old else shape[axis]
     return width == found.size(node.input[0])
 

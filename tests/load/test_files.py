@@ -328,6 +328,41 @@ def _scores(value: Any) -> bool:
     return array.dtype.kind == "f" or array.dtype == object
 
 
+def test_a_softmax_along_a_batch_as_long_as_the_classes_is_none_over_them(tmp_path: Path) -> None:
+    """It compares samples with one another, and changes predictions."""
+    nodes = [node("MatMul", ["x", "w"], ["z"]), node("Softmax", ["z"], ["y"], axis=0)]
+    with pytest.raises(ModelError, match=r"\(Softmax\) is not supported"):
+        load_onnx(written(tmp_path, model(nodes, {"w": normal(4, 3)}, [3, 4])))
+
+
+MIXED: dict[str, tuple[list[NodeProto], dict[str, Any]]] = {
+    "a product across the batch": ([node("MatMul", ["a", "x"], ["z"])], {"a": normal(3, 3)}),
+    "another offset for every sample": ([node("Add", ["x", "b"], ["z"])], {"b": normal(3, 4)}),
+    "another scale for every sample": ([node("Mul", ["x", "b"], ["z"])], {"b": normal(3, 4)}),
+    "another bound for every sample": ([node("Max", ["x", "b"], ["z"])], {"b": normal(3, 4)}),
+    "another choice for every sample": (
+        [node("Where", ["c", "x", "b"], ["z"])], {"c": np.arange(12).reshape(3, 4) % 2 > 0, "b": normal(1, 4)},
+    ),
+    "the first sample for all": ([node("Gather", ["x", "i"], ["z"], axis=0)], {"i": np.array([0, 0, 0])}),
+    "samples turned round": ([node("Gather", ["x", "i"], ["z"], axis=0)], {"i": np.array([2, 1, 0])}),
+    "the batch and the features exchanged": (
+        [node("MatMul", ["x", "s"], ["q"]), node("Transpose", ["q"], ["z"])], {"s": normal(4, 3)},
+    ),
+    "the mean of the batch": (
+        [node("ReduceMean", ["x"], ["m"], axes=[0]), node("Sub", ["x", "m"], ["z"])], {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_fixed_batch_whose_samples_meet_is_refused(name: str, tmp_path: Path) -> None:
+    nodes, weights = MIXED[name]
+    width = 3 if "exchanged" in name else 4
+    ends = [node("MatMul", ["z", "w"], ["y"])]
+    with pytest.raises(ModelError):
+        load_onnx(written(tmp_path, model([*nodes, *ends], weights | {"w": normal(width, 3)}, [3, 4], opset=13)))
+
+
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
