@@ -47,7 +47,9 @@ def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[st
     if wanted is not None:
         found = [value for value in outputs if value.name == wanted]
         if not found:
-            raise ModelError(f"{path}: --output {shown(wanted)} is none of its outputs ({listed})")
+            raise ModelError(
+                f"{path}: --output {shown(wanted)} is none of its outputs ({listed}); a file to write to is named by -o"
+            )
     elif len(outputs) == 1:
         found = outputs
     else:
