@@ -79,6 +79,10 @@ def _join_constants(normal: Normal, node: NodeProto, data: list[str], axis: int)
             constant = normal.constants[value]
             frame.append(constant[None] if node.output[0] in found.unbatched else constant)
             moved.append(np.zeros_like(frame[-1]))
+            if len(frame[-1]) != 1:
+                raise found.refuse(
+                    node, "joins another constant to every sample of its batch; export with a free batch"
+                )
     bare = normal.part(normal.shapes[node.output[0]])
     emit_index(normal, node, joined, bare, np.concatenate(moved, axis=axis))
     normal.emit(node, "Add", [bare, normal.constant(np.concatenate(frame, axis=axis))], node.output[0])
@@ -234,8 +238,15 @@ def _reduce(normal: Normal, node: NodeProto) -> None:
     if 0 in counted and source not in found.unbatched:
         raise found.refuse(node, "reduces over the batch; every value must keep the batch on its first axis")
     axes = [data_axis(found, node, source, axis) for axis in counted]
+    output = node.output[0]
+    if not keep and len(axes) == len(normal.shapes[source]) - 1:
+        # a number a sample keeps one axis
+        keep, output = 1, normal.part()
+        target = normal.constant(np.array([-1, 1], dtype=np.int64))
     if operator == "ReduceMean":
-        normal.emit(node, operator, [source], node.output[0], axes=axes, keepdims=keep)
+        normal.emit(node, operator, [source], output, axes=axes, keepdims=keep)
     else:
         where = normal.constant(np.array(axes, dtype=np.int64))
-        normal.emit(node, operator, [source, where], node.output[0], keepdims=keep)
+        normal.emit(node, operator, [source, where], output, keepdims=keep)
+    if output != node.output[0]:
+        normal.emit(node, "Reshape", [output, target], node.output[0])

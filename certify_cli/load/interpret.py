@@ -25,6 +25,7 @@ from certify_cli.load.entrance import Entrance
 from certify_cli.load.neutral import Graph, Names, Origin
 from certify_cli.load.operators import OPERATORS, attributes_of
 from certify_cli.load.outputs import FLOATS
+from certify_cli.network.graph import MAX_VALUES
 
 MAX_ENTRIES = 2**28
 """The largest value (entries) that a graph may make: 2 GiB in float64."""
@@ -56,9 +57,9 @@ class Interpretation:
     unbatched: set[str] = field(default_factory=set)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one sample with a batch of one in front, whatever the file's batch."""
+        """Of one sample with a batch of one in front, whatever the file's batch; a number a sample has one axis."""
         own = self.values[name].shape
-        return (1, *own) if name in self.unbatched else (1, *own[1:])
+        return (1, *own) if name in self.unbatched else (1, *(own[1:] or (1,)))
 
     def size(self, name: str) -> int:
         """Entries of one sample."""
@@ -66,11 +67,16 @@ class Interpretation:
 
     def samples(self, name: str, array: np.ndarray) -> np.ndarray:
         """A value of the file's shape as samples, the batch in front."""
-        return array[None] if name in self.unbatched else array
+        if name in self.unbatched:
+            return array[None]
+        return array[:, None] if array.ndim == 1 else array
 
     def filed(self, name: str, sample: np.ndarray) -> np.ndarray:
         """One sample (1, ...) in the file's own shape: repeated where its batch is fixed."""
-        return sample[0] if name in self.unbatched else np.repeat(sample, len(self.values[name]), axis=0)
+        if name in self.unbatched:
+            return sample[0]
+        rows = np.repeat(sample, len(self.values[name]), axis=0)
+        return rows[:, 0] if self.values[name].ndim == 1 else rows
 
     def refuse(self, node: NodeProto, why: str) -> ModelError:
         return ModelError(f"{self.path}: {self.origin[node.name]} {why}")
@@ -115,6 +121,8 @@ def _run(found: Interpretation, node: NodeProto) -> None:
     for value, array in zip(node.output, outputs, strict=False):
         if not value:
             continue
+        if array.size > MAX_VALUES * (found.entrance.batch or 1):
+            raise found.refuse(node, f"makes a value of shape {list(array.shape)}, which is too large to certify")
         if array.size == 0:
             raise found.refuse(node, f"gives an empty value, of shape {list(array.shape)}; the shapes do not fit")
         if not found.entrance.keeps_batch(array.shape):

@@ -35,6 +35,15 @@ MOVEMENTS = {
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "GatherElements", "GatherND",
     "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Identity", "Pad", "Resize", "Upsample",
 }  # fmt: skip
+BATCHED = {
+    "Conv",
+    "ConvTranspose",
+    "BatchNormalization",
+    "MaxPool",
+    "AveragePool",
+    "GlobalMaxPool",
+    "GlobalAveragePool",
+}
 PRODUCTS = {"Mul", "Div", "MatMul"}
 """Of two values that depend on the input they are no affine map."""
 
@@ -81,6 +90,8 @@ def _flatten(normal: Normal, output: str) -> None:
 def _rewrite(normal: Normal, node: NodeProto) -> None:
     found = normal.found
     data = [value for value in node.input if value in found.values]
+    if node.op_type in BATCHED and data and data[0] in found.unbatched:
+        raise found.refuse(node, "takes a batch of images, and here a value without a batch axis; export with one")
     if node.op_type not in REWRITES or node.op_type == "Pow" or (node.op_type in PRODUCTS and len(data) > 1):
         block = block_of(found, node)
         if block is not None:

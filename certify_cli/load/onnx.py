@@ -51,10 +51,13 @@ def load_onnx(
     file = read_onnx(path, output)
     refusal: ModelError | None = None
     for entrance in readings(path, file.inputs, file.graph.named, sample_shape, layout):
+        if refusal is not None and file.rows == file.inputs[0].type.tensor_type.shape.dim[0].dim_value:
+            break  # a row of the output for each of the input: a batch, whatever else is wrong
         try:
             return _load(path, file, entrance)
         except ModelError as error:
-            refusal = refusal or error
+            # a reading in which some value has no batch axis was not the right one
+            refusal = error if refusal is None or "keep the batch" in str(refusal) else refusal
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
                 raise

@@ -60,7 +60,8 @@ NUMBERS = set(FLOATS) | {
 class OnnxFile:
     """What leads to the logits of a file, and the digest of the file and its external data.
 
-    model: as the file has it, with functions and its own names, external data brought in.   graph: the same, renamed.
+    model: as the file has it, with its own names, external data brought in and functions inlined.   graph: the same,
+    renamed.
     output: the file's name of the tensor that holds the logits, or what becomes of them.
     """
 
@@ -71,6 +72,12 @@ class OnnxFile:
     opset: int
     stored_dtype: str
     notes: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """The first size that the output declares; 0 where it declares none."""
+        sizes = self.model.graph.output[0].type.tensor_type.shape.dim
+        return int(sizes[0].dim_value) if len(sizes) else 0
 
     @property
     def inputs(self) -> list[ValueInfoProto]:
@@ -103,6 +110,10 @@ def read_onnx(path: Path, output: str | None = None) -> OnnxFile:
         _check_tensor(path, where, tensor)
     opset = _check_opset(path, model)
     inlined = _inlined(path, model)
+    deployed = model
+    if model.functions:  # onnxruntime takes a function for the operator of its name, and may abort over it
+        deployed = ModelProto()
+        deployed.CopyFrom(inlined)
     for value in inlined.graph.output:
         if not value.type.tensor_type.HasField("shape"):  # the checker asks for one, and compares it with nothing
             value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, TensorProto.FLOAT, []))
@@ -115,7 +126,7 @@ def read_onnx(path: Path, output: str | None = None) -> OnnxFile:
         if node.domain in DEFAULT_DOMAINS:
             node.domain = ""  # "ai.onnx" is the same operator set by its long name
     graph = ml_operators.standardised(path, neutral(inlined.graph))
-    return OnnxFile(model, graph, name, digest.hexdigest(), opset, _stored_dtype(model), notes)
+    return OnnxFile(deployed, graph, name, digest.hexdigest(), opset, _stored_dtype(model), notes)
 
 
 def _prune(graph: GraphProto, output: str) -> None:

@@ -306,6 +306,8 @@ class ConvTranspose(AffineOp):
             raise ValueError(
                 f"a transposed convolution of {self.weight.shape[0]} channels cannot take a value of shape {shape}"
             )
+        if any(o >= s for o, s in zip(self.output_padding, self.stride, strict=True)):
+            raise ValueError("the output padding of a transposed convolution must be smaller than its stride")
         sizes = tuple(
             (n - 1) * s - 2 * p + d * (k - 1) + o + 1
             for n, s, p, d, k, o in zip(

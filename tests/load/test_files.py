@@ -646,3 +646,64 @@ def test_shared_case_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert load_model(CASES / "code_in_node_name.onnx").network.classes == 2
     assert list(tmp_path.iterdir()) == []
+
+
+# --- found by strangers -----------------------------------------------------------------------------------------------
+
+
+NUMBERS: dict[str, tuple[list[NodeProto], dict[str, Any]]] = {
+    "a squeezed logit": (
+        [node("Gemm", ["x", "w"], ["g"]), node("Squeeze", ["g", "a"], ["s"]), node("Sigmoid", ["s"], ["y"])],
+        {"w": normal(4, 1), "a": np.array([1])},
+    ),
+    "a mean": (
+        [node("ReduceMean", ["x"], ["m"], axes=[1], keepdims=0), node("Relu", ["m"], ["r"]),
+         node("Unsqueeze", ["r", "a"], ["u"]), node("MatMul", ["u", "w"], ["y"])],
+        {"w": normal(1, 3), "a": np.array([1])},
+    ),
+    "one entry": (
+        [node("Gather", ["x", "i"], ["g"], axis=1), node("Min", ["g", "c"], ["r"]),
+         node("Unsqueeze", ["r", "a"], ["u"]), node("MatMul", ["u", "w"], ["y"])],
+        {"w": normal(1, 3), "a": np.array([1]), "i": np.array(0), "c": np.array([0.9])},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["lipschitz", "linear", "local-lipschitz", "auto"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_single_number_a_sample_is_certified_through(name: str, method: str, tmp_path: Path) -> None:
+    from certify_cli import certify, load_data
+
+    nodes, weights = NUMBERS[name]
+    loaded = load_onnx(written(tmp_path, model(nodes, weights, ["N", 4], opset=13)))
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).random((3, 4)).astype(np.float32))
+    assert len(certify(loaded, load_data(str(tmp_path / "d.npz")), method=method).samples) == 3
+
+
+def test_a_refused_fixed_batch_is_not_read_as_one_sample(tmp_path: Path) -> None:
+    """y[8, 1] of x[8, 5]: eight samples of one logit, never one sample of eight classes."""
+    nodes = [node("Transpose", ["x"], ["t"]), node("MatMul", ["v", "t"], ["m"]), node("Transpose", ["m"], ["u"]),
+             node("Gemm", ["u", "w"], ["y"])]  # fmt: skip
+    weights = {"v": normal(5, 5), "w": normal(5, 1)}
+    with pytest.raises(ModelError):
+        load_onnx(written(tmp_path, model(nodes, weights, [8, 5], {"y": (FLOAT, [8, 1])})))
+
+
+@pytest.mark.parametrize("operator", ["Conv", "ConvTranspose"])
+def test_uneven_padding_in_a_reading_without_a_batch_is_refused(operator: str, tmp_path: Path) -> None:
+    nodes = [node(operator, ["x", "k"], ["a"], pads=[1, 0, 0, 1]), node("Cos", ["a"], ["b"]),
+             node("Flatten", ["b"], ["y"])]  # fmt: skip
+    with pytest.raises(ModelError):
+        load_onnx(written(tmp_path, model(nodes, {"k": normal(3, 3, 2, 2)}, [8, 3, 4, 4])))
+
+
+def test_another_constant_for_every_sample_is_not_joined(tmp_path: Path) -> None:
+    nodes = [node("Concat", ["x", "c"], ["j"], axis=1), node("MatMul", ["j", "w"], ["y"])]
+    with pytest.raises(ModelError, match="another constant to every sample"):
+        load_onnx(written(tmp_path, model(nodes, {"c": normal(8, 1), "w": normal(4, 3)}, [8, 3])))
+
+
+@pytest.mark.parametrize("name", ["Add", "Mul", "Sub", "Div", "Gather"])
+def test_a_function_of_one_input_under_an_operator_s_name_does_not_abort(name: str, tmp_path: Path) -> None:
+    """onnxruntime's optimiser takes the call for the operator, and reads its second input."""
+    assert load_onnx(written(tmp_path, calling("own", name, NEGATES))).network.classes == 3
