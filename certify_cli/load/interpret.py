@@ -27,8 +27,8 @@ from certify_cli.load.operators import OPERATORS, attributes_of
 from certify_cli.load.outputs import FLOATS
 from certify_cli.network.graph import MAX_VALUES
 
-MAX_ENTRIES = 2**28
-"""The largest value (entries) that a graph may make: 2 GiB in float64."""
+MAX_ENTRIES = 2**27
+"""The largest value (entries) that a graph may make: 1 GiB in float64."""
 
 FEW = 1024
 """Entries of an operand that may say how large a value will be."""
