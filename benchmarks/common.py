@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from certify_cli.load.data import Dataset
+    from certify_cli.data.datasets import Dataset
     from certify_cli.network.graph import Network
 
 Entry = dict[str, Any]
@@ -43,7 +43,7 @@ def read_index(models: Path, data: Sequence[str]) -> dict[str, Entry]:
 def load(path: Path, entry: Entry, root: str | None, samples: int) -> tuple[Network, Dataset]:
     """The model, fitted to its data, and the first `samples` of the test part."""
     from certify_cli import load_data, load_model
-    from certify_cli.load.fit import fit
+    from certify_cli.load.preprocessing import fit
 
     data = load_data(entry["data"], root=root, samples=samples, offline=True)
     layout = "nhwc" if entry["layout"] == "NHWC" else None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from certify_cli.load.data import Dataset
+    from certify_cli.data.datasets import Dataset
 
 STEPS = 12
 TOP = 2.0
@@ -43,7 +43,7 @@ def classifier(
     from auto_LiRPA.operators.gelu import GELU
     from torch import nn
 
-    from certify_cli.load.torchvision_schemas import import_torchvision
+    from certify_cli.torchvision_schemas import import_torchvision
 
     import_torchvision()
     import onnx

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from certify_cli.errors import ModelError
-from certify_cli.load.torchvision_schemas import import_torchvision
+from certify_cli.torchvision_schemas import import_torchvision
 
 SEED = 0
 EXPORTERS = {"legacy": {"dynamo": False, "opset_version": 17}, "default": {"dynamo": True, "verbose": False}}

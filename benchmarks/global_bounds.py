@@ -41,14 +41,14 @@ def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: st
     """One model's row. The time a sample is that of all `GLOBAL` on the batch, once the global bounds are known."""
     import torch
 
-    from certify_cli.bounds.analysis import Analysis
-    from certify_cli.bounds.curvature import why_no_curvature
-    from certify_cli.bounds.lipschitz import lipschitz_expansion, product_expansion
+    from certify_cli.bounds.global_bounds.curvature import why_no_curvature
+    from certify_cli.bounds.global_bounds.lipschitz import lipschitz_expansion, product_expansion
+    from certify_cli.bounds.global_bounds.model_bounds import Analysis
     from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
+    from certify_cli.certificates.dual import sharpened
     from certify_cli.certificates.methods import METHODS, TANGENTS, certify_batch, select
-    from certify_cli.certificates.point import Point
-    from certify_cli.certificates.tangent import sharpened
     from certify_cli.network.evaluate import exact_kernels
+    from certify_cli.network.evaluated import Point
 
     torch.set_num_threads(threads)
     network, data = load(path, entry, root, samples)

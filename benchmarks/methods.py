@@ -45,9 +45,9 @@ from common import Entry, header, in_process, load, parser, peak_mib, read_index
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from certify_cli.bounds.analysis import Analysis
+    from certify_cli.bounds.global_bounds.model_bounds import Analysis
     from certify_cli.certificates.certificates import Certificates
-    from certify_cli.certificates.point import Point
+    from certify_cli.network.evaluated import Point
     from certify_cli.network.graph import Network
 
 LARGEST = 1e6
@@ -70,7 +70,7 @@ class Subject:
     @property
     def point(self) -> Point:
         """Nothing known of the samples yet."""
-        from certify_cli.certificates.point import Point
+        from certify_cli.network.evaluated import Point
 
         return Point(self.network, self.x)
 
@@ -82,7 +82,7 @@ class Subject:
         """The compositional curvature bounds of all margins, (classes, classes)."""
         import torch
 
-        from certify_cli.bounds.curvature import COMPOSITION
+        from certify_cli.bounds.global_bounds.curvature import COMPOSITION
 
         pairs = (1 - torch.eye(self.network.classes)).nonzero()
         table = torch.zeros(self.network.classes, self.network.classes, dtype=torch.float64)
@@ -111,7 +111,7 @@ def by_method(name: str) -> Callable[[Subject], Tensor]:
 
 def cheapest(subject: Subject, attack: bool = False) -> tuple[Point, Certificates]:
     """By the cheapest method that can promise attacks, or else the cheapest."""
-    from certify_cli.bounds.curvature import why_no_curvature
+    from certify_cli.bounds.global_bounds.curvature import why_no_curvature
     from certify_cli.certificates.methods import METHODS
 
     name = "curvature" if why_no_curvature(subject.network) is None else "lipschitz"
@@ -123,7 +123,7 @@ def by_attack(subject: Subject) -> Tensor:
     """Distances of the adversarial examples that the search finds, or a certificate promises; inf where none."""
     import torch
 
-    from certify_cli.certificates.search import searched
+    from certify_cli.attacks.ddn import searched
 
     point, found = cheapest(subject, attack=True)
     _, norm = searched(point, found.near, found.radius, subject.analysis.effort)
@@ -148,9 +148,9 @@ def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[st
     """Radii and milliseconds a sample by column, over the samples that are classified correctly, and their indices."""
     import torch
 
-    from certify_cli.bounds.analysis import Analysis
-    from certify_cli.bounds.curvature import why_no_curvature
-    from certify_cli.certificates.point import Point
+    from certify_cli.bounds.global_bounds.curvature import why_no_curvature
+    from certify_cli.bounds.global_bounds.model_bounds import Analysis
+    from certify_cli.network.evaluated import Point
 
     if why_no_curvature(network) is not None:
         columns = [column for column in columns if column not in OF_CURVATURE]

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 from certify_cli.version import __version__
 
 if TYPE_CHECKING:
-    from certify_cli.bounds.layers import bound
-    from certify_cli.load.data import load_data
+    from certify_cli.bounds.global_bounds.layer_report import bound
+    from certify_cli.data.datasets import load_data
     from certify_cli.load.model import load_model
     from certify_cli.run.engine import certify
 
 __all__ = ["__version__", "bound", "certify", "load_data", "load_model"]
 
 _HOMES = {
-    "bound": "certify_cli.bounds.layers",
+    "bound": "certify_cli.bounds.global_bounds.layer_report",
     "certify": "certify_cli.run.engine",
-    "load_data": "certify_cli.load.data",
+    "load_data": "certify_cli.data.datasets",
     "load_model": "certify_cli.load.model",
 }
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify_cli.load.architecture import FORMAT
+from certify_cli.data.datasets import load_data
 from certify_cli.load.convert import write_safetensors
-from certify_cli.load.data import load_data
+from certify_cli.load.safetensors.architecture import FORMAT
 
 INPUT = [1, 8, 8]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.anchored import Anchored
+from certify_cli.bounds.global_bounds.anchored import Anchored
 from certify_cli.certificates.closed_form import anchored_radii, attack_radius
-from certify_cli.certificates.point import Point
 from certify_cli.certificates.turns import weakest_in_turn
+from certify_cli.network.evaluated import Point
 
 
 @dataclass(frozen=True, eq=False)

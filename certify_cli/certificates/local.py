@@ -2,8 +2,8 @@
 
 The fast tier bounds all rivals at once and says which is nearest. That rival is searched first: the bound is improved
 by ascent while the ball grows, and proved. On the ball so found every other rival is proved too, without an ascent
-where that suffices; a rival that resists shrinks the ball. Every ball that counts has been proved by `bounds.fast` or
-`bounds.local.lower_bound`; a proof on a ball holds on every smaller one, so the search needs no monotonicity.
+where that suffices; a rival that resists shrinks the ball. Every ball that counts has been proved by `tangent_bound`
+or by `expansion.lower_bound`; a proof on a ball holds on every smaller one, so the search needs no monotonicity.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.fast import fast_losses, node_parts, tangents
-from certify_cli.bounds.local import Ball, Choice, Frame, ball, lower_bound
-from certify_cli.bounds.ranges import Ranges, fast_ranges
-from certify_cli.bounds.relaxed_ranges import relaxed_ranges
-from certify_cli.certificates.ascent import Ascended, ascend, rough
-from certify_cli.certificates.bracket import HOPELESS, Bracket, power_step
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.solver import solved
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, fast_ranges
+from certify_cli.bounds.relaxation.intermediate_bounds import relaxed_ranges
+from certify_cli.bounds.remainder.expansion import Ball, Choice, Frame, ball, lower_bound
+from certify_cli.bounds.remainder.optimise import Ascended, ascend, rough
+from certify_cli.bounds.remainder.tangent_bound import fast_losses, node_parts, tangents
+from certify_cli.bounds.remainder.trust_region_estimate import solved
+from certify_cli.certificates.radius_bracket import HOPELESS, Bracket, power_step
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
-from certify_cli.network.linearised import head, nonlinear_nodes
+from certify_cli.network.propagate import head, nonlinear_nodes
 from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import difference_down
 

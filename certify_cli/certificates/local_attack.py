@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.fast import fast_losses
-from certify_cli.bounds.local import ball
-from certify_cli.bounds.ranges import fast_ranges
-from certify_cli.certificates.point import Point
-from certify_cli.network.linearised import Vectors
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.on_ball.interval_ranges import fast_ranges
+from certify_cli.bounds.remainder.expansion import ball
+from certify_cli.bounds.remainder.tangent_bound import fast_losses
+from certify_cli.network.evaluated import Point
+from certify_cli.network.propagate import Vectors
 
 BALLS = 10
 AHEAD = 1.01

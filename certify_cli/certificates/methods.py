@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.curvature import why_no_curvature
+from certify_cli.attacks.replay import replayed
+from certify_cli.bounds.global_bounds.curvature import why_no_curvature
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.anchoring import Constants, anchored, promised_attack
-from certify_cli.certificates.attack import replayed
+from certify_cli.certificates.ball_search import Falls, by_lines, by_slopes, largest_balls
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
-from certify_cli.certificates.every_rival import Falls, by_lines, by_slopes, largest_balls
+from certify_cli.certificates.dual import sharpened
+from certify_cli.certificates.dual_on_ball import grown, promised_on_ball
 from certify_cli.certificates.local import fits, local_radii
 from certify_cli.certificates.local_attack import promised_locally
-from certify_cli.certificates.on_ball import grown, promised_on_ball
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.tangent import sharpened
 from certify_cli.errors import MethodError, UsageError, quoted
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
 
 AUTO = "auto"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from certify_cli.certificates.point import Point
+from certify_cli.network.evaluated import Point
 
 
 def weakest_in_turn(point: Point, radius: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

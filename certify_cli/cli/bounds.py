@@ -16,9 +16,9 @@ from certify_cli.output.numbers import DOWN, UP, number
 from certify_cli.records import SCHEMA
 
 if TYPE_CHECKING:
-    from certify_cli.bounds.layers import LayerRow
-    from certify_cli.certificates.losses import Losses, LossRow
-    from certify_cli.load.data import Dataset
+    from certify_cli.bounds.global_bounds.layer_report import LayerRow
+    from certify_cli.certificates.loss_breakdown import Losses, LossRow
+    from certify_cli.data.datasets import Dataset
 
 COLUMNS = (
     Column("layer", wraps=True),  # name, kind and shape: a narrow terminal has them below one another
@@ -90,7 +90,7 @@ def bounds(
     limit = opt.memory_size("--memory", memory)
     with sink(output_file) as out, Reporter(quiet) as reporter:
         from certify_cli import load_data, load_model
-        from certify_cli.bounds.layers import layer_table
+        from certify_cli.bounds.global_bounds.layer_report import layer_table
 
         chosen: list[Dataset] = []
 
@@ -125,8 +125,8 @@ def bounds(
             else:
                 out.write(grid(COLUMNS, [_layer_cells(row) for row in rows], out.view))
             return
-        from certify_cli.certificates.losses import of_sample
-        from certify_cli.load.fit import fit
+        from certify_cli.certificates.loss_breakdown import of_sample
+        from certify_cli.load.preprocessing import fit
 
         one = taken()
         network = fit(

@@ -87,7 +87,7 @@ def check_library(name: str, module: str) -> Check:
     """Import it for real: an installed library may still fail to load."""
     try:
         if module in NEED_TORCHVISION:
-            from certify_cli.load.torchvision_schemas import import_torchvision
+            from certify_cli.torchvision_schemas import import_torchvision
 
             import_torchvision()
         importlib.import_module(module)

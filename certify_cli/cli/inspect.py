@@ -14,7 +14,7 @@ from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA
 
 if TYPE_CHECKING:
-    from certify_cli.load.loaded import LoadedModel
+    from certify_cli.load.loaded_model import LoadedModel
     from certify_cli.network.graph import Op
 
 

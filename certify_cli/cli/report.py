@@ -64,7 +64,7 @@ def _title(results: Sequence[Result]) -> str:
 
 
 def _pictures(result: Result, path: str) -> list[html.Witnessed]:
-    from certify_cli.load.npz import read_rows
+    from certify_cli.data.npz import read_rows
 
     keys = ("index", "x", "d")
     return html.pictured(result, read_rows(Path(path), keys, "a file that certify --witnesses wrote is needed"))
@@ -91,7 +91,7 @@ def _layers(results: Sequence[Result], reporter: Reporter) -> list[html.Layers]:
 
 def _layer_rows(result: Result) -> tuple[tuple[str, str, str, float], ...]:
     from certify_cli import load_model
-    from certify_cli.bounds.layers import layer_table
+    from certify_cli.bounds.global_bounds.layer_report import layer_table
     from certify_cli.load.model import of_run
 
     info = result.run.model

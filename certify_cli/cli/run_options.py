@@ -12,8 +12,8 @@ from certify_cli.cli.reporter import Reporter
 from certify_cli.run.settings import Settings
 
 if TYPE_CHECKING:
-    from certify_cli.load.data import Dataset
-    from certify_cli.load.loaded import LoadedModel
+    from certify_cli.data.datasets import Dataset
+    from certify_cli.load.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RunOptions:
         """The model and the data; raises ModelError, DataError, UsageError."""
         from certify_cli import load_model
         from certify_cli.certificates.methods import METHODS
-        from certify_cli.load.data import named_shape
+        from certify_cli.data.datasets import named_shape
 
         opt.one_of("--method", self.method, dict.fromkeys(["auto", *METHODS]))
         chosen: list[Dataset] = []
@@ -88,7 +88,7 @@ class RunOptions:
         )
         reporter.notes(loaded.notes)
         if shape is not None:
-            from certify_cli.load.fit import fit
+            from certify_cli.load.preprocessing import fit
 
             # a set that does not fit is refused before it is downloaded
             fit(loaded.network, shape, mean=settings.mean or None, std=settings.std or None, layout=self.layout)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from certify_cli.records import Sample
 
 if TYPE_CHECKING:
-    from certify_cli.load.data import Dataset
-    from certify_cli.load.loaded import LoadedModel
+    from certify_cli.data.datasets import Dataset
+    from certify_cli.load.loaded_model import LoadedModel
     from certify_cli.network.graph import Network
 
 
@@ -36,8 +36,8 @@ class Known:
         """The model and its one sample, built in code."""
         import torch
 
-        from certify_cli.load.data import Dataset
-        from certify_cli.load.loaded import LoadedModel
+        from certify_cli.data.datasets import Dataset
+        from certify_cli.load.loaded_model import LoadedModel
         from certify_cli.records import ModelInfo
 
         network = self.build()
@@ -92,7 +92,7 @@ def _softplus() -> Network:
     """Logits (softplus(a), log(1 + e)): the classes meet at a = 1."""
     import torch
 
-    from certify_cli.network.activations import softplus
+    from certify_cli.network.activations.rows import softplus
     from certify_cli.network.affine import Dense
     from certify_cli.network.graph import Builder
 

@@ -16,7 +16,7 @@ from certify_cli.output.verified import RENDERED, Row, Verified
 from certify_cli.records import Run
 
 if TYPE_CHECKING:
-    from certify_cli.load.data import Dataset
+    from certify_cli.data.datasets import Dataset
 
 NOT_MET = 1
 
@@ -98,7 +98,7 @@ def _of_hash(what: str, said: str, found: str) -> list[str]:
 def _arrays(path: str | None, keys: tuple[str, ...], option: str) -> Mapping[str, Any] | None:
     if path is None:
         return None
-    from certify_cli.load.npz import read_rows
+    from certify_cli.data.npz import read_rows
 
     return read_rows(Path(path), keys, f"a file that certify {option} wrote is needed")
 

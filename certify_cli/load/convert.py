@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from certify_cli.errors import ModelError, UsageError
-from certify_cli.load.architecture import build, declare
 from certify_cli.load.model import load_model
-from certify_cli.load.safetensors import METADATA_KEY
+from certify_cli.load.safetensors.architecture import build, declare
+from certify_cli.load.safetensors.loader import METADATA_KEY
 
 
 def convert(

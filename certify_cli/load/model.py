@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from certify_cli.errors import ModelError, UsageError
-from certify_cli.load.loaded import LoadedModel
+from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.records import Run
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
@@ -47,7 +47,7 @@ def load_model(
     if _is_safetensors(file, start):
         if output is not None:
             raise UsageError(f"an output can be chosen in ONNX files only, and {file} is not one")
-        from certify_cli.load.safetensors import load_safetensors
+        from certify_cli.load.safetensors.loader import load_safetensors
 
         return load_safetensors(file, activation=activation)
     _refuse_pickle(file, start)
@@ -55,7 +55,7 @@ def load_model(
         raise ModelError(f"{file}: an HDF5 file, which is not supported; export the model to ONNX")
     if activation is not None:
         raise UsageError(f"--activation is for safetensors files without a declared architecture; {file} is not one")
-    from certify_cli.load.onnx import load_onnx
+    from certify_cli.load.onnx.loader import load_onnx
 
     def sample_shape() -> tuple[int, ...] | None:
         shape = input_shape() if callable(input_shape) else input_shape

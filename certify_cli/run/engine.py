@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import MEMORY, Analysis
-from certify_cli.bounds.layers import layer_table
-from certify_cli.bounds.relaxed_ranges import ball_cost
+from certify_cli.attacks.ddn import searched
+from certify_cli.bounds.global_bounds.layer_report import layer_table
+from certify_cli.bounds.global_bounds.model_bounds import MEMORY, Analysis
+from certify_cli.bounds.relaxation.intermediate_bounds import ball_cost
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import TANGENT_METHODS, certify_batch, method_name, select
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.search import searched
+from certify_cli.data.datasets import Dataset
 from certify_cli.errors import DataError, UsageError, first_line, quoted
-from certify_cli.load.data import Dataset
-from certify_cli.load.fit import fit
-from certify_cli.load.loaded import LoadedModel
+from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.load.preprocessing import fit
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
 from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Result, Run, Sample, sealed, summarise
 from certify_cli.run.provenance import describe

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-from certify_cli.load.data import Dataset
-from certify_cli.load.loaded import LoadedModel
+from certify_cli.data.datasets import Dataset
+from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.records import DataInfo, Run
 from certify_cli.run.settings import Settings
 from certify_cli.version import __version__

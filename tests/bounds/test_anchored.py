@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.anchored import Anchored, level_bound
+from certify_cli.bounds.global_bounds.anchored import Anchored, level_bound
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.anchoring import Constants, anchored
 from certify_cli.certificates.closed_form import hybrid_radius
+from certify_cli.certificates.dual import sharpened
 from certify_cli.certificates.methods import METHODS
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.tangent import sharpened
 from certify_cli.network.activations import from_name
+from certify_cli.network.activations.anchored_table import UnitTable
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
-from certify_cli.network.unit_table import UnitTable
 from tests.networks import SMOOTH, points
 from tests.soundness.test_shared_models import load
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.blocks import Budget
-from certify_cli.bounds.curvature import COMPOSITION, RULES, why_no_curvature
-from certify_cli.bounds.weighted import weighted_gram_norms
+from certify_cli.bounds.global_bounds.curvature import COMPOSITION, RULES, why_no_curvature
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.linear_maps.weight_blocks import Budget
+from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
 from certify_cli.network.graph import Network
 from tests.bounds.test_lipschitz import all_pairs
 from tests.networks import PIECEWISE, SMOOTH, mlp, points

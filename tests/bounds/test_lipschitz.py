@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from certify_cli.bounds import blocks
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.blocks import Budget
-from certify_cli.bounds.lipschitz import Lipschitz, lipschitz_expansion, product_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, lipschitz_expansion, product_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.linear_maps import weight_blocks as blocks
+from certify_cli.bounds.linear_maps.weight_blocks import Budget
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
-from certify_cli.network.linearised import head, nonlinear_nodes
+from certify_cli.network.propagate import head, nonlinear_nodes
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 
 NETWORKS = SMOOTH | PIECEWISE

@@ -11,26 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds import relaxation
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.envelopes import Envelopes
-from certify_cli.bounds.line_ascent import climbed, climbs, envelopes
-from certify_cli.bounds.local_lipschitz import lipschitz_falls, matrix_norms
-from certify_cli.bounds.planes import Planes
-from certify_cli.bounds.ranges import Ranges, fast_ranges
-from certify_cli.bounds.relaxation import Lines, falls, lines
-from certify_cli.bounds.relaxed_ranges import relaxed_ranges
-from certify_cli.certificates.point import Point
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, fast_ranges
+from certify_cli.bounds.on_ball.lipschitz import lipschitz_falls, matrix_norms
+from certify_cli.bounds.on_ball.max_pooling import Planes
+from certify_cli.bounds.relaxation import backward as relaxation
+from certify_cli.bounds.relaxation.backward import Lines, falls, lines
+from certify_cli.bounds.relaxation.intermediate_bounds import relaxed_ranges
+from certify_cli.bounds.relaxation.optimise import climbed, climbs, envelopes
+from certify_cli.bounds.relaxation.supporting_lines import Envelopes
 from certify_cli.network.activations import ACTIVATIONS, from_name
+from certify_cli.network.activations.interval_bounds import Span
 from certify_cli.network.affine import Dense, Reshape
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
-from certify_cli.network.linearised import Vectors, heads, pull_cost
 from certify_cli.network.pooling import GroupMap, MaxMin, MaxPool
-from certify_cli.network.spans import Span
-from tests.bounds.test_local import NETWORKS as LOCAL
-from tests.bounds.test_local import QUICK, attacked, directions
-from tests.bounds.test_ranges import pooled_net
+from certify_cli.network.propagate import Vectors, heads, pull_cost
+from tests.bounds.test_expansion import NETWORKS as LOCAL
+from tests.bounds.test_expansion import QUICK, attacked, directions
+from tests.bounds.test_interval_ranges import pooled_net
 from tests.networks import PIECEWISE, mlp, points
 
 D = torch.float64

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds import trust_region
-from certify_cli.bounds.jacobians import Rows
-from certify_cli.bounds.trust_region import Quadratic, trust_region_loss
-from certify_cli.network.linearised import Vectors
+from certify_cli.bounds.linear_maps.jacobians import Rows
+from certify_cli.bounds.remainder import trust_region
+from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
+from certify_cli.network.propagate import Vectors
 
 D = torch.float64
 BATCH = 6

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
+from certify_cli.attacks.ddn import searched
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.closed_form import curvature_radius
+from certify_cli.certificates.dual import GAIN, sharpened, tangent
 from certify_cli.certificates.methods import METHODS, certify_batch, select
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.search import searched
-from certify_cli.certificates.tangent import GAIN, sharpened, tangent
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from certify_cli import load_data, load_model
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.curvature import why_no_curvature
+from certify_cli.attacks.ddn import searched
+from certify_cli.bounds.global_bounds.curvature import why_no_curvature
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates import local
 from certify_cli.certificates.local import Batch, local_radii
 from certify_cli.certificates.methods import METHODS
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.search import searched
-from certify_cli.load.fit import fit
+from certify_cli.load.preprocessing import fit
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
-from tests.bounds.test_local import EACH, NETWORKS, attacked, pairs
-from tests.bounds.test_ranges import pooled_net
+from tests.bounds.test_expansion import EACH, NETWORKS, attacked, pairs
+from tests.bounds.test_interval_ranges import pooled_net
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 from tests.soundness.common import certify, dense_stack, tensor
 from tests.soundness.test_shared_models import INDEX, load, pgd

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.certificates.attack import replayed
+from certify_cli.attacks.replay import replayed
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.local_attack import promised_locally
-from certify_cli.certificates.point import Point
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
-from tests.bounds.test_local import NETWORKS
+from tests.bounds.test_expansion import NETWORKS
 from tests.networks import SMOOTH, mlp, points
 from tests.soundness.common import certify
 

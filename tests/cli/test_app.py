@@ -72,7 +72,7 @@ def test_the_methods_of_help_are_the_methods_there_are() -> None:
 
 
 def test_the_names_of_help_are_those_that_data_takes() -> None:
-    from certify_cli.load import data
+    from certify_cli.data import datasets as data
 
     assert (opt.SPLITS, opt.DATA_LAYOUTS) == (data.SPLITS, data.LAYOUTS)
 

@@ -16,9 +16,9 @@ import torch
 import certify_cli
 from certify_cli.cli import doctor as doctor_module
 from certify_cli.cli.selftest import PROBLEMS
-from certify_cli.load.loaded import LoadedModel
-from certify_cli.network import activations
-from certify_cli.network.activation_table import from_name
+from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.network.activations import rows as activations
+from certify_cli.network.activations.table import from_name
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder
 from certify_cli.records import ModelInfo
@@ -90,7 +90,7 @@ def test_inspect_says_why_a_method_does_not_apply(curvcert: Curvcert) -> None:
 
 @pytest.mark.usefixtures("loads")
 def test_bounds_json_is_the_layer_table(curvcert: Curvcert) -> None:
-    from certify_cli.bounds.layers import layer_table
+    from certify_cli.bounds.global_bounds.layer_report import layer_table
 
     rows = json.loads(curvcert("bounds", "small.onnx", "--format", "json").out)["layers"]
     wanted = [row.to_dict() for row in layer_table(model("softplus").network)]

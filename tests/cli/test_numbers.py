@@ -11,8 +11,8 @@ import pytest
 
 from certify_cli import plain
 from certify_cli.cli import options
+from certify_cli.data.datasets import parse_samples
 from certify_cli.errors import UsageError
-from certify_cli.load.data import parse_samples
 from certify_cli.network.activations import from_name
 from certify_cli.records import parse_eps
 from tests.cli.conftest import Outcome

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import certify_cli
-from certify_cli.load.loaded import LoadedModel
-from certify_cli.network import activations
+from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.network.activations import rows as activations
 from certify_cli.network.affine import Dense, Reshape
 from certify_cli.network.graph import Builder, Network
 from certify_cli.records import ModelInfo

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from certify_cli.errors import ModelError
-from certify_cli.load.onnx import load_onnx
+from certify_cli.load.onnx.loader import load_onnx
 
 FLOAT = TensorProto.FLOAT
 

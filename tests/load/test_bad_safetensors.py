@@ -17,8 +17,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from certify_cli.errors import ModelError, UsageError
-from certify_cli.load.architecture import FORMAT
 from certify_cli.load.model import load_model
+from certify_cli.load.safetensors.architecture import FORMAT
 
 SPEC: dict[str, Any] = {
     "format": FORMAT,

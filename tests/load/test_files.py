@@ -17,8 +17,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from certify_cli import load_model
 from certify_cli.certificates.methods import METHODS
 from certify_cli.errors import ModelError
-from certify_cli.load.onnx import load_onnx
-from certify_cli.load.runtime import Runtime
+from certify_cli.load.onnx.loader import load_onnx
+from certify_cli.load.onnx.runtime import Runtime
 
 CASES = Path(__file__).parents[2].parent / "shared" / "cases"
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

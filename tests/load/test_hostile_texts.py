@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from certify_cli.bounds.layers import layer_table
+from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.cli.bounds import COLUMNS, _layer_cells
 from certify_cli.cli.inspect import as_text, describe
+from certify_cli.data.datasets import load_data
 from certify_cli.errors import CurvcertError
 from certify_cli.load.convert import convert
-from certify_cli.load.data import load_data
 from certify_cli.load.model import load_model
 from certify_cli.output.console import grid
 from certify_cli.output.document import View

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from certify_cli.errors import ModelError
-from certify_cli.load.loaded import LoadedModel
-from certify_cli.load.onnx import load_onnx
+from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.load.onnx.loader import load_onnx
 from certify_cli.network.graph import Concat
 from tests.load.exports import (
     ACTIVATIONS,

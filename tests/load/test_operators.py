@@ -13,9 +13,9 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from certify_cli.errors import ModelError
-from certify_cli.load.onnx import load_onnx
-from certify_cli.load.operators import OPERATORS
-from certify_cli.load.runtime import NotRunnableError, Runtime
+from certify_cli.load.onnx.loader import load_onnx
+from certify_cli.load.onnx.operators import OPERATORS
+from certify_cli.load.onnx.runtime import NotRunnableError, Runtime
 
 Case = tuple[NodeProto, dict[str, np.ndarray], tuple[int, ...], int]
 """A node of input x and output z, its constants, the shape of x with a batch of one, and the opset."""

@@ -11,10 +11,11 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 
 from certify_cli.errors import ModelError
-from certify_cli.load import interpret, normalise, operators, parity, patterns, pieces, sorted_pairs
-from certify_cli.load.normal import REWRITES, Normal
-from certify_cli.load.onnx import load_onnx
-from certify_cli.network import activations
+from certify_cli.load.onnx import interpret, load_onnx, normalise, operators, parity, patterns
+from certify_cli.load.onnx import max_min_rewrites as sorted_pairs
+from certify_cli.load.onnx import piece_checks as pieces
+from certify_cli.load.onnx.rewriting import REWRITES, Normal
+from certify_cli.network.activations import rows as activations
 from tests.load.test_onnx import save
 
 FLOAT = TensorProto.FLOAT
@@ -129,7 +130,7 @@ def test_pooling_windows_that_are_off_by_one(tmp_path: Path, monkeypatch: pytest
         return operators.Windows(at.kernel, at.stride, at.dilation, (1,), (at.count[0] - 1,), at.padded)
 
     monkeypatch.setattr(operators, "windows_of", wrong)
-    monkeypatch.setattr("certify_cli.load.pool_rewrites.windows_of", wrong)
+    monkeypatch.setattr("certify_cli.load.onnx.pool_rewrites.windows_of", wrong)
     with pytest.raises(ModelError):
         load_onnx(path)
 

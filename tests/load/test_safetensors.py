@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from certify_cli.errors import ModelError, UsageError
-from certify_cli.load.architecture import FORMAT, build, declare
 from certify_cli.load.convert import convert, write_safetensors
-from certify_cli.load.declared import DECLARED
 from certify_cli.load.model import load_model
-from certify_cli.load.safetensors import linear_stack
+from certify_cli.load.safetensors.architecture import FORMAT, build, declare
+from certify_cli.load.safetensors.declared_layers import DECLARED
+from certify_cli.load.safetensors.loader import linear_stack
 from certify_cli.network.activations import ACTIVATIONS
 from certify_cli.network.graph import Network
 from tests import networks

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from certify_cli.data.datasets import load_data
 from certify_cli.load.convert import convert
-from certify_cli.load.data import load_data
-from certify_cli.load.fit import fit
 from certify_cli.load.model import load_model
+from certify_cli.load.preprocessing import fit
 
 MODELS = Path(__file__).parents[2] / "models"
 SHARED = Path(__file__).parents[3] / "shared" / "models"

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from certify_cli.load.architecture import FORMAT, MAX_LAYERS
+from certify_cli.load.safetensors.architecture import FORMAT, MAX_LAYERS
+from tests.data.test_datasets import npy_header
 from tests.hostile import is_sentence
-from tests.load.test_data import npy_header
 
 BIG = 10**9
 IMAGE = [1, 4, 4]
@@ -140,7 +140,7 @@ import json, resource, sys
 from pathlib import Path
 from certify_cli.errors import CurvcertError
 from certify_cli import load_data, load_model
-from certify_cli.load.npz import read_rows
+from certify_cli.data.npz import read_rows
 load_data("digits")
 folder = Path(sys.argv[1])
 for path in sorted(folder.iterdir()):

@@ -12,9 +12,9 @@ from mpmath import mpf
 from torch import Tensor, nn
 
 from certify_cli.errors import ModelError, UsageError
-from certify_cli.network.activation_table import row
 from certify_cli.network.activations import ACTIVATIONS, Activation, from_module, from_name, from_onnx
-from certify_cli.network.curves import Curve
+from certify_cli.network.activations.monotone_pieces import Curve
+from certify_cli.network.activations.table import row
 
 mpmath.mp.dps = 50
 
@@ -409,7 +409,7 @@ def test_onnx_operators() -> None:
 def test_onnx_operators_and_defaults_are_those_of_the_standard() -> None:
     """Every operator named in the table exists, with the attributes and defaults that the table says."""
     defs = pytest.importorskip("onnx.defs")
-    from certify_cli.network import activation_table
+    from certify_cli.network.activations import table as activation_table
 
     for operator, spellings in activation_table._OPERATORS.items():
         schema = defs.get_schema(operator, 6 if operator == "Clip" else defs.onnx_opset_version())
@@ -459,7 +459,7 @@ def test_importing_the_table_loads_no_model_library() -> None:
     import sys
 
     probe = (
-        "import sys, certify_cli.network.activations; "
+        "import sys, certify_cli.network.activations.rows; "
         "print([m for m in ('onnx', 'onnx2torch', 'torchvision', 'sklearn', 'mpmath') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)

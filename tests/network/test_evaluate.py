@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.certificates.point import Point
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import deviation, evaluate, margins
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 

@@ -330,8 +330,8 @@ def test_a_reader_without_the_letters(encoding: str) -> None:
 
 
 def test_witnesses_of_another_shape_are_refused(tmp_path: Any) -> None:
+    from certify_cli.data.npz import read_rows
     from certify_cli.errors import DataError
-    from certify_cli.load.npz import read_rows
 
     good = {"index": np.arange(2), "x": np.zeros((2, 1, 2)), "d": np.zeros((2, 1, 2))}
     for changes in (

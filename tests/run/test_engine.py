@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from certify_cli.certificates.local import EFFORTS
+from certify_cli.data.datasets import Dataset
 from certify_cli.errors import DataError, MethodError, UsageError
-from certify_cli.load.data import Dataset
-from certify_cli.load.loaded import LoadedModel
+from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
 from certify_cli.records import ModelInfo

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import AUTO, METHODS, certify_batch, select
-from certify_cli.certificates.point import Point
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
 
 

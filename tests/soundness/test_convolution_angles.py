@@ -14,7 +14,7 @@ import torch
 
 from certify_cli import load_data, load_model
 from certify_cli.certificates.methods import METHODS
-from certify_cli.load.fit import fit
+from certify_cli.load.preprocessing import fit
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Conv, Dense, Reshape
 from certify_cli.network.graph import Builder, Network

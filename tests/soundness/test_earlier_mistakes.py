@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Network

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.blocks import Budget
-from certify_cli.bounds.weighted import weighted_gram_norms
+from certify_cli.attacks.ddn import searched
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.linear_maps.weight_blocks import Budget
+from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
 from certify_cli.certificates.closed_form import curvature_radius, hybrid_radius, lipschitz_radius
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.search import searched
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import deviation, exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.numerics.eigen import largest_eigenvalue
 from certify_cli.numerics.norms import conv_symbol_norm, matrix_norm
 from certify_cli.numerics.rounding import times, up

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from certify_cli.certificates.methods import METHODS
-from certify_cli.load.data import Dataset
-from certify_cli.load.loaded import LoadedModel
+from certify_cli.data.datasets import Dataset
+from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.graph import Network
 from certify_cli.records import ModelInfo
 from certify_cli.run.engine import certify

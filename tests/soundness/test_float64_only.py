@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from certify_cli.bounds.layers import layer_table
+from certify_cli.attacks.ddn import searched
+from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.certificates.methods import AUTO, METHODS
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.search import searched
-from certify_cli.network.activation_table import ACTIVATIONS, from_name
+from certify_cli.network.activations.table import ACTIVATIONS, from_name
 from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Select
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
 from certify_cli.network.pooling import MaxMin, MaxPool
 from certify_cli.numerics import batched

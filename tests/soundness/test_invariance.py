@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.bounds.curvature import RULES
+from certify_cli.bounds.global_bounds.curvature import RULES
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.methods import AUTO, METHODS, certify_batch, select
-from certify_cli.certificates.point import Point
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
 from tests.networks import PIECEWISE, SMOOTH, points
 from tests.soundness.common import certify, dense_stack, searches

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.analysis import Analysis
-from certify_cli.certificates.point import Point
-from certify_cli.certificates.search import searched
+from certify_cli.attacks.ddn import searched
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
 from tests.networks import mlp, points
 from tests.soundness.common import certify, dense_stack, every_radius, flips, tensor

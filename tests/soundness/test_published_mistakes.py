@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.methods import METHODS
+from certify_cli.data.datasets import Dataset
 from certify_cli.errors import ModelError
-from certify_cli.load.data import Dataset
-from certify_cli.load.loaded import LoadedModel
+from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.lower import lower
+from certify_cli.network.lowering.fx_graph import lower
 from certify_cli.numerics.norms import matrix_norm
 from certify_cli.records import ModelInfo
 from certify_cli.run.engine import certify as run

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from certify_cli import load_data, load_model
-from certify_cli.bounds.analysis import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.methods import certify_batch, select
-from certify_cli.certificates.point import Point
+from certify_cli.data.datasets import Dataset
 from certify_cli.errors import ModelError
-from certify_cli.load.data import Dataset
-from certify_cli.load.fit import fit
+from certify_cli.load.preprocessing import fit
 from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
 from tests.conftest import SHARED
 

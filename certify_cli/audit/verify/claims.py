@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from certify_cli.audit.verify.rounding import blur
+from certify_cli.data.datasets import Dataset
 from certify_cli.errors import quoted
-from certify_cli.load.data import Dataset
 from certify_cli.network.graph import Network
 from certify_cli.records import CERTIFIED, NOT_CERTIFIED, Result, Run, Sample, seal, summarise
 

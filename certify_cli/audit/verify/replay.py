@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from onnx.helper import tensor_dtype_to_np_dtype
 from torch import Tensor
 
-from certify_cli.load.loaded import LoadedModel
-from certify_cli.load.onnx_file import read_onnx
-from certify_cli.load.runtime import Runtime
+from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.load.onnx.file import read_onnx
+from certify_cli.load.onnx.runtime import Runtime
 from certify_cli.network.graph import Network
 from certify_cli.records import Sample
 

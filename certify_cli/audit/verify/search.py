@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.audit.verify.rounding import blur
-from certify_cli.load.parity import wake
+from certify_cli.load.onnx.parity import wake
 from certify_cli.network.graph import Network
 
 STEPS, REACHES = 20, 12

@@ -19,11 +19,11 @@ from certify_cli.audit.verify.reading import UnreadableError, read
 from certify_cli.audit.verify.reference import Reference
 from certify_cli.audit.verify.replay import BLURRED, FURTHER, Deployed, Witnesses, replayed
 from certify_cli.audit.verify.search import attacked
-from certify_cli.load.data import Dataset
-from certify_cli.load.fit import fit
-from certify_cli.load.loaded import LoadedModel
-from certify_cli.load.parity import NOISE, UNITS, noise_of
-from certify_cli.load.runtime import NotRunnableError
+from certify_cli.data.datasets import Dataset
+from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.load.onnx.parity import NOISE, UNITS, noise_of
+from certify_cli.load.onnx.runtime import NotRunnableError
+from certify_cli.load.preprocessing import fit
 from certify_cli.records import Result, Sample
 
 PROVED, RECOMPUTED, ATTACKED, NOTHING = "proved", "recomputed", "attacked only", "no radius"

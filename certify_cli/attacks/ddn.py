@@ -1,0 +1,105 @@
+"""A minimum-norm search for attacks: how much larger than the certified radius could a certificate be at best?
+
+Nothing here is a bound. What is found counts only once it is replayed (`attack.replayed`), and is labelled as found by
+search. The search is DDN (Rony et al., CVPR 2019): gradient steps on the smallest margin with the norm decoupled from
+the direction, shrinking while the prediction is flipped and growing while it is not; then bisection along the ray.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from certify_cli.attacks.replay import replayed
+from certify_cli.network.evaluated import Point
+from certify_cli.network.graph import Network
+from certify_cli.numerics.choose import either
+from certify_cli.numerics.rounding import TINY
+
+STEPS = {"fast": 30, "normal": 100, "max": 300}
+"""Gradient steps by effort."""
+RIVALS = {"fast": 0, "normal": 2, "max": 9}
+"""How many rivals are tried one by one."""
+SHRINK = 0.05
+BISECTIONS = 30
+
+
+def searched(point: Point, start: Tensor, reach: Tensor, effort: str) -> tuple[Tensor, Tensor]:
+    """Perturbed points and their distances from x, rounded up, replayed; x itself and NaN where none was found.
+
+    start (batch, *shape): points to begin from (x itself: along the gradient). reach (batch,): a first guess of the
+    norm, such as the certified radius. The search is unconstrained: points may leave [0, 1]. It runs from `start`
+    against whichever rival is nearest, then against the rivals that are nearest to first order, each by itself.
+    """
+    order = point.about.nan_to_num(nan=torch.inf, posinf=torch.inf).argsort(dim=1)
+    best, best_norm = torch.zeros_like(point.x), torch.full_like(reach, torch.inf)
+    for rank in range(-1, min(RIVALS[effort], point.network.classes - 1)):
+        target = None if rank < 0 else order[:, rank]
+        margin, gradient = _margin(point.network, point.x, point.prediction, target)
+        size = gradient.flatten(1).norm(dim=1).clamp(min=TINY)
+        along = -gradient * _wide(margin / size.square(), gradient)
+        step = start - point.x
+        usable = (step.flatten(1) != 0).any(1) & (rank < 0) & (reach > 0) & reach.isfinite()
+        found = _ddn(point, torch.where(_wide(usable, step), step, along), STEPS[effort], target)
+        crossing = _crossing(point, found)
+        nearer = crossing < best_norm
+        best, best_norm = torch.where(_wide(nearer, found), found, best), torch.minimum(best_norm, crossing)
+    return replayed(point, best, best_norm)
+
+
+def _ddn(point: Point, step: Tensor, steps: int, target: Tensor | None) -> Tensor:
+    """The smallest flipping perturbation met, or the last one where none flipped."""
+    best, best_norm = step.clone(), torch.full_like(step.flatten(1)[:, 0], torch.inf)
+    norm = step.flatten(1).norm(dim=1)
+    for k in range(steps):
+        margin, gradient = _margin(point.network, point.x + step, point.prediction, target)
+        flipped = margin < 0
+        better = flipped & (step.flatten(1).norm(dim=1) < best_norm)
+        best = torch.where(_wide(better, step), step, best)
+        best_norm = torch.where(better, step.flatten(1).norm(dim=1), best_norm)
+        cooling = 0.5 * (1 + math.cos(math.pi * k / steps))
+        shrink = SHRINK * max(cooling, 0.02)
+        norm = norm * either(flipped, 1 - shrink, 1 + shrink)
+        rate = norm * (0.01 + 0.5 * cooling)
+        step = step - gradient * _wide(rate / gradient.flatten(1).norm(dim=1).clamp(min=TINY), step)
+        step = step * _wide(norm / step.flatten(1).norm(dim=1).clamp(min=TINY), step)
+    return torch.where(_wide(best_norm.isinf(), step), step, best)
+
+
+def _crossing(point: Point, step: Tensor) -> Tensor:
+    """How far along each perturbation's ray the prediction first seems to change: (batch,); inf where it does not."""
+    norm = step.flatten(1).norm(dim=1)
+    low, high = torch.zeros_like(norm), torch.ones_like(norm)
+    flipped = _flipped(point, step, high)
+    for _ in range(8):  # outwards, up to tenfold, where the perturbation itself does not flip
+        low = torch.where(flipped, low, high)
+        high = torch.where(flipped, high, high * 1.34)
+        flipped = flipped | _flipped(point, step, high)
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        inside = _flipped(point, step, middle)
+        low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+    return torch.where(flipped, norm * high, torch.full_like(norm, torch.inf))
+
+
+def _flipped(point: Point, step: Tensor, scale: Tensor) -> Tensor:
+    return point.network(point.x + step * _wide(scale, step)).argmax(1) != point.prediction
+
+
+def _margin(network: Network, x: Tensor, prediction: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The margin towards `target`, or the least over all rivals, (batch,), and its gradient (batch, *shape)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = network(x)
+        own = torch.nn.functional.one_hot(prediction, network.classes).bool()
+        rivals = logits.masked_fill(own, -torch.inf)
+        rival = rivals.amax(1) if target is None else rivals.gather(1, target.unsqueeze(1)).squeeze(1)
+        margin = logits.gather(1, prediction.unsqueeze(1)).squeeze(1) - rival
+        (gradient,) = torch.autograd.grad(margin.sum(), x)
+    return margin.detach(), gradient
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.dim() - 1))

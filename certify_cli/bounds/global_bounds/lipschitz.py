@@ -1,0 +1,169 @@
+"""Global Lipschitz constants: the product of norms and LipLT, on any DAG (theory section 3).
+
+Both are one recursion. Replace every nonlinear node's slope range [a, b] by a centre c and a radius r; then, from a
+source s, with B the blocks of the network linearised at the centres,
+
+    m_l = ||B_ls|| + sum over nonlinear k between s and l of  ||B_lk|| r_k m_k
+
+bounds the change of pre-activation l per unit of change at s. c = (a + b)/2, r = (b - a)/2 is LipLT; c cut (0) and
+r = max |slope| is the product of norms. The least of the two holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.linear_maps.weight_blocks import Block, Budget, blocks
+from certify_cli.network.activations import Activation
+from certify_cli.network.graph import Network, Nonlinear
+from certify_cli.network.propagate import Slope, Slopes, Vectors, head, heads, nonlinear_nodes, pull
+from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
+
+
+def gain(network: Network, index: int) -> float:
+    """Upper bound of the Lipschitz constant of nonlinear node `index` alone."""
+    op = network.nodes[index].op
+    if not isinstance(op, Nonlinear):
+        raise TypeError(f"{op.title} is affine")
+    return op.gain(network.nodes[head(network, index)].shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """A network split into centre slopes and what is left: r_k >= |slope - centre| at every nonlinear node k.
+
+    `blocks` belong to the network linearised at the centres (cut nodes have none).
+    """
+
+    network: Network
+    centres: Slopes
+    radii: Mapping[int, float]
+    blocks: Mapping[tuple[int, int], Block]
+
+    @cached_property
+    def _change(self) -> dict[tuple[int, int], float]:
+        """m_ls: change of head l per unit of change at source s (s's own output cut free)."""
+        table: dict[tuple[int, int], float] = {}
+        nodes = nonlinear_nodes(self.network)
+        for source in (0, *nodes):
+            for target in (t for t in heads(self.network) if t >= source):
+                terms = [self.blocks[target, source].norm] if (target, source) in self.blocks else []
+                for k in nodes:
+                    before = table.get((head(self.network, k), source), 0.0)
+                    if source < k <= target and (target, k) in self.blocks and before:
+                        terms.append(times(self.blocks[target, k].norm, self.radii[k], before))
+                if terms:
+                    table[target, source] = up(sum(terms), len(terms))
+        return table
+
+    def change(self, target: int, source: int) -> float:
+        """Upper bound of the change of head `target` per unit of change at `source`; 0 if it does not depend on it."""
+        return self._change.get((target, source), 0.0)
+
+    def rows(self, target: int) -> Tensor:
+        """Per unit of head `target` (or one entry for all): bound of its change per unit of change of the input."""
+        zero = torch.zeros(1, dtype=torch.float64, device=self.network.device)
+        total = self.blocks[target, 0].rows if (target, 0) in self.blocks else zero
+        count = 1
+        for k in nonlinear_nodes(self.network):
+            if k <= target and (target, k) in self.blocks:
+                total = total + times(self.blocks[target, k].rows, self.radii[k], self.change(head(self.network, k), 0))
+                count += 1
+        return up(total, count)
+
+    @cached_property
+    def _logit_rows(self) -> dict[int, Vectors]:
+        """Rows v_k (1, classes, *shape) of the linearised network: the logits as functions of each source."""
+        eye = torch.eye(self.network.classes, dtype=torch.float64, device=self.network.device)
+        return pull(self.network, eye.unsqueeze(0), self.centres)
+
+    def adjoint_rows(self, source: int, pairs: Tensor) -> Vectors:
+        """v_source for margins z_a - z_b, pairs (count, 2): value (count, size)."""
+        rows = self._logit_rows.get(source)
+        if rows is None:
+            size = self.network.nodes[source].size
+            zero = torch.zeros(len(pairs), size, dtype=torch.float64, device=pairs.device)
+            return Vectors(zero, zero[:, 0])
+        value, error = rows.value[0].flatten(1), rows.error[0]
+        a, b = pairs[:, 0], pairs[:, 1]
+        difference = value[a] - value[b]
+        return Vectors(difference, up(error[a] + error[b] + UNIT * vector_norm_up(difference), 4))
+
+    def adjoint_norms(self, source: int, pairs: Tensor) -> Tensor:
+        """||v_source|| in the linearised network, up, (count,)."""
+        rows = self.adjoint_rows(source, pairs)
+        return up(vector_norm_up(rows.value) + rows.error, 2)
+
+    def sensitivity(self, source: int, pairs: Tensor) -> Tensor:
+        """Upper bounds (count,) of the Lipschitz constants of the margins as functions of `source` (0: the input)."""
+        total = self.adjoint_norms(source, pairs)
+        count = 1
+        for k in nonlinear_nodes(self.network):
+            if k > source:
+                total = total + times(
+                    self.adjoint_norms(k, pairs), self.radii[k], self.change(head(self.network, k), source)
+                )
+                count += 1
+        return up(total, count)
+
+
+def product_expansion(network: Network, weights: Mapping[tuple[int, int], Block]) -> Expansion:
+    """The product of norms: every nonlinear node cut, its whole slope left over. `weights`: the blocks W_lk."""
+    return Expansion(network, {}, {k: gain(network, k) for k in nonlinear_nodes(network)}, weights)
+
+
+def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
+    """LipLT: the slope ranges' midpoints as centres; group maps stay cut."""
+    centres: dict[int, Slope] = {}
+    radii: dict[int, float] = {}
+    for k in nonlinear_nodes(network):
+        op = network.nodes[k].op
+        if isinstance(op, Activation):
+            low, high = op.slope_range
+            middle = 0.5 * (low + high)
+            centres[k], radii[k] = Slope(middle), up(max(high - middle, middle - low), 1)
+        else:
+            radii[k] = gain(network, k)
+    return Expansion(network, centres, radii, blocks(network, centres, budget))
+
+
+@dataclass(frozen=True, eq=False)
+class Lipschitz:
+    """Global Lipschitz constants of a network, by the product of norms and by LipLT; the least is what counts."""
+
+    network: Network
+    expansions: tuple[Expansion, ...]
+
+    @classmethod
+    def of(cls, network: Network, weights: Mapping[tuple[int, int], Block], budget: Budget) -> Lipschitz:
+        return cls(network, (product_expansion(network, weights), lipschitz_expansion(network, budget)))
+
+    def to_head(self, target: int) -> float:
+        """Lipschitz constant of input -> pre-activation (or logits) `target`."""
+        return min(e.change(target, 0) for e in self.expansions)
+
+    def to_output(self, source: int) -> float:
+        """Lipschitz constant of input -> value of `source` (a nonlinear node, or 0: the input itself)."""
+        return 1.0 if source == 0 else up(gain(self.network, source) * self.to_head(head(self.network, source)))
+
+    def rows(self, target: int) -> float:
+        """The 2 -> infinity norm of input -> pre-activation `target`: the change of any one unit."""
+        return min([float(e.rows(target).max()) for e in self.expansions] + [self.to_head(target)])
+
+    def sensitivity(self, source: int, pairs: Tensor) -> Tensor:
+        """Lipschitz constants (count,) of margins z_a - z_b as functions of `source` (0: the input)."""
+        return torch.stack([e.sensitivity(source, pairs) for e in self.expansions]).amin(0)
+
+    def of_margins(self, pairs: Tensor) -> Tensor:
+        """Lipschitz constants (count,), up, of margins z_a - z_b of pairs (count, 2) of classes."""
+        return self.sensitivity(0, pairs)
+
+
+def weight_blocks(network: Network, budget: Budget) -> dict[tuple[int, int], Block]:
+    """The network's own weights W_lk between consecutive nonlinear nodes, matrices kept where affordable."""
+    return blocks(network, {}, budget, keep=True)

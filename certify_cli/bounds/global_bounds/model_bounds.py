@@ -1,0 +1,94 @@
+"""A network's global bounds, computed once and shared by every method, batch and pair of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.global_bounds.anchored import AnchoredBounds
+from certify_cli.bounds.global_bounds.curvature import Curvature
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, weight_blocks
+from certify_cli.bounds.linear_maps.weight_blocks import Block, Budget
+from certify_cli.network.graph import Network
+
+MEMORY = 2**31
+"""Bytes, unless the caller knows better."""
+
+
+class PairTable:
+    """A bound for each ordered pair of classes, computed when first asked for: together with those that `expected`
+    classes will ask for, so that a rounding does not depend on who came first."""
+
+    def __init__(self, classes: int, expected: Tensor, bound: Callable[[Tensor], Tensor]) -> None:
+        device = expected.device
+        self._expected, self._bound = expected, bound
+        self._value = torch.full((classes, classes), torch.nan, dtype=torch.float64, device=device)
+        self._value.fill_diagonal_(0.0)
+
+    def rows(self, predicted: Tensor) -> Tensor:
+        """Bounds (batch, classes) of the margins z_y - z_i; 0 at i = y."""
+        self._fill(predicted, swap=False)
+        return self._value[predicted]
+
+    def columns(self, predicted: Tensor) -> Tensor:
+        """Bounds (batch, classes) of the reversed margins z_i - z_y."""
+        self._fill(predicted, swap=True)
+        return self._value.T[predicted]
+
+    def _fill(self, predicted: Tensor, swap: bool) -> None:
+        view = self._value.T if swap else self._value
+        wanted = torch.zeros_like(self._value, dtype=torch.bool)
+        wanted[predicted.unique()] = True
+        if bool((wanted & view.isnan()).any()):
+            wanted[self._expected] = True
+        pairs = (wanted & view.isnan()).nonzero()
+        if len(pairs):
+            bound = self._bound(pairs.flip(1) if swap else pairs)
+            # NaN means not computed yet; as a bound (0 times an overflow) it says nothing, which is inf
+            view[pairs[:, 0], pairs[:, 1]] = bound.masked_fill(bound.isnan(), torch.inf)
+
+
+class Analysis:
+    """Global bounds of one network at one effort, each computed when first used. Hold it for as long as the network."""
+
+    def __init__(
+        self, network: Network, effort: str = "normal", memory: int = MEMORY, expected: Tensor | None = None
+    ) -> None:
+        """memory: bytes that the bounds of a batch of samples may take. expected: classes that will be predicted."""
+        self.network = network
+        self.effort = effort
+        self.memory = memory
+        self.budget = Budget.of(effort)
+        none = torch.zeros(0, dtype=torch.long, device=network.device)
+        self.expected = none if expected is None else expected.unique()
+
+    @cached_property
+    def weights(self) -> dict[tuple[int, int], Block]:
+        """The network's blocks W_lk."""
+        return weight_blocks(self.network, self.budget)
+
+    @cached_property
+    def lipschitz(self) -> Lipschitz:
+        return Lipschitz.of(self.network, self.weights, self.budget)
+
+    @cached_property
+    def curvature(self) -> Curvature:
+        return Curvature(self.network, self.weights, self.lipschitz, self.budget)
+
+    @cached_property
+    def anchored(self) -> AnchoredBounds:
+        """Bounds around a sample; only where every nonlinear node has a curvature."""
+        return AnchoredBounds(self.network, self.weights, self.lipschitz, self.budget)
+
+    @cached_property
+    def lipschitz_pairs(self) -> PairTable:
+        """Lipschitz constants of the margins."""
+        return PairTable(self.network.classes, self.expected, self.lipschitz.of_margins)
+
+    @cached_property
+    def curvature_pairs(self) -> PairTable:
+        """Bounds of -lambda_min of the margins' Hessians; the reversed pair's bounds lambda_max."""
+        return PairTable(self.network.classes, self.expected, self.curvature.lower)

@@ -1,0 +1,116 @@
+"""A matrix of rows as something to multiply with: whole, or where its rows see few columns each, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from certify_cli.bounds.linear_maps.row_sparsity import Supports
+from certify_cli.numerics.batched import row_times
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A (batch or 1, m, n)."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.values.shape[1], self.values.shape[2]
+
+    def times(self, d: Tensor) -> Tensor:
+        """A d: (batch, n) -> (batch, m)."""
+        return row_times(d, self.values.mT)
+
+    def transposed(self, p: Tensor) -> Tensor:
+        """A^T p: (batch, m) -> (batch, n)."""
+        return row_times(p, self.values)
+
+    def over(self, unit: float, dtype: torch.dtype) -> Whole:
+        """A / unit, in another precision."""
+        return Whole((self.values / unit).to(dtype))
+
+    def at(self, index: Tensor) -> Whole:
+        """Of the samples at `index`."""
+        return self if len(self.values) == 1 else Whole(self.values[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped:
+    """The same by groups of rows that share their columns: values (batch or 1, groups, r, c), filled up with zeros.
+
+    rows (groups, r) and columns (groups, c) say which they are, m and n where there is none; shape is (m, n).
+    """
+
+    values: Tensor
+    rows: Tensor
+    columns: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, matrix: Tensor, groups: tuple[tuple[Tensor, Tensor], ...]) -> Grouped:
+        """Of a matrix (batch or 1, m, n) that is zero outside of these groups, which have all its rows."""
+        m, n = matrix.shape[1:]
+        rows = matrix.new_full((len(groups), max(len(r) for r, _ in groups)), m, dtype=torch.long)
+        columns = matrix.new_full((len(groups), max(1, *(len(c) for _, c in groups))), n, dtype=torch.long)
+        values = matrix.new_zeros(len(matrix), *rows.shape, columns.shape[1])
+        for number, (r, c) in enumerate(groups):
+            rows[number, : len(r)], columns[number, : len(c)] = r, c
+            values[:, number, : len(r), : len(c)] = matrix[:, r.unsqueeze(1), c.unsqueeze(0)]
+        return cls(values, rows, columns, (m, n))
+
+    def times(self, d: Tensor) -> Tensor:
+        """A d: (batch, n) -> (batch, m)."""
+        seen = pad(d, (0, 1))[:, self.columns]
+        if len(self.values) == 1:
+            found = torch.einsum("grc,bgc->bgr", self.values[0], seen)
+        else:
+            found = (self.values @ seen.unsqueeze(3)).squeeze(3)
+        total = d.new_zeros(len(d), self.shape[0] + 1)
+        total[:, self.rows.flatten()] = found.flatten(1)
+        return total[:, :-1]
+
+    def transposed(self, p: Tensor) -> Tensor:
+        """A^T p: (batch, m) -> (batch, n)."""
+        seen = pad(p, (0, 1))[:, self.rows]
+        if len(self.values) == 1:
+            found = torch.einsum("grc,bgr->bgc", self.values[0], seen)
+        else:
+            found = (seen.unsqueeze(2) @ self.values).squeeze(2)
+        total = p.new_zeros(len(p), self.shape[1] + 1)
+        return total.index_add_(1, self.columns.flatten(), found.flatten(1))[:, :-1]
+
+    def over(self, unit: float, dtype: torch.dtype) -> Grouped:
+        """A / unit, in another precision."""
+        return Grouped((self.values / unit).to(dtype), self.rows, self.columns, self.shape)
+
+    def at(self, index: Tensor) -> Grouped:
+        """Of the samples at `index`."""
+        if len(self.values) == 1:
+            return self
+        return Grouped(self.values[index], self.rows, self.columns, self.shape)
+
+
+Operator = Whole | Grouped
+
+
+def operator(matrix: Tensor, supports: Supports) -> Operator:
+    """Of a matrix (batch or 1, m, n), as its supports suggest."""
+    return Whole(matrix) if supports.groups is None else Grouped.of(matrix, supports.groups)
+
+
+def times(stack: Sequence[Operator], d: Tensor) -> Tensor:
+    """A d of matrices on top of each other: (batch, n) -> (batch, all rows)."""
+    return torch.cat([part.times(d) for part in stack], dim=1)
+
+
+def transposed(stack: Sequence[Operator], p: Tensor) -> Tensor:
+    """A^T p of the same: (batch, all rows) -> (batch, n)."""
+    pieces = p.split([part.shape[0] for part in stack], dim=1)
+    return torch.stack([part.transposed(piece) for part, piece in zip(stack, pieces, strict=True)]).sum(0)

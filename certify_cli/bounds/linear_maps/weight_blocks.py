@@ -1,0 +1,189 @@
+"""Linear blocks between nodes: norms of W_lk, A_l and B_lk (theory sections 2 to 4).
+
+A block runs from a source (the input, or a nonlinear node's output) to a later head (a pre-activation, or the logits)
+of the network in which every nonlinear node is replaced by a centre slope, or cut. With all of them cut the blocks are
+the network's own weights W_lk; with centre slopes they are A_l (from the input) and B_lk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from certify_cli.network.affine import AffineOp
+from certify_cli.network.graph import Add, Concat, Network
+from certify_cli.network.propagate import Slopes, Vectors, heads, nonlinear_nodes, pull, push, rows_cost
+from certify_cli.numerics.norms import matrix_norm
+from certify_cli.numerics.rounding import up, vector_norm_up
+
+MATRIX_ENTRIES = 2**24
+"""Largest block that is written out as a matrix (128 MiB)."""
+CHUNK_ENTRIES = 2**20
+"""Unit vectors are sent through the network in chunks whose widest value holds this many entries (8 MiB)."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the bounds may spend on one matrix, in floating-point operations."""
+
+    norm: float
+    eigenvalues: float
+
+    @classmethod
+    def of(cls, effort: str) -> Budget:
+        return EFFORTS[effort]
+
+
+EFFORTS = {
+    "fast": Budget(norm=1e9, eigenvalues=1e10),
+    "normal": Budget(norm=2e10, eigenvalues=5e11),
+    "max": Budget(norm=3e11, eigenvalues=1e13),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A linear map from one source to one head. All upper bounds.
+
+    `rows` and `columns` bound the Euclidean norms of its rows and columns: one entry each, or a single one for all.
+    `matrix` (head size, source size) differs from the exact block by at most `matrix_error` in the Frobenius norm.
+    """
+
+    norm: float
+    rows: Tensor
+    columns: Tensor
+    matrix: Tensor | None = None
+    matrix_error: float = 0.0
+
+    @cached_property
+    def magnitudes(self) -> Tensor:
+        """|matrix|, kept: a pass of intervals asks for it once a batch."""
+        if self.matrix is None:
+            raise ValueError("this block is not written out as a matrix")
+        return self.matrix.abs()
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """Norms multiplied along the paths, and how many factors other than 1 went in."""
+
+    norm: float
+    row: float
+    parts: int
+
+
+def blocks(network: Network, centres: Slopes, budget: Budget, keep: bool = False) -> dict[tuple[int, int], Block]:
+    """All blocks, keyed (head, source), that are not identically zero. `keep`: keep the matrices."""
+    found: dict[tuple[int, int], Block] = {}
+    for source in (0, *nonlinear_nodes(network)):
+        composed = _composed(network, source, centres)
+        size = network.nodes[source].size
+        wanted = {
+            h for h in composed if network.nodes[h].size * size <= MATRIX_ENTRIES and _worth(network, h, size, budget)
+        }
+        matrices = _matrices(network, source, centres, wanted) if wanted else {}
+        for target, bound in composed.items():
+            found[target, source] = _block(bound, matrices.get(target), keep, network.device)
+    return found | _with_rows(network, centres, budget, found)
+
+
+def _with_rows(
+    network: Network, centres: Slopes, budget: Budget, found: Mapping[tuple[int, int], Block]
+) -> dict[tuple[int, int], Block]:
+    """The blocks that have one bound for all rows, where a row each can be afforded: unit vectors pulled back."""
+    better: dict[tuple[int, int], Block] = {}
+    for target in heads(network):
+        sources = [k for t, k in found if t == target and len(found[t, k].rows) == 1]
+        size = network.nodes[target].size
+        if not sources or size == 1 or rows_cost(network, target) > budget.norm:
+            continue
+        chunk = max(8, CHUNK_ENTRIES // max(n.size for n in network.nodes[: target + 1]))
+        parts: dict[int, list[Tensor]] = {k: [] for k in sources}
+        for part in torch.arange(size, device=network.device).split(chunk):
+            units = torch.nn.functional.one_hot(part, size).to(torch.float64)
+            pulled = pull(network, units.reshape(1, -1, *network.nodes[target].shape), centres, target)
+            for k in sources:
+                parts[k].append(up(pulled[k].size + pulled[k].error, 2)[0])
+        for k in sources:
+            block = found[target, k]
+            better[target, k] = replace(block, rows=torch.minimum(torch.cat(parts[k]), block.rows))
+    return better
+
+
+def _worth(network: Network, target: int, size: int, budget: Budget) -> bool:
+    rows = network.nodes[target].size
+    return min(rows, size) ** 2 * float(max(rows, size)) <= budget.norm
+
+
+def _block(composed: _Composed, image: Vectors | None, keep: bool, device: torch.device) -> Block:
+    if image is None:
+        row, norm_ = (torch.tensor([v], dtype=torch.float64, device=device) for v in (composed.row, composed.norm))
+        return Block(composed.norm, row, norm_)
+    matrix = image.value.flatten(1).T  # one source unit a row before, a column now
+    error = float(vector_norm_up(image.error))
+    # a path of one factor has its verified norm already; else the product of factors may be far from the block's norm
+    norm = composed.norm if composed.parts <= 1 else min(composed.norm, up(matrix_norm(matrix) + error, 2))
+    rows = up(vector_norm_up(matrix) + error, 2).clamp(max=composed.row)
+    columns = up(vector_norm_up(matrix.T) + image.error, 2).clamp(max=norm)
+    return Block(norm, rows, columns, matrix.contiguous() if keep else None, error)
+
+
+def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int]) -> dict[int, Vectors]:
+    """The blocks from `source` as rows of images of its unit vectors (source size, *head shape)."""
+    node = network.nodes[source]
+    chunk = max(8, CHUNK_ENTRIES // max(n.size for n in network.nodes))
+    parts: dict[int, list[Vectors]] = {target: [] for target in wanted}
+    for start in range(0, node.size, chunk):
+        count = min(chunk, node.size - start)
+        basis = torch.zeros(count, node.size, dtype=torch.float64, device=network.device)
+        basis[torch.arange(count), torch.arange(start, start + count)] = 1.0
+        images = push(network, source, basis.reshape(count, *node.shape), centres)
+        for target in wanted:
+            parts[target].append(images[target])
+    return {
+        target: Vectors(torch.cat([p.value for p in images]), torch.cat([p.error for p in images]))
+        for target, images in parts.items()
+    }
+
+
+def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Composed]:
+    """For every head that `source` reaches: norms multiplied along the paths (theory section 3, 'Composition')."""
+    live = {source: _Composed(1.0, 1.0, 0)}
+    wanted = set(heads(network))
+    for index in range(source + 1, len(network.nodes)):
+        node = network.nodes[index]
+        present = [live[i] for i in node.inputs if i in live]
+        if not present:
+            continue
+        op = node.op
+        if isinstance(op, AffineOp):
+            shape, v = network.nodes[node.inputs[0]].shape, present[0]
+            norm, row, total = op.norm(shape), op.row_norm(shape), op.infinity_norm(shape)
+            live[index] = _Composed(
+                up(norm * v.norm), min(up(row * v.norm), up(total * v.row)), v.parts + (norm != 1.0)
+            )
+        elif isinstance(op, Add):
+            live[index] = (
+                present[0]
+                if len(present) == 1
+                else _Composed(
+                    up(sum(v.norm for v in present), len(present)), up(sum(v.row for v in present), len(present)), 2
+                )
+            )
+        elif isinstance(op, Concat):
+            live[index] = (
+                present[0]
+                if len(present) == 1
+                else _Composed(
+                    up(math.hypot(*(v.norm for v in present)), len(present) + 2), max(v.row for v in present), 2
+                )
+            )
+        elif index in centres:
+            gain, v = centres[index].largest, present[0]
+            live[index] = _Composed(up(gain * v.norm), up(gain * v.row), v.parts + (gain != 1.0))
+    return {target: v for target, v in live.items() if target in wanted}

@@ -1,0 +1,236 @@
+"""Where every pre-activation can go on a ball around the sample: the fast tier of theory section 4.
+
+With z_l = U_l x + sum over sources k of W_lk h_k + b, a perturbation d of norm at most e moves pre-activation l by
+
+    D_l = U_l d + sum_k W_lk Dh_k ,     Dh_k = phi(z_k + D_k) - phi(z_k) .
+
+Every Dh_k is known in two ways: entry by entry as an interval, carried through W_lk by its midpoint and radius, and by
+its norm, which moves unit i by at most ||W_lk,i|| times as much. The tighter counts, source by source and unit by unit.
+It takes a few forward passes and no Jacobian, and holds for every network: what has no slope enters by its gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.linear_maps.weight_blocks import Block
+from certify_cli.network.activations import Activation
+from certify_cli.network.evaluate import Evaluation
+from certify_cli.network.graph import Network, Nonlinear
+from certify_cli.network.pooling import GroupMap
+from certify_cli.network.propagate import head, heads, interval_push, nonlinear_nodes
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
+
+
+class Samples(Protocol):
+    """What the ranges ask of a batch of samples (a `network.evaluated.Point` has it)."""
+
+    @property
+    def network(self) -> Network: ...
+
+    @property
+    def evaluation(self) -> Evaluation: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Offsets D_l = z_l(x+d) - z_l(x) of exact pre-activations for all ||d|| <= radius, rounded outward.
+
+    radius (batch,): the ball, one a sample, in the network's input units. Keyed by head (the pre-activation's node of
+    every nonlinear node, and the logits): `low` <= 0 <= `high` (batch, size) entry by entry, and `norm` (batch,), at
+    least ||D_l||. Infinite where nothing is known.
+    """
+
+    radius: Tensor
+    low: Mapping[int, Tensor]
+    high: Mapping[int, Tensor]
+    norm: Mapping[int, Tensor]
+
+    def at(self, index: Tensor) -> Ranges:
+        """The samples at `index`."""
+        parts = ({k: v[index] for k, v in part.items()} for part in (self.low, self.high, self.norm))
+        return Ranges(self.radius[index], *parts)
+
+    def intersect(self, other: Ranges) -> Ranges:
+        """What both know, of the same samples. ValueError where the balls differ."""
+        if not torch.equal(self.radius, other.radius):
+            raise ValueError("ranges on different balls cannot be intersected")
+        return Ranges(
+            self.radius,
+            _merged(torch.maximum, self.low, other.low),
+            _merged(torch.minimum, self.high, other.high),
+            _merged(torch.minimum, self.norm, other.norm),
+        )
+
+
+def _merged(
+    choose: Callable[[Tensor, Tensor], Tensor], first: Mapping[int, Tensor], second: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    found = {**first, **second}
+    return {k: choose(first[k], second[k]) if k in first and k in second else v for k, v in found.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """The change of one node's value: an interval (batch, size) around 0, and a bound (batch,) of its norm."""
+
+    low: Tensor
+    high: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, low: Tensor, high: Tensor, norm: Tensor) -> Change:
+        """Both made sharper by each other; NaN (an overflow) says nothing, which is inf."""
+        norm = norm.masked_fill(norm.isnan(), torch.inf)
+        low, high = low.masked_fill(low.isnan(), -torch.inf), high.masked_fill(high.isnan(), torch.inf)
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        norm = torch.minimum(norm, vector_norm_up(torch.maximum(-low, high)))
+        cap = norm.unsqueeze(1)
+        return cls(torch.maximum(low, -cap), torch.minimum(high, cap), norm)
+
+
+def fast_ranges(point: Samples, weights: Mapping[tuple[int, int], Block], radius: Tensor) -> Ranges:
+    """Ranges on the balls of `radius` (batch,) around the samples. weights: the network's blocks W_lk.
+
+    Where a value overflows, or is no number, the ranges are infinite, for that sample alone.
+    """
+    network = point.network
+    radius = radius.clamp(min=0.0)
+    parts: dict[int, list[Change]] = {target: [] for target in heads(network)}
+    found: dict[int, Change] = {}
+
+    def at(target: int) -> Change:
+        if target not in found:
+            found[target] = _total(parts[target], len(radius), network.nodes[target].size, radius)
+        return found[target]
+
+    for source in (0, *nonlinear_nodes(network)):
+        if source == 0:
+            box = radius.unsqueeze(1).expand(-1, network.nodes[0].size)
+            change = Change(-box, box, radius)
+        else:
+            change = _through_nonlinear(point, source, at(head(network, source)))
+        for target, part in _sent(network, source, change, weights).items():
+            parts[target].append(part)
+    changes = {target: at(target) for target in parts}
+    return Ranges(
+        radius,
+        {t: c.low for t, c in changes.items()},
+        {t: c.high for t, c in changes.items()},
+        {t: c.norm for t, c in changes.items()},
+    )
+
+
+def _total(parts: list[Change], batch: int, size: int, like: Tensor) -> Change:
+    """The sum of what the sources contribute."""
+    low, high, norm = like.new_zeros(batch, size), like.new_zeros(batch, size), like.new_zeros(batch)
+    for part in parts:
+        low, high, norm = low + part.low, high + part.high, norm + part.norm
+    return Change.of(-up(-low, len(parts)), up(high, len(parts)), up(norm, len(parts)))
+
+
+def _sent(network: Network, source: int, change: Change, weights: Mapping[tuple[int, int], Block]) -> dict[int, Change]:
+    """The change of a source as every head that it reaches directly sees it."""
+    blocks = {t: weights[t, source] for t in heads(network) if (t, source) in weights}
+    # where the norm of every row is known, the box around the input's ball is never tighter
+    useful = {t: block for t, block in blocks.items() if source or block.matrix is None}
+    intervals = _intervals(network, source, change, useful)
+    sent = {}
+    for t, block in blocks.items():
+        reach = (up(change.norm.unsqueeze(1) * block.rows) + UNDERFLOW).expand(-1, network.nodes[t].size)
+        low, high = intervals.get(t, (-reach, reach))
+        norm = up(block.norm * change.norm) + UNDERFLOW
+        sent[t] = Change.of(torch.fmax(low, -reach), torch.fmin(high, reach), norm)
+    return sent
+
+
+def _intervals(
+    network: Network, source: int, change: Change, blocks: Mapping[int, Block]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The interval of a source at each head, by the block's matrix or, where that is not written out, on foot."""
+    found = {t: _times_matrix(block, change) for t, block in blocks.items() if block.matrix is not None}
+    walked = [t for t in blocks if t not in found]
+    if walked:
+        shape = network.nodes[source].shape
+        low, high = change.low.reshape(-1, *shape), change.high.reshape(-1, *shape)
+        for t, ends in interval_push(network, source, low, high, walked).items():
+            found[t] = ends[0].flatten(1), ends[1].flatten(1)
+    return found
+
+
+def _times_matrix(block: Block, change: Change) -> tuple[Tensor, Tensor]:
+    """The interval through a block that is written out; its distance from the exact block enters by norms."""
+    rounding = gamma(block.magnitudes.shape[1] + 2)
+    middle = 0.5 * (change.low + change.high)
+    radius = up(torch.maximum(change.high - middle, middle - change.low) + rounding * middle.abs(), 3)
+    image = middle @ block.matrix.T  # type: ignore[union-attr]
+    spread = radius @ block.magnitudes.T * (1 + rounding) + (block.matrix_error * change.norm).unsqueeze(1)
+    spread = up(spread + UNIT * image.abs(), 8) + UNDERFLOW
+    return image - spread, image + spread
+
+
+def _through_nonlinear(point: Samples, index: int, before: Change) -> Change:
+    """The change of nonlinear node `index` from that of its pre-activation."""
+    op = point.network.nodes[index].op
+    if isinstance(op, Activation):
+        return _activated(point, index, op, before)
+    if isinstance(op, GroupMap):
+        return _pooled(point, index, op, before)
+    if not isinstance(op, Nonlinear):
+        raise TypeError(f"{op.title} is affine")
+    norm = _gained(point, index, before)
+    box = norm.unsqueeze(1).expand(-1, point.network.nodes[index].size)
+    return Change.of(-box, box, norm)
+
+
+def _gained(point: Samples, index: int, before: Change) -> Tensor:
+    op = point.network.nodes[index].op
+    assert isinstance(op, Nonlinear)
+    return up(op.gain(point.network.nodes[head(point.network, index)].shape) * before.norm) + UNDERFLOW
+
+
+def pre_activations(point: Samples, ranges: Ranges, index: int) -> tuple[Tensor, Tensor]:
+    """Where the pre-activation of nonlinear node `index` can be on the ball: (low, high), (batch, *shape), outward."""
+    target = head(point.network, index)
+    return _around(point, target, ranges.low[target], ranges.high[target])
+
+
+def _around(point: Samples, target: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """z - error + low and z + error + high, outward; the whole line where z is no number."""
+    z, error = point.evaluation.values[target].flatten(1), point.evaluation.errors[target].flatten(1)
+    slack = error + 4 * UNIT * (z.abs() + error) + UNDERFLOW
+    bottom, top = z + (low - up(slack - UNIT * 4 * low)), z + (high + up(slack + UNIT * 4 * high))
+    shape = (-1, *point.network.nodes[target].shape)
+    return (
+        bottom.masked_fill(bottom.isnan(), -torch.inf).reshape(shape),
+        top.masked_fill(top.isnan(), torch.inf).reshape(shape),
+    )
+
+
+def _activated(point: Samples, index: int, op: Activation, before: Change) -> Change:
+    """By the slopes on the range, and by the values at hand: a saturated unit has little left to gain."""
+    bottom, top = _around(point, head(point.network, index), before.low, before.high)
+    least, most = (part.flatten(1) for part in op.slope_on(bottom, top))
+    steepest = torch.maximum(-least, most)
+    high = torch.maximum(most * before.high, least * before.low)
+    low = torch.minimum(most * before.low, least * before.high)
+    low, high = -up((-low).clamp(min=0.0)) - UNDERFLOW, up(high.clamp(min=0.0)) + UNDERFLOW
+    value, error = point.evaluation.values[index].flatten(1), point.evaluation.errors[index].flatten(1)
+    floor, ceiling = (part.flatten(1) for part in op.value_on(bottom, top))
+    slack = up(error + 4 * UNIT * (value.abs() + error), 3)
+    high = torch.fmin(high, ceiling - value + slack + 4 * UNIT * ceiling.abs())
+    low = torch.fmax(low, floor - value - slack - 4 * UNIT * floor.abs())
+    return Change.of(low, high, up(steepest.amax(1) * before.norm) + UNDERFLOW)
+
+
+def _pooled(point: Samples, index: int, op: GroupMap, before: Change) -> Change:
+    """A largest or smallest member moves by no more than the largest move in its group, in either direction."""
+    shape = (-1, *point.network.nodes[head(point.network, index)].shape)
+    low, high = before.low.reshape(shape), before.high.reshape(shape)
+    # where -inf pads the groups, the least move is found as the largest of the negated ones
+    return Change.of(-op.farthest(-low).flatten(1), op.farthest(high).flatten(1), _gained(point, index, before))

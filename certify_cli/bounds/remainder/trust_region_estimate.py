@@ -1,0 +1,211 @@
+"""The trust-region problem's minimiser, about: what the ascent needs of it at every step. Nothing here is a bound.
+
+A few Lanczos steps from the gradient give the quadratic's eigenvalues as the gradient sees them: nodes theta and masses
+m with g^T p(Q) g about sum m p(theta). In them the loss of `bounds.remainder.trust_region`,
+
+    mu e^2/2 + 1/2 sum m / (mu - (1+tau) theta) + 1/2 (1 + 1/tau) rest ,
+
+costs nothing, and the best mu (where y = (mu I - (1+tau) Q)^-1 g has the ball's radius as its length) and tau follow.
+Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; matrices
+are in the precision of `Rows.short`. A gradient may be blind to the largest eigenvalue, so Lanczos steps of
+their own follow that one from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.linear_maps.row_operators import times, transposed
+from certify_cli.bounds.remainder.trust_region import Quadratic
+from certify_cli.numerics.rounding import TINY
+
+STEPS = 7
+"""Of Lanczos, from the gradient, and for the largest eigenvalue in the first call."""
+FURTHER = 2
+"""For the largest eigenvalue, from the call before."""
+ROOT_STEPS = 8
+MARGIN = 1.0 + 2.0**-12
+"""How far above the largest eigenvalue (an estimate from below) mu stays."""
+TAUS = (1e-9, 1e9)
+LEAST_MISSING = 1e-3
+"""A smaller part of the radius' square needs no direction of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """y (batch, inputs), mu and tau (batch,), and `form` (batch,), about g^T H^-1 g; top: of most curvature.
+
+    Where mu is all but the largest eigenvalue, y does not reach the sphere (the hard case): the minimisers are y and
+    what is missing along either side of the direction u of most curvature. `ridge` (batch, count) is what that adds to
+    (A d)^2, missing^2 (A u)^2.
+    """
+
+    y: Tensor
+    mu: Tensor
+    tau: Tensor
+    form: Tensor
+    top: Tensor
+    ridge: Tensor
+
+    def where(self, take: Tensor, other: Solution) -> Solution:
+        """The other one's items where `take` (batch,) is true."""
+
+        def choose(name: str) -> Tensor:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            return torch.where(take.unsqueeze(1) if mine.dim() == 2 else take, theirs, mine)
+
+        return Solution(*(choose(item.name) for item in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """A matrix with the nonzero eigenvalues of A^T diag(w) A on the smaller side, over unit^2."""
+
+    quadratic: Quadratic
+    unit: Tensor
+
+    @classmethod
+    def of(cls, quadratic: Quadratic) -> _Side:
+        _, unit = quadratic.rows.short
+        return cls(quadratic, unit * quadratic.weights.amax(1, keepdim=True).sqrt().clamp(min=TINY))
+
+    @property
+    def root(self) -> Tensor:
+        """sqrt(w), divided so that the largest is 1."""
+        root = self.quadratic.weights.sqrt()
+        return (root / root.amax(1, keepdim=True).clamp(min=TINY)).to(self.quadratic.rows.short[0][0].values.dtype)
+
+    @property
+    def first(self) -> Tensor:
+        """Where the search for the largest eigenvalue begins: rows added up by the roots of their weights."""
+        if self.quadratic.by_rows:
+            return self.root
+        return self._gathered(self.root)
+
+    def _gathered(self, p: Tensor) -> Tensor:
+        """A^T p over the unit, (batch, count) -> (batch, inputs)."""
+        parts, _ = self.quadratic.rows.short
+        return transposed(parts, p)
+
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """(batch, n) to the same, in the precision of `Rows.short`."""
+        parts, _ = self.quadratic.rows.short
+        root = self.root
+        if self.quadratic.by_rows:
+            gram = parts[0]
+            return lambda q: root * gram.times(root * q)
+
+        def through(q: Tensor) -> Tensor:
+            moved = root * times(parts, q)
+            return self._gathered(root * moved)
+
+        return through
+
+    def along(self, top: Tensor) -> Tensor:
+        """A u, (batch, count), for u the unit vector of the inputs that `top` stands for."""
+        parts, unit = self.quadratic.rows.short
+        if not self.quadratic.by_rows:
+            return self.quadratic.rows.apply((top / top.norm(dim=1, keepdim=True).clamp(min=1e-30)).double())
+        inside = self.root * top
+        moved = parts[0].times(inside)
+        length = (inside * moved).sum(1, keepdim=True).clamp(min=1e-30).sqrt()
+        return unit * (moved / length).double()
+
+    def start(self, g: Tensor) -> Tensor:
+        """g as this side sees it, double precision."""
+        if not self.quadratic.by_rows:
+            return g
+        return self.quadratic.weights.sqrt() * self.quadratic.rows.apply(g)
+
+
+def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | None) -> Solution:
+    """For gradients g (batch, inputs) on balls of `radius` (batch,); `before` knows the direction of most curvature."""
+    side = _Side.of(quadratic)
+    product, square = side.product(), side.unit.squeeze(1).square()
+    top, largest = _leading(product, *((side.first, STEPS) if before is None else (before.top, FURTHER)))
+    begin = side.start(g)
+    size = begin.norm(dim=1).clamp(min=TINY)
+    values, vectors, basis = _lanczos(product, (begin / size.unsqueeze(1)).to(top.dtype), STEPS)
+    nodes = values.clamp(min=0.0).double() * square.unsqueeze(1)
+    masses = (vectors[:, 0].double() * size.unsqueeze(1)).square()
+    if quadratic.by_rows:  # as g sees it: what is in no row has eigenvalue 0
+        masses = masses / nodes.clamp(min=TINY)
+        masses = torch.where(nodes > 1e-6 * nodes.amax(1, keepdim=True), masses, torch.zeros_like(masses))
+        left = (g.square().sum(1) - masses.sum(1)).clamp(min=0.0)
+        nodes = torch.cat([nodes, torch.zeros_like(left).unsqueeze(1)], dim=1)
+        masses = torch.cat([masses, left.unsqueeze(1)], dim=1)
+    largest = torch.maximum(largest.double() * square, nodes.amax(1))
+    mu, tau = _balanced(nodes, masses, largest, radius, quadratic.of_rest)
+    gaps = mu.unsqueeze(1) - (1 + tau).unsqueeze(1) * nodes
+    inverse = size.unsqueeze(1) * vectors[:, 0].double() / gaps[:, : values.shape[1]]
+    y = ((vectors.double() @ inverse.unsqueeze(2)).mT @ basis.double()).squeeze(1)
+    if quadratic.by_rows:
+        image = quadratic.rows.transpose(quadratic.weights.sqrt() * y)
+        y = (g + (1 + tau).unsqueeze(1) * image) / mu.unsqueeze(1)
+    return Solution(y, mu, tau, (masses / gaps).sum(1), top, _ridge(side, top, radius, y))
+
+
+def _ridge(side: _Side, top: Tensor, radius: Tensor, y: Tensor) -> Tensor:
+    missing = (1 - LEAST_MISSING - y.square().sum(1) / radius.square()).clamp(min=0.0)
+    if not bool((missing > 0).any()):
+        return torch.zeros_like(side.quadratic.weights)
+    return (missing * radius.square()).unsqueeze(1) * side.along(top).square()
+
+
+def largest_about(quadratic: Quadratic, steps: int) -> Tensor:
+    """The largest eigenvalue of A^T diag(w) A, (batch,): an estimate from below."""
+    side = _Side.of(quadratic)
+    _, value = _leading(side.product(), side.first, steps)
+    return value.double() * side.unit.squeeze(1).square()
+
+
+def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz values (batch, k), their vectors (batch, k, k) in the basis (batch, k, n); q (batch, n) of length 1 or 0."""
+    steps = min(steps, q.shape[1])
+    basis, alphas, betas = [q], [], []
+    for step in range(steps):
+        w = product(q)
+        alphas.append((q * w).sum(1))
+        if step + 1 == steps:
+            break
+        found = torch.stack(basis, dim=1)
+        w = w - ((found @ w.unsqueeze(2)).mT @ found).squeeze(1)
+        beta = w.norm(dim=1)
+        beta = torch.where(beta > 1e-5 * torch.stack(alphas).amax(0), beta, torch.zeros_like(beta))
+        q = torch.where((beta > 0).unsqueeze(1), w / beta.clamp(min=1e-30).unsqueeze(1), torch.zeros_like(w))
+        basis.append(q)
+        betas.append(beta)
+    diagonal = torch.diag_embed(torch.stack(alphas, dim=1))
+    if betas:
+        off = torch.stack(betas, dim=1)
+        diagonal = diagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    values, vectors = torch.linalg.eigh(diagonal.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    return values, vectors, torch.stack(basis, dim=1)
+
+
+def _leading(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The direction (batch, n) of the largest eigenvalue, about, and an estimate of that from below, (batch,)."""
+    q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    values, vectors, basis = _lanczos(product, q, steps)
+    return (vectors[:, :, -1:].mT @ basis).squeeze(1), values[:, -1]
+
+
+def _balanced(nodes: Tensor, masses: Tensor, largest: Tensor, radius: Tensor, of_rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The best (mu, tau), (batch,) each: Newton's steps on 1/||y|| = 1/radius, and the tau of each mu."""
+    e = radius.clamp(min=TINY)
+    tau = torch.zeros_like(e)
+    mu = MARGIN * largest + masses.sum(1).sqrt() / e + TINY
+    for _ in range(ROOT_STEPS):
+        gaps = mu.unsqueeze(1) - (1 + tau).unsqueeze(1) * nodes
+        squares = masses / gaps.square()
+        size = squares.sum(1).sqrt()
+        newton = mu + (size / e - 1) * size.square() / (squares / gaps).sum(1)
+        mu = torch.where(newton.isfinite(), newton, mu)
+        curved = (squares * nodes).sum(1) * (e / size).square()  # as if y had the ball's radius already
+        tau = (of_rest / curved.clamp(min=TINY)).sqrt().nan_to_num(nan=1.0).clamp(*TAUS)
+        mu = torch.maximum(mu, (1 + tau) * largest * MARGIN + TINY)
+    return mu, tau

@@ -1,0 +1,158 @@
+"""FILE.npz: arrays x (N, ...) and, with labels, y (N,). Sizes are checked before anything is read; no pickle."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from certify_cli.data.source import CHANNELS, MAX_BYTES, Source, Taken, unit_range
+from certify_cli.errors import DataError, UsageError, first_line, listed, shown
+
+DEFLATE_RATIO = 1040
+"""Deflate cannot shrink data more than 1032 times: a header that claims more lies."""
+
+LARGE, LARGE_RATIO = 2**30, 100
+"""An array larger than so many bytes must not unpack to more than so many times its size in the file."""
+
+LONGEST_HEADER = 2**16
+"""Bytes; numpy itself reads no longer ones."""
+
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+"""How a zip file begins; the second one is empty."""
+
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError, NotImplementedError)
+
+
+def open_npz(path: Path, layout: str) -> Source:
+    """The data set in an .npz file. Raises DataError for a file that breaks the convention."""
+    arrays = read_arrays(path, (("x",), ("x", "y")), "rename them to x (samples) and y (labels)")
+    x, y = arrays["x"], arrays.get("y")
+    if x.ndim < 2 or min(x.shape) < 1:
+        raise DataError(f"{path}: x has shape {x.shape}; (N, ...) with at least one sample is expected")
+    if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
+        raise DataError(f"{path}: x has type {shown(str(x.dtype))}; integers or floats of up to 64 bits are expected")
+    notes = []
+    if layout == "nhwc" and x.ndim == 4:
+        x = x.transpose(0, 3, 1, 2)
+    elif x.ndim == 3:  # grey images: no channels, first or last
+        x = x[:, None]
+    elif layout == "nhwc":
+        raise UsageError(f"--data-layout nhwc: {path} holds x of shape {x.shape}, which is not (N, H, W, C)")
+    elif x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
+        notes.append(f"{path.name}: x of shape {x.shape} looks like NHWC; if it is, say --data-layout nhwc")
+
+    def take(indices: Sequence[int]) -> Taken:
+        chosen = x[list(indices)]
+        floats = unit_range(chosen)
+        exact = x.dtype.kind != "f" or x.dtype.itemsize <= 4 or np.array_equal(floats, chosen, equal_nan=True)
+        return Taken(floats, () if exact else (f"{path.name}: float64 values of x are rounded to float32",))
+
+    return Source(path.name, len(x), take, _labels(path, y, len(x)), image=x.ndim == 4, notes=tuple(notes))
+
+
+def read_arrays(path: Path, keys: Sequence[Sequence[str]], advice: str) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file that holds exactly one of the sets of `keys`; `advice` ends the error otherwise."""
+    try:
+        _refuse_other_files(path)
+        _declared(path, [sorted(names) for names in keys], advice)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays}
+    except MemoryError as error:
+        raise DataError(f"{path}: its arrays do not fit into memory; split the file") from error
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: not a readable .npz file ({first_line(error)})") from error
+
+
+def read_rows(path: Path, keys: Sequence[str], advice: str) -> dict[str, NDArray[Any]]:
+    """What a run kept beside its records: arrays of numbers, a row a sample; `index` and `rival` are integers.
+
+    Raises DataError for anything else.
+    """
+    arrays = read_arrays(path, (keys,), advice)
+    for key, array in arrays.items():
+        kinds, axes = ("iu", (1,)) if key in ("index", "rival") else ("f", range(2, 10))
+        if array.dtype.kind not in kinds or array.dtype.itemsize > 8 or array.ndim not in axes:
+            raise DataError(f"{path}: {key} has type {shown(str(array.dtype))} and shape {array.shape}; {advice}")
+        if len(array) != len(arrays["index"]):
+            raise DataError(f"{path}: {key} has {len(array)} rows, index has {len(arrays['index'])}; {advice}")
+    if "x" in arrays and arrays["x"].shape != arrays["d"].shape:
+        raise DataError(f"{path}: x has shape {arrays['x'].shape}, d has shape {arrays['d'].shape}; {advice}")
+    return arrays
+
+
+def _refuse_other_files(path: Path) -> None:
+    """DataError for what is no zip file at all, and for one without its end."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start not in _ZIP:
+        raise DataError(
+            f"{path}: not an .npz file; write one with numpy.savez(FILE, x=..., y=...), where x holds the samples "
+            "(N, ...) and y, where labels are known, N integers"
+        )
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: an .npz file that is cut off or damaged at its end; copy or write it again")
+
+
+def _declared(path: Path, allowed: Sequence[Sequence[str]], advice: str) -> None:
+    """From the headers alone: DataError for other keys, objects, and sizes that lie or are too large."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        keys = sorted(entry.filename.removesuffix(".npy") for entry in entries)
+        if keys not in allowed:
+            raise DataError(f"{path}: holds the arrays {listed(keys) or '(none)'}; {advice}")
+        for entry in entries:
+            key = entry.filename.removesuffix(".npy")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DataError(
+                    f"{path}: {key} is compressed in a way that numpy does not write; save it with np.savez"
+                )
+            if entry.file_size > DEFLATE_RATIO * entry.compress_size + 1024:
+                raise DataError(f"{path}: {key} claims to unpack to an impossible {entry.file_size} bytes")
+            if entry.file_size > max(LARGE, LARGE_RATIO * entry.compress_size):
+                raise DataError(
+                    f"{path}: {key} would unpack to {entry.file_size} bytes, more than {LARGE_RATIO} times what it "
+                    "takes in the file; save it with np.savez, uncompressed, if that is what it holds"
+                )
+            shape, dtype, header = _header(archive, entry)
+            if dtype.hasobject:
+                raise DataError(f"{path}: {key} holds Python objects, which are never unpickled; save numbers")
+            size = math.prod(shape) * dtype.itemsize
+            if size > MAX_BYTES:
+                raise DataError(f"{path}: {key} of shape {shape} would take {size} bytes; the limit is {MAX_BYTES}")
+            if header + size != entry.file_size:
+                raise DataError(f"{path}: {key} of shape {shape} does not match its {entry.file_size} bytes")
+
+
+def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, type and header length of one array."""
+    with archive.open(entry) as opened:
+        file = io.BytesIO(opened.read(LONGEST_HEADER))
+        version = npy.read_magic(file)
+        # versions 2 and 3 differ in the encoding of field names only, which a plain array has none of
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        try:
+            shape, _, dtype = read(file)
+        except Exception as error:  # numpy evaluates a literal here: a garbled one fails in a dozen ways
+            raise ValueError(f"garbled header of {shown(entry.filename)}: {first_line(error)}") from error
+        return shape, dtype, file.tell()
+
+
+def _labels(path: Path, y: NDArray[Any] | None, count: int) -> NDArray[np.int64] | None:
+    if y is None:
+        return None
+    if y.shape != (count,):
+        raise DataError(f"{path}: y has shape {y.shape}, but x holds {count} samples; ({count},) is expected")
+    if y.dtype.kind not in "iu":
+        raise DataError(f"{path}: y has type {shown(str(y.dtype))}; labels are integers")
+    if y.min() < 0 or y.max() >= 2**31:
+        raise DataError(f"{path}: y holds the label {y.min() if y.min() < 0 else y.max()}; classes count from 0")
+    return y.astype(np.int64)

@@ -1,0 +1,122 @@
+"""ONNX -> Network.
+
+    read (safely, under neutral names) -> interpret (one sample) -> normalise -> onnx2torch -> lower
+        -> check piece by piece, and as a whole against the float64 evaluation and onnxruntime
+
+onnx2torch stays behind `_convert`. What it is given is normalised, so that it sees few operators of one opset under
+names of ours; what it gives is lowered, so that no layer of it is ever bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from onnx import ModelProto
+from torch import fx
+
+from certify_cli.errors import ModelError, first_line
+from certify_cli.load.loaded_model import Deployment, LoadedModel
+from certify_cli.load.onnx import parity
+from certify_cli.load.onnx import piece_checks as pieces
+from certify_cli.load.onnx.file import OnnxFile, read_onnx
+from certify_cli.load.onnx.interpret import interpret
+from certify_cli.load.onnx.logits import logits as logits_of
+from certify_cli.load.onnx.model_input import Entrance, Shape, readings
+from certify_cli.load.onnx.normalise import normalise, to_model
+from certify_cli.load.onnx.outputs import leading_to
+from certify_cli.load.onnx.rewriting import Normal
+from certify_cli.network.lowering.fx_graph import lower_traced
+from certify_cli.records import ModelInfo
+
+
+def no_data() -> Shape | None:
+    """Stands for the data's shape where there are none."""
+    return None
+
+
+def load_onnx(
+    path: Path,
+    *,
+    output: str | None = None,
+    sample_shape: Callable[[], Shape | None] = no_data,
+    layout: str | None = None,
+) -> LoadedModel:
+    """The classifier in `path`, logits last.
+
+    A trailing softmax is dropped (and noted): it changes no prediction. output: which output holds the logits, where
+    there are several.   sample_shape: gives the shape of the data's samples, channels first, and layout how the model
+    reads them; asked for only where the file leaves a size free.   Raises ModelError, naming file and node, for
+    everything that is unreadable, unsafe, or outside what can be certified.
+    """
+    file = read_onnx(path, output)
+    refusal: ModelError | None = None
+    for entrance in readings(path, file.inputs, file.graph.named, sample_shape, layout):
+        if refusal is not None and file.rows == file.inputs[0].type.tensor_type.shape.dim[0].dim_value:
+            break  # a row of the output for each of the input: a batch, whatever else is wrong
+        try:
+            return _load(path, file, entrance)
+        except ModelError as error:
+            # a reading in which some value has no batch axis was not the right one
+            refusal = error if refusal is None or "keep the batch" in str(refusal) else refusal
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
+            raise ModelError(f"{path}: loading it takes more memory than there is ({first_line(error)})") from error
+    assert refusal is not None, "a file has at least one reading"
+    raise refusal
+
+
+def _load(path: Path, file: OnnxFile, entrance: Entrance) -> LoadedModel:
+    end = file.graph.named(file.output)
+    nodes = leading_to(end, file.graph.nodes)
+    found = interpret(path, file.graph, nodes, file.opset, entrance, parity.images(entrance.shape)[:1])
+    if end not in found.values:
+        raise ModelError(f"{path}: the output does not depend on the input; export the classifier again")
+    logits, tail, notes = logits_of(found, end)
+    normal = normalise(found, logits)
+    if not normal.nodes:
+        raise ModelError(f"{path}: the model computes nothing; export the classifier again")
+    try:
+        module = _convert(to_model(normal, entrance.source))
+        names, values = _label(module, normal)
+        network, holding = lower_traced(module, entrance.shape, names)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    pieces.check(normal, network, {values[at]: index for at, index in holding.items()}, entrance.source)
+    notes = [*file.notes, *notes, *parity.check(path, file, found, network, logits, tail)]
+    if found.size(logits) == 1:
+        notes.append("its one logit z is read as the two logits (0, z): class 1 where z is positive")
+    if file.stored_dtype in ("float16", "bfloat16"):
+        notes.append(f"the weights are stored in {file.stored_dtype} and upcast exactly to float64")
+    info = ModelInfo(str(path), file.sha256, "onnx", file.opset, network.classes)
+    threshold = 0.5 if tail and found.size(logits) == 1 else 0.0
+    deployment = Deployment(entrance, file.output, threshold)
+    return LoadedModel(network, info, entrance.shape, file.stored_dtype, tuple(notes), deployment)
+
+
+def _convert(model: ModelProto) -> fx.GraphModule:
+    """onnx2torch's module for a normalised model."""
+    from certify_cli.torchvision_schemas import import_torchvision
+
+    import_torchvision()
+    from onnx2torch import convert
+
+    from certify_cli.load.onnx import converters, layers  # noqa: F401  (register with onnx2torch and with the lowering)
+
+    try:
+        return convert(model).eval()  # a normalised model holds no layer in training mode
+    except NotImplementedError as error:
+        raise ModelError(f"cannot be converted: {first_line(error)}; replace the layer") from error
+
+
+def _label(module: fx.GraphModule, normal: Normal) -> tuple[dict[str, str], dict[str, str]]:
+    """Tell each converted layer which operator of the file it stands for; by module path, the file's name for it and
+    the value that it gives."""
+    names, values = {}, {}
+    paths = [str(n.target) for n in module.graph.nodes if n.op == "call_module"]
+    for path, node in zip(paths, normal.nodes, strict=True):
+        origin = normal.found.origin[normal.origin[node.name]]
+        module.get_submodule(path).onnx_type = origin.operator  # type: ignore[assignment]
+        names[path], values[path] = origin.name, node.output[0]
+    return names, values

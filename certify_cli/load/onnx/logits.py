@@ -1,0 +1,54 @@
+"""Where a model's logits stand: at its end, or in front of the softmax and the reshapings that end it."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import NodeProto
+
+from certify_cli.load.onnx.interpret import Interpretation, evaluate
+from certify_cli.load.onnx.operators import attributes_of
+from certify_cli.load.onnx.outputs import CLASSIFIERS, RESHAPING, SOFTMAX
+
+
+def logits(found: Interpretation, output: str) -> tuple[str, list[NodeProto], list[str]]:
+    """The value that holds the logits, the nodes between it and `output` in order, and a note on what is left out.
+
+    A softmax over all entries of a sample changes no prediction, nor does anything behind it that keeps every entry in
+    its place; likewise the logistic function that ends a linear classifier, or a model of one logit.
+    """
+    makers = {value: node for node in found.nodes for value in node.output if value}
+    tail: list[NodeProto] = []
+    name = output
+    while (maker := makers.get(name)) is not None and maker.input[0] in found.values:
+        if maker.op_type in SOFTMAX and _over_the_sample(found, maker):
+            return maker.input[0], [maker, *tail], [_left_out(maker)]
+        single = found.size(name) == 1
+        if maker.op_type == "Sigmoid" and (single or found.origin[maker.name].operator in CLASSIFIERS):
+            return maker.input[0], [maker, *tail], [_left_out(maker)]
+        if maker.op_type not in RESHAPING or not _keeps_order(found, maker):
+            break
+        tail.insert(0, maker)
+        name = maker.input[0]
+    return output, [], []
+
+
+def _left_out(node: NodeProto) -> str:
+    return f"the final {node.op_type} is left out: it changes no prediction, and margins are of logits"
+
+
+def _over_the_sample(found: Interpretation, node: NodeProto) -> bool:
+    """Whether a softmax's axis holds every entry of a sample; below opset 13 it flattens what follows its axis."""
+    shape = found.values[node.input[0]].shape
+    old = found.opset < 13
+    axis = int(attributes_of(node).get("axis", 1 if old else -1)) % len(shape)
+    if axis == 0 and not old and node.input[0] not in found.unbatched:
+        return False  # along the batch, which may be as long as there are classes
+    width = int(np.prod(shape[axis:])) if old else shape[axis]
+    return width == found.size(node.input[0])
+
+
+def _keeps_order(found: Interpretation, node: NodeProto) -> bool:
+    shape = found.values[node.input[0]].shape
+    numbered = np.arange(1.0, np.prod(shape) + 1).reshape(shape)
+    moved = evaluate(found, node, [numbered, *(found.constants.get(value) for value in node.input[1:])])[0]
+    return np.array_equal(moved.ravel(), numbered.ravel())

@@ -1,0 +1,419 @@
+"""The loaded network against the file as a whole: evaluated in float64, and as onnxruntime runs it.
+
+Compared are logits, each by its own scale, on images, on inputs of both signs and many sizes, and on inputs that wake
+units which slept on all of these; and the class that is predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import ModelProto, NodeProto, ValueInfoProto, helper
+from torch import Tensor
+
+from certify_cli.errors import ModelError, shown
+from certify_cli.load.onnx.file import OnnxFile
+from certify_cli.load.onnx.interpret import Interpretation, compute, widen, widened
+from certify_cli.load.onnx.model_input import Entrance
+from certify_cli.load.onnx.runtime import NotRunnableError, Runtime
+from certify_cli.network.activations import Activation
+from certify_cli.network.affine import AffineOp
+from certify_cli.network.graph import Network
+
+EXACT_PARITY = 1e-6
+"""Largest difference from the float64 interpretation of the file, relative to the largest logit. The two differ by
+rounding, and by the constants of fused activations (`patterns.TOLERANCE`)."""
+
+STORED_PARITY = {"float64": 1e-6, "float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
+"""The same, logit by logit, for an evaluation in the file's own type, whose rounding it has to allow for."""
+UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+NOISE = 100
+"""Times the difference that float32 makes to the network itself, scaled to the file's type, which may be met."""
+
+UNSTABLE = {"log_sigmoid": -6.0}
+"""Written as log(sigmoid(z)), float32 has nothing of it left below: onnxruntime's sigmoid ends at 1.5e-8."""
+
+IMAGES = 3
+SIZES = (1.0, 10.0, 1e2, 1e4)
+"""Of inputs of both signs."""
+ENTRIES = 2**27
+"""Of all values at once: 1 GiB."""
+FAR = 1e12
+"""Beyond it float32 overflows on the way; units that wake only there are left to the check of pieces."""
+WOKEN, STEPS = 64, 3
+"""Sleeping units that inputs are looked for, about; Newton steps for each."""
+WORK, GROUPED = 3e9, 30
+"""Multiplications that this search may take (fewer units are woken in large networks; pieces are checked anyway), and
+for how many one counts in a grouped convolution, which is as much slower."""
+
+
+def images(shape: tuple[int, ...]) -> np.ndarray:
+    """A few images' worth of numbers in [0, 1], representable in every stored type."""
+    return np.random.default_rng(0).integers(0, 129, size=(IMAGES, *shape)) / 128.0
+
+
+def check(
+    path: Path,
+    file: OnnxFile,
+    found: Interpretation,
+    network: Network,
+    logits: str,
+    tail: Sequence[NodeProto],
+) -> list[str]:
+    """ModelError where the network is not the file's. Returns notes for the user.
+
+    logits: the value that the network computes, by its neutral name; tail: the nodes between it and the output.
+    """
+    entrance, samples = found.entrance, images(found.entrance.shape)
+    with torch.no_grad():
+        together = network(torch.from_numpy(samples))
+        singly = torch.cat([network(torch.from_numpy(sample[None])) for sample in samples])
+    _compare(path, "a batch of samples differs from the same samples one by one", together, singly)
+    first = torch.from_numpy(as_logits(found.samples(logits, found.values[logits])[:1].reshape(1, -1)))
+    _compare(path, "the loaded network differs from the file evaluated in float64", together[:1], first)
+
+    points = probes(network, samples)
+    stored = np.dtype(np.float64 if file.stored_dtype == "float64" else np.float32)
+    with np.errstate(over="ignore"):
+        points = points.astype(stored).astype(np.float64)
+    points = points[np.abs(points).reshape(len(points), -1).max(1) <= FAR][: rows_at_once(network)]
+    try:
+        _check_folds(path, file, found)
+        run, name, notes = _by_runtime(path, file, logits, entrance), "onnxruntime", []
+        answers = run(points)
+    except NotRunnableError as error:
+        run, name = _by_reference(file, found, logits), "onnx.reference"
+        notes = [f"onnxruntime does not run the file ({error}); it was compared with onnx.reference"]
+        points = points[: IMAGES + 2]
+        answers = run(points)
+    if any(getattr(node.op, "name", "") in UNSTABLE for node in network.nodes):
+        notes.append(
+            "it computes log(sigmoid(z)) in two steps, of which float32 keeps nothing for z below -18: radii are about "
+            "exact arithmetic, and samples with such values may be predicted otherwise where the file is run"
+        )
+    kept = ~unstable(network, points)
+    points, answers = points[kept], answers.at(kept)
+    _compare_stored(path, file.stored_dtype, network, points, answers, name, lambda z: _ended(found, logits, tail, z))
+    return notes
+
+
+def as_logits(rows: np.ndarray) -> np.ndarray:
+    """A single logit z a row as (0, z)."""
+    return np.concatenate([np.zeros_like(rows), rows], axis=1) if rows.shape[1] == 1 else rows
+
+
+def _compare(path: Path, what: str, left: Tensor, right: Tensor) -> None:
+    if left.shape != right.shape:
+        raise ModelError(f"{path}: {what} in shape, {tuple(left.shape)} against {tuple(right.shape)}; please report it")
+    scale = float(right.abs().max())
+    off = float((left - right).abs().max())
+    if not off <= EXACT_PARITY * max(scale, 1e-6):
+        raise ModelError(f"{path}: {what} by {off:.3g} on logits of size {scale:.3g}; please report it with the model")
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Of the file, one row a point: its logits, None where a function or an operator of ai.onnx.ml holds them inside,
+    and the tensor it ends in."""
+
+    logits: np.ndarray | None
+    ends: np.ndarray
+
+    def at(self, rows: np.ndarray) -> Answers:
+        return Answers(None if self.logits is None else self.logits[rows], self.ends[rows])
+
+
+Run = Callable[[np.ndarray], Answers]
+
+
+def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> Run:
+    """The file as it is, with the logits as another output where they have a name in it."""
+    model = ModelProto()
+    model.CopyFrom(file.model)
+    names = [file.output]
+    called = file.graph.called.get(logits)
+    inside = {name for node in model.graph.node for name in node.output}
+    if called is not None and called != file.output and called in inside:
+        model.graph.output.append(ValueInfoProto(name=called))
+        names.append(called)
+    dtype = helper.tensor_dtype_to_np_dtype(entrance.kind)
+    if dtype.kind != "f":
+        raise NotRunnableError(f"its input is of type {dtype}")
+    runtime = Runtime(model, names)
+
+    def answered(feed: np.ndarray) -> list[np.ndarray]:
+        samples = len(feed) if entrance.batch != 0 else 1
+        arrays = [array.astype(np.float64) for array in runtime.run(feed.astype(dtype))]
+        if any(array.size % samples for array in arrays):
+            raise ModelError(
+                f"{path}: of {samples} samples the file gives values of shapes {[list(a.shape) for a in arrays]}; "
+                "every value must keep the batch on its first axis"
+            )
+        return [array.reshape(samples, -1) for array in arrays]
+
+    def run(points: np.ndarray) -> Answers:
+        rows: list[list[np.ndarray]] = [[] for _ in names]
+        with np.errstate(over="ignore"):
+            feeds = entrance.feeds(points)
+            try:
+                found = [answered(feed) for feed in feeds]
+            except NotRunnableError:
+                if entrance.batch is not None:
+                    raise
+                found = [answered(point[None]) for point in points]  # its batch is free in name only
+        for arrays in found:
+            for row, array in zip(rows, arrays, strict=True):
+                row.append(array)
+        joined = [np.concatenate(row)[: len(points)] for row in rows]
+        own = joined[1] if len(names) > 1 else joined[0] if called == file.output else None
+        return Answers(None if own is None else as_logits(own), joined[0])
+
+    return run
+
+
+def _check_folds(path: Path, file: OnnxFile, found: Interpretation) -> None:
+    """What was computed of constants alone, and is read by data, against what onnxruntime makes of it: by itself, since
+    a constant in front of a sleeping unit shows nowhere else."""
+    inside = {name for node in file.model.graph.node for name in node.output}
+    read = dict.fromkeys(value for node in found.nodes for value in node.input if value in found.constants)
+    folded = {name: called for name in read if (called := file.graph.called.get(name, "")) in inside}
+    if not folded:
+        return
+    model = ModelProto()
+    model.CopyFrom(file.model)
+    del model.graph.output[:]
+    model.graph.output.extend(ValueInfoProto(name=called) for called in folded.values())
+    dtype = helper.tensor_dtype_to_np_dtype(found.entrance.kind)
+    feed = found.entrance.filed(images(found.entrance.shape)[:1]).astype(dtype)
+    for (name, called), array in zip(folded.items(), Runtime(model, list(folded.values())).run(feed), strict=True):
+        ours, theirs = found.constants[name], widen(array)
+        if ours.shape != theirs.shape:
+            raise ModelError(
+                f"{path}: the constant '{shown(called)}' was computed in the shape {list(ours.shape)}, onnxruntime "
+                f"gives {list(theirs.shape)}; please report it with the model"
+            )
+        noise = np.abs(widen(found.native[name]) - ours) if name in found.native else 0.1 * np.abs(ours)
+        allowed = 0.0 if ours.dtype.kind != "f" else STORED_PARITY["float32"] * np.abs(ours) + NOISE * noise + 1e-30
+        if not (np.abs(ours - theirs.astype(ours.dtype if ours.dtype.kind == "f" else np.float64)) <= allowed).all():
+            raise ModelError(
+                f"{path}: the constant '{shown(called)}' was computed otherwise than onnxruntime does; please report "
+                "it with the model"
+            )
+
+
+def _by_reference(file: OnnxFile, found: Interpretation, logits: str) -> Run:
+    """Node by node in the file's own types; sample by sample."""
+    entrance = found.entrance
+    dtype = helper.tensor_dtype_to_np_dtype(entrance.kind)
+
+    def one(sample: np.ndarray) -> np.ndarray:
+        values: dict[str, Any] = {entrance.source: entrance.filed(sample.astype(dtype))}
+        for node in found.nodes:
+            operands = [values.get(v, found.native.get(v, found.constants.get(v))) if v else None for v in node.input]
+            values.update(zip(node.output, compute(found, node, operands), strict=False))
+            if logits in values:
+                break
+        return widen(found.samples(logits, np.asarray(values[logits])))[:1].reshape(1, -1)
+
+    def run(points: np.ndarray) -> Answers:
+        rows = as_logits(np.concatenate([one(point[None]) for point in points]))
+        return Answers(rows, rows)
+
+    return run
+
+
+def _ended(found: Interpretation, logits: str, tail: Sequence[NodeProto], z: np.ndarray) -> np.ndarray:
+    """What the end of the model makes of logits, row by row."""
+    rows = []
+    for row in z:
+        array = found.filed(logits, row[-found.size(logits) :].reshape(found.shape(logits)))
+        for node in tail:
+            operands = [array, *(found.constants.get(value) for value in node.input[1:])]
+            array = widened(found, node, operands)[0]
+        rows.append(array.ravel()[: found.size(logits)])
+    return np.stack(rows)
+
+
+def _compare_stored(
+    path: Path,
+    stored: str,
+    network: Network,
+    points: np.ndarray,
+    answers: Answers,
+    name: str,
+    ended: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Logit by logit: within a part of its size, and of what rounding does to this network at this point."""
+    with torch.no_grad():
+        ours = network(torch.from_numpy(points)).numpy()
+    noise = noise_of(network, points)
+    unit = UNITS[stored] / UNITS["float32"]
+    allowed = STORED_PARITY[stored] * np.abs(ours) + NOISE * unit * noise + 1e-30
+    if answers.logits is not None:
+        _differ(path, name, "logits", ours, answers.logits, allowed)
+    else:
+        ends = ended(ours)
+        spread = allowed.max(1, keepdims=True) * np.maximum(1, np.abs(ends))
+        _differ(path, name, "outputs", ends, answers.ends, spread)
+    finite = np.isfinite(answers.ends).all(1)
+    top = np.sort(ours, axis=1)
+    clear = finite & (top[:, -1] - top[:, -2] > 2 * allowed.max(1))
+    both = answers.logits if answers.logits is not None else answers.ends
+    if both.shape[1] == 1:  # a probability of class 1
+        both = np.concatenate([1 - both, both], axis=1)
+    wrong = clear & (both.argmax(1) != ours.argmax(1)) & _untied(both)
+    if wrong.any():
+        raise ModelError(
+            f"{path}: {name} predicts another class than the loaded network; please report it with the model"
+        )
+
+
+def _untied(values: np.ndarray) -> np.ndarray:
+    """Rows whose largest entry is one: probabilities of far logits round to the same number."""
+    top = np.sort(values, axis=1)
+    return top[:, -1] > top[:, -2]
+
+
+def _differ(path: Path, name: str, what: str, ours: np.ndarray, theirs: np.ndarray, allowed: np.ndarray) -> None:
+    if ours.shape != theirs.shape:
+        raise ModelError(
+            f"{path}: the loaded network has {what} of shape {ours.shape[1:]}, {name} gives {theirs.shape[1:]}; "
+            "please report it with the model"
+        )
+    finite = np.isfinite(theirs)  # float32 overflows where float64 does not
+    off = np.where(finite, np.abs(ours - np.where(finite, theirs, 0.0)), 0.0)
+    if not (off <= allowed).all() or not finite[:IMAGES].all():
+        row, entry = np.unravel_index(int((off / allowed).argmax()), off.shape)
+        raise ModelError(
+            f"{path}: the loaded network differs from the file evaluated by {name}: number {entry} of its {what} is "
+            f"{ours[row, entry]:.6g}, there {theirs[row, entry]:.6g}; please report it with the model"
+        )
+
+
+def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
+    """(n, classes): what float32 does to the network's logits, an estimate. Weights and values are rounded to it, and
+    an activation's value is off by as much as its argument's rounding, or 1's, in whatever way it is written. One
+    logit's error may be small by chance: the largest of all points no farther out counts."""
+    if not len(points):
+        return np.zeros((0, network.classes))
+    random = torch.Generator().manual_seed(0)
+    values = [torch.from_numpy(points).to(torch.float32)]
+    with torch.no_grad():
+        exact = network(torch.from_numpy(points))
+        for node in in_float32(network).nodes[1:]:
+            arguments = [values[i] for i in node.inputs]
+            value = node.op.apply(*arguments)
+            if isinstance(node.op, Activation):
+                sign = 2.0 * torch.randint(0, 2, value.shape, generator=random, dtype=value.dtype) - 1.0
+                value = value + UNITS["float32"] * (1 + arguments[0].abs()) * sign
+            values.append(value)
+    errors = (values[-1].double() - exact).abs().nan_to_num(nan=np.inf, posinf=np.inf).numpy()
+    sizes = np.abs(points).reshape(len(points), -1).max(1)
+    nearer = (sizes[None, :] <= 1.01 * sizes[:, None]) | np.eye(len(sizes), dtype=bool)
+    return np.stack([errors[row].max(0) for row in nearer])
+
+
+def in_float32(network: Network) -> Network:
+    """The network with its weights rounded to float32: shows what that rounding does."""
+    nodes = []
+    for node in network.nodes:
+        rounded = {
+            item.name: value.to(torch.float32)
+            for item in fields(node.op)  # type: ignore[arg-type]
+            if isinstance(value := getattr(node.op, item.name), Tensor) and value.is_floating_point()
+        }
+        nodes.append(replace(node, op=replace(node.op, **rounded)) if rounded else node)  # type: ignore[type-var]
+    return Network(tuple(nodes))
+
+
+def unstable(network: Network, points: np.ndarray) -> np.ndarray:
+    """(n,): the points at which the file's own formula fails in float32, so that there is nothing to compare."""
+    found = np.zeros(len(points), dtype=bool)
+    if not any(getattr(node.op, "name", "") in UNSTABLE for node in network.nodes):
+        return found
+    with torch.no_grad():
+        values = network.values(torch.from_numpy(points))
+    for node in network.nodes:
+        least = UNSTABLE.get(getattr(node.op, "name", ""))
+        if least is not None:
+            found |= (values[node.inputs[0]].flatten(1) < least).any(1).numpy()
+    return found
+
+
+# --- probes -----------------------------------------------------------------------------------------------------
+
+
+def probes(network: Network, samples: np.ndarray) -> np.ndarray:
+    """Points (n, *shape): the samples, inputs of many sizes, and such as wake units that sleep on all of these."""
+    random = np.random.default_rng(2)
+    shape = samples.shape[1:]
+    parts = [samples]
+    for size in SIZES:
+        positive = size * random.random(shape)
+        parts.append(np.stack([size * random.uniform(-1, 1, shape), positive, -positive]))
+    points = np.concatenate(parts)
+    woken = wake(network, points)
+    return points if woken is None else np.concatenate([points, woken])
+
+
+def rows_at_once(network: Network) -> int:
+    """How many points' values at all nodes fit into ENTRIES; at least the images."""
+    return max(IMAGES, ENTRIES // sum(node.size for node in network.nodes))
+
+
+def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
+    """Points on which units respond that are on one side of a kink on all of `points`: by Newton steps from the first
+    one towards the unit's other side. Of many such units some of every layer."""
+    points = points[: rows_at_once(network)]
+    with torch.no_grad():
+        values = network.values(torch.from_numpy(points))
+    goals: list[tuple[int, int, float]] = []
+    work = sum(
+        node.op.products * node.size * (GROUPED if getattr(node.op, "groups", 1) > 1 else 1)
+        for node in network.nodes
+        if isinstance(node.op, AffineOp)
+    )
+    woken = min(WOKEN, rows_at_once(network), WORK / (3 * STEPS * max(1, work)))
+    kinked = [index for index, node in enumerate(network.nodes) if isinstance(node.op, Activation)]
+    for index in kinked:
+        op, before = network.nodes[index].op, network.nodes[index].inputs[0]
+        assert isinstance(op, Activation)
+        z = values[before].flatten(1)
+        for kink in _kinks(op):
+            for side in (1.0, -1.0):
+                asleep = (side * (z - kink) <= 0).all(0).nonzero()[:, 0]
+                most = math.ceil(woken / (2 * len(kinked)))
+                chosen = asleep[torch.linspace(0, len(asleep) - 1, min(most, len(asleep)), dtype=torch.float64).long()]
+                # as far beyond as the first point is on this side, so that the unit counts among the others
+                goals += [(before, int(u), kink + side * (1.0 + float((z[0, u] - kink).abs()))) for u in chosen]
+    del values
+    kept = np.linspace(0, len(goals) - 1, min(len(goals), math.ceil(woken))).astype(int)
+    return _newton(network, [goals[i] for i in kept], points[:1]) if goals else None
+
+
+def _kinks(op: Activation) -> list[float]:
+    """Where the slope of an activation jumps; 0 for a smooth one."""
+    return [turn.place for turn in op.slope.turns if math.isfinite(turn.place) and turn.jump] or [0.0]
+
+
+def _newton(network: Network, goals: list[tuple[int, int, float]], start: np.ndarray) -> np.ndarray | None:
+    """From one point a point for every goal (node, unit, value that it is to take), as far as steps lead there."""
+    x = torch.from_numpy(start).repeat(len(goals), *[1] * (start.ndim - 1))
+    target = torch.tensor([value for *_, value in goals], dtype=torch.float64)
+    for _ in range(STEPS):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            values = network.values(x)
+            units = torch.stack([values[node][row].flatten()[unit] for row, (node, unit, _) in enumerate(goals)])
+            (gradient,) = torch.autograd.grad(units.sum(), x)
+        flat = gradient.flatten(1)
+        step = flat * ((target - units) / flat.square().sum(1).clamp(min=1e-300))[:, None]
+        x = (x + step.reshape(x.shape)).detach()
+    moved = x[x.flatten(1).isfinite().all(1)]
+    return moved.numpy() if len(moved) else None

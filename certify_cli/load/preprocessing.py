@@ -1,0 +1,134 @@
+"""Fit a network to a data set: mean, std and the layout become its first nodes, so that it takes data units, NCHW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from certify_cli.data.source import CHANNELS
+from certify_cli.errors import DataError, UsageError, quoted, shown
+from certify_cli.network.affine import AffineOp, Reshape, Scale, Select, Shift
+from certify_cli.network.graph import Builder, Network, Shape
+
+LAYOUTS = ("nchw", "nhwc", "flat")
+
+
+def fit(
+    network: Network,
+    data_shape: Sequence[int],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    layout: str | None = None,
+) -> Network:
+    """The network of x -> network(layout((x - mean) / std)) for x of `data_shape`.
+
+    `mean` and `std` hold one value, or one a channel of the data. `layout` is the order in which the model reads an
+    image, inferred if None: (H, W, C) is NHWC, any other shape of as many entries the row-major flattening of NCHW,
+    but for data that are plainly an image read in the wrong layout.
+    With "nhwc" a flat model input is the flattening of NHWC. Raises UsageError for an option, DataError naming both
+    shapes where the model cannot take the data.
+    """
+    shape = tuple(data_shape)
+    steps = [*normalisation(shape, mean, std), *_layout(shape, network.input_shape, layout)]
+    return prepend(network, shape, steps) if steps else network
+
+
+def prepend(network: Network, input_shape: Shape, steps: Sequence[tuple[str, AffineOp]]) -> Network:
+    """The network behind a chain of named operations on inputs of `input_shape`."""
+    builder = Builder(input_shape, network.nodes[0].name)
+    last = 0
+    for name, op in steps:
+        last = builder.add(name, op, last)
+    place = [last]
+    for node in network.nodes[1:]:
+        place.append(builder.add(node.name, node.op, *(place[i] for i in node.inputs)))
+    return builder.build(place[-1])
+
+
+def normalisation(
+    shape: Shape, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> list[tuple[str, AffineOp]]:
+    """(x - mean) / std for x of `shape`, channels first: up to two named operations. Raises UsageError."""
+    steps: list[tuple[str, AffineOp]] = []
+    if mean is not None:
+        steps.append(("mean", Shift(-_per_channel("--mean", mean, shape))))
+    if std is not None:
+        values = _per_channel("--std", std, shape)
+        if not bool((values > 0).all() and (1 / values).isfinite().all()):
+            raise UsageError(
+                f"--std {_shown(std)}: every value must be positive, and not so small that 1/std overflows"
+            )
+        steps.append(("std", Scale(1 / values, weight_error=1)))
+    return steps
+
+
+def _per_channel(option: str, values: Sequence[float], shape: Shape) -> Tensor:
+    """The values in a form that broadcasts with one sample."""
+    if not values or not all(math.isfinite(value) for value in values):
+        raise UsageError(f"{option} {_shown(values)}: one finite number, or one a channel, is expected")
+    channels = shape[0] if len(shape) > 1 else 1
+    if len(values) not in (1, channels):
+        each = f", or one each for its {channels} channels" if channels > 1 else ""
+        raise UsageError(f"{option} {_shown(values)} holds {len(values)} values; data of shape {shape} takes one{each}")
+    return torch.tensor(values, dtype=torch.float64).reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _shown(values: Sequence[float]) -> str:
+    return shown(",".join(f"{value:g}" for value in values))
+
+
+def _layout(data: Shape, model: Shape, layout: str | None) -> list[tuple[str, AffineOp]]:
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"--layout {quoted(layout)} is not one of {', '.join(LAYOUTS)}")
+    if math.prod(data) != math.prod(model):
+        raise DataError(
+            f"the data's shape {data} does not fit the model's input {model}: "
+            f"{math.prod(data)} values a sample against {math.prod(model)}"
+        )
+    _refuse_misread_images(data, model, layout)
+    last = (*data[1:], data[0])
+    flat = sum(n > 1 for n in model) <= 1
+    channels_last = len(data) == 3 and model == last
+    if layout is None:
+        layout = "nhwc" if channels_last and model != data else "flat"
+    elif layout == "nhwc" and len(data) != 3:
+        raise DataError(
+            f"--layout nhwc: data of shape {data} are no images (channels, height, width), so they have no channels to "
+            "move; leave --layout out"
+        )
+    elif layout == "nhwc" and not (channels_last or flat):
+        raise DataError(
+            f"--layout nhwc: the model's input {model} is neither {last}, the data's shape with the channels last, nor "
+            "flat"
+        )
+    elif layout == "nchw" and model != data:
+        raise DataError(f"--layout nchw: the model's input {model} is not the data's shape {data}")
+    elif layout == "flat" and not flat:
+        raise DataError(f"--layout flat: the model's input {model} is not flat: it has several axes longer than 1")
+    if layout == "nhwc" and data[0] > 1:
+        moved = Select.of(lambda x: x.movedim(1, -1), data, "channels last")
+        return [("layout", moved), *_reshaped("flatten", last, model)]
+    return _reshaped("layout", data, model)
+
+
+def _refuse_misread_images(data: Shape, model: Shape, layout: str | None) -> None:
+    """DataError where the data's layout was told wrongly: flattened row by row their pixels would be scrambled."""
+    if len(data) != 3 or len(model) != 3 or data == model or model[0] not in CHANNELS:
+        return
+    if data == (*model[1:], model[0]):
+        raise DataError(
+            f"the data's shape {data} is the model's input {model} with the channels last; say --data-layout nhwc"
+        )
+    if layout is None and data == (model[2], *model[:2]) and data[0] not in CHANNELS:
+        raise DataError(
+            f"the data's shape {data} is what the model's input {model} becomes when it is taken for channels last; "
+            "give the data in the model's shape (where it was said, leave --data-layout nhwc out)"
+        )
+
+
+def _reshaped(name: str, shape: Shape, target: Shape) -> list[tuple[str, AffineOp]]:
+    return [] if shape == target else [(name, Reshape(target))]

@@ -1,0 +1,328 @@
+"""The layers that a spec may declare: a row a type. Nothing else is ever built, whatever a file names.
+
+User-level types are torch.nn's, with its names and meaning: a row makes the module and the lowering tables do the
+rest, so that each layer's rule stands once. The primitives of the network form go by the titles they have there, with
+the fields of their class, so that every Network can be declared (`declaration`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from certify_cli.errors import UsageError
+from certify_cli.load.preprocessing import normalisation
+from certify_cli.load.safetensors.fields import Entry
+from certify_cli.network.activations import ACTIVATIONS, Activation
+from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.graph import Add, Concat, Node, refuse_large
+from certify_cli.network.lowering.context import MODULES, Data, Place
+from certify_cli.network.lowering.torch_layers import pad_with, padded_shape
+from certify_cli.network.pooling import MaxMin, MaxPool
+
+Row = Callable[[Entry, Place, Sequence[Data]], Data]
+
+DECLARED: dict[str, Row] = {}
+"""Type in the spec -> row(entry, place, inputs) -> the value it adds."""
+
+_AXES = {"1d": 1, "2d": 2, "3d": 3}
+
+
+def _row(*types: str) -> Callable[[Row], Row]:
+    def enter(row: Row) -> Row:
+        for type_ in types:
+            if type_ in DECLARED:
+                raise ValueError(f"layer type {type_} is entered twice")
+            DECLARED[type_] = row
+        return row
+
+    return enter
+
+
+def _module_row(*types: str) -> Callable[[Callable[[Entry], nn.Module]], Callable[[Entry], nn.Module]]:
+    """Enter a rule that makes the torch.nn module of these types; it is lowered as any other module."""
+
+    def enter(make: Callable[[Entry], nn.Module]) -> Callable[[Entry], nn.Module]:
+        def row(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+            module = make(entry).eval()
+            return MODULES[type(module)](place, module, _only(entry, inputs))
+
+        _row(*types)(row)
+        return make
+
+    return enter
+
+
+def _only(entry: Entry, inputs: Sequence[Data]) -> Data:
+    if len(inputs) != 1:
+        entry.fail(f"takes one input, not {len(inputs)}")
+    return inputs[0]
+
+
+# --- torch.nn's layers ------------------------------------------------------------------------------------------
+
+
+def _kind(entry: Entry) -> Any:
+    """The torch.nn class of a row whose types are torch.nn's own names."""
+    return getattr(nn, entry.type)
+
+
+def _weight(entry: Entry, dimensions: int) -> Tensor:
+    weight = entry.tensor("weight")
+    if weight.dim() != dimensions or 0 in weight.shape:
+        entry.fail(f"its weight has shape {tuple(weight.shape)}; {dimensions} dimensions are expected")
+    return weight
+
+
+def _filled(module: nn.Module, entry: Entry, **tensors: Tensor | None) -> nn.Module:
+    """The module, made on the meta device, with these tensors in place of its own; their shapes must fit."""
+    for name, tensor in tensors.items():
+        slot = getattr(module, name)
+        if tensor is None:
+            continue
+        if slot.shape != tensor.shape:
+            entry.fail(f"{name} of shape {tuple(tensor.shape)} does not fit; {tuple(slot.shape)} is expected")
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False) if isinstance(slot, nn.Parameter) else tensor)
+    return module
+
+
+@_module_row("Linear")
+def _linear(entry: Entry) -> nn.Module:
+    weight, bias = _weight(entry, 2), entry.optional_tensor("bias")
+    outputs, inputs = weight.shape
+    module = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    return _filled(module, entry, weight=weight, bias=bias)
+
+
+@_module_row("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+def _conv(entry: Entry) -> nn.Module:
+    axes = _AXES[entry.type[-2:]]
+    transposed = entry.type.startswith("ConvTranspose")
+    weight, bias = _weight(entry, axes + 2), entry.optional_tensor("bias")
+    groups = entry.integer("groups", 1, least=1)
+    if weight.shape[0] % groups:
+        entry.fail(f"its weight of shape {tuple(weight.shape)} cannot be split into {groups} groups")
+    options: dict[str, Any] = {
+        "stride": entry.integers("stride", axes, 1, least=1),
+        "padding": entry.integers("padding", axes, 0),
+        "dilation": entry.integers("dilation", axes, 1, least=1),
+    }
+    if transposed:
+        options["output_padding"] = entry.integers("output_padding", axes, 0)
+    else:
+        options["padding_mode"] = entry.choice("padding_mode", ("zeros", "reflect", "replicate", "circular"), "zeros")
+    channels = (weight.shape[0], weight.shape[1] * groups)
+    inputs, outputs = channels if transposed else channels[::-1]
+    module = _kind(entry)(
+        inputs, outputs, tuple(weight.shape[2:]), groups=groups, bias=bias is not None, device="meta", **options
+    )
+    return _filled(module, entry, weight=weight, bias=bias)
+
+
+@_module_row("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+def _batch_norm(entry: Entry) -> nn.Module:
+    mean, variance = entry.tensor("running_mean"), entry.tensor("running_var")
+    weight, bias = entry.optional_tensor("weight"), entry.optional_tensor("bias")
+    if (weight is None) != (bias is None):
+        entry.fail("weight and bias come together or not at all")
+    entry.discard("num_batches_tracked")
+    eps = entry.number("eps", 1e-5)
+    module = _kind(entry)(mean.numel(), eps=eps, affine=weight is not None, device="meta")
+    return _filled(module, entry, weight=weight, bias=bias, running_mean=mean, running_var=variance)
+
+
+def _window(entry: Entry) -> dict[str, Any]:
+    axes = _AXES[entry.type[-2:]]
+    kernel = entry.integers("kernel_size", axes, least=1)
+    return {
+        "kernel_size": kernel,
+        "stride": entry.integers("stride", axes, kernel, least=1),
+        "padding": entry.integers("padding", axes, 0),
+        "ceil_mode": entry.flag("ceil_mode", False),
+    }
+
+
+@_module_row("AvgPool1d", "AvgPool2d", "AvgPool3d")
+def _average_pool(entry: Entry) -> nn.Module:
+    return _kind(entry)(**_window(entry), count_include_pad=entry.flag("count_include_pad", True))
+
+
+@_module_row("MaxPool1d", "MaxPool2d", "MaxPool3d")
+def _max_pool(entry: Entry) -> nn.Module:
+    return _kind(entry)(**_window(entry), dilation=entry.integers("dilation", _AXES[entry.type[-2:]], 1, least=1))
+
+
+@_module_row("AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d")
+def _adaptive_average_pool(entry: Entry) -> nn.Module:
+    return _kind(entry)(entry.integers("output_size", _AXES[entry.type[-2:]], least=1))
+
+
+@_module_row("Flatten", "Identity")
+def _no_fields(entry: Entry) -> nn.Module:
+    """Flatten keeps the batch and nothing else."""
+    return _kind(entry)()
+
+
+# --- layers without a module ------------------------------------------------------------------------------------
+
+
+@_row("Pad")
+def _pad(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    """`padding` in torch's order: before and after, the last axis first."""
+    x = _only(entry, inputs)
+    widths = entry.integers("padding", None)
+    mode = entry.choice("mode", ("constant", "reflect", "replicate", "circular"), "constant")
+    if len(widths) % 2 or len(widths) > 2 * len(place.shape(x)):
+        entry.fail(f"padding takes two numbers an axis, and its input has shape {place.shape(x)}")
+    refuse_large(padded_shape(place.shape(x), widths))
+    if mode == "constant":
+        return pad_with(place, x, widths, entry.number("value", 0.0))
+    return place.move(lambda t: F.pad(t, widths, mode=mode), x)
+
+
+@_row("Normalise")
+def _normalise(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    x = _only(entry, inputs)
+    try:
+        steps = normalisation(place.shape(x), entry.numbers("mean", None), entry.numbers("std", None))
+    except UsageError as error:
+        entry.fail(str(error).replace("--", ""))
+    for _, op in steps:
+        x = place.add(op, x)
+    return x
+
+
+@_row("MaxMin")
+def _max_min(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    """Pairs the two halves of the channels; the larger ones come first."""
+    return place.add(MaxMin(), _only(entry, inputs))
+
+
+@_row("GroupSort")
+def _group_sort(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    """Sorts neighbouring channels, two by two, in ascending order."""
+    x = _only(entry, inputs)
+    if entry.integer("group_size", 2, least=1) != 2:
+        entry.fail("group_size must be 2; larger groups are not supported")
+    halves = place.move(lambda t: torch.cat([t[:, 0::2], t[:, 1::2]], dim=1), x)
+    return place.move(lambda t: torch.stack(t.chunk(2, dim=1)[::-1], dim=2).flatten(1, 2), place.add(MaxMin(), halves))
+
+
+@_row(Add.title)
+def _add(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    return place.add(Add(), *inputs)
+
+
+@_row("concat")
+def _concat(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    """`axis` counts without the batch."""
+    axis = entry.integer("axis")
+    if any(axis >= len(place.shape(x)) for x in inputs):
+        entry.fail(f"axis {axis} does not exist in {', '.join(str(place.shape(x)) for x in inputs)}")
+    return place.add(Concat(axis), *inputs)
+
+
+# --- activations and primitives, both ways ----------------------------------------------------------------------
+
+
+def _activation(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    x = _only(entry, inputs)
+    build = ACTIVATIONS[entry.type]
+    return place.add(build(**entry.parameters(inspect.signature(build).parameters)), x)
+
+
+PRIMITIVES = {kind.title: kind for kind in (Dense, Conv, ConvTranspose, Scale, Shift, Reshape, Select, MaxPool, MaxMin)}
+_LEAST_ONE = ("shape", "stride", "dilation", "groups", "kernel", "size")
+_BIAS_AXIS = {"dense": -1, "conv": 0, "conv_transpose": 0}
+
+
+def _declared_fields(kind: Any) -> dict[str, str]:
+    """Name -> annotation of what a primitive is made of."""
+    return {item.name: str(item.type) for item in fields(kind) if item.init and item.name not in ("title", "_cache")}
+
+
+def _primitive(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+    x = _only(entry, inputs)
+    kind = PRIMITIVES[entry.type]
+    values: dict[str, Any] = {}
+    for key, annotation in _declared_fields(kind).items():
+        least = int(key in _LEAST_ONE)
+        if key == "index":
+            values[key] = entry.indices(key)
+        elif annotation == "Tensor":
+            values[key] = entry.tensor(key)
+        elif annotation == "Tensor | None":
+            values[key] = entry.optional_tensor(key)
+        elif annotation == "bool":
+            values[key] = entry.flag(key, False)
+        elif annotation == "tuple[int, ...] | None":
+            values[key] = entry.optional_integers(key)
+        elif annotation == "int":
+            default = inspect.signature(kind).parameters[key].default
+            values[key] = entry.integer(key, ... if default is inspect.Parameter.empty else default, least)
+        else:
+            values[key] = entry.integers(key, None, least=least)
+    if entry.title:
+        values["title"] = entry.title
+    op = kind(**values)
+    _check_primitive(entry, op, place)
+    value = place.add(op, x)
+    offset = values.get("offset")
+    if entry.type in _BIAS_AXIS and offset is not None:
+        wanted = (place.shape(value)[_BIAS_AXIS[entry.type]],)
+        if tuple(offset.shape) != wanted:
+            entry.fail(f"offset of shape {tuple(offset.shape)} does not fit; {wanted} is expected")
+    return value
+
+
+def _check_primitive(entry: Entry, op: Any, place: Place) -> None:
+    """What the primitives' own shape rules take for granted."""
+    if isinstance(op, Dense) and op.weight.dim() != 2:
+        entry.fail(f"its weight has shape {tuple(op.weight.shape)}; 2 dimensions are expected")
+    if isinstance(op, (Conv, ConvTranspose)):
+        axes = op.weight.dim() - 2
+        if axes not in (1, 2, 3) or op.weight.shape[0] % op.groups:
+            entry.fail(f"a weight of shape {tuple(op.weight.shape)} is no convolution of {op.groups} groups")
+    if isinstance(op, MaxPool):
+        axes = len(op.kernel)
+    if isinstance(op, (Conv, ConvTranspose, MaxPool)):
+        for key in ("stride", "padding", "dilation", "output_padding", "end"):
+            if len(getattr(op, key, None) or (0,) * axes) != axes:
+                entry.fail(f"{key} must hold {axes} numbers")
+    if isinstance(op, Select) and (int(op.index.min()) < -1 or int(op.index.max()) >= op.size):
+        entry.fail(f"index must lie between -1 and {op.size - 1}")
+
+
+def declaration(node: Node, name: str, inputs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One node as an entry and its tensors, under the given names."""
+    op: Any = node.op
+    entry: dict[str, Any] = {"name": name, "inputs": list(inputs)}
+    if isinstance(op, Activation):
+        return {"type": op.name, **entry, **op.parameters}, {}
+    if isinstance(op, Add):
+        return {"type": Add.title, **entry}, {}
+    if isinstance(op, Concat):
+        return {"type": Concat.title, **entry, "axis": op.axis}, {}
+    kind = PRIMITIVES[type(op).title]
+    entry = {"type": kind.title, **entry}
+    tensors = {}
+    for key in _declared_fields(kind):
+        value = getattr(op, key)
+        if isinstance(value, Tensor):
+            entry[key] = f"{name}.{key}"
+            tensors[entry[key]] = value
+        elif value is not None:
+            entry[key] = list(value) if isinstance(value, tuple) else value
+    if op.title != kind.title:
+        entry["title"] = op.title
+    return entry, tensors
+
+
+for _types, _rule in ((ACTIVATIONS, _activation), (PRIMITIVES, _primitive)):
+    _row(*_types)(_rule)

@@ -1,0 +1,213 @@
+"""What an activation is, and the table that the rows of `rows.py` are entered in.
+
+Import from the room, not from here: without the rows the table is empty.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from certify_cli.errors import ModelError, UsageError, quoted, shown
+from certify_cli.network.activations.monotone_pieces import Curve
+from certify_cli.network.graph import Nonlinear, Shape
+from certify_cli.plain import decimal
+
+
+@dataclass(frozen=True, eq=False)
+class Activation(Nonlinear):
+    """An elementwise function phi with everything the bounds need of it. Ranges are rounded outward.
+
+    `value`, `slope` and `curvature` are phi, phi' and phi''; each maps a tensor entrywise, in any float dtype (errors
+    are stated for float64). Take derivatives from `slope`: autograd through the |z| of the safe formulas goes wrong at
+    z = 0. `curvature` is None where phi' jumps (ReLU and its kin): such a node has a Lipschitz constant but no
+    curvature. Where only phi'' jumps (ELU, softsign) its ranges hold both sides.
+
+    `third` is at least sup |phi'''| on the open pieces between jumps. `deviation` is at least sup |deployed - phi|,
+    where the deployed operator is known to differ from phi.
+    """
+
+    value: Curve
+    slope: Curve
+    curvature: Curve | None = None
+    third: float | None = None
+    deviation: float = 0.0
+    name: str = ""
+    parameters: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        shown = ", ".join(f"{key}={value:g}" for key, value in self.parameters.items() if value is not None)
+        return f"{self.name}({shown})" if shown else self.name
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        return shapes[0]
+
+    def apply(self, *values: Tensor) -> Tensor:
+        return self.value(values[0])
+
+    @property
+    def slope_range(self) -> tuple[float, float]:
+        """Range of phi' on the line."""
+        return self.slope.range
+
+    @property
+    def curvature_range(self) -> tuple[float, float] | None:
+        """Range of phi'' on the line, or None where phi' jumps."""
+        return None if self.curvature is None else self.curvature.range
+
+    @property
+    def lipschitz(self) -> float:
+        """sup |phi'|, rounded up."""
+        return max(map(abs, self.slope_range))
+
+    def gain(self, shape: Shape) -> float:
+        return self.lipschitz
+
+    @property
+    def curvature_sup(self) -> float:
+        """sup |phi''|, rounded up; infinite where phi' jumps."""
+        return math.inf if self.curvature is None else max(map(abs, self.curvature.range))
+
+    def value_error(self, z: Tensor) -> Tensor:
+        """Upper bound of |value(z) - phi(z)|, entrywise, for float64 numbers z."""
+        return self.value.error(z)
+
+    def slope_error(self, z: Tensor) -> Tensor:
+        """Upper bound of |slope(z) - phi'(z)|; at a jump either side counts as exact."""
+        return self.slope.error(z)
+
+    def curvature_error(self, z: Tensor) -> Tensor:
+        """Upper bound of |curvature(z) - phi''(z)|; at a jump either side counts as exact."""
+        return self._curvature().error(z)
+
+    def value_on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and most of phi over [lo, hi], entrywise, rounded outward (see `Curve.on`)."""
+        return self.value.on(lo, hi)
+
+    def slope_on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and most of phi' over [lo, hi], entrywise, rounded outward."""
+        return self.slope.on(lo, hi)
+
+    def curvature_on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and most of phi'' over [lo, hi], entrywise, rounded outward."""
+        return self._curvature().on(lo, hi)
+
+    def _curvature(self) -> Curve:
+        if self.curvature is None:
+            raise ValueError(f"the slope of {self.title} jumps: it has no curvature (test `curvature_range` first)")
+        return self.curvature
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a module or an ONNX operator writes a row: parameter -> attribute, and attributes that must have a value."""
+
+    parameters: dict[str, str]
+    requires: dict[str, Any]
+    defaults: dict[str, Any]
+
+    def read(self, attributes: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row's parameters, or None if a required attribute has another value."""
+        known = {**self.defaults, **attributes}
+        if any(known.get(key) != value for key, value in self.requires.items()):
+            return None
+        return {parameter: known[key] for parameter, key in self.parameters.items() if key in known}
+
+
+def spelled(
+    *, requires: dict[str, Any] | None = None, defaults: dict[str, Any] | None = None, **parameters: str
+) -> Spelling:
+    """`spelled(negative_slope="alpha")`: the row's `negative_slope` is the operator's attribute `alpha`."""
+    return Spelling(parameters, requires or {}, defaults or {})
+
+
+ACTIVATIONS: dict[str, Callable[..., Activation]] = {}
+"""Name -> builder. `ACTIVATIONS[a.name](**a.parameters)` rebuilds `a`."""
+
+_MODULES: dict[type[nn.Module], list[tuple[str, Spelling]]] = {}
+_OPERATORS: dict[str, list[tuple[str, Spelling]]] = {}
+
+
+def row(
+    *, modules: Mapping[type[nn.Module], Spelling] | None = None, onnx: Mapping[str, Spelling] | None = None
+) -> Callable[[Callable[..., Activation]], Callable[..., Activation]]:
+    """Enter the decorated rule under its own name, with the spellings it is known by; a second entry is refused."""
+
+    def enter(rule: Callable[..., Activation]) -> Callable[..., Activation]:
+        name, signature = rule.__name__, inspect.signature(rule)
+        if name in ACTIVATIONS:
+            raise ValueError(f"activation {name} is entered twice")
+
+        @wraps(rule)
+        def build(*args: Any, **kwargs: Any) -> Activation:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            parameters = {key: None if v is None else float(v) for key, v in bound.arguments.items()}
+            for key, number in parameters.items():
+                if number is not None and not math.isfinite(number):
+                    raise ModelError(f"{name} with {key}={number} is not a function: give {key} a finite number")
+            return replace(rule(**parameters), name=name, parameters=parameters)
+
+        ACTIVATIONS[name] = build
+        for kind, spelling in (modules or {}).items():
+            _MODULES.setdefault(kind, []).append((name, spelling))
+        for operator, spelling in (onnx or {}).items():
+            _OPERATORS.setdefault(operator, []).append((name, spelling))
+        return build
+
+    return enter
+
+
+def from_module(module: nn.Module) -> Activation | None:
+    """The row of a torch.nn module of exactly a known type; None for any other (a subclass may compute anything).
+
+    ModelError where the type is known and its parameters are not usable.
+    """
+    spellings = _MODULES.get(type(module), [])
+    keys = {key for _, s in spellings for key in (*s.parameters.values(), *s.requires)}
+    return _build(spellings, {key: getattr(module, key) for key in keys})
+
+
+def from_onnx(operator: str, attributes: Mapping[str, Any]) -> Activation | None:
+    """The row of an ONNX operator of the default domain, or None. `attributes` as Python numbers and text; Clip's
+    optional inputs count as attributes `min` and `max`. ModelError as in `from_module`."""
+    return _build(_OPERATORS.get(operator, []), attributes)
+
+
+def _build(spellings: list[tuple[str, Spelling]], attributes: Mapping[str, Any]) -> Activation | None:
+    for name, spelling in spellings:
+        parameters = spelling.read(attributes)
+        if parameters is not None:
+            return ACTIVATIONS[name](**parameters)
+    return None
+
+
+def from_name(text: str) -> Activation:
+    """An activation as written on the command line or in a spec: `tanh`, `softplus:5`, `clip:0,6`.
+
+    Numbers after the colon are the row's parameters in order. UsageError for anything that is not a row.
+    """
+    name, colon, numbers = text.strip(" ").partition(":")
+    builder = ACTIVATIONS.get(name.lower().replace("-", "_"))
+    if builder is None:
+        raise UsageError(f"unknown activation {quoted(name)}: choose one of {', '.join(sorted(ACTIVATIONS))}")
+    try:
+        arguments = [decimal(number) for number in numbers.split(",")] if colon else []
+    except ValueError as error:
+        raise UsageError(f"activation {quoted(text)}: after the colon comes a number, as in softplus:5") from error
+    accepted = list(inspect.signature(builder).parameters.values())
+    required = sum(parameter.default is parameter.empty for parameter in accepted)
+    if not required <= len(arguments) <= len(accepted):
+        listing = ", ".join(parameter.name for parameter in accepted) or "none"
+        raise UsageError(f"activation {quoted(text)} has the wrong number of parameters: {shown(name)} takes {listing}")
+    try:
+        return builder(*arguments)
+    except ModelError as error:
+        raise UsageError(str(error)) from error

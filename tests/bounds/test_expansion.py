@@ -1,0 +1,440 @@
+"""The local bound's parts on every topology: offsets on a ball, weighted sums, and margins under attack in the ball."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.linear_maps.row_sparsity import Supports
+from certify_cli.bounds.on_ball.interval_ranges import fast_ranges
+from certify_cli.bounds.remainder import expansion as local
+from certify_cli.bounds.remainder import tangent_bound as fast
+from certify_cli.bounds.remainder.expansion import Ball, Choice, ball, lower_bound, span
+from certify_cli.bounds.remainder.optimise import Problem, ascend, starts
+from certify_cli.bounds.remainder.tangent_bound import fast_losses
+from certify_cli.bounds.remainder.weighted_squares import together
+from certify_cli.network.activations import from_name
+from certify_cli.network.affine import Dense
+from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import Point
+from certify_cli.network.graph import Add, Builder, Concat, Network
+from certify_cli.network.propagate import Vectors, head, nonlinear_nodes
+from tests.bounds.test_interval_ranges import activation_first, on_the_sphere, towards_extremes
+from tests.networks import SMOOTH, mlp, points
+
+D = torch.float64
+
+
+def _random(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g, dtype=D) / math.sqrt(shape[-1])
+
+
+def shared_heads() -> Network:
+    """Three activations read one pre-activation, two of them each other's sum; one is added to itself."""
+    g = torch.Generator().manual_seed(4)
+    b = Builder((4,))
+    z = b.add("fc0", Dense(_random(g, 5, 4), _random(g, 5)), 0)
+    parts = [b.add(f"act{i}", from_name(name), z) for i, name in enumerate(("tanh", "softplus:3", "gelu"))]
+    total = b.add("add", Add(), parts[0], parts[1], parts[0])
+    second = b.add("fc1", Dense(2 * _random(g, 6, 5)), total)
+    again = b.add("act3", from_name("sigmoid"), second)
+    other = b.add("act4", from_name("sin"), second)
+    joined = b.add("cat", Concat(0), again, parts[2], other, again)
+    return b.build(b.add("fc2", Dense(_random(g, 3, b.shape(joined)[0])), joined))
+
+
+def a_branch_that_comes_back() -> Network:
+    """The input is activated, added to what an activation of an activation makes of it, and read again at the end."""
+    g = torch.Generator().manual_seed(8)
+    b = Builder((4,))
+    first = b.add("act0", from_name("softplus:2"), 0)
+    inner = b.add("act2", from_name("elu"), b.add("act1", from_name("atan"), first))
+    last = b.add("act3", from_name("tanh"), b.add("add", Add(), first, inner, 0))
+    joined = b.add("cat", Concat(0), 0, last, first)
+    return b.build(b.add("fc", Dense(2 * _random(g, 3, 12)), joined))
+
+
+NETWORKS = {name: network for name, network in SMOOTH.items() if name != "linear"} | {
+    "activation first": activation_first(),
+    "shared heads": shared_heads(),
+    "a branch that comes back": a_branch_that_comes_back(),
+    "saturated": mlp((6, 12, 9, 3), "tanh", seed=7, gain=6.0),
+    "nearly dead": mlp((6, 12, 9, 3), "softplus:20", seed=8, gain=3.0),
+}
+QUICK = {
+    "three layers, gelu",
+    "three layers, elu",
+    "convolutional",
+    "residual",
+    "shared heads",
+    "a branch that comes back",
+    "saturated",
+}
+"""One of each kind for every day; all of them with -m slow."""
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+RADII = (1e-9, 0.03, 0.4, 3.0, 100.0)
+
+
+def around(network: Network, count: int, radius: float | Tensor) -> tuple[Point, Ball]:
+    point = Point(network, points(network, count))
+    radii = torch.zeros(count, dtype=D) + radius
+    return point, ball(point, fast_ranges(point, Analysis(network).weights, radii))
+
+
+def directions(network: Network, x: Tensor, count: int) -> list[Tensor]:
+    """Random ones, and those in which one unit moves fastest: (batch, *shape) of norm 1."""
+    return [
+        on_the_sphere(network, len(x), seed) if seed % 3 == 0 else towards_extremes(network, x, seed)
+        for seed in range(count)
+    ]
+
+
+def rounding(point: Point, target: int) -> Tensor:
+    """Of a sampled offset, (batch, size)."""
+    return 1e-13 * (1 + point.evaluation.values[target].flatten(1).abs())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_sampled_offset_leaves_the_ball(name: str) -> None:
+    """D_l stays in its range, and within `rest` of A_l d; ranges are never wider than those it began with."""
+    network = NETWORKS[name]
+    with exact_kernels():
+        for radius in RADII:
+            point, found = around(network, 6, radius)
+            begin = fast_ranges(point, Analysis(network).weights, found.radius)
+            before = network.values(point.x)
+            for d in directions(network, point.x, 6):
+                for part in (1 - 1e-14, 0.6):
+                    step = d * (radius * part)
+                    after = network.values(point.x + step)
+                    for target, rows in found.jacobians.outer.items():
+                        offset = (after[target] - before[target]).flatten(1)
+                        slack = rounding(point, target) + 1e-13 * offset.abs()
+                        assert bool((offset >= found.ranges.low[target] - slack).all())
+                        assert bool((offset <= found.ranges.high[target] + slack).all())
+                        straight = (rows.value @ step.flatten(1).unsqueeze(2)).squeeze(2)
+                        assert bool(((offset - straight).abs() <= found.rest[target] + slack).all())
+            for target in found.jacobians.outer:
+                assert bool((found.ranges.low[target] >= begin.low[target]).all())
+                assert bool((found.ranges.high[target] <= begin.high[target]).all())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_jacobians_are_those_of_autograd_where_tangents_are_chosen(name: str) -> None:
+    """On a tiny ball every slope is the tangent: A_l is dz_l/dx, and what it leaves is of second order."""
+    network = NETWORKS[name]
+    with exact_kernels():
+        point, small = around(network, 3, 1e-6)
+        _, large = around(network, 3, 1e-5)
+    for target, rows in small.jacobians.outer.items():
+        for sample in range(3):
+            exact = torch.autograd.functional.jacobian(
+                lambda x, t=target: network.values(x.unsqueeze(0))[t].flatten(), point.x[sample]
+            ).flatten(1)
+            assert torch.allclose(rows.value[min(sample, len(rows.value) - 1)], exact, rtol=1e-9, atol=1e-12)
+        if target > small.jacobians.heads[0]:
+            ratio = large.rest[target] / small.rest[target]
+            moves = small.rest[target] > 1e-16
+            assert bool((ratio[moves] < 105).all())
+    assert bool((torch.stack([r.amax() for r in small.rest.values()]) < 1e-8).all())
+
+
+@pytest.mark.parametrize("mixed", [0.0, local.MIXED, math.inf])
+@pytest.mark.parametrize("name", EACH)
+def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sum_j B_ij q_j(D_j), by tangents alone, by chords alone, and by both: never outside the two ends."""
+    monkeypatch.setattr(local, "MIXED", mixed)
+    network = NETWORKS[name]
+    g = torch.Generator().manual_seed(1)
+    with exact_kernels():
+        for radius in (0.05, 1.5):
+            point, found = around(network, 5, radius)
+            before = network.values(point.x)
+            steps = [d * (radius * (1 - 1e-14)) for d in directions(network, point.x, 6)]
+            moved = [network.values(point.x + d) for d in steps]
+            for layer in nonlinear_nodes(network):
+                target, phi = head(network, layer), network.nodes[layer].op
+                gram = found.jacobians.outer[target].squared_products(found.jacobians.outer[target])
+                on = span(point, layer, found.ranges)
+                slope, flat = local._chosen(point, layer, on)
+                q = local._remainder(point, layer, on, slope, flat, found.rest[target], gram)
+                shared = torch.randn(1, 7, network.nodes[layer].size, generator=g, dtype=D)
+                own = torch.randn(5, 7, network.nodes[layer].size, generator=g, dtype=D)
+                blocks = [Vectors(b, 0.1 * torch.rand(b.shape[:2], generator=g, dtype=D)) for b in (shared, own)]
+                blocks += [b for (_, source), b in found.jacobians.inner.items() if source == layer]
+                outer = found.jacobians.outer[target]
+                for block in blocks:
+                    supports = Supports.of(block.value)
+                    mixed_rows = torch.randn(1, block.value.shape[1], outer.value.shape[1], generator=g, dtype=D)
+                    lines = Vectors(mixed_rows @ outer.value[:1], torch.zeros(1, block.value.shape[1], dtype=D))
+                    sides = local._sums(block, q, supports, supports.products(lines, outer))
+                    more, less = (side.alone(found.radius) for side in sides)
+                    rise, fall = (together(lines.size, found.radius, [side]) for side in sides)
+                    rises = together(lines.size, found.radius, [sides[0], sides[0]])
+                    off = torch.randn(block.value.shape, generator=g, dtype=D)
+                    off = off / off.norm(dim=2, keepdim=True) * block.error.unsqueeze(2)  # the exact block
+                    for step, after in zip(steps, moved, strict=True):
+                        z = before[target]
+                        left = phi.apply(after[target]) - phi.apply(z) - slope.value * (after[target] - z)
+                        total = ((block.value + off) @ left.flatten(1).unsqueeze(2)).squeeze(2)
+                        size = (block.value.abs() @ rounding(point, target).unsqueeze(2)).squeeze(2)
+                        slack = 10 * size * (1 + slope.value.flatten(1).abs().amax(1, keepdim=True))
+                        assert bool((total <= more + slack).all())
+                        assert bool((-total <= less + slack).all())
+                        straight = (lines.value @ step.flatten(1).unsqueeze(2)).squeeze(2)
+                        for sign in (1, -1):
+                            assert bool((sign * straight + total <= rise + slack).all())
+                            assert bool((sign * straight - total <= fall + slack).all())
+                            assert bool((sign * straight + 2 * total <= rises + 2 * slack).all())
+
+
+def pairs(point: Point) -> tuple[Tensor, Tensor, Tensor]:
+    """Every sample with every rival: sample, margin (lower bound), cotangents."""
+    sample, rival = (~point.own).nonzero().unbind(1)
+    eye = torch.eye(point.network.classes, dtype=D)
+    return sample, point.margin_low[sample, rival], eye[point.prediction[sample]] - eye[rival]
+
+
+def attacked(network: Network, x: Tensor, cotangents: Tensor, radius: Tensor, steps: int = 12) -> Tensor:
+    """The least value of <cotangents, logits> met in the balls, (items,): six starts, then steps that end on the
+    sphere and steps that do not."""
+    g = torch.Generator().manual_seed(2)
+    wide = (1, -1, *[1] * (x.dim() - 1))
+    e = radius.reshape(wide)
+
+    def onto(d: Tensor) -> Tensor:
+        size = d.flatten(2).norm(dim=2).clamp(min=1e-300).reshape(*d.shape[:2], *[1] * (x.dim() - 1))
+        return d / size * e * (1 - 1e-14)
+
+    d = onto(torch.randn(6, *x.shape, generator=g, dtype=D))
+    d[0] = 0.0
+    least = torch.full_like(radius, torch.inf)
+    for step in range(steps):
+        with torch.enable_grad():
+            moved = (x + d).flatten(0, 1).requires_grad_(True)
+            value = (network(moved) * cotangents.repeat(len(d), 1)).sum(1)
+            (gradient,) = torch.autograd.grad(value.sum(), moved)
+        least = torch.minimum(least, value.detach().reshape(len(d), -1).amin(0))
+        downhill = onto(-gradient.reshape(d.shape))
+        # steps to the sphere are exact where the margin is concave along them
+        d = downhill if step % 3 != 2 else d + (2 / (step + 2)) * (downhill - d)
+    return least
+
+
+def random_choice(point: Point, found: Ball, seed: int) -> Choice:
+    """Slopes and weights from sensible to absurd."""
+    g = torch.Generator().manual_seed(seed)
+    count = len(found.radius)
+    slopes, weights = {}, {}
+    for k in nonlinear_nodes(point.network):
+        shape = (count, point.network.nodes[k].size)
+        tangent = point.slopes[k].value.flatten(1)  # type: ignore[union-attr]
+        slopes[k] = tangent + 10 ** (2 * torch.rand(1, generator=g) - 2) * torch.randn(shape, generator=g, dtype=D)
+        weights[k] = 10 ** (6 * torch.rand(shape, generator=g, dtype=D) - 4) * torch.randint(0, 3, shape, generator=g)
+    mu, tau = (10 ** (4 * torch.rand(count, generator=g, dtype=D) - 2) for _ in range(2))
+    return Choice(slopes, weights, mu, tau)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
+    """Every rival; tangents, chords, mixtures, random and ascended slopes and weights; hints or none."""
+    network = NETWORKS[name]
+    reached = 0.0
+    with exact_kernels():
+        for radius in (0.1, 1.5):
+            here, known = around(network, 3, radius)
+            sample, margin, cotangents = pairs(here)
+            point, found = here.at(sample), known.at(sample)
+            least = attacked(network, point.x, cotangents, found.radius)
+            choices = starts(point, found, cotangents)
+            best = ascend(point, found, margin, cotangents, None, 6).choice
+            choices += [best, Choice(best.slopes, best.weights, best.tau, best.mu)]
+            choices += [random_choice(point, found, seed) for seed in range(2)]
+            problem = Problem(point, found, margin, cotangents)
+            choices += [problem.at(choice, None).ascended.choice for choice in choices]  # with the hints that they want
+            for choice in choices:
+                value = lower_bound(point, found, margin, cotangents, choice)
+                assert not bool(value.isnan().any())
+                assert bool((value <= least + 1e-12 * (1 + least.abs())).all())
+            sharp = lower_bound(point, found, margin, cotangents, best)
+            if radius == 0.1:
+                reached = float(((margin - least) / (margin - sharp)).mean())
+    assert reached > 0.5  # neither the bound nor the attack is idle
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_no_attack_in_the_ball_loses_more_than_the_fast_bound(name: str) -> None:
+    network = NETWORKS[name]
+    with exact_kernels():
+        for radius in (0.05, 0.5, 5.0):
+            point, known = around(network, 4, radius)
+            sample, margin, cotangents = pairs(point)
+            least = attacked(network, point.x[sample], cotangents, known.radius[sample])
+            begin = fast_ranges(point, Analysis(network).weights, known.radius)
+            rival = (-cotangents).argmax(1)
+            plain = fast_losses(point, begin, point.adjoints)
+            sharper = fast_losses(point, known.ranges, point.adjoints, known)
+            assert bool((sharper <= plain * (1 + 1e-9) + 1e-280).all())
+            for losses in (plain, sharper):
+                value = margin - losses[sample, rival]
+                assert bool((value <= least + 1e-12 * (1 + least.abs())).all())
+                own = losses[torch.arange(4), point.prediction]
+                assert bool((own < 1e-200).all())  # a class loses nothing against itself
+
+
+def test_tiny_balls_lose_the_gradient_and_no_more() -> None:
+    for name in ("three layers, gelu", "convolutional", "shared heads"):
+        network = NETWORKS[name]
+        with exact_kernels():
+            here, known = around(network, 4, 1e-4)
+            sample, margin, cotangents = pairs(here)
+            point, found = here.at(sample), known.at(sample)
+            choice = ascend(point, found, margin, cotangents, None, 0).choice
+            value = lower_bound(point, found, margin, cotangents, choice)
+            losses = fast_losses(here, known.ranges, here.adjoints)[sample, (-cotangents).argmax(1)]
+            straight = here.gradient_norm[sample, (-cotangents).argmax(1)] * 1e-4
+        assert torch.allclose(margin - value, straight, rtol=1e-3)
+        assert torch.allclose(losses, straight, rtol=1e-3)
+
+
+def test_a_choice_of_nonsense_claims_nothing_wrong() -> None:
+    """NaN, infinities and negative weights in a choice: no bound, or a true one."""
+    network = NETWORKS["three layers, softplus"]
+    with exact_kernels():
+        here, known = around(network, 4, 0.5)
+        sample, margin, cotangents = pairs(here)
+        point, found = here.at(sample), known.at(sample)
+        least = attacked(network, point.x, cotangents, found.radius)
+        good = ascend(point, found, margin, cotangents, None, 6).choice
+
+        def spoil(table: dict[int, Tensor], change: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+            return {k: torch.where(torch.arange(t.shape[1]) % 3 == 0, change(t), t) for k, t in table.items()}
+
+        for change in (
+            lambda t: t * math.nan,
+            lambda t: t + math.inf,
+            lambda t: t - math.inf,
+            lambda t: -t,
+            lambda t: t * 1e200,
+            lambda t: t * 1e-200,
+        ):
+            slopes, weights = spoil(dict(good.slopes), change), spoil(dict(good.weights), change)
+            for choice in (
+                Choice(slopes, good.weights, good.mu, good.tau),
+                Choice(good.slopes, weights, good.mu, good.tau),
+                Choice(good.slopes, good.weights, change(good.mu), good.tau),
+                Choice(good.slopes, good.weights, good.mu, change(good.tau)),
+            ):
+                value = lower_bound(point, found, margin, cotangents, choice)
+                assert not bool(value.isnan().any())
+                assert bool((value <= least + 1e-12).all())
+
+
+@pytest.mark.parametrize("name", ["shared heads", "a branch that comes back", "convolutional"])
+def test_all_layers_together_count_every_activation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1/2 sum w D^2, w summed over the activations that read a head: never above the bound for any sampled d."""
+    network = NETWORKS[name]
+    seen: list[Tensor] = []
+    together = fast._together
+
+    def spied(known: Ball, weights: dict[int, Tensor]) -> Tensor:
+        seen.append(together(known, weights))
+        return seen[-1]
+
+    monkeypatch.setattr(fast, "_together", spied)
+    with exact_kernels():
+        for radius in (0.05, 1.0):
+            point, known = around(network, 4, radius)
+            fast_losses(point, known.ranges, point.adjoints, known)
+            before = network.values(point.x)
+            for d in directions(network, point.x, 6):
+                after = network.values(point.x + d * (radius * (1 - 1e-14)))
+                total = torch.zeros_like(seen[-1])
+                for layer in nonlinear_nodes(network):
+                    least, most = (end.unsqueeze(1) for end in span(point, layer, known.ranges).quadratics())
+                    v = point.adjoints[layer].value.flatten(2)
+                    w = torch.maximum(-v * least, -v * most).clamp(min=0.0)
+                    moved = (after[head(network, layer)] - before[head(network, layer)]).flatten(1).unsqueeze(1)
+                    total = total + 0.5 * (w * moved.square()).sum(2)
+                assert bool((total <= seen[-1] * (1 + 1e-9) + 1e-20).all())
+
+
+def test_samples_that_are_no_numbers_stay_alone() -> None:
+    for name in ("residual, gelu", "convolutional", "shared heads"):
+        network = NETWORKS[name]
+        x = points(network, 5)
+        spoilt = x.clone()
+        spoilt[1], spoilt[3] = torch.nan, 1e308
+        radius = torch.tensor([0.1, 0.1, torch.inf, 0.1, 0.2], dtype=D)
+        with exact_kernels():
+            found = []
+            for samples in (x, spoilt):
+                point = Point(network, samples)
+                known = ball(point, fast_ranges(point, Analysis(network).weights, radius))
+                rival = (point.prediction + 1) % network.classes
+                eye = torch.eye(network.classes, dtype=D)
+                cotangents, margin = eye[point.prediction] - eye[rival], point.margin_low[torch.arange(5), rival]
+                choice = ascend(point, known, margin, cotangents, None, 4).choice
+                found.append(lower_bound(point, known, margin, cotangents, choice))
+                losses = fast_losses(point, known.ranges, point.adjoints, known)
+                assert bool(losses[2][rival[2]].isinf() | losses[2][rival[2]].isnan())
+        clean, beside = found
+        assert float(clean[2]) == -math.inf
+        assert bool((beside[[1, 2, 3]] == -math.inf).all())
+        assert torch.allclose(clean[[0, 4]], beside[[0, 4]], rtol=1e-6)
+
+
+def test_a_part_of_a_ball_is_the_ball_of_that_part() -> None:
+    network = NETWORKS["shared heads"]
+    with exact_kernels():
+        point, found = around(network, 6, torch.linspace(0.1, 2.0, 6, dtype=D))
+        index = torch.tensor([5, 0, 0, 3])
+        part = point.at(index)
+        fresh = ball(part, fast_ranges(part, Analysis(network).weights, found.radius[index]))
+        cut = found.at(index)
+    assert torch.equal(cut.radius, fresh.radius)
+    for target in cut.jacobians.heads:
+        for one, other in (
+            (cut.ranges.low[target], fresh.ranges.low[target]),
+            (cut.ranges.high[target], fresh.ranges.high[target]),
+            (cut.rest[target], fresh.rest[target]),
+            (cut.jacobians.outer[target].value, fresh.jacobians.outer[target].value),
+        ):
+            assert torch.allclose(one, other, rtol=1e-9, atol=1e-13)
+
+
+def test_supports_change_no_form() -> None:
+    """Rows grouped by where they are not zero, or not: the same quadratic forms."""
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.rand(6, 40, generator=g) < 0.15).repeat(5, 1)
+    mask[7] = False
+    for batch in (1, 3):
+        u = torch.randn(3, 30, 40, generator=g, dtype=D) * mask
+        matrix = torch.randn(batch, 40, 40, generator=g, dtype=D)
+        found = Supports.of(u)
+        assert found.groups is not None
+        assert sum(len(rows) for rows, _ in found.groups) == 30
+        expected = torch.einsum("bmi,bij,bmj->bm", u, matrix.expand(3, -1, -1), u)
+        assert torch.allclose(found.forms(u, matrix), expected, rtol=1e-12, atol=1e-12)
+    assert Supports.of(torch.ones(1, 4, 9)).groups is None
+
+
+def test_forms_added_by_supports_are_those_of_the_whole() -> None:
+    """A^T diag(w) A of a convolution's Jacobian, patch by patch."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(2, 1, 3, 3, dtype=D, generator=generator)
+    units = torch.eye(64, dtype=D).reshape(64, 1, 8, 8)
+    matrix = torch.nn.functional.conv2d(units, weight, padding=1).flatten(1).T.unsqueeze(0)
+    weights = torch.rand(3, matrix.shape[1], dtype=D, generator=generator)
+    found = Supports.of(matrix)
+    assert found.groups is not None
+    assert len(found.groups) == 64
+    total = torch.ones(3, 64, 64, dtype=D)
+    found.add_form(total, matrix, weights)
+    whole = 1 + (matrix * weights.unsqueeze(2)).mT @ matrix
+    assert torch.allclose(total, whole, rtol=1e-12)

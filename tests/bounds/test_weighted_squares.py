@@ -1,0 +1,86 @@
+"""A linear form plus a quadratic on a ball: never below the exact maximum, and equal to it where the rule is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.remainder.weighted_squares import Swing, together
+
+D = torch.float64
+SIZE = 6
+
+
+def largest(a: Tensor, q: Tensor, e: float) -> float:
+    """sup of a . d + d^T q d / 2 over ||d|| <= e: the least of its dual, found by bisection."""
+    values, vectors = torch.linalg.eigh(q)
+    parts = (vectors.T @ a).square()
+    top = max(float(values[-1]), 0.0)
+    low, high = top * (1 + 1e-15), top + 2 * float(a.norm()) / e
+    for _ in range(80):
+        mu = 0.5 * (low + high)
+        low, high = (mu, high) if float((parts / (mu - values).square()).sum()) > e**2 else (low, mu)
+    return float(0.5 * (high * e**2 + (parts / (high - values)).sum()))
+
+
+def swing(a: Tensor, q: Tensor, rest: float = 0.0) -> Swing:
+    """As `bounds.remainder.expansion` makes it, with the exact eigenvalue."""
+    one = torch.ones(1, 1, dtype=D)
+    return Swing(
+        largest=torch.linalg.eigvalsh(q)[-1] * one,
+        along=(a @ q @ a) * one,
+        rest=rest * one,
+        whole=1e9 * one,
+        flat=0 * one,
+    )
+
+
+def bound(a: Tensor, e: float, *swings: Swing) -> float:
+    return float(together(a.norm().reshape(1, 1), torch.tensor([e], dtype=D), swings))
+
+
+@pytest.mark.parametrize("e", [1e-3, 0.3, 1.0, 30.0])
+@pytest.mark.parametrize("lean", [0.0, 0.3, 1.0])
+def test_never_below_the_exact_maximum(lean: float, e: float) -> None:
+    """Gradients from anywhere to along the direction of most curvature."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        root = torch.randn(SIZE, 4, generator=g, dtype=D)
+        q = root @ root.T
+        top = torch.linalg.eigh(q)[1][:, -1]
+        a = (1 - lean) * torch.randn(SIZE, generator=g, dtype=D) + lean * 5 * torch.rand(1, generator=g, dtype=D) * top
+        exact, found = largest(a, q, e), bound(a, e, swing(a, q))
+        assert found >= exact * (1 - 1e-9)
+        assert found <= float(a.norm()) * e + 0.5 * float(torch.linalg.eigvalsh(q)[-1]) * e**2 + 1e-9 * exact
+        halves = bound(a, e, swing(a, q / 2), swing(a, q / 2))
+        assert halves >= exact * (1 - 1e-9)
+
+
+def test_exact_where_the_gradient_is_an_eigenvector() -> None:
+    """Along the direction of most curvature the two add up; across it the larger one decides."""
+    q = torch.diag(torch.tensor([2.0, 0.0], dtype=D))
+    along, across = torch.tensor([3.0, 0.0], dtype=D), torch.tensor([0.0, 3.0], dtype=D)
+    assert bound(along, 1.0, swing(along, q)) == pytest.approx(4.0, rel=1e-6)
+    assert bound(across, 1.0, swing(across, q)) == pytest.approx(3.0, rel=1e-6)
+    assert bound(across, 5.0, swing(across, q)) == pytest.approx(largest(across, q, 5.0), rel=1e-2)
+    assert bound(along, 1.0) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("rest", [1e-6, 0.1, 10.0])
+def test_a_rest_is_paid_for(rest: float) -> None:
+    """(A d + r)^2 / 2 with |r|^2 = rest, all along one axis: the exact maximum is (sqrt(2) e + sqrt(rest))^2 / 2."""
+    q, e = torch.diag(torch.tensor([2.0, 0.0], dtype=D)), 0.7
+    across = torch.tensor([0.0, 1e-6], dtype=D)
+    exact = 0.5 * (2.0**0.5 * e + rest**0.5) ** 2
+    assert exact <= bound(across, e, swing(across, q, rest)) <= exact * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-200, 1e150, torch.inf, torch.nan])
+def test_extremes_are_no_bound_that_is_too_small(value: float) -> None:
+    a, q = torch.tensor([1.0, 0.0], dtype=D), torch.eye(2, dtype=D)
+    for name in ("largest", "along", "rest"):
+        parts = vars(swing(a, q)) | {name: torch.full((1, 1), value, dtype=D)}
+        found = bound(a, 1.0, Swing(**parts))
+        floor = 1.0 + 0.5 * value if name == "rest" and value == value else 1.0
+        assert not found < min(floor, 1e9) * (1 - 1e-9)
