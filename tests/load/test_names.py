@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from certify_cli.cli.inspect import as_text, describe
 from certify_cli.errors import LONGEST_NAME, ModelError, shown
-from certify_cli.load.onnx.loader import load_onnx, loader
+from certify_cli.load.onnx import loader
+from certify_cli.load.onnx.loader import load_onnx
 from certify_cli.output.document import View
 
 CODE = 'a"); __import__("pathlib").Path("written").touch(); ("'

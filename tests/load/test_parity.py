@@ -11,9 +11,10 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 
 from certify_cli.errors import ModelError
-from certify_cli.load.onnx import interpret, load_onnx, normalise, operators, parity, patterns
+from certify_cli.load.onnx import interpret, normalise, operators, parity, patterns
 from certify_cli.load.onnx import max_min_rewrites as sorted_pairs
 from certify_cli.load.onnx import piece_checks as pieces
+from certify_cli.load.onnx.loader import load_onnx
 from certify_cli.load.onnx.rewriting import REWRITES, Normal
 from certify_cli.network.activations import rows as activations
 from tests.load.test_onnx import save
