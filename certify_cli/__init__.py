@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from certify_cli.bounds.global_bounds.layer_report import bound
     from certify_cli.data.datasets import load_data
     from certify_cli.load.model import load_model
-    from certify_cli.run.engine import certify
+    from certify_cli.run.library import certify
 
 __all__ = ["__version__", "bound", "certify", "load_data", "load_model"]
 
 _HOMES = {
     "bound": "certify_cli.bounds.global_bounds.layer_report",
-    "certify": "certify_cli.run.engine",
+    "certify": "certify_cli.run.library",
     "load_data": "certify_cli.data.datasets",
     "load_model": "certify_cli.load.model",
 }

@@ -22,7 +22,7 @@ from certify_cli.plain import ratio
 
 SCHEMA = "curvcert/1"
 
-Record = TypeVar("Record")
+Kind = TypeVar("Kind")
 
 CERTIFIED = "certified"
 NOT_CERTIFIED = "not_certified"
@@ -183,7 +183,7 @@ HINTS: dict[type, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Run
 """What each field of a record is declared to be."""
 
 
-def checked(record: Record) -> Record:
+def checked(record: Kind) -> Kind:
     """The record. TypeError, naming the field, where a value that was read is of another kind than is declared."""
     for name, hint in HINTS[type(record)].items():
         _check(name, getattr(record, name), hint)
@@ -224,6 +224,10 @@ def _is(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) and not (hint is int and abs(value) >= 2**63)
 
 
+Record = Run | Sample | Summary
+"""A run is a stream of them: its run line, its samples, its summary."""
+
+
 @dataclass(frozen=True)
 class Result:
     """A finished run."""
@@ -231,6 +235,16 @@ class Result:
     run: Run
     samples: tuple[Sample, ...]
     summary: Summary
+
+
+def collect(records: Iterable[Record]) -> Result:
+    """Wait for all records. ValueError unless they are one run, its samples and one summary, in this order."""
+    first, *samples, last = records
+    if not (isinstance(first, Run) and isinstance(last, Summary)):
+        raise ValueError("the records of a run begin with its run line and end with its summary")
+    if not all(isinstance(sample, Sample) for sample in samples):
+        raise ValueError("only samples stand between the run line and the summary")
+    return Result(first, tuple(samples), last)  # type: ignore[arg-type]
 
 
 def parse_eps(text: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,19 +13,20 @@ from certify_cli.cli import options as opt
 from certify_cli.cli.configuration import ConfigFile, tell
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import RunOptions, spread
-from certify_cli.cli.signals import Flag, noted
+from certify_cli.cli.signals import noted
 from certify_cli.cli.sink import appending, atomic, job_summary, refusing, sink
-from certify_cli.cli.witnesses import save_places, save_witnesses
+from certify_cli.cli.witnesses import save_tangents, save_witnesses
 from certify_cli.errors import UsageError
-from certify_cli.output.document import Record, View
+from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
 from certify_cli.output.terminal_plot import available
-from certify_cli.records import Summary, sealed, summarise
-from certify_cli.run.resume import Begun, begun
+from certify_cli.records import Record, Summary
+from certify_cli.run.doubts import doubts
+from certify_cli.run.resume import begun
 from certify_cli.run.settings import Settings
 
 if TYPE_CHECKING:
-    from certify_cli.run.engine import Job
+    from certify_cli.run.engine import CertifiedSample, Job, TangentPoint, Witness
 
 
 @spread
@@ -69,7 +69,7 @@ def certify(
     with (
         sink(output_file, all_rows, plot) as out,
         atomic(witnesses, "--witnesses", "wb") if witnesses is not None else nullcontext() as witness_file,
-        atomic(certificate, "--certificate", "wb") if certificate is not None else nullcontext() as place_file,
+        atomic(certificate, "--certificate", "wb") if certificate is not None else nullcontext() as tangent_file,
         Reporter(quiet, bar=not (form.streams and out.terminal)) as reporter,
     ):
         tell(context, reporter)
@@ -78,27 +78,47 @@ def certify(
         from certify_cli.run.engine import prepare
 
         loaded, chosen = run.load(settings, reporter)
-        started = time.perf_counter()
         reporter.stage("bounding the network")
         job = prepare(loaded, chosen, settings, run.arguments())
         reporter.notes(job.run.notes)
+        advance = reporter.counter(job.total, "certifying")
+        attacks: list[Witness] = []
+        tangents: list[TangentPoint] = []
+
+        def keep(sample: CertifiedSample) -> None:
+            advance()
+            if witness_file is not None and sample.witness is not None:
+                attacks.append(sample.witness)
+            if tangent_file is not None and sample.tangent is not None:
+                tangents.append(sample.tangent)
+
         records: list[Record] = []
-        for text in form.render(_kept(_records(job, settings.eps, started, reporter), records), out.view):
+        for text in form.render(_kept(_doubted(job.records(watch=keep), job, reporter), records), out.view):
             out.write(text)
         if form_name == "github":
             job_summary("".join(FORMATS["markdown"].render(iter(records), View(all_rows=True))))
+        shape = tuple(chosen.x.shape[1:])
         if witness_file is not None:
             with refusing("--witnesses"):
-                save_witnesses(witness_file, job.witnesses, tuple(chosen.x.shape[1:]))
-        if place_file is not None:
+                save_witnesses(witness_file, attacks, shape)
+        if tangent_file is not None:
             with refusing("--certificate"):
-                save_places(place_file, job.places, tuple(chosen.x.shape[1:]))
+                save_tangents(tangent_file, tangents, shape)
 
 
 def _kept(records: Iterator[Record], kept: list[Record]) -> Iterator[Record]:
     """The records, and a list that has them afterwards."""
     for record in records:
         kept.append(record)
+        yield record
+
+
+def _doubted(records: Iterator[Record], job: Job, reporter: Reporter) -> Iterator[Record]:
+    """The records, with warnings of figures that look wrong before the summary."""
+    for record in records:
+        if isinstance(record, Summary):
+            for text in doubts(job.run, record):
+                reporter.warning(text)
         yield record
 
 
@@ -129,62 +149,29 @@ def _resumed(
         from certify_cli.run.engine import prepare
 
         loaded, chosen = run.load(settings, reporter)
-        started = time.perf_counter()
         reporter.stage("bounding the network")
         largest = max(1, len(chosen.x) // KEPT_PARTS)
         job = prepare(loaded, chosen, settings, run.arguments(), largest_batch=largest)
         reporter.notes(job.run.notes)
+        done = 0
         if past is not None:
             past.check(job.run, job.indices)
             if past.finished:
                 reporter.note(f"{output} is finished already, {len(past.samples)} samples")
                 return
-            reporter.note(f"going on after {past.whole} of {job.total} samples in {output}")
+            done = past.whole
+            reporter.note(f"going on after {done} of {job.total} samples in {output}")
+        advance = reporter.counter(job.total, "certifying", done)
         with appending(output, 0 if past is None else past.size) as out, noted() as flag:
-            records = _records(job, settings.eps, started, reporter, past, flag)
+
+            def stop_between_batches(sample: CertifiedSample) -> None:
+                nonlocal done
+                advance()
+                done += 1
+                if done % job.run.batch_size == 0:
+                    flag.stop(f" after {done} of {job.total} samples; the same command goes on from there")
+
             view = out.view if past is None else replace(out.view, chain=past.chain)
+            records = _doubted(job.records(past, stop_between_batches), job, reporter)
             for text in FORMATS[form].render(records, view):
                 out.write(text)
-
-
-def _records(
-    job: Job,
-    eps: tuple[str, ...],
-    started: float,
-    reporter: Reporter,
-    past: Begun | None = None,
-    flag: Flag | None = None,
-) -> Iterator[Record]:
-    """The run line, every sample as it is done, the summary; of what is new, if there is a past.
-
-    flag: after which batch to stop.
-    """
-    if past is None:
-        yield job.run
-    done = [] if past is None else list(past.samples[: past.whole])
-    for sample in reporter.track(job.samples(len(done)), job.total, "certifying", len(done)):
-        done.append(sample)
-        yield sample
-        if flag is not None and len(done) % job.run.batch_size == 0:
-            flag.stop(f" after {len(done)} of {job.total} samples; the same command goes on from there")
-    summary = summarise(done, eps, time.perf_counter() - started, job.search_seconds)
-    if at_chance_level(summary, job.run.model.classes):
-        reporter.warning(
-            f"accuracy {summary.accuracy:.4f} is no better than guessing among {job.run.model.classes} classes: the "
-            "model may expect another input (see --mean, --std and --layout)"
-        )
-    yield sealed(job.run if past is None else past.run, done, summary)
-
-
-CHANCE_SAMPLES = 20
-
-
-def at_chance_level(summary: Summary, classes: int) -> bool:
-    """Whether the accuracy suggests that the model sees inputs it was not trained on.
-
-    Half as much again as guessing, but never more than a tenth above it: 0.75 of two classes is an honest accuracy.
-    Fewer than twenty labelled samples say nothing.
-    """
-    if summary.accuracy is None or summary.samples < CHANCE_SAMPLES:
-        return False
-    return summary.accuracy <= min(1.5 / classes, 1 / classes + 0.1)

@@ -106,10 +106,12 @@ def _judged(requirements: tuple[Requirement, ...], job: Job, reporter: Reporter,
     unlabelled = [asked.title for asked in requirements if asked.figure.labelled and asked.because == POLICY]
     if verdict.certain and not exact:
         return verdict
-    for sample in reporter.track(job.samples(), job.total, "certifying"):
-        if sample.label is None and unlabelled:
+    advance = reporter.counter(job.total, "certifying")
+    for sample in job.samples():
+        if sample.record.label is None and unlabelled:
             raise UsageError(f"the policy asks for {unlabelled[0]}, but the data has no labels")
-        done.append(sample)
+        done.append(sample.record)
+        advance()
         if len(done) % job.run.batch_size == 0 or len(done) == job.total:
             verdict = judge(requirements, done, job.total, model)
             if verdict.certain and not exact:

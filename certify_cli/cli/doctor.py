@@ -117,11 +117,12 @@ def self_test(known: Known, device: str) -> Check:
 
     name = f"self-test: {known.name}, {device}"
     try:
-        (sample,) = prepare(*known.problem(), Settings(device=device), {}).samples()
+        (certified,) = prepare(*known.problem(), Settings(device=device), {}).samples()
     except UsageError:
         raise  # the device asked for does not exist: no fault of the installation
     except (CurvcertError, RuntimeError) as error:  # torch tells of broken kernels by RuntimeError
         return Check(name, False, first_line(error))
+    sample = certified.record
     fault = known.fault(sample)
     figures = f"certified {sample.certified_radius!r}, attacked {sample.attack_radius!r}, exact {float(known.exact)}"
     return Check(name, fault is None, fault or figures)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from certify_cli.output.console import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-
-T = TypeVar("T")
 
 
 class Reporter:
@@ -47,16 +45,22 @@ class Reporter:
         elif self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=text)
 
-    def track(self, items: Iterable[T], total: int, text: str, done: int = 0) -> Iterator[T]:
-        """The items, counted by the bar (from `done` on) with rate and time left; the bar goes when they end."""
+    def counter(self, total: int, text: str, done: int = 0) -> Callable[[], None]:
+        """Begin to count (from `done` on), with rate and time left: what it gives counts one more. The bar goes with
+        the last."""
         self.stage(text)
         if self._progress is not None and self._task is not None:
             self._progress.reset(self._task, total=total, completed=done, description=text)
-        for item in items:
-            yield item
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
             if self._progress is not None and self._task is not None:
                 self._progress.advance(self._task)
-        self._close()
+            if done >= total:
+                self._close()
+
+        return advance
 
     def note(self, text: str) -> None:
         """Something worth knowing; each sentence is said once."""

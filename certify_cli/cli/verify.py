@@ -80,10 +80,10 @@ def verify(
             notes = verifier.notes
             reporter.notes(notes)
             wrong = list(verifier.of_run)
-            rows = [
-                Row(**asdict(checked))
-                for checked in reporter.track(verifier.records(), len(result.samples), "verifying")
-            ]
+            advance = reporter.counter(len(result.samples), "verifying")
+            for checked in verifier.records():
+                rows.append(Row(**asdict(checked)))
+                advance()
         found = Verified(run, records, model, OUTCOMES, tuple(wrong), rows, tuple(notes))
         out.last(RENDERED[form](found, out.view))
     return NOT_MET if found.contradictions else 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from certify_cli.run.engine import Place, Witness
+    from certify_cli.run.engine import TangentPoint, Witness
 
 
 def save_witnesses(stream: IO[bytes], witnesses: Sequence[Witness], shape: tuple[int, ...]) -> None:
@@ -25,7 +25,7 @@ def save_witnesses(stream: IO[bytes], witnesses: Sequence[Witness], shape: tuple
     )
 
 
-def save_places(stream: IO[bytes], places: Sequence[Place], shape: tuple[int, ...]) -> None:
+def save_tangents(stream: IO[bytes], tangents: Sequence[TangentPoint], shape: tuple[int, ...]) -> None:
     """Write arrays `index`, `rival` (K,) and `d` (K, *shape) as npz: the tangent at x + d certifies x.
 
     float64 and in data units, as the run took them.
@@ -34,7 +34,7 @@ def save_places(stream: IO[bytes], places: Sequence[Place], shape: tuple[int, ..
 
     np.savez_compressed(
         stream,
-        index=np.array([place.index for place in places], dtype=np.int64),
-        rival=np.array([place.rival for place in places], dtype=np.int64),
-        d=np.array([np.asarray(place.d) for place in places], dtype=np.float64).reshape(len(places), *shape),
+        index=np.array([tangent.index for tangent in tangents], dtype=np.int64),
+        rival=np.array([tangent.rival for tangent in tangents], dtype=np.int64),
+        d=np.array([np.asarray(tangent.d) for tangent in tangents], dtype=np.float64).reshape(len(tangents), *shape),
     )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from certify_cli.errors import LONGEST_SENTENCE, cut, shown
-from certify_cli.output.document import Record, View, collect
+from certify_cli.output.document import View
 from certify_cli.output.numbers import DOWN, NEAREST, UP, number, seconds, share
-from certify_cli.records import ERROR, NOT_CERTIFIED, Result, Run, Sample
+from certify_cli.records import ERROR, NOT_CERTIFIED, Record, Result, Run, Sample, collect
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,8 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from certify_cli.output.console import printable
-from certify_cli.output.document import Record, View, collect
-from certify_cli.records import Sample
+from certify_cli.output.document import View
+from certify_cli.records import Record, Sample, collect
 
 FORMULA = ("=", "+", "-", "@")
 """How a cell begins that a spreadsheet would compute."""

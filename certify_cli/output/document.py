@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-from certify_cli.records import Result, Run, Sample, Summary
-
-Record = Run | Sample | Summary
 
 
 @dataclass(frozen=True)
@@ -24,13 +19,3 @@ class View:
     all_rows: bool = False
     plot: bool = False
     chain: str = ""
-
-
-def collect(records: Iterable[Record]) -> Result:
-    """Wait for all records. ValueError unless they are one run, its samples and one summary, in this order."""
-    first, *samples, last = records
-    if not (isinstance(first, Run) and isinstance(last, Summary)):
-        raise ValueError("the records of a run begin with its run line and end with its summary")
-    if not all(isinstance(sample, Sample) for sample in samples):
-        raise ValueError("only samples stand between the run line and the summary")
-    return Result(first, tuple(samples), last)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from certify_cli.output import console, csv, github, json, junit, markdown, sarif
-from certify_cli.output.document import Record, View
+from certify_cli.output.document import View
+from certify_cli.records import Record
 
 
 @dataclass(frozen=True)

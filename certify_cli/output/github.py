@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from certify_cli.output.cases import BROKEN, FAIL, OPEN, Case, Cases, of_result
 from certify_cli.output.console import printable
-from certify_cli.output.document import Record, View, collect
+from certify_cli.output.document import View
+from certify_cli.records import Record, collect
 
 MOST = 10
 """Annotations of one kind a step."""

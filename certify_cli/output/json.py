@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from certify_cli.output.document import Record, View, collect
-from certify_cli.records import SCHEMA, Run, Sample, Summary, linked
+from certify_cli.output.document import View
+from certify_cli.records import SCHEMA, Record, Run, Sample, Summary, collect, linked
 
 TYPES = {Run: "run", Sample: "sample", Summary: "summary"}
 

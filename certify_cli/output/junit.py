@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 from certify_cli.output.cases import BROKEN, FAIL, OPEN, Cases, of_result
 from certify_cli.output.console import printable
-from certify_cli.output.document import Record, View, collect
+from certify_cli.output.document import View
+from certify_cli.records import Record, collect
 
 ELEMENTS = {FAIL: "failure", BROKEN: "error", OPEN: "skipped"}
 

@@ -13,7 +13,8 @@ from certify_cli.output.console import (
     sample_row,
     summary_rows,
 )
-from certify_cli.output.document import Record, View, collect
+from certify_cli.output.document import View
+from certify_cli.records import Record, collect
 
 
 def document(records: Iterable[Record], view: View) -> Iterator[str]:

@@ -10,8 +10,9 @@ from urllib.parse import quote
 
 from certify_cli.output.cases import BROKEN, FAIL, OPEN, PASS, Case, Cases, of_result
 from certify_cli.output.console import printable
-from certify_cli.output.document import Record, View, collect
+from certify_cli.output.document import View
 from certify_cli.output.json import pretty
+from certify_cli.records import Record, collect
 from certify_cli.version import __version__
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"

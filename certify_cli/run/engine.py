@@ -1,11 +1,15 @@
-"""The engine: one record a sample, in order, as batches finish. Progress bars and writers are consumers of it."""
+"""The engine: a run as a stream of records, in the data's order, as batches are done.
+
+Whatever consumes a run (the command line, `certify` of the library, `check`) consumes `Job.records` or `Job.samples`;
+progress bars and writers are consumers of them.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +22,7 @@ from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.bounds.global_bounds.model_bounds import MEMORY, Analysis
 from certify_cli.bounds.relaxation.intermediate_bounds import ball_cost
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import TANGENT_METHODS, certify_batch, method_name, select
+from certify_cli.certificates.methods import TANGENT_METHODS, certify_batch, select
 from certify_cli.data.datasets import Dataset
 from certify_cli.errors import DataError, UsageError, first_line, quoted
 from certify_cli.load.loaded_model import LoadedModel
@@ -26,31 +30,26 @@ from certify_cli.load.preprocessing import fit
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
-from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Result, Run, Sample, sealed, summarise
+from certify_cli.records import Record, Run, Sample, sealed, summarise
 from certify_cli.run.provenance import describe
+from certify_cli.run.resume import Begun
+from certify_cli.run.sample_records import sample_records
 from certify_cli.run.settings import Settings
 
 DEFAULT_MEMORY = 2**29
 """Bytes for the tensors of one batch on a CPU, unless `--memory` says otherwise."""
 LARGEST_BATCH, SEARCHED_BATCH = 512, 128
-"""Samples; fewer where a method searches, so that a run shows progress."""
+"""Samples a batch; fewer where a method searches, so that a run shows progress."""
 SEARCHED_WORK = 3e10
-"""And no more than have so many floating-point operations a ball together."""
-
-TIED = "the two largest logits are equal up to rounding error"
-NOT_FINITE = "a logit is not a finite number"
-NO_BOUND = "the bound on this network is too large for a positive radius"
-HUGE = 1e100
-"""Radii above it are no distance any more: the margins do not depend on the input, but for rounding."""
-NEVER = f"no perturbation of norm below {HUGE:g} changes the prediction: its margins do not depend on the input"
-
-
-Radii = str | float | Sequence[str | float]
+"""Floating-point operations that one ball of a batch may take where a method searches."""
 
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """A replayed attack on sample `index`: x + d as rounded is `moved`; all of the data's shape, float64."""
+    """A replayed attack: the prediction at x + d differs from that at x.
+
+    index: position in the data set.   x, moved: the sample and x + d as rounded, shape of x, float64, data units.
+    """
 
     index: int
     x: Tensor
@@ -62,12 +61,28 @@ class Witness:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """x + d, where the tangent that certifies sample `index` against `rival` was taken; d as a witness has it."""
+class TangentPoint:
+    """Where the tangent that certifies a sample was taken (written by `--certificate`, read by `verify`).
+
+    index: position in the data set.   rival: class of the margin.   d: offset from x, shape of x, float64.
+    """
 
     index: int
     rival: int
     d: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CertifiedSample:
+    """A sample's record and the arrays behind it; None where there is no attack, or no tangent."""
+
+    record: Sample
+    witness: Witness | None = None
+    tangent: TangentPoint | None = None
+
+
+def unwatched(sample: CertifiedSample) -> None:
+    """The `watch` of whoever does not."""
 
 
 class Job:
@@ -76,10 +91,7 @@ class Job:
     def __init__(self, network: Network, data: Dataset, settings: Settings, run: Run) -> None:
         self.run = run
         self.total = len(data.x)
-        self.eps = settings.eps
-        self.witnesses: list[Witness] = []
-        self.places: list[Place] = []
-        self.search_seconds: float | None = None
+        self._search_seconds: float | None = None
         self._network, self._data, self._settings = network, data, settings
         self._methods = select(settings.method, network)
 
@@ -103,18 +115,39 @@ class Job:
         """Of the samples in their data set, in order."""
         return self._data.indices
 
-    def samples(self, first: int = 0) -> Iterator[Sample]:
-        """Records in the data's order, a batch at a time, from sample number `first` on, which begins a batch."""
+    def records(
+        self, past: Begun | None = None, watch: Callable[[CertifiedSample], None] = unwatched
+    ) -> Iterator[Record]:
+        """The run line, every sample as its batch is done, and the sealed summary.
+
+        past: an earlier part of the same run; its records are counted, and not repeated. watch: called with every
+        sample once its record has been taken; what it raises ends the run there.
+        """
+        start = time.perf_counter()
+        if past is None:
+            yield self.run
+        done = [] if past is None else list(past.samples[: past.whole])
+        for sample in self.samples(len(done)):
+            done.append(sample.record)
+            yield sample.record
+            watch(sample)
+        summary = summarise(done, self._settings.eps, time.perf_counter() - start, self._search_seconds)
+        yield sealed(self.run if past is None else past.run, done, summary)
+
+    def samples(self, first: int = 0) -> Iterator[CertifiedSample]:
+        """The samples in the data's order, a batch at a time, from number `first` on, which must begin a batch."""
         for part in self._parts(first):
             with exact_kernels():
                 point = Point(self._network, self._batch(part))
                 settings = self._settings
-                found = certify_batch(self._methods, self._analysis, point, settings.attack != "none", settings.levels)
-                promised = found.attack.isfinite()
+                certificates = certify_batch(
+                    self._methods, self._analysis, point, settings.attack != "none", settings.levels
+                )
+                promised = certificates.attack.isfinite()
                 if settings.attack == "search":
-                    found, promised = self._searched(point, found)
-                records = self._records(part, point, found, promised)
-            yield from records
+                    certificates, promised = self._with_nearer_attacks(point, certificates)
+                batch = self._certified(part, point, certificates, promised)
+            yield from batch
 
     def model_bounds(self) -> dict[str, float]:
         """Bounds of the model as it meets the data, by the keys that a policy has for them; inf where there is none."""
@@ -122,8 +155,9 @@ class Job:
         curvature = math.inf if last.curvature is None else last.curvature
         return {"largest_lipschitz": last.lipschitz, "largest_curvature": curvature}
 
-    def _searched(self, point: Point, found: Certificates) -> tuple[Certificates, Tensor]:
-        """The certificates with nearer attacks where the search finds them; which attacks a certificate promised."""
+    def _with_nearer_attacks(self, point: Point, found: Certificates) -> tuple[Certificates, Tensor]:
+        """The certificates with nearer attacks where a search finds them; and (batch,) which attacks a certificate
+        promised."""
         start = time.perf_counter()
         witness, norm = searched(point, found.near, found.radius, self._settings.effort)
         nearer = norm < found.attack.nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -133,80 +167,22 @@ class Job:
             attack=torch.where(nearer, norm, found.attack),
             witness=torch.where(nearer.reshape(shape), witness, found.witness),
         )
-        self.search_seconds = (self.search_seconds or 0.0) + time.perf_counter() - start
+        self._search_seconds = (self._search_seconds or 0.0) + time.perf_counter() - start
         return better, found.attack.isfinite() & ~nearer
 
-    def _records(self, part: slice, point: Point, found: Certificates, promised: Tensor) -> list[Sample]:
+    def _certified(self, part: slice, point: Point, found: Certificates, promised: Tensor) -> list[CertifiedSample]:
         data = self._data
-        labels = data.y[part].tolist() if data.y is not None else [None] * len(point.x)
-        margin, runner_up = point.margin.min(1)
-        inside = ((found.witness >= 0) & (found.witness <= 1)).flatten(1).all(1).tolist()
-        columns = {
-            name: getattr(found, name).tolist()
-            for name in (
-                "radius", "rival", "gradient", "curvature_lower", "curvature_upper", "lipschitz", "attack", "method",
-            )
-        }  # fmt: skip
-        columns |= {
-            "margin": margin.tolist(),
-            "runner_up": runner_up.tolist(),
-            "prediction": point.prediction.tolist(),
-            "finite": point.finite.tolist(),
-            "promised": promised.tolist(),
-            "safe": (point.margin_low.min(1).values > 0).tolist(),
-        }
-        records = []
-        for row, label in enumerate(labels):
-            values = {name: column[row] for name, column in columns.items()}
-            index = data.indices[part.start + row]
-            record = _record(index, label, values, inside[row] if data.image else None)
+        indices = data.indices[part]
+        labels = data.y[part].tolist() if data.y is not None else None
+        batch = []
+        for row, record in enumerate(sample_records(point, found, promised, indices, labels, data.image)):
+            witness = tangent = None
             if record.attack_radius is not None:
-                self.witnesses.append(Witness(index, point.x[row].cpu(), found.witness[row].cpu()))
+                witness = Witness(record.index, point.x[row].cpu(), found.witness[row].cpu())
             if record.method in TANGENT_METHODS and record.rival is not None:
-                self.places.append(Place(index, record.rival, (found.near[row] - point.x[row]).cpu()))
-            records.append(record)
-        return records
-
-
-def _record(index: int, label: int | None, values: dict[str, Any], inside: bool | None) -> Sample:
-    finite = values["finite"]
-    radius = values["radius"]
-    reason = None
-    if not finite:
-        status, reason = ERROR, NOT_FINITE
-    elif radius > HUGE:
-        status, reason = CERTIFIED, NEVER
-    elif radius > 0:
-        status = CERTIFIED
-    else:
-        status, reason = NOT_CERTIFIED, NO_BOUND if values["safe"] else TIED
-    attack = _number(values["attack"]) if finite else None
-    prediction = values["prediction"] if finite else None
-    return Sample(
-        index=index,
-        label=label,
-        prediction=prediction,
-        correct=None if label is None else prediction == label,
-        margin=_number(values["margin"]) if finite else None,
-        runner_up=values["runner_up"] if finite else None,
-        rival=values["rival"] if finite else None,
-        gradient_norm=_number(values["gradient"]),
-        curvature_lower=_number(values["curvature_lower"]),
-        curvature_upper=_number(values["curvature_upper"]),
-        lipschitz=_number(values["lipschitz"]),
-        certified_radius=radius if reason is None else None,
-        attack_radius=attack,
-        attack_kind=None if attack is None else "certificate" if values["promised"] else "search",
-        attack_in_range=None if attack is None else inside,
-        method=method_name(values["method"]) if status == CERTIFIED else None,
-        status=status,
-        reason=reason,
-    )
-
-
-def _number(value: float) -> float | None:
-    """Records hold finite numbers: what is not one (a bound that a method lacks, an infinite bound) is null."""
-    return value if value == value and abs(value) != float("inf") else None
+                tangent = TangentPoint(record.index, record.rival, (found.near[row] - point.x[row]).cpu())
+            batch.append(CertifiedSample(record, witness, tangent))
+        return batch
 
 
 def prepare(
@@ -254,47 +230,6 @@ def prepare(
         notes=(*model.notes, *data.notes),
     )
     return Job(network.to(device), data, settings, run)
-
-
-def certify(
-    model: LoadedModel,
-    data: Dataset,
-    *,
-    method: str = "auto",
-    effort: str = "normal",
-    attack: str = "certificate",
-    eps: Radii = (),
-    device: str = "auto",
-    batch_size: int | None = None,
-    threads: int | None = None,
-    memory: int | None = None,
-    mean: float | Sequence[float] = (),
-    std: float | Sequence[float] = (),
-    layout: str | None = None,
-) -> Result:
-    """Certify every sample of `data`: the same records as the command line's.
-
-    eps: radii at which the certified accuracy is wanted: 0.5, "36/255", or several. mean, std: one value, or one a
-    channel. memory in bytes. Raises CurvcertError (UsageError, DataError, MethodError) for what cannot run.
-    """
-    arguments = {key: value for key, value in locals().items() if key not in ("model", "data")}
-    settings = Settings(**arguments | {"eps": _texts(eps), "mean": _numbers(mean), "std": _numbers(std)})
-    job = prepare(model, data, settings, arguments)
-    start = time.perf_counter()
-    samples = tuple(job.samples())
-    summary = summarise(samples, job.eps, time.perf_counter() - start, job.search_seconds)
-    return Result(job.run, samples, sealed(job.run, samples, summary))
-
-
-def _texts(eps: Radii) -> tuple[str, ...]:
-    return tuple(str(level) for level in ([eps] if isinstance(eps, str | int | float) else eps))
-
-
-def _numbers(values: float | Sequence[float]) -> tuple[float, ...]:
-    try:
-        return tuple(float(value) for value in ([values] if isinstance(values, int | float) else values))
-    except (TypeError, ValueError):
-        raise UsageError(f"mean and std must be numbers, one or one a channel, not {quoted(values)}") from None
 
 
 def _device(name: str) -> torch.device:

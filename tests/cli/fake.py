@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from certify_cli.errors import DataError, MethodError, ModelError
-from certify_cli.records import DataInfo, ModelInfo, Run, Sample
+from certify_cli.records import DataInfo, ModelInfo, Record, Run, Sample, sealed, summarise
 
 INFO = ModelInfo("two.onnx", "ab" * 32, "onnx", 18, 3)
 
@@ -74,8 +74,7 @@ class FakeJob:
     total: int
     labels: list[int | None]
     pause: float
-    witnesses: list[Any] = field(default_factory=list)
-    search_seconds: float | None = None
+    eps: tuple[str, ...]
 
     @property
     def indices(self) -> range:
@@ -84,11 +83,21 @@ class FakeJob:
     def model_bounds(self) -> dict[str, float]:
         return {"largest_lipschitz": 3.0, "largest_curvature": 0.5}
 
-    def samples(self, first: int = 0) -> Iterator[Sample]:
+    def samples(self, first: int = 0) -> Iterator[Any]:
         for index in range(first, self.total):
             time.sleep(self.pause)
-            self.witnesses.append(SimpleNamespace(index=index, x=np.full((2, 3), 0.5), d=np.full((2, 3), 0.1)))
-            yield sample(index, self.labels[index])
+            witness = SimpleNamespace(index=index, x=np.full((2, 3), 0.5), d=np.full((2, 3), 0.1))
+            yield SimpleNamespace(record=sample(index, self.labels[index]), witness=witness, tangent=None)
+
+    def records(self, past: Any = None, watch: Any = lambda sample: None) -> Iterator[Record]:
+        done = [] if past is None else list(past.samples[: past.whole])
+        if past is None:
+            yield self.run
+        for found in self.samples(len(done)):
+            done.append(found.record)
+            yield found.record
+            watch(found)
+        yield sealed(self.run, done, summarise(done, self.eps, 0.0))
 
 
 def load_model(path: str, *, activation: str | None = None, **rest: Any) -> Any:
@@ -114,7 +123,9 @@ def prepare(
 ) -> FakeJob:
     if settings.method == "curvature" and settings.effort == "max":
         raise MethodError("--method curvature does not apply: node relu has no curvature")
-    return FakeJob(run(arguments, settings, len(data.x), list(model.notes)), len(data.x), data.labels, data.pause)
+    return FakeJob(
+        run(arguments, settings, len(data.x), list(model.notes)), len(data.x), data.labels, data.pause, settings.eps
+    )
 
 
 def modules() -> dict[str, ModuleType]:

@@ -15,8 +15,8 @@ import jsonschema
 import numpy as np
 import pytest
 
-from certify_cli.cli.certify import at_chance_level
 from certify_cli.records import summarise
+from certify_cli.run.doubts import at_chance_level
 from tests.cli.conftest import Outcome
 from tests.cli.fake import sample
 from tests.output.test_formats import SCHEMA

@@ -13,9 +13,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from certify_cli.output.document import Record, View, collect
+from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
-from certify_cli.records import Run, Sample, Summary, summarise
+from certify_cli.records import Record, Run, Sample, Summary, collect, summarise
 from tests.cli.fake import run, sample
 from tests.schema import SCHEMA, validator
 

@@ -16,7 +16,9 @@ from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
 from certify_cli.records import ModelInfo
-from certify_cli.run.engine import NEVER, NOT_FINITE, TIED, certify, prepare
+from certify_cli.run.engine import prepare
+from certify_cli.run.library import certify
+from certify_cli.run.sample_records import NEVER, NOT_FINITE, TIED
 from certify_cli.run.settings import Settings
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 
@@ -56,7 +58,7 @@ def test_samples_arrive_batch_by_batch() -> None:
     network = SMOOTH["residual"]
     job = prepare(model_of(network), data_of(points(network, 9)), Settings(batch_size=4))
     stream = job.samples()
-    assert next(stream).index == 10
+    assert next(stream).record.index == 10
     assert job.run.batch_size == 4
     assert job.run.notes == ["a note"]
     assert len(list(stream)) == 8

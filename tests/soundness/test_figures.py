@@ -11,7 +11,7 @@ from certify_cli.data.datasets import Dataset
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.graph import Network
 from certify_cli.records import ModelInfo
-from certify_cli.run.engine import certify
+from certify_cli.run.library import certify
 from tests.networks import conv_net, mlp, residual_net
 
 NETWORKS: dict[str, Network] = {

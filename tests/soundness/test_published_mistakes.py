@@ -22,7 +22,7 @@ from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.lowering.fx_graph import lower
 from certify_cli.numerics.norms import matrix_norm
 from certify_cli.records import ModelInfo
-from certify_cli.run.engine import certify as run
+from certify_cli.run.library import certify as run
 from tests.soundness.common import certify, dense_stack, every_radius, flips, tensor
 
 

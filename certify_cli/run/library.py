@@ -1,0 +1,62 @@
+"""`certify` for Python: the run of the command line, from arguments instead of options."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from certify_cli.data.datasets import Dataset
+from certify_cli.errors import UsageError, quoted
+from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.records import Result, collect
+from certify_cli.run.doubts import doubts
+from certify_cli.run.engine import prepare
+from certify_cli.run.settings import Settings
+
+
+class CurvcertWarning(UserWarning):
+    """A figure of a run that looks wrong, such as an accuracy at chance level."""
+
+
+Radii = str | float | Sequence[str | float]
+
+
+def certify(
+    model: LoadedModel,
+    data: Dataset,
+    *,
+    method: str = "auto",
+    effort: str = "normal",
+    attack: str = "certificate",
+    eps: Radii = (),
+    device: str = "auto",
+    batch_size: int | None = None,
+    threads: int | None = None,
+    memory: int | None = None,
+    mean: float | Sequence[float] = (),
+    std: float | Sequence[float] = (),
+    layout: str | None = None,
+) -> Result:
+    """Certify every sample of `data`: the same records as the command line's.
+
+    eps: radii at which the certified accuracy is wanted: 0.5, "36/255", or several. mean, std: one value, or one a
+    channel. memory in bytes. Raises CurvcertError (UsageError, DataError, MethodError) for what cannot run.
+    """
+    arguments = {key: value for key, value in locals().items() if key not in ("model", "data")}
+    settings = Settings(**arguments | {"eps": _texts(eps), "mean": _numbers(mean), "std": _numbers(std)})
+    job = prepare(model, data, settings, arguments)
+    result = collect(job.records())
+    for text in doubts(job.run, result.summary):
+        warnings.warn(text, CurvcertWarning, stacklevel=2)
+    return result
+
+
+def _texts(eps: Radii) -> tuple[str, ...]:
+    return tuple(str(level) for level in ([eps] if isinstance(eps, str | int | float) else eps))
+
+
+def _numbers(values: float | Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in ([values] if isinstance(values, int | float) else values))
+    except (TypeError, ValueError):
+        raise UsageError(f"mean and std must be numbers, one or one a channel, not {quoted(values)}") from None

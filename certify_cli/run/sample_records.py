@@ -1,0 +1,108 @@
+"""Records of a batch of certificates: numbers instead of tensors, a status, and a reason where none is certified."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from certify_cli.certificates.certificates import Certificates
+from certify_cli.certificates.methods import method_name
+from certify_cli.network.evaluated import Point
+from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Sample
+
+TIED = "the two largest logits are equal up to rounding error"
+NOT_FINITE = "a logit is not a finite number"
+NO_BOUND = "the bound on this network is too large for a positive radius"
+HUGE = 1e100
+"""A larger radius is no distance any more: the margins do not depend on the input, but for rounding."""
+NEVER = f"no perturbation of norm below {HUGE:g} changes the prediction: its margins do not depend on the input"
+
+COLUMNS = (
+    "radius",
+    "rival",
+    "gradient",
+    "curvature_lower",
+    "curvature_upper",
+    "lipschitz",
+    "attack",
+    "method",
+)
+
+
+def sample_records(
+    point: Point,
+    found: Certificates,
+    promised: Tensor,
+    indices: Sequence[int],
+    labels: Sequence[int] | None,
+    image: bool,
+) -> list[Sample]:
+    """The records of a batch.
+
+    promised (batch,): whether a certificate promised the attack, else a search found it. indices: positions in the data
+    set. image: whether the samples are images, whose attacks lie in [0, 1] or not.
+    """
+    margin, runner_up = point.margin.min(1)
+    columns = {name: getattr(found, name).tolist() for name in COLUMNS}
+    columns |= {
+        "margin": margin.tolist(),
+        "runner_up": runner_up.tolist(),
+        "prediction": point.prediction.tolist(),
+        "finite": point.finite.tolist(),
+        "promised": promised.tolist(),
+        "safe": (point.margin_low.min(1).values > 0).tolist(),
+        "inside": ((found.witness >= 0) & (found.witness <= 1)).flatten(1).all(1).tolist(),
+    }
+    return [
+        _record(
+            index,
+            None if labels is None else labels[row],
+            {name: column[row] for name, column in columns.items()},
+            image,
+        )
+        for row, index in enumerate(indices)
+    ]
+
+
+def _record(index: int, label: int | None, values: dict[str, Any], image: bool) -> Sample:
+    finite = values["finite"]
+    radius = values["radius"]
+    reason = None
+    if not finite:
+        status, reason = ERROR, NOT_FINITE
+    elif radius > HUGE:
+        status, reason = CERTIFIED, NEVER
+    elif radius > 0:
+        status = CERTIFIED
+    else:
+        status, reason = NOT_CERTIFIED, NO_BOUND if values["safe"] else TIED
+    attack = _number(values["attack"]) if finite else None
+    prediction = values["prediction"] if finite else None
+    return Sample(
+        index=index,
+        label=label,
+        prediction=prediction,
+        correct=None if label is None else prediction == label,
+        margin=_number(values["margin"]) if finite else None,
+        runner_up=values["runner_up"] if finite else None,
+        rival=values["rival"] if finite else None,
+        gradient_norm=_number(values["gradient"]),
+        curvature_lower=_number(values["curvature_lower"]),
+        curvature_upper=_number(values["curvature_upper"]),
+        lipschitz=_number(values["lipschitz"]),
+        certified_radius=radius if reason is None else None,
+        attack_radius=attack,
+        attack_kind=None if attack is None else "certificate" if values["promised"] else "search",
+        attack_in_range=values["inside"] if image and attack is not None else None,
+        method=method_name(values["method"]) if status == CERTIFIED else None,
+        status=status,
+        reason=reason,
+    )
+
+
+def _number(value: float) -> float | None:
+    """Records hold finite numbers: what is not one (a bound that a method lacks, an infinite bound) is null."""
+    return value if math.isfinite(value) else None
