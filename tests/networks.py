@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor
 
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Conv, Dense, Reshape, Scale, Select, Shift
 from certify_cli.network.graph import Add, Builder, Concat, Network
-from certify_cli.network.pooling import MaxMin
+from certify_cli.network.pooling import MaxMin, MaxPool
 
 
 def _weights(generator: torch.Generator, *shape: int, gain: float = 1.0) -> Tensor:
@@ -161,3 +162,70 @@ PIECEWISE: dict[str, Network] = {
 def points(network: Network, count: int, seed: int = 0, spread: float = 2.0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return spread * torch.randn(count, *network.input_shape, dtype=torch.float64, generator=g)
+
+
+def pooled_net() -> Network:
+    """Convolution, activation, padded max pooling with overlapping windows, dense."""
+    g = torch.Generator().manual_seed(3)
+    b = Builder((1, 7, 7))
+    weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, generator=g)
+    h = b.add("act", from_name("silu"), b.add("conv", Conv(weight, None, (1, 1), (1, 1), (1, 1)), 0))
+    h = b.add("flat", Reshape((32,)), b.add("pool", MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), h))
+    return b.build(b.add("fc", Dense(torch.randn(3, 32, dtype=torch.float64, generator=g)), h))
+
+
+def activation_first() -> Network:
+    """The input itself is a pre-activation, and the logits are an activation's output."""
+    b = Builder((4,))
+    h = b.add("act0", from_name("tanh"), 0)
+    return b.build(b.add("act1", from_name("softplus"), b.add("fc", Dense(torch.eye(4, dtype=torch.float64) * 2), h)))
+
+
+def shared_heads() -> Network:
+    """Three activations read one pre-activation, two of them each other's sum; one is added to itself."""
+    g = torch.Generator().manual_seed(4)
+    b = Builder((4,))
+    z = b.add("fc0", Dense(_weights(g, 5, 4), _weights(g, 1, 5)[0]), 0)
+    parts = [b.add(f"act{i}", from_name(name), z) for i, name in enumerate(("tanh", "softplus:3", "gelu"))]
+    total = b.add("add", Add(), parts[0], parts[1], parts[0])
+    second = b.add("fc1", Dense(2 * _weights(g, 6, 5)), total)
+    again = b.add("act3", from_name("sigmoid"), second)
+    other = b.add("act4", from_name("sin"), second)
+    joined = b.add("cat", Concat(0), again, parts[2], other, again)
+    return b.build(b.add("fc2", Dense(_weights(g, 3, b.shape(joined)[0])), joined))
+
+
+def a_branch_that_comes_back() -> Network:
+    """The input is activated, added to what an activation of an activation makes of it, and read again at the end."""
+    g = torch.Generator().manual_seed(8)
+    b = Builder((4,))
+    first = b.add("act0", from_name("softplus:2"), 0)
+    inner = b.add("act2", from_name("elu"), b.add("act1", from_name("atan"), first))
+    last = b.add("act3", from_name("tanh"), b.add("add", Add(), first, inner, 0))
+    joined = b.add("cat", Concat(0), 0, last, first)
+    return b.build(b.add("fc", Dense(2 * _weights(g, 3, 12)), joined))
+
+
+CURVED = {name: network for name, network in SMOOTH.items() if name != "linear"} | {
+    "activation first": activation_first(),
+    "shared heads": shared_heads(),
+    "a branch that comes back": a_branch_that_comes_back(),
+    "saturated": mlp((6, 12, 9, 3), "tanh", seed=7, gain=6.0),
+    "nearly dead": mlp((6, 12, 9, 3), "softplus:20", seed=8, gain=3.0),
+}
+"""The smooth networks that bend, and awkward ones."""
+QUICK_CURVED = {
+    "three layers, gelu",
+    "three layers, elu",
+    "convolutional",
+    "residual",
+    "shared heads",
+    "a branch that comes back",
+    "saturated",
+}
+"""One of each kind for every day; all of them with -m slow."""
+EACH_CURVED = [name if name in QUICK_CURVED else pytest.param(name, marks=pytest.mark.slow) for name in CURVED]
+
+
+def all_pairs(classes: int) -> torch.Tensor:
+    return (1 - torch.eye(classes)).nonzero()

@@ -8,6 +8,8 @@ from typing import Any
 
 import jsonschema
 
+SCHEMAS = Path(__file__).parent / "schemas"
+"""Of others: JUnit, SARIF."""
 SCHEMA = json.loads((Path(__file__).parents[1] / "certify_cli" / "schema" / "curvcert-1.json").read_text())
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from certify_cli.errors import UsageError
 from certify_cli.records import Run, Sample, Summary, parse_eps, summarise
-from tests.cli.fake import run, sample
-
-SETTINGS = SimpleNamespace(method="auto", effort="normal", attack="certificate", seed=0)
+from tests.records import SETTINGS, run, sample
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -15,7 +15,7 @@ from certify_cli.audit.judge import judge
 from certify_cli.audit.policy import Policy, Requirement
 from certify_cli.errors import UsageError
 from certify_cli.records import Result, Sample, summarise
-from tests.cli.fake import run, sample
+from tests.records import run, sample
 
 KEYS = [key for key, figure in FIGURES.items() if not figure.of_model]
 

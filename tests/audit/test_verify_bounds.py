@@ -24,7 +24,7 @@ from certify_cli.audit.verify.search import attacked
 from certify_cli.network.activations import ACTIVATIONS, from_name
 from certify_cli.network.graph import Network
 from certify_cli.network.pooling import MaxMin
-from tests.networks import SMOOTH as SMOOTH_NETS
+from tests import networks
 from tests.networks import mlp
 from tests.soundness.common import certify, dense_stack, tensor
 
@@ -33,7 +33,7 @@ SPELLED = {
     for name in ACTIVATIONS
 }
 SMOOTH = [name for name in ACTIVATIONS if from_name(SPELLED[name]).curvature_range is not None]
-NETS = SMOOTH_NETS
+NETS = networks.SMOOTH
 
 
 def samples(network: Network, count: int, seed: int = 0) -> Tensor:

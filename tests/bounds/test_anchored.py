@@ -22,7 +22,7 @@ from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
 from tests.networks import SMOOTH, points
-from tests.soundness.test_shared_models import load
+from tests.shared_models import load
 
 BATCH = 12
 CURVED = ("tanh", "sigmoid", "softplus:3", "centred_softplus:2", "log_sigmoid", "gelu", "gelu_tanh", "silu", "mish",

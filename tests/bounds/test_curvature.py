@@ -11,8 +11,7 @@ from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.bounds.linear_maps.weight_blocks import Budget
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
 from certify_cli.network.graph import Network
-from tests.bounds.test_lipschitz import all_pairs
-from tests.networks import PIECEWISE, SMOOTH, mlp, points
+from tests.networks import PIECEWISE, SMOOTH, all_pairs, mlp, points
 
 
 def hessians(network: Network, x: Tensor, pair: tuple[int, int]) -> Tensor:

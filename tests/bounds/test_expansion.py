@@ -18,65 +18,20 @@ from certify_cli.bounds.remainder.expansion import Ball, Choice, ball, lower_bou
 from certify_cli.bounds.remainder.optimise import Problem, ascend, starts
 from certify_cli.bounds.remainder.tangent_bound import fast_losses
 from certify_cli.bounds.remainder.weighted_squares import together
-from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
-from certify_cli.network.graph import Add, Builder, Concat, Network
+from certify_cli.network.graph import Network
 from certify_cli.network.propagate import Vectors, head, nonlinear_nodes
-from tests.bounds.test_interval_ranges import activation_first, on_the_sphere, towards_extremes
-from tests.networks import SMOOTH, mlp, points
+from tests.adversary import attacked, directions, pairs
+from tests.networks import (
+    CURVED,
+    EACH_CURVED,
+    points,
+)
 
 D = torch.float64
 
 
-def _random(g: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=g, dtype=D) / math.sqrt(shape[-1])
-
-
-def shared_heads() -> Network:
-    """Three activations read one pre-activation, two of them each other's sum; one is added to itself."""
-    g = torch.Generator().manual_seed(4)
-    b = Builder((4,))
-    z = b.add("fc0", Dense(_random(g, 5, 4), _random(g, 5)), 0)
-    parts = [b.add(f"act{i}", from_name(name), z) for i, name in enumerate(("tanh", "softplus:3", "gelu"))]
-    total = b.add("add", Add(), parts[0], parts[1], parts[0])
-    second = b.add("fc1", Dense(2 * _random(g, 6, 5)), total)
-    again = b.add("act3", from_name("sigmoid"), second)
-    other = b.add("act4", from_name("sin"), second)
-    joined = b.add("cat", Concat(0), again, parts[2], other, again)
-    return b.build(b.add("fc2", Dense(_random(g, 3, b.shape(joined)[0])), joined))
-
-
-def a_branch_that_comes_back() -> Network:
-    """The input is activated, added to what an activation of an activation makes of it, and read again at the end."""
-    g = torch.Generator().manual_seed(8)
-    b = Builder((4,))
-    first = b.add("act0", from_name("softplus:2"), 0)
-    inner = b.add("act2", from_name("elu"), b.add("act1", from_name("atan"), first))
-    last = b.add("act3", from_name("tanh"), b.add("add", Add(), first, inner, 0))
-    joined = b.add("cat", Concat(0), 0, last, first)
-    return b.build(b.add("fc", Dense(2 * _random(g, 3, 12)), joined))
-
-
-NETWORKS = {name: network for name, network in SMOOTH.items() if name != "linear"} | {
-    "activation first": activation_first(),
-    "shared heads": shared_heads(),
-    "a branch that comes back": a_branch_that_comes_back(),
-    "saturated": mlp((6, 12, 9, 3), "tanh", seed=7, gain=6.0),
-    "nearly dead": mlp((6, 12, 9, 3), "softplus:20", seed=8, gain=3.0),
-}
-QUICK = {
-    "three layers, gelu",
-    "three layers, elu",
-    "convolutional",
-    "residual",
-    "shared heads",
-    "a branch that comes back",
-    "saturated",
-}
-"""One of each kind for every day; all of them with -m slow."""
-EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
 RADII = (1e-9, 0.03, 0.4, 3.0, 100.0)
 
 
@@ -86,23 +41,15 @@ def around(network: Network, count: int, radius: float | Tensor) -> tuple[Point,
     return point, ball(point, fast_ranges(point, Analysis(network).weights, radii))
 
 
-def directions(network: Network, x: Tensor, count: int) -> list[Tensor]:
-    """Random ones, and those in which one unit moves fastest: (batch, *shape) of norm 1."""
-    return [
-        on_the_sphere(network, len(x), seed) if seed % 3 == 0 else towards_extremes(network, x, seed)
-        for seed in range(count)
-    ]
-
-
 def rounding(point: Point, target: int) -> Tensor:
     """Of a sampled offset, (batch, size)."""
     return 1e-13 * (1 + point.evaluation.values[target].flatten(1).abs())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CURVED)
 def test_no_sampled_offset_leaves_the_ball(name: str) -> None:
     """D_l stays in its range, and within `rest` of A_l d; ranges are never wider than those it began with."""
-    network = NETWORKS[name]
+    network = CURVED[name]
     with exact_kernels():
         for radius in RADII:
             point, found = around(network, 6, radius)
@@ -124,10 +71,10 @@ def test_no_sampled_offset_leaves_the_ball(name: str) -> None:
                 assert bool((found.ranges.high[target] <= begin.high[target]).all())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CURVED)
 def test_jacobians_are_those_of_autograd_where_tangents_are_chosen(name: str) -> None:
     """On a tiny ball every slope is the tangent: A_l is dz_l/dx, and what it leaves is of second order."""
-    network = NETWORKS[name]
+    network = CURVED[name]
     with exact_kernels():
         point, small = around(network, 3, 1e-6)
         _, large = around(network, 3, 1e-5)
@@ -145,11 +92,11 @@ def test_jacobians_are_those_of_autograd_where_tangents_are_chosen(name: str) ->
 
 
 @pytest.mark.parametrize("mixed", [0.0, local.MIXED, math.inf])
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH_CURVED)
 def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """sum_j B_ij q_j(D_j), by tangents alone, by chords alone, and by both: never outside the two ends."""
     monkeypatch.setattr(local, "MIXED", mixed)
-    network = NETWORKS[name]
+    network = CURVED[name]
     g = torch.Generator().manual_seed(1)
     with exact_kernels():
         for radius in (0.05, 1.5):
@@ -193,39 +140,6 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
                             assert bool((sign * straight + 2 * total <= rises + 2 * slack).all())
 
 
-def pairs(point: Point) -> tuple[Tensor, Tensor, Tensor]:
-    """Every sample with every rival: sample, margin (lower bound), cotangents."""
-    sample, rival = (~point.own).nonzero().unbind(1)
-    eye = torch.eye(point.network.classes, dtype=D)
-    return sample, point.margin_low[sample, rival], eye[point.prediction[sample]] - eye[rival]
-
-
-def attacked(network: Network, x: Tensor, cotangents: Tensor, radius: Tensor, steps: int = 12) -> Tensor:
-    """The least value of <cotangents, logits> met in the balls, (items,): six starts, then steps that end on the
-    sphere and steps that do not."""
-    g = torch.Generator().manual_seed(2)
-    wide = (1, -1, *[1] * (x.dim() - 1))
-    e = radius.reshape(wide)
-
-    def onto(d: Tensor) -> Tensor:
-        size = d.flatten(2).norm(dim=2).clamp(min=1e-300).reshape(*d.shape[:2], *[1] * (x.dim() - 1))
-        return d / size * e * (1 - 1e-14)
-
-    d = onto(torch.randn(6, *x.shape, generator=g, dtype=D))
-    d[0] = 0.0
-    least = torch.full_like(radius, torch.inf)
-    for step in range(steps):
-        with torch.enable_grad():
-            moved = (x + d).flatten(0, 1).requires_grad_(True)
-            value = (network(moved) * cotangents.repeat(len(d), 1)).sum(1)
-            (gradient,) = torch.autograd.grad(value.sum(), moved)
-        least = torch.minimum(least, value.detach().reshape(len(d), -1).amin(0))
-        downhill = onto(-gradient.reshape(d.shape))
-        # steps to the sphere are exact where the margin is concave along them
-        d = downhill if step % 3 != 2 else d + (2 / (step + 2)) * (downhill - d)
-    return least
-
-
 def random_choice(point: Point, found: Ball, seed: int) -> Choice:
     """Slopes and weights from sensible to absurd."""
     g = torch.Generator().manual_seed(seed)
@@ -240,10 +154,10 @@ def random_choice(point: Point, found: Ball, seed: int) -> Choice:
     return Choice(slopes, weights, mu, tau)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH_CURVED)
 def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
     """Every rival; tangents, chords, mixtures, random and ascended slopes and weights; hints or none."""
-    network = NETWORKS[name]
+    network = CURVED[name]
     reached = 0.0
     with exact_kernels():
         for radius in (0.1, 1.5):
@@ -267,9 +181,9 @@ def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
     assert reached > 0.5  # neither the bound nor the attack is idle
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH_CURVED)
 def test_no_attack_in_the_ball_loses_more_than_the_fast_bound(name: str) -> None:
-    network = NETWORKS[name]
+    network = CURVED[name]
     with exact_kernels():
         for radius in (0.05, 0.5, 5.0):
             point, known = around(network, 4, radius)
@@ -289,7 +203,7 @@ def test_no_attack_in_the_ball_loses_more_than_the_fast_bound(name: str) -> None
 
 def test_tiny_balls_lose_the_gradient_and_no_more() -> None:
     for name in ("three layers, gelu", "convolutional", "shared heads"):
-        network = NETWORKS[name]
+        network = CURVED[name]
         with exact_kernels():
             here, known = around(network, 4, 1e-4)
             sample, margin, cotangents = pairs(here)
@@ -304,7 +218,7 @@ def test_tiny_balls_lose_the_gradient_and_no_more() -> None:
 
 def test_a_choice_of_nonsense_claims_nothing_wrong() -> None:
     """NaN, infinities and negative weights in a choice: no bound, or a true one."""
-    network = NETWORKS["three layers, softplus"]
+    network = CURVED["three layers, softplus"]
     with exact_kernels():
         here, known = around(network, 4, 0.5)
         sample, margin, cotangents = pairs(here)
@@ -338,7 +252,7 @@ def test_a_choice_of_nonsense_claims_nothing_wrong() -> None:
 @pytest.mark.parametrize("name", ["shared heads", "a branch that comes back", "convolutional"])
 def test_all_layers_together_count_every_activation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """1/2 sum w D^2, w summed over the activations that read a head: never above the bound for any sampled d."""
-    network = NETWORKS[name]
+    network = CURVED[name]
     seen: list[Tensor] = []
     together = fast._together
 
@@ -366,7 +280,7 @@ def test_all_layers_together_count_every_activation(name: str, monkeypatch: pyte
 
 def test_samples_that_are_no_numbers_stay_alone() -> None:
     for name in ("residual, gelu", "convolutional", "shared heads"):
-        network = NETWORKS[name]
+        network = CURVED[name]
         x = points(network, 5)
         spoilt = x.clone()
         spoilt[1], spoilt[3] = torch.nan, 1e308
@@ -390,7 +304,7 @@ def test_samples_that_are_no_numbers_stay_alone() -> None:
 
 
 def test_a_part_of_a_ball_is_the_ball_of_that_part() -> None:
-    network = NETWORKS["shared heads"]
+    network = CURVED["shared heads"]
     with exact_kernels():
         point, found = around(network, 6, torch.linspace(0.1, 2.0, 6, dtype=D))
         index = torch.tensor([5, 0, 0, 3])

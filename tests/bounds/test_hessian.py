@@ -14,8 +14,8 @@ from certify_cli.bounds.on_ball.interval_ranges import fast_ranges
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
-from tests.bounds.test_interval_ranges import activation_first, on_the_sphere
-from tests.networks import SMOOTH, mlp, points
+from tests.adversary import on_the_sphere
+from tests.networks import SMOOTH, activation_first, mlp, points
 
 NETWORKS = {name: net for name, net in SMOOTH.items() if name != "linear"} | {"activation first": activation_first()}
 

@@ -12,31 +12,13 @@ from torch import Tensor
 from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, fast_ranges, pre_activations
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Conv, Dense, Reshape
+from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
-from certify_cli.network.pooling import MaxPool
 from certify_cli.network.propagate import head, heads, interval_push, nonlinear_nodes
-from tests.networks import PIECEWISE, SMOOTH, conv_net, mlp, points
-
-
-def pooled_net() -> Network:
-    """Convolution, activation, padded max pooling with overlapping windows, dense."""
-    g = torch.Generator().manual_seed(3)
-    b = Builder((1, 7, 7))
-    weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, generator=g)
-    h = b.add("act", from_name("silu"), b.add("conv", Conv(weight, None, (1, 1), (1, 1), (1, 1)), 0))
-    h = b.add("flat", Reshape((32,)), b.add("pool", MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), h))
-    return b.build(b.add("fc", Dense(torch.randn(3, 32, dtype=torch.float64, generator=g)), h))
-
-
-def activation_first() -> Network:
-    """The input itself is a pre-activation, and the logits are an activation's output."""
-    b = Builder((4,))
-    h = b.add("act0", from_name("tanh"), 0)
-    return b.build(b.add("act1", from_name("softplus"), b.add("fc", Dense(torch.eye(4, dtype=torch.float64) * 2), h)))
-
+from tests.adversary import on_the_sphere, towards_extremes
+from tests.networks import PIECEWISE, SMOOTH, activation_first, conv_net, mlp, points, pooled_net
 
 NETWORKS = SMOOTH | PIECEWISE | {"max pooling": pooled_net(), "activation first": activation_first()}
 
@@ -44,24 +26,6 @@ NETWORKS = SMOOTH | PIECEWISE | {"max pooling": pooled_net(), "activation first"
 def offsets(network: Network, x: Tensor, d: Tensor) -> dict[int, Tensor]:
     before, after = network.values(x), network.values(x + d)
     return {target: (after[target] - before[target]).flatten(1) for target in heads(network)}
-
-
-def on_the_sphere(network: Network, count: int, seed: int) -> Tensor:
-    d = points(network, count, seed, 1.0)
-    return d / d.flatten(1).norm(dim=1).reshape(-1, *[1] * (d.dim() - 1))
-
-
-def towards_extremes(network: Network, x: Tensor, seed: int) -> Tensor:
-    """Directions in which one unit of one head moves fastest: a range that is too narrow is met there first."""
-    g = torch.Generator().manual_seed(seed)
-    x = x.clone().requires_grad_(True)
-    with torch.enable_grad():
-        values = network.values(x)
-        target = heads(network)[int(torch.randint(len(heads(network)), (1,), generator=g))]
-        flat = values[target].flatten(1)
-        (d,) = torch.autograd.grad(flat[:, int(torch.randint(flat.shape[1], (1,), generator=g))].sum(), x)
-    size = d.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(-1, *[1] * (d.dim() - 1))
-    return d / size * (1 if seed % 2 else -1)
 
 
 @pytest.mark.parametrize("effort", ["fast", "normal", "max"])

@@ -10,8 +10,7 @@ import torch
 from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.network.propagate import nonlinear_nodes
-from tests.bounds.test_lipschitz import all_pairs
-from tests.networks import PIECEWISE, SMOOTH
+from tests.networks import PIECEWISE, SMOOTH, all_pairs
 
 
 @pytest.mark.parametrize("name", SMOOTH)

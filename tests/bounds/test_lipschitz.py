@@ -12,14 +12,10 @@ from certify_cli.bounds.linear_maps.weight_blocks import Budget
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
 from certify_cli.network.propagate import head, nonlinear_nodes
-from tests.networks import PIECEWISE, SMOOTH, mlp, points
+from tests.networks import PIECEWISE, SMOOTH, all_pairs, mlp, points
 
 NETWORKS = SMOOTH | PIECEWISE
 TINY = Budget(norm=0.0, eigenvalues=0.0)
-
-
-def all_pairs(classes: int) -> torch.Tensor:
-    return (1 - torch.eye(classes)).nonzero()
 
 
 def jacobians(network: Network, x: torch.Tensor) -> torch.Tensor:

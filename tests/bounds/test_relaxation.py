@@ -28,14 +28,15 @@ from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network
 from certify_cli.network.pooling import GroupMap, MaxMin, MaxPool
 from certify_cli.network.propagate import Vectors, heads, pull_cost
-from tests.bounds.test_expansion import NETWORKS as LOCAL
-from tests.bounds.test_expansion import QUICK, attacked, directions
-from tests.bounds.test_interval_ranges import pooled_net
-from tests.networks import PIECEWISE, mlp, points
+from tests.adversary import attacked, directions
+from tests.networks import CURVED, PIECEWISE, QUICK_CURVED, mlp, points, pooled_net
 
 D = torch.float64
-NETWORKS = LOCAL | PIECEWISE | {"max pooling": pooled_net(), "deep relu": mlp((6, 9, 9, 9, 9, 3), "relu", seed=2)}
-EACH = [name if name in QUICK or name not in LOCAL else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+NETWORKS = CURVED | PIECEWISE | {"max pooling": pooled_net(), "deep relu": mlp((6, 9, 9, 9, 9, 3), "relu", seed=2)}
+EACH = [
+    name if name in QUICK_CURVED or name not in CURVED else pytest.param(name, marks=pytest.mark.slow)
+    for name in NETWORKS
+]
 RADII = (1e-9, 0.05, 0.5, 3.0, 100.0)
 MEMORY = 2**26
 ROWS = {"celu": "celu:0.7", "centred_softplus": "centred_softplus:2", "clip": "clip:-0.5,1"}

@@ -21,11 +21,10 @@ from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
-from tests.bounds.test_expansion import EACH, NETWORKS, attacked, pairs
-from tests.bounds.test_interval_ranges import pooled_net
-from tests.networks import PIECEWISE, SMOOTH, mlp, points
+from tests.adversary import attacked, pairs, pgd
+from tests.networks import CURVED, EACH_CURVED, PIECEWISE, SMOOTH, mlp, points, pooled_net
+from tests.shared_models import INDEX, load
 from tests.soundness.common import certify, dense_stack, tensor
-from tests.soundness.test_shared_models import INDEX, load, pgd
 
 D = torch.float64
 MODELS = Path(__file__).parents[2] / "models"
@@ -41,9 +40,9 @@ def radii(network: Network, x: Tensor, effort: str = "normal") -> tuple[Point, T
     return point, radius, rival
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH_CURVED)
 def test_no_attack_gets_inside(name: str) -> None:
-    network = NETWORKS[name]
+    network = CURVED[name]
     point, radius, _ = radii(network, points(network, 4))
     assert bool((radius > 0).all())
     with exact_kernels():
@@ -60,7 +59,7 @@ def test_no_attack_gets_inside(name: str) -> None:
 def test_effort_pays() -> None:
     """fast <= normal and max up to what the search resolves; a longer ascent may end a little lower for a sample."""
     for name in ("three layers, gelu",):
-        network = NETWORKS[name]
+        network = CURVED[name]
         x = points(network, 4, 3)
         fast, normal, most = (radii(network, x, effort)[1] for effort in ("fast", "normal", "max"))
         assert bool((normal >= fast * (1 - RESOLUTION)).all())
@@ -81,7 +80,7 @@ def test_the_method_is_never_below_curvature(name: str, effort: str) -> None:
 @pytest.mark.parametrize("name", [pytest.param("four layers, sigmoid", marks=pytest.mark.slow), "shared heads"])
 def test_how_samples_are_cut_into_batches_does_not_matter(name: str) -> None:
     """Kernels sum a batch in another order than a sample: small networks, in double precision, feel that alone."""
-    network = NETWORKS[name]
+    network = CURVED[name]
     x = points(network, 4, 2)
     for effort in ("fast", "normal"):
         _, whole, rival = radii(network, x, effort)
@@ -102,7 +101,7 @@ def test_searches_in_single_precision_may_part_but_end_near_each_other() -> None
 @pytest.mark.parametrize("memory", [1, pytest.param(30_000, marks=pytest.mark.slow)])
 def test_little_memory_is_chunks_or_the_fast_tier(memory: int) -> None:
     """Memory for few samples at a time changes nothing; memory for none leaves the fast tier."""
-    network = NETWORKS["residual"]
+    network = CURVED["residual"]
     x = points(network, 4, 2)
     with exact_kernels():
         point, none = Point(network, x), torch.zeros(4, dtype=D)
@@ -113,7 +112,7 @@ def test_little_memory_is_chunks_or_the_fast_tier(memory: int) -> None:
 
 def test_where_the_search_begins_hardly_matters() -> None:
     """Every start ends in proved balls; sensible ones end near the same: an ascent of few steps tells them apart."""
-    network = NETWORKS["three layers, gelu"]
+    network = CURVED["three layers, gelu"]
     with exact_kernels():
         point = Point(network, points(network, 4))
         batch = Batch(Analysis(network), point)

@@ -11,8 +11,7 @@ from certify_cli.certificates.local_attack import promised_locally
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
-from tests.bounds.test_expansion import NETWORKS
-from tests.networks import SMOOTH, mlp, points
+from tests.networks import CURVED, SMOOTH, mlp, points
 from tests.soundness.common import certify
 
 NEAR = {"gentle": mlp((6, 12, 9, 3), "softplus:1", seed=3), "bends": mlp((6, 12, 9, 3), "tanh", seed=5)}
@@ -44,7 +43,7 @@ def along_the_gradient(network: Network, point: Point, radius: torch.Tensor, riv
 @pytest.mark.parametrize("jacobians", [False, True])
 @pytest.mark.parametrize("name", [*NEAR, "three layers, gelu", "residual", "shared heads"])
 def test_every_promise_is_kept_where_it_is_made(name: str, jacobians: bool) -> None:
-    network = NEAR.get(name) or NETWORKS[name]
+    network = NEAR.get(name) or CURVED[name]
     with exact_kernels():
         point = Point(network, near_the_boundary(network) if name in NEAR else points(network, 12))
         radius, rival = promised_locally(Analysis(network), point, jacobians)

@@ -12,8 +12,8 @@ from certify_cli.errors import MethodError
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.propagate import nonlinear_nodes
-from tests.bounds.test_expansion import NETWORKS, attacked
-from tests.networks import PIECEWISE, SMOOTH, points
+from tests.adversary import attacked
+from tests.networks import CURVED, PIECEWISE, SMOOTH, points
 from tests.soundness.common import certify, dense_stack, tensor
 
 D = torch.float64
@@ -21,7 +21,7 @@ D = torch.float64
 
 @pytest.mark.parametrize("name", ["three layers, gelu", "residual", "saturated", "shared heads"])
 def test_the_parts_add_up_to_a_proved_loss(name: str) -> None:
-    network = NETWORKS[name]
+    network = CURVED[name]
     x = points(network, 1)
     found = of_sample(network, x)
     assert len(found.layers) == len(nonlinear_nodes(network))

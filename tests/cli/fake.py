@@ -16,56 +16,8 @@ from typing import Any
 import numpy as np
 
 from certify_cli.errors import DataError, MethodError, ModelError
-from certify_cli.records import DataInfo, ModelInfo, Record, Run, Sample, sealed, summarise
-
-INFO = ModelInfo("two.onnx", "ab" * 32, "onnx", 18, 3)
-
-
-def run(arguments: dict[str, Any], settings: Any, samples: int, notes: list[str]) -> Run:
-    return Run(
-        tool="curvcert",
-        version="0.0.0",
-        libraries={"torch": "0"},
-        arguments=arguments,
-        method=settings.method,
-        effort=settings.effort,
-        attack=settings.attack,
-        device="cpu",
-        dtype="float64",
-        threads=1,
-        batch_size=2,
-        seed=settings.seed,
-        started="2030-01-01T00:00:00+00:00",
-        model=INFO,
-        data=DataInfo("N", samples, "cd" * 32),
-        preprocessing={},
-        classes=["cat", "dog", "eel"],
-        notes=notes,
-    )
-
-
-def sample(index: int, label: int | None = 0, radius: float | None = 0.123456789, **changes: Any) -> Sample:
-    values: dict[str, Any] = {
-        "index": index,
-        "label": label,
-        "prediction": 0,
-        "correct": None if label is None else label == 0,
-        "margin": 1.5,
-        "runner_up": 1,
-        "rival": 2,
-        "gradient_norm": 2.0,
-        "curvature_lower": 0.1,
-        "curvature_upper": 0.2,
-        "lipschitz": 3.0,
-        "certified_radius": radius,
-        "attack_radius": None if radius is None else 1.0000123,
-        "attack_kind": None if radius is None else "certificate",
-        "attack_in_range": None if radius is None else False,
-        "method": None if radius is None else "curvature",
-        "status": "certified" if radius else "not_certified",
-        "reason": None if radius else "the two largest logits cannot be told apart",
-    }
-    return Sample(**(values | changes))
+from certify_cli.records import Record, Run, sealed, summarise
+from tests.records import INFO, run, sample
 
 
 @dataclass

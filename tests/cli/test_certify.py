@@ -18,8 +18,8 @@ import pytest
 from certify_cli.records import summarise
 from certify_cli.run.doubts import at_chance_level
 from tests.cli.conftest import Outcome
-from tests.cli.fake import sample
-from tests.output.test_formats import SCHEMA
+from tests.records import sample
+from tests.schema import SCHEMA
 
 pytestmark = pytest.mark.usefixtures("fake")
 Curvcert = Callable[..., Outcome]

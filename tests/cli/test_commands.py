@@ -23,7 +23,7 @@ from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder
 from certify_cli.records import ModelInfo
 from tests.cli.conftest import Outcome
-from tests.cli.fake import sample
+from tests.records import sample
 
 Curvcert = Callable[..., Outcome]
 

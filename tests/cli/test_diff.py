@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from certify_cli.output.document import View
-from certify_cli.output.formats import FORMATS
-from certify_cli.records import Sample, summarise
 from tests.cli.conftest import Outcome
-from tests.cli.fake import run, sample
+from tests.records import sample, save_records
 from tests.schema import conforms
 
 Curvcert = Callable[..., Outcome]
-SETTINGS = SimpleNamespace(method="auto", effort="normal", attack="certificate", seed=0)
 OLD = [sample(0, radius=0.30), sample(1, radius=0.20), sample(2, radius=0.10), sample(3, label=1, radius=0.25)]
 WEAKER = [replace(s, certified_radius=(s.certified_radius or 0) * f) for s, f in zip(OLD, (1, 0.4, 1, 2), strict=True)]
 
 
-def write(path: Path, samples: Sequence[Sample], eps: tuple[str, ...] = ("0.15",), sha256: str = "cd" * 32) -> str:
-    made = run({"model": "two.onnx"}, SETTINGS, len(samples), [])
-    made = replace(made, data=replace(made.data, sha256=sha256))
-    records = [made, *samples, summarise(samples, eps, 1.0)]
-    path.write_text("".join(FORMATS[path.suffix[1:]].render(iter(records), View())), encoding="utf-8")
-    return str(path)
-
-
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_a_weaker_model_is_named_with_the_samples_that_lose(curvcert: Curvcert, tmp_path: Path, suffix: str) -> None:
-    old, new = write(tmp_path / f"old.{suffix}", OLD), write(tmp_path / f"new.{suffix}", WEAKER)
+    old, new = save_records(tmp_path / f"old.{suffix}", OLD), save_records(tmp_path / f"new.{suffix}", WEAKER)
     done = curvcert("diff", old, new, "--format", "json")
     assert conforms(done.out, "diff")
     found = json.loads(done.out)["diff"]
@@ -52,25 +39,27 @@ def test_a_weaker_model_is_named_with_the_samples_that_lose(curvcert: Curvcert, 
 
 
 def test_the_same_run_and_a_better_one_pass(curvcert: Curvcert, tmp_path: Path) -> None:
-    old, new = write(tmp_path / "old.json", OLD), write(tmp_path / "new.json", WEAKER)
+    old, new = save_records(tmp_path / "old.json", OLD), save_records(tmp_path / "new.json", WEAKER)
     assert curvcert("diff", old, old).code == 0
     assert curvcert("diff", new, old).code == 0
 
 
 def test_how_far_a_figure_may_fall(curvcert: Curvcert, tmp_path: Path) -> None:
     """Radii by a part of themselves, accuracies by points: a quarter of four samples, exactly, is within 0.25."""
-    old = write(tmp_path / "old.json", OLD)
-    new = write(tmp_path / "new.json", [replace(s, certified_radius=(s.certified_radius or 0) * 0.9) for s in OLD])
+    old = save_records(tmp_path / "old.json", OLD)
+    new = save_records(
+        tmp_path / "new.json", [replace(s, certified_radius=(s.certified_radius or 0) * 0.9) for s in OLD]
+    )
     assert curvcert("diff", old, new, "--tolerance", "0.11").code == 0
     assert curvcert("diff", old, new, "--tolerance", "0.09").code == 1
-    lost = write(tmp_path / "lost.json", [OLD[0], replace(OLD[1], prediction=2, correct=False), *OLD[2:]])
+    lost = save_records(tmp_path / "lost.json", [OLD[0], replace(OLD[1], prediction=2, correct=False), *OLD[2:]])
     for tolerance, fell in (("0.25", False), ("0.24", True)):
         found = json.loads(curvcert("diff", old, lost, "--tolerance", tolerance, "--format", "json").out)
         assert {f["name"]: f["regressed"] for f in found["diff"]["figures"]}["accuracy"] is fell
 
 
 def test_markdown_and_table_say_the_same(curvcert: Curvcert, tmp_path: Path) -> None:
-    old, new = write(tmp_path / "old.json", OLD), write(tmp_path / "new.json", WEAKER)
+    old, new = save_records(tmp_path / "old.json", OLD), save_records(tmp_path / "new.json", WEAKER)
     table = curvcert("diff", old, new)
     target = tmp_path / "diff.md"
     assert curvcert("diff", old, new, "-o", str(target)).code == 1
@@ -85,7 +74,9 @@ def test_markdown_and_table_say_the_same(curvcert: Curvcert, tmp_path: Path) -> 
 
 def test_a_class_that_changed_and_a_radius_that_went(curvcert: Curvcert, tmp_path: Path) -> None:
     new = [replace(OLD[0], prediction=2, correct=False), sample(1, radius=None), *OLD[2:]]
-    done = curvcert("diff", write(tmp_path / "old.json", OLD), write(tmp_path / "new.json", new), "--format", "json")
+    done = curvcert(
+        "diff", save_records(tmp_path / "old.json", OLD), save_records(tmp_path / "new.json", new), "--format", "json"
+    )
     changed = {s["index"]: s for s in json.loads(done.out)["diff"]["changed"]}
     assert (changed[0]["old_prediction"], changed[0]["new_prediction"], changed[0]["lost"]) == (0, 2, ["0.15"])
     assert (changed[1]["new_radius"], changed[1]["lost"]) == (0.0, ["0.15"])
@@ -108,22 +99,22 @@ def test_what_is_no_run_is_refused_by_name(curvcert: Curvcert, tmp_path: Path, t
     path = tmp_path / "broken.jsonl"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    done = curvcert("diff", write(tmp_path / "old.json", OLD), str(path))
+    done = curvcert("diff", save_records(tmp_path / "old.json", OLD), str(path))
     assert done.code == 3
     assert "broken.jsonl" in done.err.splitlines()[-1]
     assert words in done.err.splitlines()[-1]
 
 
 def test_other_data_is_an_error_and_no_verdict(curvcert: Curvcert, tmp_path: Path) -> None:
-    old = write(tmp_path / "old.json", OLD)
+    old = save_records(tmp_path / "old.json", OLD)
     for other in (
-        write(tmp_path / "a.json", OLD, sha256="ef" * 32),
-        write(tmp_path / "b.json", OLD[:3], sha256="12" * 32),
+        save_records(tmp_path / "a.json", OLD, sha256="ef" * 32),
+        save_records(tmp_path / "b.json", OLD[:3], sha256="12" * 32),
     ):
         done = curvcert("diff", old, other)
         assert (done.code, done.out) == (3, "")
         assert "not about the same samples" in done.err
-    done = curvcert("diff", old, write(tmp_path / "c.json", OLD[:3]))
+    done = curvcert("diff", old, save_records(tmp_path / "c.json", OLD[:3]))
     assert (done.code, done.out) == (3, "")
     assert "do not have the same samples" in done.last
     assert curvcert("diff", old, old, "--tolerance", "2").code == 2
@@ -144,7 +135,7 @@ def test_other_data_is_an_error_and_no_verdict(curvcert: Curvcert, tmp_path: Pat
 def test_values_of_another_kind_are_refused(
     curvcert: Curvcert, tmp_path: Path, part: str, field: str, value: object
 ) -> None:
-    path = write(tmp_path / "old.json", OLD)
+    path = save_records(tmp_path / "old.json", OLD)
     document = json.loads(Path(path).read_text())
     (document[part][0] if part == "samples" else document[part])[field] = value
     Path(path).write_text(json.dumps(document))
@@ -154,14 +145,14 @@ def test_values_of_another_kind_are_refused(
 
 
 def test_a_figure_that_is_gone_has_fallen(curvcert: Curvcert, tmp_path: Path) -> None:
-    old, new = write(tmp_path / "old.json", OLD), write(tmp_path / "new.json", OLD, eps=())
+    old, new = save_records(tmp_path / "old.json", OLD), save_records(tmp_path / "new.json", OLD, eps=())
     done = curvcert("diff", old, new)
     assert (done.code, "certified accuracy at 0.15" in done.out) == (1, True)
     assert curvcert("diff", new, old).code == 0
 
 
 def test_two_states_of_one_file_are_told_apart(curvcert: Curvcert, tmp_path: Path) -> None:
-    old, new = write(tmp_path / "old.json", OLD), write(tmp_path / "new.json", OLD)
+    old, new = save_records(tmp_path / "old.json", OLD), save_records(tmp_path / "new.json", OLD)
     path = Path(new)
     path.write_text(path.read_text().replace("ab" * 32, "12" * 32))
     found = json.loads(curvcert("diff", old, new, "--format", "json").out)["diff"]

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from tests.cli.conftest import Outcome
-from tests.output.test_formats import SCHEMA
+from tests.schema import SCHEMA
 
 Curvcert = Callable[..., Outcome]
 SHARED = Path(__file__).parents[3] / "shared"

@@ -20,8 +20,7 @@ from certify_cli.output.numbers import DOWN, number
 from certify_cli.output.read import read_document
 from certify_cli.records import Sample
 from tests.cli.conftest import Outcome
-from tests.cli.fake import sample
-from tests.cli.test_diff import write
+from tests.records import sample, save_records
 
 Curvcert = Callable[..., Outcome]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -34,7 +33,7 @@ NOT_WITNESSED = [sample(20, radius=None), sample(21, label=None, radius=0.3)]
 
 @pytest.fixture
 def records(tmp_path: Path) -> str:
-    return write(tmp_path / "old.json", SAMPLES)
+    return save_records(tmp_path / "old.json", SAMPLES)
 
 
 def witnesses(path: Path, samples: list[Sample], shape: tuple[int, ...] = (1, 4, 5)) -> str:
@@ -61,7 +60,7 @@ class Links(HTMLParser):
 
 def test_a_page_needs_nothing_but_itself(curvcert: Curvcert, records: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    other = write(tmp_path / "new.json", [*SAMPLES[:15], *NOT_WITNESSED])
+    other = save_records(tmp_path / "new.json", [*SAMPLES[:15], *NOT_WITNESSED])
     archive = witnesses(tmp_path / "w.npz", SAMPLES)
     done = curvcert("report", records, other, "-o", page, "--witnesses", archive, "--title", "A & B <1>")
     assert (done.code, done.out) == (0, "")
@@ -136,10 +135,10 @@ def test_plots_as_files(curvcert: Curvcert, records: str, tmp_path: Path) -> Non
 def test_runs_that_have_no_attack_or_labels(curvcert: Curvcert, tmp_path: Path) -> None:
     plain = [sample(k, label=None, radius=0.1, attack_radius=None, attack_kind=None) for k in range(3)]
     page = tmp_path / "report.html"
-    assert curvcert("report", write(tmp_path / "a.json", plain), "-o", page).code == 0
+    assert curvcert("report", save_records(tmp_path / "a.json", plain), "-o", page).code == 0
     assert page.read_text().count("<svg") == 2
     nothing = [sample(k, radius=None, attack_radius=None, attack_kind=None) for k in range(3)]
-    assert curvcert("report", write(tmp_path / "b.json", nothing), "-o", page).code == 0
+    assert curvcert("report", save_records(tmp_path / "b.json", nothing), "-o", page).code == 0
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_witnesses_of_another_run_are_refused(
     curvcert: Curvcert, tmp_path: Path, change: Callable[[list[Sample]], list[Sample]], words: str
 ) -> None:
     nineteen = [*SAMPLES[:-1], sample(19, radius=0.01, attack_radius=0.5)]
-    records = write(tmp_path / "a.json", nineteen)
+    records = save_records(tmp_path / "a.json", nineteen)
     archive = witnesses(tmp_path / "w.npz", change(nineteen))
     done = curvcert("report", records, "--witnesses", archive, "-o", tmp_path / "r.html")
     assert done.code == 3
@@ -171,14 +170,14 @@ def test_what_is_wrong_is_said(curvcert: Curvcert, records: str, tmp_path: Path)
     flat = witnesses(tmp_path / "flat.npz", SAMPLES, shape=(20,))
     done = curvcert("report", records, "--witnesses", flat, "-o", tmp_path / "r.html")
     assert (done.code, "no images" in done.err) == (0, True)
-    other = write(tmp_path / "other.json", SAMPLES, sha256="ef" * 32)
+    other = save_records(tmp_path / "other.json", SAMPLES, sha256="ef" * 32)
     done = curvcert("report", records, other, "-o", tmp_path / "r.html")
     assert (done.code, "not about the same data" in done.err) == (0, True)
     assert "not about the same data" not in curvcert("report", records, records, "-o", tmp_path / "r.html").err
 
 
 def test_names_are_no_mathematics(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", SAMPLES)
+    path = save_records(tmp_path / "a.json", SAMPLES)
     text = Path(path).read_text().replace("two.onnx", "_m$_$x.onnx").replace('"dog"', '"a$\\\\frac{$"')
     Path(path).write_text(text)
     for plot in plots.PLOTS:

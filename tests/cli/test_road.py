@@ -21,7 +21,7 @@ from certify_cli.network.affine import Dense, Reshape
 from certify_cli.network.graph import Builder, Network
 from certify_cli.records import ModelInfo
 from tests.cli.conftest import Outcome
-from tests.output.test_formats import SCHEMA
+from tests.schema import SCHEMA
 
 Curvcert = Callable[..., Outcome]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import zipfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from certify_cli.data import npz
 from certify_cli.data import torchvision_sets as vision
 from certify_cli.data.datasets import load_data, named_shape, parse_samples
 from certify_cli.errors import DataError, UsageError
+from tests.files import npy_header
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(
@@ -245,12 +245,6 @@ def crafted(path: Path, header: bytes, body: bytes = b"", method: int = zipfile.
     with zipfile.ZipFile(path, "w", method) as archive:
         archive.writestr("x.npy", header + body)
     return str(path)
-
-
-def npy_header(shape: tuple[int, ...], descr: str = "|u1") -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
 
 
 def test_npz_whose_declared_size_lies_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

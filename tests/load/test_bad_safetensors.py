@@ -19,6 +19,7 @@ from torch import Tensor
 from certify_cli.errors import ModelError, UsageError
 from certify_cli.load.model import load_model
 from certify_cli.load.safetensors.architecture import FORMAT
+from tests.files import tensors
 
 SPEC: dict[str, Any] = {
     "format": FORMAT,
@@ -30,12 +31,6 @@ SPEC: dict[str, Any] = {
         {"type": "Linear", "name": "fc"},
     ],
 }
-
-
-def tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"conv.weight": (2, 1, 3, 3), "conv.bias": (2,), "fc.weight": (3, 32), "fc.bias": (3,)}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def refused(path: Path, what: str, error: type[Exception] = ModelError, **options: Any) -> None:

@@ -25,8 +25,8 @@ from certify_cli.load.convert import convert
 from certify_cli.load.model import load_model
 from certify_cli.output.console import grid
 from certify_cli.output.document import View
+from tests.files import tensors
 from tests.hostile import TEXTS, is_sentence
-from tests.load.test_bad_safetensors import tensors
 
 SPEC: dict[str, Any] = {
     "format": "curvcert-architecture/1",

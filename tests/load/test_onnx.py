@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import nn
 
 from certify_cli.errors import ModelError
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.load.onnx.loader import load_onnx
 from certify_cli.network.graph import Concat
+from tests.files import save_onnx
 from tests.load.exports import (
     ACTIVATIONS,
     DEFAULT,
@@ -137,33 +137,14 @@ def test_info_of_a_plain_file(tmp_path: Path) -> None:
 
 def test_half_precision_is_upcast_exactly(tmp_path: Path) -> None:
     weight = np.array([[1.0009765625, 2.0], [0.333251953125, -1.0]], dtype=np.float16)
-    path = save(tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight}, (2,), TensorProto.FLOAT16)
+    path = save_onnx(
+        tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight}, (2,), TensorProto.FLOAT16
+    )
     loaded = load_onnx(path)
     assert loaded.stored_dtype == "float16"
     assert any("float16" in note for note in loaded.notes)
     x = torch.eye(2, dtype=torch.float64)
     assert torch.equal(loaded.network(x), torch.from_numpy(weight.astype(np.float64)))
-
-
-def save(
-    folder: Path,
-    nodes: list[Any],
-    weights: dict[str, np.ndarray],
-    shape: tuple[int, ...],
-    kind: int = TensorProto.FLOAT,
-    opset: int = 13,
-) -> Path:
-    """A file of one input x and one output y."""
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info("x", kind, ["N", *shape])],
-        [helper.make_tensor_value_info("y", kind, ["N", "K"])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    path = folder / "model.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), path)
-    return path
 
 
 def gelu() -> list[Any]:
@@ -179,7 +160,7 @@ def gelu() -> list[Any]:
 
 def test_a_rounded_constant_becomes_the_activations_deviation(tmp_path: Path) -> None:
     weights = {"one": np.float32(1), "half": np.float32(0.5), "c": np.float32(0.70710678)}
-    network = load_onnx(save(tmp_path, gelu(), {k: np.array(v) for k, v in weights.items()}, (3,))).network
+    network = load_onnx(save_onnx(tmp_path, gelu(), {k: np.array(v) for k, v in weights.items()}, (3,))).network
     (node,) = network.nodes[1:]
     assert node.op.name == "gelu"
     z = torch.linspace(-6, 6, 4001, dtype=torch.float64)
@@ -191,7 +172,7 @@ def test_a_rounded_constant_becomes_the_activations_deviation(tmp_path: Path) ->
 def test_a_wrong_constant_is_not_fused(tmp_path: Path) -> None:
     weights = {"one": np.array(np.float32(1)), "half": np.array(np.float32(0.5)), "c": np.array(np.float32(0.7072))}
     with pytest.raises(ModelError, match=r"\(Mul\): a product of two values"):
-        load_onnx(save(tmp_path, gelu(), weights, (3,)))
+        load_onnx(save_onnx(tmp_path, gelu(), weights, (3,)))
 
 
 def test_softplus_of_a_low_threshold_is_refused(tmp_path: Path) -> None:
@@ -206,7 +187,7 @@ def test_gemm_in_every_form(alpha: float, transposed: int, tmp_path: Path) -> No
     random = np.random.default_rng(0)
     b = random.normal(size=(3, 4) if transposed else (4, 3)).astype(np.float32)
     node = helper.make_node("Gemm", ["x", "b", "c"], ["y"], alpha=alpha, beta=0.7, transB=transposed)
-    loaded = load_onnx(save(tmp_path, [node], {"b": b, "c": random.normal(size=(1, 3)).astype(np.float32)}, (4,)))
+    loaded = load_onnx(save_onnx(tmp_path, [node], {"b": b, "c": random.normal(size=(1, 3)).astype(np.float32)}, (4,)))
     assert loaded.network.classes == 3  # the parity check has compared the values
 
 
@@ -219,7 +200,7 @@ def test_automatic_padding(operator: str, mode: str, tmp_path: Path) -> None:
         helper.make_node(operator, ["x", *weights], ["z"], auto_pad=mode, kernel_shape=[2, 3], strides=[2, 1]),
         helper.make_node("Flatten", ["z"], ["y"]),
     ]
-    load_onnx(save(tmp_path, nodes, weights, (2, 5, 6)))
+    load_onnx(save_onnx(tmp_path, nodes, weights, (2, 5, 6)))
 
 
 def test_a_file_that_mixes_the_batch_is_refused(tmp_path: Path) -> None:
@@ -230,7 +211,7 @@ def test_a_file_that_mixes_the_batch_is_refused(tmp_path: Path) -> None:
     ]
     weights = {"zero": np.array([0]), "one": np.array([1])}
     with pytest.raises(ModelError, match=r"differs from the file evaluated by onnxruntime"):
-        load_onnx(save(tmp_path, nodes, weights, (3,)))
+        load_onnx(save_onnx(tmp_path, nodes, weights, (3,)))
 
 
 def shared_models() -> list[Path]:
@@ -259,6 +240,6 @@ def test_max_and_min_of_a_split_are_one_node(tmp_path: Path) -> None:
 def test_max_of_three_is_refused(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     parts = [helper.make_node("Identity", ["x"], [name]) for name in names]
-    file = save(tmp_path, [*parts, helper.make_node("Max", names, ["y"])], {}, (4,))
+    file = save_onnx(tmp_path, [*parts, helper.make_node("Max", names, ["y"])], {}, (4,))
     with pytest.raises(ModelError, match=r"Max.*two values of one shape"):
         load_onnx(file)

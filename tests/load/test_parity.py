@@ -17,7 +17,7 @@ from certify_cli.load.onnx import piece_checks as pieces
 from certify_cli.load.onnx.loader import load_onnx
 from certify_cli.load.onnx.rewriting import REWRITES, Normal
 from certify_cli.network.activations import rows as activations
-from tests.load.test_onnx import save
+from tests.files import save_onnx
 
 FLOAT = TensorProto.FLOAT
 
@@ -32,9 +32,11 @@ def network(folder: Path, nodes: list[NodeProto], weights: dict[str, Any], shape
     random = np.random.default_rng(0)
     arrays = {key: np.asarray(value, np.float32) for key, value in weights.items()}
     ends = [helper.make_node("Flatten", ["h"], ["f"]), helper.make_node("MatMul", ["f", "head"], ["y"])]
-    path = save(folder, [*nodes, ends[0]], arrays, shape)  # to learn the width
+    path = save_onnx(folder, [*nodes, ends[0]], arrays, shape)  # to learn the width
     width = load_width(path)
-    return save(folder, [*nodes, *ends], arrays | {"head": random.normal(size=(width, 3)).astype(np.float32)}, shape)
+    return save_onnx(
+        folder, [*nodes, *ends], arrays | {"head": random.normal(size=(width, 3)).astype(np.float32)}, shape
+    )
 
 
 def load_width(path: Path) -> int:
@@ -181,7 +183,7 @@ def test_a_huge_logit_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         helper.make_node("LeakyRelu", ["x"], ["r"], alpha=0.5),
         helper.make_node("Gemm", ["r", "w", "b"], ["y"]),
     ]
-    path = save(tmp_path, nodes, weights, (4,))
+    path = save_onnx(tmp_path, nodes, weights, (4,))
     load_onnx(path)
     without_pieces(monkeypatch)
     leaks_nothing(monkeypatch)
@@ -197,7 +199,7 @@ def test_what_float32_does_to_a_network_is_allowed_for(tmp_path: Path) -> None:
         nodes += [helper.make_node("MatMul", [at, f"w{i}"], [f"z{i}"]), helper.make_node("Sin", [f"z{i}"], [f"h{i}"])]
         at = f"h{i}"
     weights["head"] = random.normal(size=(8, 3)).astype(np.float32)
-    path = save(tmp_path, [*nodes, helper.make_node("MatMul", [at, "head"], ["y"])], weights, (8,))
+    path = save_onnx(tmp_path, [*nodes, helper.make_node("MatMul", [at, "head"], ["y"])], weights, (8,))
     assert load_onnx(path).network.classes == 3
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from certify_cli.load.safetensors.architecture import FORMAT, MAX_LAYERS
-from tests.data.test_datasets import npy_header
+from tests.files import npy_header
 from tests.hostile import is_sentence
 
 BIG = 10**9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import mpmath
 import pytest
 import torch
@@ -12,8 +14,6 @@ from certify_cli.network.evaluate import deviation, evaluate, margins
 from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Network
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
-
-mpmath.mp.dps = 60
 
 EXACT = {
     "tanh": mpmath.tanh,
@@ -26,6 +26,12 @@ SLOPES = {
     "sigmoid": lambda z: mpmath.exp(-z) / (1 + mpmath.exp(-z)) ** 2,
     "softplus": lambda z: 1 / (1 + mpmath.exp(-z)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _digits() -> Iterator[None]:
+    with mpmath.workdps(60):
+        yield
 
 
 def _matrix(weight: Tensor) -> mpmath.matrix:

@@ -15,8 +15,7 @@ from certify_cli.network.activations import ACTIVATIONS, Activation
 from certify_cli.network.activations import quadratic_minorants as minorants
 from certify_cli.network.activations.interval_bounds import Span
 from certify_cli.network.activations.quadratic_minorants import depths
-from tests.network.test_activations import EVERY_CASE, EXACT, double
-from tests.network.test_interval_bounds import chords, hard_places, length, random_spans
+from tests.oracles import EVERY_CASE, EXACT, chords, double, hard_places, length, random_spans
 
 D = torch.float64
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,9 +14,9 @@ from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
 from certify_cli.output.github import LONGEST, MOST
 from certify_cli.records import Sample, summarise
-from tests.cli.fake import run, sample
+from tests.records import run, sample
+from tests.schema import SCHEMAS
 
-SCHEMAS = Path(__file__).parent.parent / "schemas"
 SAMPLES = [
     sample(0, radius=0.6),
     sample(1, radius=0.2, attack_radius=None, attack_kind=None, attack_in_range=None),

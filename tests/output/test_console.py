@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from certify_cli.output.console import Column, grid, pairs, printable
 from certify_cli.output.document import View
 from certify_cli.output.numbers import DOWN, UP, number, seconds, share
-from tests.cli.fake import sample
-from tests.output.test_formats import records, render
+from tests.records import records, render, sample
 
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 

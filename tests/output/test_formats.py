@@ -7,7 +7,6 @@ import io
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -15,20 +14,9 @@ import pytest
 
 from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
-from certify_cli.records import Record, Run, Sample, Summary, collect, summarise
-from tests.cli.fake import run, sample
+from certify_cli.records import Run, Sample, Summary, collect, summarise
+from tests.records import SETTINGS, records, render, run, sample
 from tests.schema import SCHEMA, validator
-
-SETTINGS = SimpleNamespace(method="auto", effort="normal", attack="certificate", seed=0)
-
-
-def records(*samples: Sample, eps: tuple[str, ...] = ("0.1", "36/255")) -> list[Record]:
-    rows = samples or (sample(3), sample(4, label=1), sample(5, radius=None))
-    return [run({"model": "two.onnx"}, SETTINGS, len(rows), ["a note"]), *rows, summarise(rows, eps, 1.25)]
-
-
-def render(name: str, given: list[Record], view: View | None = None) -> str:
-    return "".join(FORMATS[name].render(iter(given), view or View()))
 
 
 def test_the_schema_is_a_schema() -> None:

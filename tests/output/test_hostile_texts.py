@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from html.parser import HTMLParser
-from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -30,11 +29,10 @@ from certify_cli.output.console import escaped, paragraph
 from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
 from certify_cli.records import DataInfo, ModelInfo, Result, summarise
-from tests.cli.fake import run, sample
 from tests.hostile import TEXTS
-from tests.output.test_ci_formats import SCHEMAS
+from tests.records import SETTINGS, run, sample
+from tests.schema import SCHEMAS
 
-SETTINGS = SimpleNamespace(method="auto", effort="normal", attack="certificate", seed=0)
 HARMLESS = "harmless"
 EPS = ("0.1", "0.5")
 

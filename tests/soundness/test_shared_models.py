@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from certify_cli import load_data, load_model
+from certify_cli import load_model
 from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.certificates.methods import certify_batch, select
-from certify_cli.data.datasets import Dataset
 from certify_cli.errors import ModelError
-from certify_cli.load.preprocessing import fit
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
-from certify_cli.network.graph import Network
-from tests.conftest import SHARED
+from tests.adversary import pgd
+from tests.shared_models import INDEX, load
 
-INDEX: dict[str, dict[str, Any]] = (
-    json.loads((SHARED / "models" / "index.json").read_text()) if (SHARED / "models").is_dir() else {}
-)
 REFUSED = "vnn23_cifar_vit_ibp_3_3_8.onnx"
 LOADABLE = sorted(set(INDEX) - {REFUSED}) or ["no shared models"]
 QUICK = {
@@ -51,42 +43,6 @@ CASES = [
     *((name, count) for name, count in QUICK.items() if name in LOADABLE),
     *(pytest.param(name, COUNTS.get(name, 100), marks=pytest.mark.slow) for name in LOADABLE),
 ]
-
-
-def load(shared: Path, name: str, samples: str) -> tuple[Network, Dataset, dict[str, Any]]:
-    entry = INDEX[name]
-    if entry["dataset"] == "mnist":
-        data = load_data("mnist", root=shared / "data", samples=samples, offline=True)
-    else:
-        data = load_data(str(shared / "data" / "cifar10_test_first761.npz"), samples=samples)
-    layout = "nhwc" if entry["layout"] == "NHWC" else None
-    model = load_model(shared / "models" / name)
-    network = fit(model.network, tuple(data.x.shape[1:]), mean=entry["mean"], std=entry["std"], layout=layout)
-    return network, data, entry
-
-
-def pgd(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, steps: int = 100) -> Tensor:
-    """Perturbations of norm at most `radius` after PGD on the smallest margin, from the sample's own point."""
-    shape = (-1, *[1] * (x.dim() - 1))
-    d = torch.zeros_like(x)
-    best, best_margin = d, torch.full((len(x),), torch.inf, dtype=x.dtype)
-    for step in range(steps + 1):
-        moved = (x + d).requires_grad_(True)
-        logits = network(moved)
-        own = torch.nn.functional.one_hot(prediction, network.classes).bool()
-        margin = logits.gather(1, prediction.unsqueeze(1)).squeeze(1) - logits.masked_fill(own, -torch.inf).amax(1)
-        better = margin.detach() < best_margin
-        best = torch.where(better.reshape(shape), d, best)
-        best_margin = torch.where(better, margin.detach(), best_margin)
-        if step == steps:
-            break
-        (gradient,) = torch.autograd.grad(margin.sum(), moved)
-        size = gradient.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(shape)
-        rate = (2.5 * radius / steps * (1 + 3 * (step < steps // 3))).reshape(shape)
-        d = d - rate * gradient / size
-        length = d.flatten(1).norm(dim=1).clamp(min=1e-30)
-        d = d * (radius / length).clamp(max=1.0).reshape(shape)
-    return best
 
 
 @pytest.mark.parametrize(("name", "count"), CASES)
