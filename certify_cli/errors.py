@@ -28,6 +28,10 @@ class ModelError(CurvcertError):
     exit_code = 3
 
 
+class LayerError(ModelError):
+    """A ModelError whose message begins with the layer at fault, so that nobody need name it again."""
+
+
 class DataError(CurvcertError):
     """A data set that is missing, unreadable or does not fit the model (exit 3)."""
 

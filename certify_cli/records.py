@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean, median
 from types import UnionType
@@ -247,6 +247,42 @@ def collect(records: Iterable[Record]) -> Result:
     return Result(first, tuple(samples), last)  # type: ignore[arg-type]
 
 
+def certifies(radius: Any, eps: float) -> Any:
+    """Whether certified radii (a float, or a tensor of them) cover the closed ball of radius `eps`: they are larger,
+    for a certificate leaves out the boundary of its own ball."""
+    return radius > eps
+
+
+def refutes(attack_radius: Any, eps: float) -> Any:
+    """Whether attacks at these distances (a float, or a tensor of them) lie in the closed ball of radius `eps`."""
+    return attack_radius <= eps
+
+
+def counts(sample: Sample) -> bool:
+    """Whether a sample's radius counts towards the figures: that of a misclassified sample does not."""
+    return sample.correct is not False
+
+
+def certified_at(sample: Sample, eps: float) -> bool:
+    """Certified at eps: not misclassified, and no perturbation in the closed ball of radius `eps` changes that."""
+    return counts(sample) and certifies(sample.certified_radius or 0.0, eps)
+
+
+def attacked_at(sample: Sample, eps: float) -> bool:
+    """Attacked at eps: an adversarial example is known in the closed ball of radius `eps`."""
+    return sample.attack_radius is not None and refutes(sample.attack_radius, eps)
+
+
+def withstands(sample: Sample, eps: float) -> bool:
+    """Not misclassified, and not attacked at eps."""
+    return counts(sample) and not attacked_at(sample, eps)
+
+
+def counted_radius(sample: Sample) -> float:
+    """The certified radius, as the figures take it: 0 where there is none or it does not count."""
+    return sample.certified_radius or 0.0 if counts(sample) else 0.0
+
+
 def parse_eps(text: str) -> float:
     """The radius that an `--eps` text stands for: a positive decimal or a fraction of two, such as 36/255.
 
@@ -267,34 +303,23 @@ def summarise(
     """Add the samples up; `eps` are the texts typed, in order."""
     rows = list(samples)
     labelled = bool(rows) and all(row.label is not None for row in rows)
-    radius = [row.certified_radius or 0.0 for row in rows]
-    counted = [r if row.correct or not labelled else 0.0 for row, r in zip(rows, radius, strict=True)]
-    correct = [r for row, r in zip(rows, radius, strict=True) if row.correct]
+    radii = [counted_radius(row) for row in rows]
+    correct = [counted_radius(row) for row in rows if row.correct]
 
-    def certified(level: float) -> float:
-        return fmean(float(r > level) for r in counted) if rows else 0.0
-
-    def unattacked(level: float) -> float:
-        return (
-            fmean(
-                float((row.correct or not labelled) and (row.attack_radius is None or row.attack_radius > level))
-                for row in rows
-            )
-            if rows
-            else 0.0
-        )
+    def share(holds: Callable[[Sample, float], bool], level: float) -> float:
+        return fmean(float(holds(row, level)) for row in rows) if rows else 0.0
 
     levels = {text: parse_eps(text) for text in eps}
-    certified_levels = {text: certified(level) for text, level in levels.items()}
+    certified_shares = {text: share(certified_at, level) for text, level in levels.items()}
     return Summary(
         samples=len(rows),
         accuracy=fmean(float(bool(row.correct)) for row in rows) if labelled else None,
-        mean_certified_radius=fmean(counted) if rows else None,
-        median_certified_radius=median(counted) if rows else None,
+        mean_certified_radius=fmean(radii) if rows else None,
+        median_certified_radius=median(radii) if rows else None,
         mean_certified_radius_correct=fmean(correct) if correct else None,
-        certified_accuracy=certified_levels if labelled else None,
-        certified_share=None if labelled else certified_levels,
-        attack_accuracy={text: unattacked(level) for text, level in levels.items()} if labelled else None,
+        certified_accuracy=certified_shares if labelled else None,
+        certified_share=None if labelled else certified_shares,
+        attack_accuracy={text: share(withstands, level) for text, level in levels.items()} if labelled else None,
         seconds=seconds,
         search_seconds=search_seconds,
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from certify_cli.audit.figures import FIGURES, certified, reached
+from certify_cli.audit.figures import FIGURES, reached
 from certify_cli.errors import RecordsError
-from certify_cli.records import Result, Run, parse_eps
+from certify_cli.records import Result, Run, certified_at, parse_eps
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _samples(old: Result, new: Result) -> tuple[SampleChange, ...]:
     for a, b in zip(old.samples, new.samples, strict=True):
         if (a.prediction, a.certified_radius) == (b.prediction, b.certified_radius):
             continue
-        was, now = ({eps for eps, level in levels.items() if certified(s, level)} for s in (a, b))
+        was, now = ({eps for eps, level in levels.items() if certified_at(s, level)} for s in (a, b))
         found.append(
             SampleChange(
                 index=a.index,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from certify_cli.records import Sample, Summary
+from certify_cli.records import Sample, Summary, attacked_at, certified_at, counted_radius, counts, withstands
 
 Span = tuple[float, float]
 Spans = Callable[[Sequence[Sample], int, float], Span]
@@ -47,27 +47,9 @@ class Figure:
         return not self.radius and not self.of_model
 
 
-def counts(sample: Sample) -> bool:
-    """Whether a sample's radius counts: not that of a misclassified one."""
-    return sample.correct is not False
-
-
-def certified(sample: Sample, level: float) -> bool:
-    return counts(sample) and (sample.certified_radius or 0.0) > level
-
-
-def attacked(sample: Sample, level: float) -> bool:
-    return sample.attack_radius is not None and sample.attack_radius <= level
-
-
 def unknown(sample: Sample, level: float) -> bool:
     """Neither certified at the radius nor attacked within it, nor misclassified."""
-    return counts(sample) and not certified(sample, level) and not attacked(sample, level)
-
-
-def radius(sample: Sample) -> float:
-    """The certified radius, 0 where it does not count."""
-    return sample.certified_radius or 0.0 if counts(sample) else 0.0
+    return counts(sample) and not certified_at(sample, level) and not attacked_at(sample, level)
 
 
 def _share(has: Callable[[Sample, float], bool]) -> Spans:
@@ -79,17 +61,17 @@ def _share(has: Callable[[Sample, float], bool]) -> Spans:
 
 
 def _mean(samples: Sequence[Sample], total: int, level: float) -> Span:
-    found = math.fsum(map(radius, samples)) / total
+    found = math.fsum(map(counted_radius, samples)) / total
     return found, found if len(samples) == total else math.inf
 
 
 def _median(samples: Sequence[Sample], total: int, level: float) -> Span:
-    radii, missing = [radius(sample) for sample in samples], total - len(samples)
+    radii, missing = [counted_radius(sample) for sample in samples], total - len(samples)
     return median([*radii, *[0.0] * missing]), median([*radii, *[math.inf] * missing])
 
 
 def _mean_correct(samples: Sequence[Sample], total: int, level: float) -> Span:
-    radii, missing = [radius(sample) for sample in samples if sample.correct], total - len(samples)
+    radii, missing = [counted_radius(sample) for sample in samples if sample.correct], total - len(samples)
     found = math.fsum(radii) / max(1, len(radii) + missing)
     return found, math.inf if missing else found
 
@@ -104,27 +86,27 @@ def _misclassified(sample: Sample, level: float) -> float | None:
 
 def _uncertified(sample: Sample, level: float) -> float | None:
     """The nearest to the radius first, misclassified ones last."""
-    if certified(sample, level):
+    if certified_at(sample, level):
         return None
-    return level - radius(sample) if counts(sample) else math.inf
+    return level - counted_radius(sample) if counts(sample) else math.inf
 
 
 def _broken(sample: Sample, level: float) -> float | None:
     if not counts(sample):
         return math.inf
-    return level - (sample.attack_radius or 0.0) if attacked(sample, level) else None
+    return level - (sample.attack_radius or 0.0) if attacked_at(sample, level) else None
 
 
 def _open(sample: Sample, level: float) -> float | None:
-    return level - radius(sample) if unknown(sample, level) else None
+    return level - counted_radius(sample) if unknown(sample, level) else None
 
 
 def _smallest(sample: Sample, level: float) -> float | None:
-    return radius(sample)
+    return counted_radius(sample)
 
 
 def _smallest_correct(sample: Sample, level: float) -> float | None:
-    return radius(sample) if sample.correct else None
+    return counted_radius(sample) if sample.correct else None
 
 
 def _none(sample: Sample, level: float) -> float | None:
@@ -133,10 +115,12 @@ def _none(sample: Sample, level: float) -> float | None:
 
 FIGURES: dict[str, Figure] = {
     "accuracy": Figure("accuracy", _share(lambda s, _: bool(s.correct)), _misclassified, labelled=True),
-    "certified_accuracy": Figure("certified accuracy", _share(certified), _uncertified, by_radius=True, labelled=True),
+    "certified_accuracy": Figure(
+        "certified accuracy", _share(certified_at), _uncertified, by_radius=True, labelled=True
+    ),
     "attack_accuracy": Figure(
         "accuracy under attack",
-        _share(lambda s, level: counts(s) and not attacked(s, level)),
+        _share(withstands),
         _broken,
         by_radius=True,
         labelled=True,

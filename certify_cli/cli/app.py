@@ -23,6 +23,7 @@ from certify_cli.cli.configuration import name_variables
 from certify_cli.cli.convert import convert
 from certify_cli.cli.diff import diff
 from certify_cli.cli.doctor import doctor
+from certify_cli.cli.exit_codes import DONE, INTERNAL, SIGNALLED, USAGE
 from certify_cli.cli.inspect import inspect
 from certify_cli.cli.report import report
 from certify_cli.cli.signals import Stopped, at_once
@@ -32,7 +33,6 @@ from certify_cli.errors import CurvcertError
 from certify_cli.output.console import printable
 from certify_cli.version import __version__
 
-DONE, USAGE, INTERNAL = 0, 2, 4
 DEBUG_VARIABLE = "CURVCERT_DEBUG"
 
 EXIT_CODES = """
@@ -92,7 +92,7 @@ def _code_of(words: list[str]) -> int:
             return code
     except Stopped as stop:
         _complain(f"curvcert: stopped by {signal.Signals(stop.number).name}{stop.hint}")
-        return 128 + stop.number
+        return SIGNALLED + stop.number
     except BrokenPipeError:
         return DONE
     except CurvcertError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from certify_cli.audit.compare import Comparison, SampleChange, compare, unlike
 from certify_cli.cli import options as opt
+from certify_cli.cli.exit_codes import DONE, NOT_MET
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
 from certify_cli.errors import UsageError
@@ -16,7 +17,6 @@ from certify_cli.output.numbers import DOWN, number
 from certify_cli.output.read import read_document
 from certify_cli.records import SCHEMA
 
-NOT_MET = 1
 FIGURES = (Column("figure"), *(Column(name, right=True) for name in ("old", "new", "change")), Column("verdict"))
 SAMPLES = (
     *(Column(name, right=True) for name in ("index", "label", "prediction", "old radius", "new radius", "change")),
@@ -46,7 +46,7 @@ def diff(
             reporter.warning(f"the runs are of different kinds: {text}")
         found = compare(before, after, tolerance)
         out.last(RENDERED[form](found, out.view))
-    return NOT_MET if found.regressions else 0
+    return NOT_MET if found.regressions else DONE
 
 
 def as_json(found: Comparison, view: View) -> str:

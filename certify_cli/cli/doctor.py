@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from certify_cli.cli import options as opt
+from certify_cli.cli.exit_codes import NOT_MET
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.selftest import PROBLEMS, Known
 from certify_cli.cli.sink import sink
@@ -38,8 +39,6 @@ LIBRARIES = {
 """Distribution and module of everything that the package stands on."""
 
 NEED_TORCHVISION = {"torchvision", "onnx2torch"}
-
-FAULT = 1
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def doctor(
     if not found["ok"]:
         faults = "; ".join(f"{check.name}: {check.detail}" for check in checks if not check.ok)
         print(printable(f"curvcert: doctor found a fault: {faults}"), file=sys.stderr)
-        raise typer.Exit(FAULT)
+        raise typer.Exit(NOT_MET)
 
 
 def check_library(name: str, module: str) -> Check:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
+from certify_cli.names import SUMMARIES
 from certify_cli.output.console import Column, grid, pairs
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
@@ -65,7 +66,7 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
             for node in nodes
         ],
         "methods": [
-            {"name": name, "summary": METHODS[name].summary, "applies": reason is None, "reason": reason}
+            {"name": name, "summary": SUMMARIES[name], "applies": reason is None, "reason": reason}
             for name, reason in reasons.items()
         ],
     }

@@ -14,12 +14,10 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from certify_cli.errors import UsageError, quoted
+from certify_cli.names import AUTO, EFFORTS, METHOD_NAMES
 from certify_cli.output.formats import FORMATS
 from certify_cli.plain import decimal, integer
-from certify_cli.run.settings import ATTACKS, EFFORTS, LAYOUTS
-
-METHOD_NAMES = ("auto", "lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz")
-"""For help and completion only, which must not load torch; `certificates.methods.METHODS` decides what is valid."""
+from certify_cli.run.settings import ATTACKS, LAYOUTS
 
 DATA_LAYOUTS = ("nchw", "nhwc")
 SPLITS = ("test", "train")
@@ -29,7 +27,9 @@ CHECK_FORMATS = ("table", "json", "markdown", "junit", "sarif", "github")
 SUFFIXES = {"md": "markdown", "xml": "junit"}
 """Suffixes of files that are not the format's name."""
 
-AUTO = "auto"
+METHODS = (AUTO, *METHOD_NAMES)
+UNSET = "auto"
+"""The text that leaves a number to the program."""
 
 Number = TypeVar("Number", int, float)
 
@@ -154,7 +154,7 @@ Layout = Annotated[
 ]
 
 Method = Annotated[
-    str, _choice("--method", METHOD_NAMES, "How to certify; auto takes the best of what applies, sample by sample.")
+    str, _choice("--method", METHODS, "How to certify; auto takes the best of what applies, sample by sample.")
 ]
 Effort = Annotated[str, _choice("--effort", EFFORTS, "How much time to spend on tighter bounds.")]
 Attack = Annotated[
@@ -368,7 +368,7 @@ def numbers(flag: str, texts: Sequence[str] | None) -> tuple[float, ...]:
 
 def count_or_auto(flag: str, text: str) -> int | None:
     """A positive integer, or None for `auto`."""
-    if text == AUTO:
+    if text == UNSET:
         return None
     return _parse(flag, text, integer, "a positive integer or auto", lambda value: value > 0)
 
@@ -382,7 +382,7 @@ UNITS = {"": 1, "B": 1} | {
 
 def memory_size(flag: str, text: str) -> int | None:
     """Bytes of a size such as 2GB (10^9), 2GiB (2^30) or 512MB; None for `auto`."""
-    if text == AUTO:
+    if text == UNSET:
         return None
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(?: ?([A-Za-z]+))?", text, re.ASCII)
     unit = UNITS.get((found[2] or "").upper()) if found else None

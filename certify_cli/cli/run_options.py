@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
+from certify_cli.names import AUTO
 from certify_cli.run.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class RunOptions:
     layout: opt.Layout = None
     activation: opt.ActivationName = None
     output: opt.ModelOutput = None
-    method: opt.Method = "auto"
+    method: opt.Method = AUTO
     effort: opt.Effort = "normal"
     attack: opt.Attack = "certificate"
     eps: opt.Eps = None
@@ -66,10 +67,9 @@ class RunOptions:
     def load(self, settings: Settings, reporter: Reporter) -> tuple[LoadedModel, Dataset]:
         """The model and the data; raises ModelError, DataError, UsageError."""
         from certify_cli import load_model
-        from certify_cli.certificates.methods import METHODS
         from certify_cli.data.datasets import named_shape
 
-        opt.one_of("--method", self.method, dict.fromkeys(["auto", *METHODS]))
+        opt.one_of("--method", self.method, opt.METHODS)
         chosen: list[Dataset] = []
 
         def taken() -> Dataset:

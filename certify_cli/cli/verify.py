@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify_cli.cli import options as opt
+from certify_cli.cli.exit_codes import DONE, NOT_MET
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
 from certify_cli.errors import RecordsError, UsageError, shown
@@ -17,8 +18,6 @@ from certify_cli.records import Run
 
 if TYPE_CHECKING:
     from certify_cli.data.datasets import Dataset
-
-NOT_MET = 1
 
 
 def verify(
@@ -86,7 +85,7 @@ def verify(
                 advance()
         found = Verified(run, records, model, OUTCOMES, tuple(wrong), rows, tuple(notes))
         out.last(RENDERED[form](found, out.view))
-    return NOT_MET if found.contradictions else 0
+    return NOT_MET if found.contradictions else DONE
 
 
 def _of_hash(what: str, said: str, found: str) -> list[str]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from certify_cli.audit.figures import attacked, certified
 from certify_cli.audit.judge import Finding, Verdict
 from certify_cli.audit.policy import POLICY
 from certify_cli.output.console import class_name
 from certify_cli.output.numbers import DOWN, UP, number
-from certify_cli.records import ERROR, Result, Run, Sample, parse_eps
+from certify_cli.records import ERROR, Result, Run, Sample, attacked_at, certified_at, parse_eps
 
 PASS, FAIL, BROKEN, OPEN = "pass", "fail", "error", "open"
 MOST_SAMPLES = 10
@@ -37,10 +36,6 @@ class Cases:
     title: str
     rules: dict[str, str]
     cases: tuple[Case, ...]
-    seconds: float | None = None
-
-    def count(self, outcome: str) -> int:
-        return sum(case.outcome == outcome for case in self.cases)
 
 
 def of_result(result: Result) -> Cases:
@@ -58,7 +53,6 @@ def of_result(result: Result) -> Cases:
             for rule, level in zip(rules or ["certified"], [parse_eps(eps) for eps in levels] or [0.0], strict=True)
             for sample in result.samples
         ),
-        seconds=result.summary.seconds,
     )
 
 
@@ -68,9 +62,9 @@ def _judged(sample: Sample, level: float, run: Run) -> tuple[str, str]:
     if sample.correct is False:
         said, label = class_name(sample.prediction, run), class_name(sample.label, run)
         return FAIL, f"sample {sample.index} is classified as {said}, its label is {label}"
-    if certified(sample, level):
+    if certified_at(sample, level):
         return PASS, ""
-    if attacked(sample, level):
+    if attacked_at(sample, level):
         return FAIL, f"sample {sample.index}: an adversarial example is known at {number(sample.attack_radius, UP)}"
     found = sample.reason or f"the certified radius is {number(sample.certified_radius, DOWN)}"
     return OPEN, f"sample {sample.index} is neither certified nor attacked at {level:g}: {found}"

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from certify_cli.audit.figures import counts, radius
 from certify_cli.errors import UsageError, shown
 from certify_cli.output.console import class_name
-from certify_cli.records import Result
+from certify_cli.records import Result, counted_radius, counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +93,7 @@ def curves(results: Sequence[Result]) -> tuple[NDArray[Any], list[tuple[NDArray[
     where no attack is known)."""
     import numpy as np
 
-    furthest = max((radius(s) for result in results for s in result.samples), default=0.0)
+    furthest = max((counted_radius(s) for result in results for s in result.samples), default=0.0)
     attacks = [s.attack_radius for result in results for s in result.samples if s.attack_radius is not None]
     if attacks:
         furthest = max(furthest, float(np.quantile(attacks, 0.95)))
@@ -107,7 +106,7 @@ def curves(results: Sequence[Result]) -> tuple[NDArray[Any], list[tuple[NDArray[
     for result in results:
         broken = [0.0 if not counts(s) else s.attack_radius or math.inf for s in result.samples]
         known = any(math.isfinite(value) and value > 0 for value in broken)
-        found.append((above([radius(s) for s in result.samples]), above(broken) if known else None))
+        found.append((above([counted_radius(s) for s in result.samples]), above(broken) if known else None))
     return levels, found
 
 
@@ -125,7 +124,7 @@ def distribution(axes: Axes, results: Sequence[Result]) -> None:
     """How many samples have which certified radius."""
     import numpy as np
 
-    radii = [[radius(s) for s in result.samples] for result in results]
+    radii = [[counted_radius(s) for s in result.samples] for result in results]
     edges = np.linspace(0, max(max(r) for r in radii) or 1.0, BINS + 1).tolist()
     for k, (name, values) in enumerate(zip(names(results), radii, strict=True)):
         axes.hist(values, edges, color=f"run{k}", alpha=0.35 if len(results) > 1 else 0.8, label=name)
@@ -157,7 +156,7 @@ def classes(axes: Axes, results: Sequence[Result]) -> None:
     labels = sorted({s.label for result in results for s in result.samples if s.label is not None})
     width = 0.8 / len(results)
     for k, (name, result) in enumerate(zip(names(results), results, strict=True)):
-        means = [float(np.mean([radius(s) for s in result.samples if s.label == c] or [0.0])) for c in labels]
+        means = [float(np.mean([counted_radius(s) for s in result.samples if s.label == c] or [0.0])) for c in labels]
         places = np.arange(len(labels)) + (k - (len(results) - 1) / 2) * width
         axes.bar(places, means, width, color=f"run{k}", label=name)
     ticks = [shown(class_name(c, results[0].run), LONGEST_LABEL) for c in labels]

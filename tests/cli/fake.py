@@ -84,9 +84,6 @@ def modules() -> dict[str, ModuleType]:
     """The replaced modules by name."""
     made = {
         "certify_cli.run.engine": {"prepare": prepare},
-        "certify_cli.certificates.methods": {
-            "METHODS": dict.fromkeys(("lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz"))
-        },
     }
     result = {}
     for name, members in made.items():

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from certify_cli.audit.verify import claims
 from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
 from certify_cli.output.read import read_document
@@ -81,6 +82,22 @@ def test_other_methods_pass(curvcert: Curvcert, tmp_path: Path, method: str) -> 
     assert code == 0
     wanted = {"lipschitz": "proved", "dual": "proved"}.get(method, "recomputed")
     assert found["outcomes"][wanted] >= 4
+
+
+def test_a_method_without_a_proof_rule_is_recomputed_or_attacked_only(
+    curvcert: Curvcert, run: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a new method needs in `verify`: its name among METHOD_NAMES, and nothing else."""
+    monkeypatch.setattr(claims, "METHOD_NAMES", ("new",))
+    result = read_document(run["run.json"])
+    samples = tuple(replace(sample, method=sample.method and "new") for sample in result.samples)
+    path = write(tmp_path / "new.json", replace(result, run=replace(result.run, method="new"), samples=samples))
+    code, found = verified(curvcert, path, "--share", "0")
+    assert (code, found["verified"], found["outcomes"]["attacked only"]) == (0, True, COUNT)
+    code, found = verified(curvcert, path, "--share", "1")
+    assert (code, found["verified"]) == (0, True)
+    assert found["outcomes"]["recomputed"] >= COUNT - 2
+    assert found["outcomes"]["recomputed"] + found["outcomes"]["attacked only"] == COUNT
 
 
 def each(**changes: Any) -> Callable[[Result], Result]:

@@ -13,12 +13,12 @@ from torch import Tensor
 from certify_cli.audit.verify.rounding import blur
 from certify_cli.data.datasets import Dataset
 from certify_cli.errors import quoted
+from certify_cli.names import AUTO, METHOD_NAMES
 from certify_cli.network.graph import Network
 from certify_cli.records import CERTIFIED, NOT_CERTIFIED, Result, Run, Sample, seal, summarise
 
 NEAR = 1e-11
 """Two roundings of the same logits may differ by so much, relatively."""
-METHODS = ("lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz")
 KINDS = ("certificate", "search")
 
 
@@ -182,9 +182,9 @@ def _of_verdicts(sample: Sample, run_method: str, attack: str) -> Iterator[str]:
         yield f"the certified radius {radius} is not positive"
     if sample.status == NOT_CERTIFIED and not sample.reason:
         yield "a sample that is not certified has no reason"
-    if radius is not None and sample.method not in METHODS:
+    if radius is not None and sample.method not in METHOD_NAMES:
         yield f"the method {quoted(sample.method)} is none of curvcert's"
-    elif radius is not None and run_method not in ("auto", sample.method):
+    elif radius is not None and run_method not in (AUTO, sample.method):
         yield f"the method is {sample.method}, the run was by {run_method}"
     if (sample.attack_radius is None) != (sample.attack_kind is None):
         yield f"an attack radius of {sample.attack_radius} of the kind {sample.attack_kind}"

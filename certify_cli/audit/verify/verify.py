@@ -37,13 +37,12 @@ OUTCOMES = {
     NOTHING: "the record claims no radius",
     CONTRADICTED: "something in the record is not so",
 }
-CHEAP = ("lipschitz", "curvature", "dual")
-"""Methods whose radii are proved anew; others are recomputed for a share."""
 TO_PROVE = 1 - 1e-6
 """Two proofs round differently: this part of a radius must be reached."""
-PART = {"lipschitz": 0.9, "curvature": 0.4, "dual": 0.4}
-"""A proof by these methods that does not even reach this part of a radius contradicts it: measured on honest runs, the
-proofs reach far more (tests/audit/test_verify_bounds.py)."""
+PROOF_REACHES = {"lipschitz": 0.9, "curvature": 0.4, "dual": 0.4}
+"""Methods with a proof rule of their own (`proof`): their radii are proved anew. A proof that falls short even of this
+part of a radius contradicts it: on honest runs the proofs reach far more (tests/audit/test_verify_bounds.py). Radii of
+all other methods, whichever there are, are recomputed for a share and attacked."""
 TO_RECOMPUTE = 0.9
 """The reference climbs less than the bounds do: this part of a radius must be reached."""
 LEAST_SHARE = 4
@@ -178,7 +177,7 @@ class Verifier:
         if self._prover is None or self._reference is None:
             return outcome
         flat = x.flatten(1)
-        cheap = [n for n in certified if samples[n].method in CHEAP]
+        cheap = [n for n in certified if samples[n].method in PROOF_REACHES]
         sizes = sum(len(layer.bias) for layer in self._prover.layers)
         step = max(1, MEMORY // (8 * 6 * sizes * max(sizes, flat.shape[1])))
         for rows in (cheap[k : k + step] for k in range(0, len(cheap), step)):
@@ -213,7 +212,7 @@ class Verifier:
         if not kept:
             return
         chosen = [rows[k] for k in kept]
-        parts = [PART[str(samples[n].method)] * float(samples[n].certified_radius or 0.0) for n in chosen]
+        parts = [PROOF_REACHES[str(samples[n].method)] * float(samples[n].certified_radius or 0.0) for n in chosen]
         radii = torch.tensor(parts, dtype=torch.float64)
         for n, part, holds in zip(
             chosen, parts, proved(self._prover, flat[chosen], predictions[kept], radii), strict=True

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify_cli.errors import ModelError, first_line, listed, quoted
+from certify_cli.errors import LayerError, ModelError, first_line, listed, quoted
 from certify_cli.load.safetensors.declared_layers import DECLARED, declaration
 from certify_cli.load.safetensors.fields import Entry, Tensors
 from certify_cli.network.graph import MAX_VALUES, Builder, Network, Shape
@@ -117,9 +117,9 @@ def _add(entry: Entry, builder: Builder, inputs: list[Data]) -> Data:
         value = row(entry, Place(builder, entry.name, entry.type), inputs)
     except _MISFIT as error:
         entry.fail(first_line(error))
+    except LayerError:
+        raise
     except ModelError as error:
-        if str(error).startswith("layer "):
-            raise
         entry.fail(str(error))
     entry.finish()
     if len(builder.shape(value.index)) > MAX_AXES:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from certify_cli.errors import ModelError, listed, quoted, shown
+from certify_cli.errors import LayerError, ModelError, listed, quoted, shown
 
 _FIXED = ("type", "name", "inputs", "title")
 
@@ -67,7 +67,7 @@ class Entry:
         self.title = shown(self._text("title", ""))
 
     def fail(self, message: str) -> NoReturn:
-        raise ModelError(f"{self._where}: {message}")
+        raise LayerError(f"{self._where}: {message}")
 
     def inputs(self, previous: str) -> list[str]:
         """The names of the layers it takes, by default the one before."""

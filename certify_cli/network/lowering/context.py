@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from certify_cli.errors import ModelError, first_line, quoted, shown
+from certify_cli.errors import LayerError, first_line, quoted, shown
 from certify_cli.network.affine import Reshape, Select
 from certify_cli.network.graph import Builder, Op, Shape
 
@@ -39,7 +39,7 @@ class Place:
         return Data(self.builder.add(self.name, op, *(value.index for value in values)))
 
     def refuse(self, why: str) -> NoReturn:
-        raise ModelError(f"layer {quoted(self.name)} ({self.kind}): {why}")
+        raise LayerError(f"layer {quoted(self.name)} ({self.kind}): {why}")
 
     def data(self, value: Any) -> Data:
         """`value`, which must be data."""

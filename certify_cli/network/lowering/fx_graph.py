@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from certify_cli.errors import ModelError
+from certify_cli.errors import LayerError, ModelError
 from certify_cli.network.activations import from_module
 from certify_cli.network.graph import Builder, Network, Shape
 from certify_cli.network.lowering import torch_layers as _layers  # noqa: F401  (enters the rules)
@@ -105,9 +105,9 @@ def _lower_call(
         activation = from_module(layer) if layer is not None else None
     except ValueError as error:
         place.refuse(str(error))
+    except LayerError:
+        raise
     except ModelError as error:
-        if str(error).startswith("layer "):
-            raise
         place.refuse(str(error))
     if activation is None:
         place.refuse(f"this operator is not supported; supported are {SUPPORTED}")
