@@ -43,12 +43,13 @@ def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: st
 
     from certify_cli.bounds.global_bounds.curvature import why_no_curvature
     from certify_cli.bounds.global_bounds.lipschitz import lipschitz_expansion, product_expansion
-    from certify_cli.bounds.global_bounds.model_bounds import Analysis
+    from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
     from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
-    from certify_cli.certificates.dual import sharpened
+    from certify_cli.certificates.dual import refined
     from certify_cli.certificates.methods import METHODS, TANGENTS, certify_batch, select
+    from certify_cli.efforts import EFFORTS
     from certify_cli.network.evaluate import exact_kernels
-    from certify_cli.network.evaluated import Point
+    from certify_cli.network.evaluated import EvaluatedPoints
 
     torch.set_num_threads(threads)
     network, data = load(path, entry, root, samples)
@@ -58,13 +59,13 @@ def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: st
 
     methods = tuple(method for method in select("auto", network) if method.name in GLOBAL)
     with exact_kernels():
-        analysis = Analysis(network, effort)
+        analysis = ModelBounds(network, EFFORTS[effort])
         start = time.perf_counter()
-        point = Point(network, x)
+        point = EvaluatedPoints(network, x)
         certify_batch(methods, analysis, point, attack=False)
         first = time.perf_counter() - start
         start = time.perf_counter()
-        certify_batch(methods, analysis, Point(network, x), attack=False)
+        certify_batch(methods, analysis, EvaluatedPoints(network, x), attack=False)
         again = time.perf_counter() - start
 
         right = point.prediction == data.y
@@ -93,7 +94,7 @@ def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: st
             upper = analysis.curvature_pairs.columns(point.prediction)
             lipschitz = analysis.lipschitz_pairs.rows(point.prediction)
             closed = hybrid_radius(point.margin_low, point.gradient_norm, lower, lipschitz)
-            radius = sharpened(point, closed, lower, upper, TANGENTS[effort]).radius
+            radius = refined(point, closed, lower, upper, TANGENTS[effort]).radius
             return mean(radius.masked_fill(point.own, torch.inf).amin(1))
 
         return {

@@ -45,9 +45,10 @@ from common import Entry, header, in_process, load, parser, peak_mib, read_index
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from certify_cli.bounds.global_bounds.model_bounds import Analysis
+    from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
     from certify_cli.certificates.certificates import Certificates
-    from certify_cli.network.evaluated import Point
+    from certify_cli.efforts import EFFORTS
+    from certify_cli.network.evaluated import EvaluatedPoints
     from certify_cli.network.graph import Network
 
 LARGEST = 1e6
@@ -65,14 +66,14 @@ class Subject:
 
     network: Network
     x: Tensor
-    analysis: Analysis
+    analysis: ModelBounds
 
     @property
-    def point(self) -> Point:
+    def point(self) -> EvaluatedPoints:
         """Nothing known of the samples yet."""
-        from certify_cli.network.evaluated import Point
+        from certify_cli.network.evaluated import EvaluatedPoints
 
-        return Point(self.network, self.x)
+        return EvaluatedPoints(self.network, self.x)
 
     def first(self, index: Tensor) -> Subject:
         return Subject(self.network, self.x[index], self.analysis)
@@ -109,7 +110,7 @@ def by_method(name: str) -> Callable[[Subject], Tensor]:
     return radii
 
 
-def cheapest(subject: Subject, attack: bool = False) -> tuple[Point, Certificates]:
+def cheapest(subject: Subject, attack: bool = False) -> tuple[EvaluatedPoints, Certificates]:
     """By the cheapest method that can promise attacks, or else the cheapest."""
     from certify_cli.bounds.global_bounds.curvature import why_no_curvature
     from certify_cli.certificates.methods import METHODS
@@ -123,10 +124,10 @@ def by_attack(subject: Subject) -> Tensor:
     """Distances of the adversarial examples that the search finds, or a certificate promises; inf where none."""
     import torch
 
-    from certify_cli.attacks.ddn import searched
+    from certify_cli.attacks.ddn import nearest_attacks
 
     point, found = cheapest(subject, attack=True)
-    _, norm = searched(point, found.near, found.radius, subject.analysis.effort)
+    _, norm = nearest_attacks(point, found.near, found.radius, subject.analysis.effort)
     return torch.minimum(norm.nan_to_num(nan=torch.inf), found.attack.nan_to_num(nan=torch.inf))
 
 
@@ -149,12 +150,12 @@ def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[st
     import torch
 
     from certify_cli.bounds.global_bounds.curvature import why_no_curvature
-    from certify_cli.bounds.global_bounds.model_bounds import Analysis
-    from certify_cli.network.evaluated import Point
+    from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+    from certify_cli.network.evaluated import EvaluatedPoints
 
     if why_no_curvature(network) is not None:
         columns = [column for column in columns if column not in OF_CURVATURE]
-    predicted = Point(network, x).prediction
+    predicted = EvaluatedPoints(network, x).prediction
     right = (torch.ones_like(predicted, dtype=torch.bool) if labels is None else predicted == labels).nonzero()[:, 0]
     if not len(right):
         return {"reason": "no sample is classified correctly"}
@@ -162,7 +163,7 @@ def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[st
     each = torch.stack([(classes == c).nonzero()[0, 0] for c in classes.unique()])  # one sample a predicted class
     subjects, bounds = {}, 0.0
     for effort in dict.fromkeys(COLUMNS[column][0] for column in columns):
-        subjects[effort] = Subject(network, x[right], Analysis(network, effort))
+        subjects[effort] = Subject(network, x[right], ModelBounds(network, EFFORTS[effort]))
         some = subjects[effort].first(each)
         _, cold = _timed(lambda some=some: cheapest(some))  # type: ignore[misc]
         _, warm = _timed(lambda some=some: cheapest(some))  # type: ignore[misc]

@@ -21,5 +21,3 @@ AUTO = "auto"
 """In place of a method's name: the best of every method that applies, sample by sample."""
 TANGENT_METHODS = ("curvature", "dual")
 """Methods whose certificate is the closed form at one point, which `certify --certificate` writes."""
-EFFORTS = ("fast", "normal", "max")
-"""From the least time to the tightest bounds."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import heads
+from certify_cli.network.propagate import pre_activations
 from tests.networks import (
     points,
 )
@@ -24,7 +24,7 @@ def towards_extremes(network: Network, x: Tensor, seed: int) -> Tensor:
     x = x.clone().requires_grad_(True)
     with torch.enable_grad():
         values = network.values(x)
-        target = heads(network)[int(torch.randint(len(heads(network)), (1,), generator=g))]
+        target = pre_activations(network)[int(torch.randint(len(pre_activations(network)), (1,), generator=g))]
         flat = values[target].flatten(1)
         (d,) = torch.autograd.grad(flat[:, int(torch.randint(flat.shape[1], (1,), generator=g))].sum(), x)
     size = d.flatten(1).norm(dim=1).clamp(min=1e-30).reshape(-1, *[1] * (d.dim() - 1))
@@ -39,7 +39,7 @@ def directions(network: Network, x: Tensor, count: int) -> list[Tensor]:
     ]
 
 
-def pairs(point: Point) -> tuple[Tensor, Tensor, Tensor]:
+def pairs(point: EvaluatedPoints) -> tuple[Tensor, Tensor, Tensor]:
     """Every sample with every rival: sample, margin (lower bound), cotangents."""
     sample, rival = (~point.own).nonzero().unbind(1)
     eye = torch.eye(point.network.classes, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """A minimum-norm search for attacks: how much larger than the certified radius could a certificate be at best?
 
-Nothing here is a bound. What is found counts only once it is replayed (`attack.replayed`), and is labelled as found by
-search. The search is DDN (Rony et al., CVPR 2019): gradient steps on the smallest margin with the norm decoupled from
+Nothing here is a bound. An attack counts only once it has been replayed (`replay`), and is labelled as found by search.
+The search is DDN (Rony et al., CVPR 2019): gradient steps on the smallest margin with the norm decoupled from
 the direction, shrinking while the prediction is flipped and growing while it is not; then bisection along the ray.
 """
 
@@ -12,44 +12,41 @@ import math
 import torch
 from torch import Tensor
 
-from certify_cli.attacks.replay import replayed
-from certify_cli.network.evaluated import Point
+from certify_cli.attacks.replay import replayed_along
+from certify_cli.efforts import Effort
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import TINY
 
-STEPS = {"fast": 30, "normal": 100, "max": 300}
-"""Gradient steps by effort."""
-RIVALS = {"fast": 0, "normal": 2, "max": 9}
-"""How many rivals are tried one by one."""
 SHRINK = 0.05
 BISECTIONS = 30
 
 
-def searched(point: Point, start: Tensor, reach: Tensor, effort: str) -> tuple[Tensor, Tensor]:
+def nearest_attacks(point: EvaluatedPoints, start: Tensor, reach: Tensor, effort: Effort) -> tuple[Tensor, Tensor]:
     """Perturbed points and their distances from x, rounded up, replayed; x itself and NaN where none was found.
 
     start (batch, *shape): points to begin from (x itself: along the gradient). reach (batch,): a first guess of the
     norm, such as the certified radius. The search is unconstrained: points may leave [0, 1]. It runs from `start`
     against whichever rival is nearest, then against the rivals that are nearest to first order, each by itself.
     """
-    order = point.about.nan_to_num(nan=torch.inf, posinf=torch.inf).argsort(dim=1)
+    order = point.distance_estimate.nan_to_num(nan=torch.inf, posinf=torch.inf).argsort(dim=1)
     best, best_norm = torch.zeros_like(point.x), torch.full_like(reach, torch.inf)
-    for rank in range(-1, min(RIVALS[effort], point.network.classes - 1)):
+    for rank in range(-1, min(effort.attack_rivals, point.network.classes - 1)):
         target = None if rank < 0 else order[:, rank]
         margin, gradient = _margin(point.network, point.x, point.prediction, target)
         size = gradient.flatten(1).norm(dim=1).clamp(min=TINY)
         along = -gradient * _wide(margin / size.square(), gradient)
         step = start - point.x
         usable = (step.flatten(1) != 0).any(1) & (rank < 0) & (reach > 0) & reach.isfinite()
-        found = _ddn(point, torch.where(_wide(usable, step), step, along), STEPS[effort], target)
+        found = _ddn(point, torch.where(_wide(usable, step), step, along), effort.attack_steps, target)
         crossing = _crossing(point, found)
         nearer = crossing < best_norm
         best, best_norm = torch.where(_wide(nearer, found), found, best), torch.minimum(best_norm, crossing)
-    return replayed(point, best, best_norm)
+    return replayed_along(point, best, best_norm)
 
 
-def _ddn(point: Point, step: Tensor, steps: int, target: Tensor | None) -> Tensor:
+def _ddn(point: EvaluatedPoints, step: Tensor, steps: int, target: Tensor | None) -> Tensor:
     """The smallest flipping perturbation met, or the last one where none flipped."""
     best, best_norm = step.clone(), torch.full_like(step.flatten(1)[:, 0], torch.inf)
     norm = step.flatten(1).norm(dim=1)
@@ -68,7 +65,7 @@ def _ddn(point: Point, step: Tensor, steps: int, target: Tensor | None) -> Tenso
     return torch.where(_wide(best_norm.isinf(), step), step, best)
 
 
-def _crossing(point: Point, step: Tensor) -> Tensor:
+def _crossing(point: EvaluatedPoints, step: Tensor) -> Tensor:
     """How far along each perturbation's ray the prediction first seems to change: (batch,); inf where it does not."""
     norm = step.flatten(1).norm(dim=1)
     low, high = torch.zeros_like(norm), torch.ones_like(norm)
@@ -84,7 +81,7 @@ def _crossing(point: Point, step: Tensor) -> Tensor:
     return torch.where(flipped, norm * high, torch.full_like(norm, torch.inf))
 
 
-def _flipped(point: Point, step: Tensor, scale: Tensor) -> Tensor:
+def _flipped(point: EvaluatedPoints, step: Tensor, scale: Tensor) -> Tensor:
     return point.network(point.x + step * _wide(scale, step)).argmax(1) != point.prediction
 
 

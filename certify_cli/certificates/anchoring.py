@@ -9,8 +9,8 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.anchored import Anchored
 from certify_cli.certificates.closed_form import anchored_radii, attack_radius
-from certify_cli.certificates.turns import weakest_in_turn
-from certify_cli.network.evaluated import Point
+from certify_cli.certificates.dual import weakest_rivals
+from certify_cli.network.evaluated import EvaluatedPoints
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,9 @@ class Constants:
     lipschitz: Tensor
 
 
-def anchored(anchors: Anchored, point: Point, radius: Tensor, constants: Constants) -> tuple[Tensor, Constants]:
+def anchored(
+    anchors: Anchored, point: EvaluatedPoints, radius: Tensor, constants: Constants
+) -> tuple[Tensor, Constants]:
     """The table of certified radii (batch, classes), raised where the anchored constants certify more, and the
     constants that decided each entry. `constants` are the global ones.
 
@@ -31,7 +33,7 @@ def anchored(anchors: Anchored, point: Point, radius: Tensor, constants: Constan
     """
     radius = radius.clone()
     lower, lipschitz = constants.lower.clone(), constants.lipschitz.clone()
-    for todo, rival in weakest_in_turn(point, radius):
+    for todo, rival in weakest_rivals(point, radius):
         curvature, slope = constants.lower[todo, rival], constants.lipschitz[todo, rival]
         change, remainder = anchors.change(todo, rival), anchors.lower(todo, rival)
         secant = anchors.lipschitz(todo, rival)
@@ -52,7 +54,9 @@ def anchored(anchors: Anchored, point: Point, radius: Tensor, constants: Constan
     return radius, Constants(lower, constants.upper, lipschitz)
 
 
-def promised_attack(anchors: Anchored, point: Point, constants: Constants) -> tuple[Tensor, Tensor, Constants]:
+def certified_attack(
+    anchors: Anchored, point: EvaluatedPoints, constants: Constants
+) -> tuple[Tensor, Tensor, Constants]:
     """The nearest promised attack: its radius (batch,), inf where there is none, the class it is towards, and the
     constants with those that promised it.
 

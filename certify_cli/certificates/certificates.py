@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from certify_cli.numerics.trees import Batched
+
 
 @dataclass(frozen=True, eq=False)
-class Certificates:
+class Certificates(Batched):
     """One row a sample (batch,). NaN stands for "this method has none".
 
     `radius` is certified for the prediction: rounded down, 0 where nothing is certified, inf where nothing can flip
@@ -32,28 +34,8 @@ class Certificates:
     method: Tensor
     """Index of the method that gave the radius, in the order of the table of methods."""
 
-    ATTACK_FIELDS = ("attack", "witness")
-
-    def at(self, index: Tensor) -> Certificates:
-        """The rows at `index`."""
-        return Certificates(**{item.name: getattr(self, item.name)[index] for item in fields(self)})
-
-    def put(self, index: Tensor, rows: Certificates) -> Certificates:
-        """The same with the rows at `index` replaced."""
-        return Certificates(
-            **{
-                item.name: getattr(self, item.name).index_copy(0, index, getattr(rows, item.name))
-                for item in fields(self)
-            }
-        )
-
     def best_of(self, other: Certificates) -> Certificates:
         """The larger certified radius and the smaller attack, sample by sample; ties go to self."""
-        better = other.radius > self.radius
-        nearer = other.attack < torch.nan_to_num(self.attack, nan=torch.inf)
-        values = {}
-        for item in fields(self):
-            choice = nearer if item.name in self.ATTACK_FIELDS else better
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            values[item.name] = torch.where(choice.reshape(-1, *[1] * (mine.dim() - 1)), theirs, mine)
-        return Certificates(**values)
+        best = self.where(other.radius > self.radius, other)
+        nearest = self.where(other.attack < torch.nan_to_num(self.attack, nan=torch.inf), other)
+        return replace(best, attack=nearest.attack, witness=nearest.witness)

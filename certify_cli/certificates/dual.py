@@ -13,15 +13,15 @@ convexity and the minorant: d0 must lie in the ball, and nothing beyond its radi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from certify_cli.certificates.closed_form import curvature_radius
-from certify_cli.certificates.turns import weakest_in_turn
-from certify_cli.network.evaluated import Point
-from certify_cli.network.propagate import pull
+from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.propagate import vjp
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, up, vector_norm_up
 
 GAIN = 1e-4
@@ -29,25 +29,25 @@ GAIN = 1e-4
 
 
 def tangent(
-    point: Point, rival: Tensor, moved: Tensor, curvature: Tensor, within: Tensor | float = math.inf
+    point: EvaluatedPoints, rival: Tensor, moved: Tensor, curvature: Tensor, within: Tensor | float = math.inf
 ) -> tuple[Tensor, Tensor]:
     """Certified radii (batch,), down, of x against `rival` (batch,) by the tangent at the points `moved`, and p.
 
     curvature (batch,): M of the margin towards the rival, valid where ||d|| <= `within` (everywhere if infinite), which
     no claim exceeds. 0 where f~ is not positive, and where the point lies outside.
     """
-    there = Point(point.network, moved)
+    there = EvaluatedPoints(point.network, moved)
     eye = torch.eye(point.network.classes, dtype=moved.dtype, device=moved.device)
     cotangents = (eye[point.prediction] - eye[rival]).unsqueeze(1)
-    vectors = pull(point.network, cotangents, there.slopes)[0]
+    vectors = vjp(point.network, cotangents, there.slopes)[0]
     gradient, gradient_error = vectors.value[:, 0].flatten(1), vectors.error[:, 0]
     step = (moved - point.x).flatten(1)
     n = step.shape[1]
     size = up(vector_norm_up(step))
     # <g, d0> from above: the dot product's rounding, the gradient's error, and the rounding of d0 itself
     inner = (gradient * step).sum(1)
-    flaw = up(gamma(n + 3) * (gradient * step).abs().sum(1) + gradient_error * size, n) + UNDERFLOW
-    inner = inner + 2 * UNIT * inner.abs() + flaw
+    error_term = up(gamma(n + 3) * (gradient * step).abs().sum(1) + gradient_error * size, n) + UNDERFLOW
+    inner = inner + 2 * UNIT * inner.abs() + error_term
     bend = times(curvature, size, 0.5 * size)
     margin, error = (t.gather(1, rival.unsqueeze(1)).squeeze(1) for t in there.margins_of(point.prediction))
     level = margin - error - inner - bend
@@ -61,7 +61,7 @@ def tangent(
 
 
 @dataclass(frozen=True, eq=False)
-class Sharpened:
+class Refined:
     """`radius`: the table (batch, classes), improved; `ends`: where the deciding rival's best tangent was taken,
     (batch, *input shape): close to the decision boundary when the bound is sharp."""
 
@@ -69,24 +69,24 @@ class Sharpened:
     ends: Tensor
 
 
-def sharpened(point: Point, radius: Tensor, lower: Tensor, upper: Tensor, steps: int) -> Sharpened:
+def refined(point: EvaluatedPoints, radius: Tensor, lower: Tensor, upper: Tensor, steps: int) -> Refined:
     """The table of radii (batch, classes) with its weakest entries improved by tangents at further points.
 
     lower, upper (batch, classes): bounds of -lambda_min and lambda_max of the margins' Hessians, valid everywhere.
     """
     radius, ends = radius.clone(), point.x.clone()
     decided = torch.full_like(radius[:, 0], torch.inf)
-    for todo, rival in weakest_in_turn(point, radius) if steps else ():
+    for todo, rival in weakest_rivals(point, radius) if steps else ():
         known = radius[todo, rival]
-        best, moved = descended(point, todo, rival, known, lower[todo, rival], upper[todo, rival], steps)
+        best, moved = descend(point, todo, rival, known, lower[todo, rival], upper[todo, rival], steps)
         radius[todo, rival] = best
         nearer = best < decided[todo]
         decided[todo[nearer]], ends[todo[nearer]] = best[nearer], moved[nearer]
-    return Sharpened(radius, ends)
+    return Refined(radius, ends)
 
 
-def descended(
-    point: Point,
+def descend(
+    point: EvaluatedPoints,
     index: Tensor,
     rival: Tensor,
     radius: Tensor,
@@ -107,18 +107,38 @@ def descended(
     best, ends, places = radius.clone(), point.x[index].clone(), point.x[index].clone()
     most = torch.full_like(best, -torch.inf)
     p = point.gradients.value[index, rival]
-    live = torch.arange(len(index), device=index.device)
+    active = torch.arange(len(index), device=index.device)
     for _ in range(steps):
-        part, m = point.at(index[live]), lower[live]
-        smooth = m + upper[live]
-        aim = smooth.reshape(shape) * (ends[live] - part.x) - p
-        reach = torch.minimum(1 / smooth, best[live] / vector_norm_up(aim.flatten(1)))
-        ends[live] = part.x + reach.nan_to_num(nan=0.0, posinf=0.0).reshape(shape) * aim
-        value, p = tangent(part, rival[live], ends[live], m, torch.inf if within is None else within[live])
-        gained, better = value > best[live] * (1 + GAIN), value > most[live]
-        most[live[better]], places[live[better]] = value[better], ends[live[better]]
-        best[live] = torch.maximum(best[live], value)
-        live, p = live[gained], p[gained]
-        if not len(live):
+        part, m = point.at(index[active]), lower[active]
+        smooth = m + upper[active]
+        aim = smooth.reshape(shape) * (ends[active] - part.x) - p
+        reach = torch.minimum(1 / smooth, best[active] / vector_norm_up(aim.flatten(1)))
+        ends[active] = part.x + reach.nan_to_num(nan=0.0, posinf=0.0).reshape(shape) * aim
+        value, p = tangent(part, rival[active], ends[active], m, torch.inf if within is None else within[active])
+        gained, better = value > best[active] * (1 + GAIN), value > most[active]
+        most[active[better]], places[active[better]] = value[better], ends[active[better]]
+        best[active] = torch.maximum(best[active], value)
+        active, p = active[gained], p[gained]
+        if not len(active):
             break
     return best, places
+
+
+def weakest_rivals(point: EvaluatedPoints, radius: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rivals that can decide a sample, one at a time: samples and rivals, (count,) each.
+
+    Every sample's weakest rival comes first, then the next one if that has become the weakest: the caller raises
+    `radius` (batch, classes) in place between two steps. The least radius over all rivals results from few of them. A
+    sample whose least radius is 0 or infinite has no further rivals.
+    """
+    treated = point.own.clone()
+    every = torch.arange(len(radius), device=radius.device)
+    for _ in range(point.network.classes - 1):
+        weakest = radius.masked_fill(point.own, torch.inf).argmin(1)
+        found = radius[every, weakest]
+        todo = (~treated[every, weakest] & (found > 0) & found.isfinite()).nonzero().squeeze(1)
+        if not len(todo):
+            return
+        rival = weakest[todo]
+        treated[todo, rival] = True
+        yield todo, rival

@@ -11,34 +11,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.hessian import BallCurvature, sharp_on_balls
-from certify_cli.bounds.on_ball.interval_ranges import fast_ranges
+from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.certificates.closed_form import attack_radius, curvature_radius
-from certify_cli.certificates.dual import GAIN, Sharpened, descended
-from certify_cli.network.evaluated import Point
+from certify_cli.certificates.dual import GAIN, Refined, descend
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.numerics.rounding import down, up
 
 STRETCH = 1.5
 """The first ball, in units of the radius certified so far."""
 PROMISING = 0.8
 """Descent is worth its steps where the bound on the ball is below this share of the global one."""
-ROUNDS = {"fast": 0, "normal": 1, "max": 4}
-"""By effort: balls tried for a sample."""
-ATTACK_BALLS = {"fast": 0, "normal": 0, "max": 3}
-"""By effort: balls tried for an attack."""
 
 
-def grown(analysis: Analysis, point: Point, sharp: Sharpened, lower: Tensor, upper: Tensor, steps: int) -> Sharpened:
-    """The table of radii (batch, classes) with its weakest entries grown on balls; see `tangent.sharpened`.
+def extended_on_balls(
+    model_bounds: ModelBounds, point: EvaluatedPoints, sharp: Refined, lower: Tensor, upper: Tensor, steps: int
+) -> Refined:
+    """The table of radii (batch, classes) with its weakest entries grown on balls; see `tangent.refined`.
 
-    lower, upper (batch, classes): the global bounds of -lambda_min and lambda_max. In each of ROUNDS every sample
+    lower, upper (batch, classes): the global bounds of -lambda_min and lambda_max. In each round every sample
     gets one ball, and where that helps the weakest rival, every rival whose radius is less than the ball's gets a bound
     on it: next time a larger ball if all of them reached its edge, else one closer to what was reached.
     """
     radius, ends = sharp.radius.masked_fill(point.own, torch.inf), sharp.ends.clone()
     stretch, every = torch.full_like(radius[:, 0], STRETCH), torch.arange(len(radius), device=radius.device)
-    for _ in range(ROUNDS[analysis.effort] if sharp_on_balls(analysis) else 0):
+    for _ in range(model_bounds.effort.dual_balls if sharp_on_balls(model_bounds) else 0):
         weakest, decider = radius.min(1)
         ball = weakest * stretch
         todo = (weakest > 0) & ball.isfinite() & (stretch > 1 + 10 * GAIN)
@@ -46,12 +44,12 @@ def grown(analysis: Analysis, point: Point, sharp: Sharpened, lower: Tensor, upp
         sample = todo.nonzero().squeeze(1)
         if not len(sample):
             break
-        first = _claimed(analysis, point, sample, decider[sample], radius, ball, lower, upper, steps)
+        first = _claimed(model_bounds, point, sample, decider[sample], radius, ball, lower, upper, steps)
         promising = todo.index_copy(0, sample, first.value > weakest[sample] * (1 + GAIN))
         others = (radius < ball.unsqueeze(1)) & (radius > 0) & promising.unsqueeze(1)
         others[every, decider] = False
         sample, rival = others.nonzero().unbind(1)
-        rest = _claimed(analysis, point, sample, rival, radius, ball, lower, upper, steps)
+        rest = _claimed(model_bounds, point, sample, rival, radius, ball, lower, upper, steps)
         for claim in (first, rest):
             radius[claim.sample, claim.rival] = claim.value
         reached = radius.amin(1)
@@ -63,7 +61,7 @@ def grown(analysis: Analysis, point: Point, sharp: Sharpened, lower: Tensor, upp
         # the claim falls as the ball grows: they meet where nothing more is to be had
         new = torch.where(reached >= ball, STRETCH, (ball / reached).sqrt())
         stretch = torch.where(promising, new, torch.where(todo, 1.0, stretch))
-    return Sharpened(torch.where(point.own, sharp.radius, radius), ends)
+    return Refined(torch.where(point.own, sharp.radius, radius), ends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +77,8 @@ class _Claims:
 
 
 def _claimed(
-    analysis: Analysis,
-    point: Point,
+    model_bounds: ModelBounds,
+    point: EvaluatedPoints,
     sample: Tensor,
     rival: Tensor,
     radius: Tensor,
@@ -93,7 +91,7 @@ def _claimed(
     if not len(sample):
         return _Claims(sample, rival, known, moved, known > edge)
     chosen, which = sample.unique(return_inverse=True)
-    m = _curvature(analysis, point.at(chosen), ball[chosen], rival, which).lower
+    m = _curvature(model_bounds, point.at(chosen), ball[chosen], rival, which).lower
     useful = (m < PROMISING * lower[sample, rival]) & lower[sample, rival].isfinite()
     margin, gradient = point.margin_low[sample, rival], point.gradient_norm[sample, rival]
     value = torch.maximum(known, torch.minimum(curvature_radius(margin, gradient, m), edge))
@@ -101,17 +99,21 @@ def _claimed(
     if len(on) and steps:
         # the other side's bound only says how far to step: as much smaller as this side's is, unproved
         guess = upper[sample, rival] * (m / lower[sample, rival])
-        value[on], moved[on] = descended(point, sample[on], rival[on], value[on], m[on], guess[on], steps, edge[on])
+        value[on], moved[on] = descend(point, sample[on], rival[on], value[on], m[on], guess[on], steps, edge[on])
     return _Claims(sample, rival, value, moved, useful)
 
 
-def _curvature(analysis: Analysis, point: Point, radius: Tensor, rival: Tensor, which: Tensor) -> BallCurvature:
+def _curvature(
+    model_bounds: ModelBounds, point: EvaluatedPoints, radius: Tensor, rival: Tensor, which: Tensor
+) -> BallCurvature:
     """Of the margins of samples `which` towards `rival` (both (count,)), on the balls of `radius` (batch,)."""
     pairs = torch.stack([point.prediction[which], rival], dim=1)
-    return BallCurvature(analysis, point, fast_ranges(point, analysis.weights, radius), pairs, which)
+    return BallCurvature(model_bounds, point, interval_ranges(point, model_bounds.weights, radius), pairs, which)
 
 
-def promised_on_ball(analysis: Analysis, point: Point, nearest: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def certified_attack_on_ball(
+    model_bounds: ModelBounds, point: EvaluatedPoints, nearest: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attack radii (batch,), up, along -g, and their rivals (batch,): `nearest`, `target` or what a ball promises.
 
     A bound of lambda_max on a ball counts only where the attack lies in the ball. An attack radius is between f/||g||
@@ -123,11 +125,11 @@ def promised_on_ball(analysis: Analysis, point: Point, nearest: Tensor, target: 
     every = torch.arange(len(rival), device=rival.device)
     straight = straight[every, rival]
     best, ball = nearest.clone(), torch.minimum(up(2 * straight, 2), nearest)
-    for _ in range(ATTACK_BALLS[analysis.effort] if sharp_on_balls(analysis) else 0):
+    for _ in range(model_bounds.effort.attack_balls if sharp_on_balls(model_bounds) else 0):
         index = (ball.isfinite() & (ball > 0) & point.finite).nonzero().squeeze(1)
         if not len(index):
             break
-        upper = _curvature(analysis, point.at(index), ball[index], rival[index], every[: len(index)]).upper
+        upper = _curvature(model_bounds, point.at(index), ball[index], rival[index], every[: len(index)]).upper
         margin, gradient = (t[index, rival[index]] for t in (point.margin_high, point.gradient_norm_low))
         found = attack_radius(margin, gradient, upper)
         holds = found <= ball[index]

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.curvature import why_no_curvature
-from certify_cli.bounds.global_bounds.model_bounds import MEMORY, Analysis
-from certify_cli.bounds.remainder.expansion import lower_bound
-from certify_cli.bounds.remainder.optimise import Problem, ascend
-from certify_cli.certificates.local import Batch, Items, beginning, fits, searchable
+from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
+from certify_cli.bounds.remainder.margin_bound import lower_bound
+from certify_cli.bounds.remainder.optimise import Problem, optimise
+from certify_cli.certificates.local import LocalSearch, RivalPairs, beginning, fits, searchable
 from certify_cli.certificates.methods import METHODS
+from certify_cli.efforts import NORMAL
 from certify_cli.errors import MethodError
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import head, nonlinear_nodes
+from certify_cli.network.propagate import nonlinear_nodes, pre_activation
 from certify_cli.numerics.rounding import TINY
 
 ASCENTS, MOST_ASCENTS, STEPS = 8, 50, 16
@@ -85,10 +86,10 @@ def of_sample(network: Network, x: Tensor, memory: int | None = None) -> Losses:
     if reason is not None:
         raise MethodError(f"--sample shows the local curvature bound, which cannot apply to this model: {reason}")
     with exact_kernels():
-        analysis, point = Analysis(network, "normal", memory or MEMORY), Point(network, x)
-        if not fits(analysis):
+        model_bounds, point = ModelBounds(network, NORMAL, memory or MEMORY), EvaluatedPoints(network, x)
+        if not fits(model_bounds):
             raise MethodError("--sample needs the sample's Jacobians, which do not fit in --memory; give it more")
-        result = _losses(analysis, point)
+        result = _losses(model_bounds, point)
     if not math.isfinite(result.left):
         raise MethodError(
             "--sample shows the local curvature bound, which overflows on the ball that a closed form certifies here"
@@ -96,13 +97,13 @@ def of_sample(network: Network, x: Tensor, memory: int | None = None) -> Losses:
     return result
 
 
-def _losses(analysis: Analysis, point: Point) -> Losses:
+def _losses(model_bounds: ModelBounds, point: EvaluatedPoints) -> Losses:
     network = point.network
-    closed = METHODS["curvature"].certify(analysis, point, False, None)
+    closed = METHODS["curvature"].certify(model_bounds, point, False, None)
     known, rival = closed.radius, closed.rival
-    batch = Batch(analysis, point)
+    search = LocalSearch(model_bounds, point)
     if bool(searchable(point, known)):
-        radius, decides = batch.radii(beginning(point))
+        radius, decides = search.radii(beginning(point))
         rival = torch.where(radius > known, decides, rival)
         known = torch.maximum(radius, known)
     if not 0 < float(known) < math.inf:
@@ -111,18 +112,18 @@ def _losses(analysis: Analysis, point: Point) -> Losses:
             + ("is not certified at all (a tie, or no number)" if float(known) == 0 else "cannot change its class")
         )
     index = torch.zeros(1, dtype=torch.long, device=point.x.device)
-    items = Items.of(point, index, rival)
-    ball = batch.ball(index, known)
+    items = RivalPairs.of(point, index, rival)
+    ball = search.expand(index, known)
     problem = Problem(point, ball, items.margin, items.cotangents)
     best = None
     for count in range(MOST_ASCENTS):
-        found = ascend(point, ball, items.margin, items.cotangents, best, STEPS)
+        found = optimise(point, ball, items.margin, items.cotangents, best, STEPS)
         best = found.choice
         if count + 1 >= ASCENTS and bool(found.estimate > ENOUGH * items.margin):
             break
     assert best is not None
     state = problem.at(best, None)
-    choice = state.ascended.choice
+    choice = state.optimised.choice
     left = float(lower_bound(point, ball, items.margin, items.cotangents, choice))
     offset = -state.solution.y
     offset = offset * (known / offset.norm(dim=1, keepdim=True).clamp(min=TINY))
@@ -130,7 +131,7 @@ def _losses(analysis: Analysis, point: Point) -> Losses:
     tau = float(choice.tau)
     rows = []
     for k in nonlinear_nodes(network):
-        node, target = network.nodes[k], head(network, k)
+        node, target = network.nodes[k], pre_activation(network, k)
         width = 0.5 * (ball.ranges.high[target] - ball.ranges.low[target])
         weights = choice.weights[k]
         rows.append(
@@ -139,10 +140,10 @@ def _losses(analysis: Analysis, point: Point) -> Losses:
                 node.op.title,
                 node.shape,
                 range=float(width.mean()),
-                bent=float(ball.rest[target].mean() / width.mean().clamp(min=TINY)),
+                bent=float(ball.residual[target].mean() / width.mean().clamp(min=TINY)),
                 constant=-float(state.touch[k].value.sum()),
                 curved=0.5 * (1 + tau) * float((weights * straight[target].square()).sum()),
-                beyond=0.5 * (1 + 1 / max(tau, 1e-12)) * float((weights * ball.rest[target].square()).sum()),
+                beyond=0.5 * (1 + 1 / max(tau, 1e-12)) * float((weights * ball.residual[target].square()).sum()),
             )
         )
     gradient = -float((problem.gradient_of(choice) * offset).sum())

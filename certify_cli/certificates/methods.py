@@ -13,40 +13,38 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from certify_cli.attacks.replay import replayed
+from certify_cli.attacks.replay import replayed_along
 from certify_cli.bounds.global_bounds.curvature import why_no_curvature
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.certificates.anchoring import Constants, anchored, promised_attack
-from certify_cli.certificates.ball_search import Falls, by_lines, by_slopes, largest_balls
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.certificates.anchoring import Constants, anchored, certified_attack
+from certify_cli.certificates.ball_search import BallBound, linear_bound, lipschitz_bound, search_balls
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
-from certify_cli.certificates.dual import sharpened
-from certify_cli.certificates.dual_on_ball import grown, promised_on_ball
+from certify_cli.certificates.dual import refined
+from certify_cli.certificates.dual_on_ball import certified_attack_on_ball, extended_on_balls
 from certify_cli.certificates.local import fits, local_radii
-from certify_cli.certificates.local_attack import promised_locally
+from certify_cli.certificates.local_attack import certified_local_attack
 from certify_cli.errors import MethodError, UsageError, quoted
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 
 AUTO = "auto"
-TANGENTS = {"fast": 0, "normal": 1, "max": 4}
-"""By effort: at how many further points `curvature` takes the closed form, for each rival that can be the nearest."""
 TANGENT_METHODS = ("curvature", "dual")
-DUAL_STEPS = {"fast": 4, "normal": 20, "max": 100}
-"""By effort: at how many points at most `dual` does, stopping where a step gains nothing."""
 
 
-Certify = Callable[[Analysis, Point, bool, Certificates | None], Certificates]
+Certify = Callable[[ModelBounds, EvaluatedPoints, bool, Certificates | None], Certificates]
 """(analysis, point, attack?, what cheaper methods have found for these samples or None) -> certificates."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """`applies` gives None, or why the method cannot apply to a network.
+    """A method of certification, and how `auto` uses it.
 
-    `attacks`: whether it can promise attacks; of several methods only the first that can is asked to (on the
-    models measured the dear ones add one for few samples, at the price of a search). `dear`: `auto` spares it a sample
-    whose verdicts are known. `searched`: it tries many balls a sample, so that small batches do.
+    applies: gives None, or why the method cannot apply to a network.
+    attacks: whether it can certify attacks. Of several methods only the first that can does: on the models measured,
+    expensive ones add an attack for few samples, at the price of a search.
+    expensive: `auto` leaves out a sample whose verdicts are known.   searched: it tries many balls a sample, so that
+    small batches suffice.
     """
 
     name: str
@@ -54,13 +52,15 @@ class Method:
     applies: Callable[[Network], str | None]
     certify: Certify
     attacks: bool = False
-    dear: bool = False
+    expensive: bool = False
     searched: bool = False
 
 
-def by_lipschitz(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
+def by_lipschitz(
+    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+) -> Certificates:
     """Margin over Lipschitz constant, for every rival."""
-    lipschitz = analysis.lipschitz_pairs.rows(point.prediction)
+    lipschitz = model_bounds.lipschitz_pairs.rows(point.prediction)
     radius, rival = _weakest(point, lipschitz_radius(point.margin_low, lipschitz))
     none = torch.full_like(radius, torch.nan)
     return Certificates(
@@ -77,41 +77,50 @@ def by_lipschitz(analysis: Analysis, point: Point, attack: bool, before: Certifi
     )
 
 
-def by_curvature(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
+def by_curvature(
+    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+) -> Certificates:
     """The closed form with the global curvature bound, joined with the Lipschitz constant, at the sample and at few
     further points, or with bounds anchored at the sample, whichever certifies more; attack along -g."""
-    return _by_tangents("curvature", TANGENTS, analysis, point, attack)
+    return _by_tangents("curvature", model_bounds.effort.tangents, model_bounds, point, attack)
 
 
-def by_dual(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
+def by_dual(
+    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+) -> Certificates:
     """The same, at further points until the gap stops closing: the published dual (CRC) for all rivals; then with the
     curvature of balls little larger than what is certified."""
-    return _by_tangents("dual", DUAL_STEPS, analysis, point, attack, balls=True)
+    return _by_tangents("dual", model_bounds.effort.dual_steps, model_bounds, point, attack, balls=True)
 
 
 def _by_tangents(
-    name: str, steps: dict[str, int], analysis: Analysis, point: Point, attack: bool, balls: bool = False
+    name: str,
+    steps: int,
+    model_bounds: ModelBounds,
+    point: EvaluatedPoints,
+    attack: bool,
+    balls: bool = False,
 ) -> Certificates:
     predicted = point.prediction
     everywhere = Constants(
-        lower=analysis.curvature_pairs.rows(predicted),
-        upper=analysis.curvature_pairs.columns(predicted),
-        lipschitz=analysis.lipschitz_pairs.rows(predicted),
+        lower=model_bounds.curvature_pairs.rows(predicted),
+        upper=model_bounds.curvature_pairs.columns(predicted),
+        lipschitz=model_bounds.lipschitz_pairs.rows(predicted),
     )
-    gradient, anchors = point.gradient_norm, analysis.anchored.around(point)
+    gradient, anchors = point.gradient_norm, model_bounds.anchored.around(point)
     table = hybrid_radius(point.margin_low, gradient, everywhere.lower, everywhere.lipschitz)
     # a tangent at another point needs a bound of the Hessian: the global one
-    sharp = sharpened(point, table, everywhere.lower, everywhere.upper, steps[analysis.effort])
+    sharp = refined(point, table, everywhere.lower, everywhere.upper, steps)
     raised, decided = anchored(anchors, point, sharp.radius, everywhere)
     sharp = replace(sharp, radius=raised)
     if balls:
-        sharp = grown(analysis, point, sharp, everywhere.lower, everywhere.upper, steps[analysis.effort])
+        sharp = extended_on_balls(model_bounds, point, sharp, everywhere.lower, everywhere.upper, steps)
     radius, rival = _weakest(point, sharp.radius)
     norm, witness = torch.full_like(radius, torch.nan), point.x
     if attack:
-        nearest, target, decided = promised_attack(anchors, point, decided)
+        nearest, target, decided = certified_attack(anchors, point, decided)
         if balls:
-            nearest, target = promised_on_ball(analysis, point, nearest, target)
+            nearest, target = certified_attack_on_ball(model_bounds, point, nearest, target)
         witness, norm = _along_gradient(point, target, nearest)
     return Certificates(
         radius=radius,
@@ -127,18 +136,22 @@ def _by_tangents(
     )
 
 
-def by_local(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
+def by_local(
+    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+) -> Certificates:
     """Curvature on the ball around the sample, expanded there layer by layer; never less than what was found before, or
     `curvature` finds."""
-    found = by_curvature(analysis, point, attack, None) if before is None else before
-    radius, rival = local_radii(analysis, point, found.radius)
+    found = by_curvature(model_bounds, point, attack, None) if before is None else before
+    radius, rival = local_radii(model_bounds, point, found.radius)
     own = torch.full_like(rival, _index("local"))
     found = _raised(point, found, radius, rival, own, alone=before is None)
     open_ = found.attack.isnan().nonzero()[:, 0]
     if not attack or not len(open_):
         return found
     part = point.at(open_)
-    nearest, target = promised_locally(analysis, part, analysis.effort != "fast" and fits(analysis))
+    nearest, target = certified_local_attack(
+        model_bounds, part, model_bounds.effort.local is not None and fits(model_bounds)
+    )
     witness, norm = _along_gradient(part, target, nearest)
     return replace(
         found,
@@ -147,26 +160,30 @@ def by_local(analysis: Analysis, point: Point, attack: bool, before: Certificate
     )
 
 
-def by_balls(*names: str) -> Certify:
+def by_ball_search(*names: str) -> Certify:
     """The bounds of `names` in one search, for networks with or without curvature; never less than what was found
     before, or `lipschitz` finds."""
     bounds = tuple(BALL_BOUNDS[name] for name in names)
 
-    def certify(analysis: Analysis, point: Point, attack: bool, before: Certificates | None) -> Certificates:
-        found = by_lipschitz(analysis, point, False, None) if before is None else before
-        balls = largest_balls(bounds, analysis, point, found.radius)
+    def certify(
+        model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+    ) -> Certificates:
+        found = by_lipschitz(model_bounds, point, False, None) if before is None else before
+        balls = search_balls(bounds, model_bounds, point, found.radius)
         own = torch.tensor([_index(name) for name in names], dtype=torch.int64, device=balls.bound.device)[balls.bound]
         return _raised(point, found, balls.radius, balls.rival, own, alone=before is None)
 
     return certify
 
 
-BALL_BOUNDS: dict[str, Falls] = {"linear": by_lines, "local-lipschitz": by_slopes}
+BALL_BOUNDS: dict[str, BallBound] = {"linear": linear_bound, "local-lipschitz": lipschitz_bound}
 """Bounds that hold for all rivals at once, and where the earlier ones' ranges are as good for the later ones: `auto`
 searches them together."""
 
 
-def _raised(point: Point, found: Certificates, radius: Tensor, rival: Tensor, own: Tensor, alone: bool) -> Certificates:
+def _raised(
+    point: EvaluatedPoints, found: Certificates, radius: Tensor, rival: Tensor, own: Tensor, alone: bool
+) -> Certificates:
     """`found` with the larger radii, of the methods `own` (batch,), and NaN for their figures. alone: every sample is
     theirs, larger or not."""
     better = radius > found.radius
@@ -184,13 +201,13 @@ def _raised(point: Point, found: Certificates, radius: Tensor, rival: Tensor, ow
     )
 
 
-def _along_gradient(point: Point, target: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+def _along_gradient(point: EvaluatedPoints, target: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Adversarial examples promised at `radius` (batch,) down the margin to `target` (batch,), and their norms."""
     every = torch.arange(len(target), device=target.device)
-    return replayed(point, -point.gradients.value[every, target], radius)
+    return replayed_along(point, -point.gradients.value[every, target], radius)
 
 
-def _weakest(point: Point, radius: Tensor) -> tuple[Tensor, Tensor]:
+def _weakest(point: EvaluatedPoints, radius: Tensor) -> tuple[Tensor, Tensor]:
     """The least radius over all rivals and the rival that has it; the prediction itself is no rival."""
     least, rival = radius.masked_fill(point.own, torch.inf).min(1)
     runner_up = point.margin.masked_fill(point.own, torch.inf).argmin(1)
@@ -224,7 +241,7 @@ METHODS: dict[str, Method] = {
             why_no_curvature,
             by_dual,
             attacks=True,
-            dear=True,
+            expensive=True,
         ),
         Method(
             "local",
@@ -232,23 +249,23 @@ METHODS: dict[str, Method] = {
             why_no_curvature,
             by_local,
             attacks=True,
-            dear=True,
+            expensive=True,
             searched=True,
         ),
         Method(
             "linear",
             "linear relaxation over the ball, substituted backward, for every activation and max pooling",
             _everywhere,
-            by_balls("linear"),
-            dear=True,
+            by_ball_search("linear"),
+            expensive=True,
             searched=True,
         ),
         Method(
             "local-lipschitz",
             "margin over a Lipschitz constant on the ball, by the slopes that its pre-activations allow",
             _everywhere,
-            by_balls("local-lipschitz"),
-            dear=True,
+            by_ball_search("local-lipschitz"),
+            expensive=True,
             searched=True,
         ),
     )
@@ -271,7 +288,9 @@ def select(name: str, network: Network) -> tuple[Method, ...]:
     """
     if name == AUTO:
         applying = [method for method in METHODS.values() if method.applies(network) is None]
-        joined = replace(METHODS[next(iter(BALL_BOUNDS))], name="+".join(BALL_BOUNDS), certify=by_balls(*BALL_BOUNDS))
+        joined = replace(
+            METHODS[next(iter(BALL_BOUNDS))], name="+".join(BALL_BOUNDS), certify=by_ball_search(*BALL_BOUNDS)
+        )
         return (*(method for method in applying if method.name not in BALL_BOUNDS), joined)
     if name not in METHODS:
         raise UsageError(f"--method {quoted(name)} is not known; choose from {', '.join((AUTO, *METHODS))}")
@@ -282,24 +301,28 @@ def select(name: str, network: Network) -> tuple[Method, ...]:
 
 
 def certify_batch(
-    methods: tuple[Method, ...], analysis: Analysis, point: Point, attack: bool, levels: tuple[float, ...] = ()
+    methods: tuple[Method, ...],
+    model_bounds: ModelBounds,
+    point: EvaluatedPoints,
+    attack: bool,
+    levels: tuple[float, ...] = (),
 ) -> Certificates:
     """The best of the given methods, sample by sample, in their order.
 
     levels: radii whose verdicts are wanted. Where they are given, a sample for which every verdict is known (certified
     above the level, or attacked at or below it) is spared the dear methods, unless the effort is `max`.
     """
-    best = methods[0].certify(analysis, point, attack and methods[0].attacks, None)
+    best = methods[0].certify(model_bounds, point, attack and methods[0].attacks, None)
     asked = methods[0].attacks
     for method in methods[1:]:
         todo = torch.arange(len(point.x), device=point.x.device)
-        if method.dear and levels and analysis.effort != "max":
+        if method.expensive and levels and not model_bounds.effort.every_verdict:
             todo = (~_decided(best, levels)).nonzero().squeeze(1)
         if not len(todo):
             continue
         part = point if len(todo) == len(point.x) else point.at(todo)
         known = best.at(todo)
-        found = method.certify(analysis, part, attack and method.attacks and not asked, known)
+        found = method.certify(model_bounds, part, attack and method.attacks and not asked, known)
         best = best.put(todo, known.best_of(found))
         asked = asked or method.attacks
     return best

@@ -69,7 +69,7 @@ class Bracket:
             radius.clone(), inside, outside, left, below, above, side, before, loss, often, steady, stride, inward
         )
 
-    def told(self, items: Tensor, value: Tensor) -> Tensor:
+    def update(self, items: Tensor, value: Tensor) -> Tensor:
         """Enters the values found on the items' balls and moves on; which of them (a mask) are the largest inside.
 
         Between two balls the next is where the straight line through their losses, both logarithmic, says that all is
@@ -108,7 +108,7 @@ class Bracket:
         self.radius[items] = torch.where(within, following, middle)
         return raised
 
-    def open(self, items: Tensor, close: float) -> Tensor:
+    def unresolved(self, items: Tensor, close: float) -> Tensor:
         """Those of the items whose largest radius is not known to `close`, relatively."""
         gap = self.outside[items] > self.inside[items] * (1 + close)
         onward = self.radius[items] > self.inside[items] * (1 + close / 2)

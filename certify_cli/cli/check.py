@@ -122,4 +122,4 @@ def _judged(requirements: tuple[Requirement, ...], job: Job, reporter: Reporter,
 def _of_model(requirements: tuple[Requirement, ...], job: Job) -> Mapping[str, float]:
     if not any(asked.figure.of_model for asked in requirements):
         return {}
-    return job.model_bounds()
+    return job.model_figures()

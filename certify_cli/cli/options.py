@@ -13,8 +13,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from certify_cli.efforts import EFFORTS
 from certify_cli.errors import UsageError, quoted
-from certify_cli.names import AUTO, EFFORTS, METHOD_NAMES
+from certify_cli.names import AUTO, METHOD_NAMES
 from certify_cli.output.formats import FORMATS
 from certify_cli.plain import decimal, integer
 from certify_cli.run.settings import ATTACKS, LAYOUTS
@@ -156,7 +157,7 @@ Layout = Annotated[
 Method = Annotated[
     str, _choice("--method", METHODS, "How to certify; auto takes the best of what applies, sample by sample.")
 ]
-Effort = Annotated[str, _choice("--effort", EFFORTS, "How much time to spend on tighter bounds.")]
+Effort = Annotated[str, _choice("--effort", tuple(EFFORTS), "How much time to spend on tighter bounds.")]
 Attack = Annotated[
     str,
     _choice(

@@ -1,4 +1,4 @@
-"""A batch of samples with everything that more than one method needs: margins, gradients, their error bounds."""
+"""A batch of evaluated samples: margins, slopes, adjoints and gradients, with bounds of their own rounding errors."""
 
 from __future__ import annotations
 
@@ -11,36 +11,35 @@ from torch import Tensor
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluate import Evaluation, deviation, evaluate, margins
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import Slope, Vectors, head, nonlinear_nodes, pull
+from certify_cli.network.propagate import Slope, Vectors, nonlinear_nodes, pre_activation, vjp
 from certify_cli.numerics.rounding import UNIT, down, up
+from certify_cli.numerics.trees import select
 
 
 @dataclass(frozen=True, eq=False)
-class Point:
-    """Samples x (batch, *input shape), float64, and what the network says of them."""
+class EvaluatedPoints:
+    """Samples x (batch, *input shape), float64, and everything about them that more than one bound needs.
+
+    Each figure is computed when it is first asked for. A part of a batch takes its figures from the whole one, so that
+    none of them depends on how the batch is divided later.
+    """
 
     network: Network
     x: Tensor
+    whole: tuple[EvaluatedPoints, Tensor] | None = None
+    """The batch that this is a part of, and the positions in it."""
 
-    def at(self, index: Tensor) -> Point:
-        """The samples at `index`, with the prediction they have here, and what is known of them already."""
-        part = Point(self.network, self.x[index])
-        part.__dict__["prediction"] = self.prediction[index]
-        if "evaluation" in self.__dict__:
-            e = self.evaluation
-            part.__dict__["evaluation"] = Evaluation([v[index] for v in e.values], [v[index] for v in e.errors])
-        if "slopes" in self.__dict__:
-            part.__dict__["slopes"] = {k: Slope(s.value[index], s.error[index]) for k, s in self.slopes.items()}  # type: ignore[index]
-        if "adjoints" in self.__dict__:  # large, and seldom asked of a part: taken when they are
-            part.__dict__["_whole"] = self.adjoints, index
-        elif "_whole" in self.__dict__:
-            adjoints, mine = self.__dict__["_whole"]
-            part.__dict__["_whole"] = adjoints, mine[index]
-        return part
+    def at(self, index: Tensor) -> EvaluatedPoints:
+        """The samples at `index`."""
+        whole, positions = (self, index) if self.whole is None else (self.whole[0], self.whole[1][index])
+        return EvaluatedPoints(self.network, self.x[index], (whole, positions))
 
     @cached_property
     def evaluation(self) -> Evaluation:
-        return evaluate(self.network, self.x)
+        if self.whole is None:
+            return evaluate(self.network, self.x)
+        whole, positions = self.whole
+        return Evaluation(select(whole.evaluation.values, positions), select(whole.evaluation.errors, positions))
 
     @cached_property
     def finite(self) -> Tensor:
@@ -94,9 +93,12 @@ class Point:
     @cached_property
     def slopes(self) -> dict[int, Slope]:
         """phi'(z_l) at the samples, with the error of z_l and of the evaluation; activations with curvature only."""
+        if self.whole is not None:
+            whole, positions = self.whole
+            return select(whole.slopes, positions)
         found = {}
         for k in nonlinear_nodes(self.network):
-            op, before = self.network.nodes[k].op, head(self.network, k)
+            op, before = self.network.nodes[k].op, pre_activation(self.network, k)
             if isinstance(op, Activation) and op.curvature_range is not None:
                 z, error = self.evaluation.values[before], self.evaluation.errors[before]
                 found[k] = Slope(op.slope(z), up(op.curvature_sup * error + op.slope_error(z), 4))
@@ -111,12 +113,12 @@ class Point:
     def adjoints(self) -> dict[int, Vectors]:
         """Adjoints v_l of the margins towards every class, (batch, classes, *shape), at every nonlinear node's output;
         0: at the input."""
-        if "_whole" in self.__dict__:
-            adjoints, index = self.__dict__.pop("_whole")
-            return {k: v.at(index) for k, v in adjoints.items()}
+        if self.whole is not None:
+            whole, positions = self.whole
+            return select(whole.adjoints, positions)
         eye = torch.eye(self.network.classes, dtype=self.x.dtype, device=self.x.device)
         cotangents = eye[self.prediction].unsqueeze(1) - eye.unsqueeze(0)
-        return pull(self.network, cotangents, self.slopes)
+        return vjp(self.network, cotangents, self.slopes)
 
     @property
     def gradients(self) -> Vectors:
@@ -134,9 +136,9 @@ class Point:
         return (self.margin_low / self.gradient_norm).masked_fill(self.own, torch.inf)
 
     @cached_property
-    def about(self) -> Tensor:
-        """About how far to first order every rival is, (batch, classes), for networks with or without curvature; inf
-        at the prediction. No bound."""
+    def distance_estimate(self) -> Tensor:
+        """Distances (batch, classes) to every rival to first order, for networks with or without curvature; inf at the
+        prediction. An estimate, no bound."""
         if self.smooth:
             return self.first_order
         with torch.enable_grad():

@@ -1,7 +1,7 @@
 """A network whose nonlinear nodes are replaced by slopes: tangents pushed forward, cotangents pulled back.
 
-With slopes s_l at the nonlinear nodes the network is linear; `push` sends vectors from one node to every later
-pre-activation (columns of A_l and B_lk in theory's notation), `pull` sends vectors from the logits back to every
+With slopes s_l at the nonlinear nodes the network is linear; `jvp` sends vectors from one node to every later
+pre-activation (columns of A_l and B_lk in theory's notation), `vjp` sends vectors from the logits back to every
 nonlinear node's output and to the input (rows v_l and g). A nonlinear node without a slope is cut: nothing passes.
 
 Each vector carries a bound of the Euclidean norm of its rounding error (theory section 10, rule 1):
@@ -21,6 +21,7 @@ from torch import Tensor
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Node, Nonlinear
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.trees import Batched
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +38,14 @@ class Slope:
         return up(float(values) + float(errors), 2)
 
     def back(self, vectors: Vectors) -> Vectors:
-        """The `Passage` that is the same for every row."""
+        """The `NodeVjp` that is the same for every row."""
         value = self.value.unsqueeze(1) if isinstance(self.value, Tensor) else self.value
         error = self.error.unsqueeze(1) if isinstance(self.error, Tensor) else self.error
         return _scaled(vectors, Slope(value, error))
 
 
 @dataclass(frozen=True, eq=False)
-class Vectors:
+class Vectors(Batched):
     """`value` (*batch, *shape) and `error` (*batch): a bound of the Euclidean error of each vector."""
 
     value: Tensor
@@ -59,10 +60,6 @@ class Vectors:
     def magnitudes(self) -> Tensor:
         """|value|, kept: what bounds from below by the sign of each entry asks for it more than once."""
         return self.value.abs()
-
-    def at(self, index: Tensor) -> Vectors:
-        """Of the samples at `index`, along the first axis."""
-        return Vectors(self.value[index], self.error[index])
 
     def squared_products(self, other: Vectors) -> Tensor:
         """Entrywise upper bounds (batch, rows, others) of the squares of all inner products of the exact vectors.
@@ -83,7 +80,7 @@ class Vectors:
 Slopes = Mapping[int, Slope]
 
 
-class Passage(Protocol):
+class NodeVjp(Protocol):
     """What a nonlinear node that was made linear does to vectors that arrive at its output."""
 
     def back(self, vectors: Vectors) -> Vectors:
@@ -100,39 +97,44 @@ def nonlinear_nodes(network: Network) -> tuple[int, ...]:
     return tuple(i for i, node in enumerate(network.nodes) if is_nonlinear(node))
 
 
-def head(network: Network, index: int) -> int:
+def pre_activation(network: Network, index: int) -> int:
     """The node that holds the pre-activation of nonlinear node `index`."""
     return network.nodes[index].inputs[0]
 
 
-def readers(network: Network, target: int) -> tuple[int, ...]:
+def consumers(network: Network, target: int) -> tuple[int, ...]:
     """The nonlinear nodes whose pre-activation is node `target`."""
-    return tuple(i for i in nonlinear_nodes(network) if head(network, i) == target)
+    return tuple(i for i in nonlinear_nodes(network) if pre_activation(network, i) == target)
 
 
-def heads(network: Network) -> tuple[int, ...]:
+def pre_activations(network: Network) -> tuple[int, ...]:
     """Every nonlinear node's pre-activation, then the logits, in topological order and without repetition."""
-    found = {head(network, i) for i in nonlinear_nodes(network)} | {len(network.nodes) - 1}
+    found = {pre_activation(network, i) for i in nonlinear_nodes(network)} | {len(network.nodes) - 1}
     return tuple(sorted(found))
 
 
-def push(network: Network, source: int, tangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
+def jvp(network: Network, source: int, tangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
     """Images of tangents (batch, *shape of node `source`) at every later head that they reach."""
-    wanted = set(heads(network))
+    wanted = set(pre_activations(network))
     last_use = {i: n for n, node in enumerate(network.nodes) for i in node.inputs}
-    live = {source: Vectors(tangents, torch.zeros(tangents.shape[0], dtype=tangents.dtype, device=tangents.device))}
-    found = {source: live[source]} if source in wanted else {}
+    active = {
+        source: Vectors(
+            tangents,
+            torch.zeros(tangents.shape[0], dtype=tangents.dtype, device=tangents.device),
+        )
+    }
+    found = {source: active[source]} if source in wanted else {}
     for index in range(source + 1, len(network.nodes)):
         node = network.nodes[index]
-        inputs = [live.get(i) for i in node.inputs]
+        inputs = [active.get(i) for i in node.inputs]
         image = _forward(network, node, inputs, slopes.get(index))
         if image is not None:
-            live[index] = image
+            active[index] = image
             if index in wanted:
                 found[index] = image
         for i in node.inputs:
             if last_use[i] == index:
-                live.pop(i, None)
+                active.pop(i, None)
     return found
 
 
@@ -180,8 +182,8 @@ def _largest(slopes: Tensor | float, dims: int) -> Tensor | float:
     return slopes.abs().flatten(dims).amax(-1) if isinstance(slopes, Tensor) else abs(slopes)
 
 
-def pull(
-    network: Network, cotangents: Tensor, passages: Mapping[int, Passage], start: int | None = None
+def vjp(
+    network: Network, cotangents: Tensor, node_vjps: Mapping[int, NodeVjp], start: int | None = None
 ) -> dict[int, Vectors]:
     """Cotangents (batch, rows, *shape of node `start`) pulled back to every nonlinear node's output and the input.
 
@@ -193,24 +195,24 @@ def pull(
     start = len(network.nodes) - 1 if start is None else start
     batch, rows = cotangents.shape[:2]
     zero = torch.zeros(batch, rows, dtype=cotangents.dtype, device=cotangents.device)
-    live = {start: Vectors(cotangents, zero)}
+    active = {start: Vectors(cotangents, zero)}
     found: dict[int, Vectors] = {}
     for index in range(start, 0, -1):
-        vectors = live.pop(index, None)
+        vectors = active.pop(index, None)
         if vectors is None:
             continue
         node = network.nodes[index]
         if is_nonlinear(node):
             found[index] = vectors
-        for i, image in zip(node.inputs, _backward(network, node, vectors, passages.get(index)), strict=True):
+        for i, image in zip(node.inputs, _backward(network, node, vectors, node_vjps.get(index)), strict=True):
             if image is not None:
-                live[i] = live[i] + image if i in live else image
+                active[i] = active[i] + image if i in active else image
     shape = network.input_shape
-    found[0] = live.get(0, Vectors(cotangents.new_zeros(batch, rows, *shape), zero))
+    found[0] = active.get(0, Vectors(cotangents.new_zeros(batch, rows, *shape), zero))
     return found
 
 
-def _backward(network: Network, node: Node, vectors: Vectors, passage: Passage | None) -> list[Vectors | None]:
+def _backward(network: Network, node: Node, vectors: Vectors, passage: NodeVjp | None) -> list[Vectors | None]:
     op, (batch, rows) = node.op, vectors.error.shape
     if isinstance(op, AffineOp):
         shape = network.nodes[node.inputs[0]].shape
@@ -247,10 +249,10 @@ def offsets(
             values.append(moved.reshape(-1, *node.shape))
         else:
             values.append(d.new_zeros(len(d), *node.shape))
-    return {head(network, k): values[head(network, k)].flatten(1) for k in slopes}
+    return {pre_activation(network, k): values[pre_activation(network, k)].flatten(1) for k in slopes}
 
 
-def pull_cost(network: Network, start: int) -> float:
+def vjp_cost(network: Network, start: int) -> float:
     """About the floating-point operations that pulling one vector back from node `start` takes."""
     needed, cost = {start}, 0.0
     for index in range(start, 0, -1):
@@ -263,14 +265,14 @@ def pull_cost(network: Network, start: int) -> float:
 
 def rows_cost(network: Network, target: int) -> float:
     """The same for one vector of every entry of node `target`."""
-    return network.nodes[target].size * pull_cost(network, target)
+    return network.nodes[target].size * vjp_cost(network, target)
 
 
 Interval = tuple[Tensor, Tensor]
 """Midpoint and radius, of one shape; the radius is rounded up."""
 
 
-def interval_push(
+def interval_jvp(
     network: Network, source: int, low: Tensor, high: Tensor, targets: Collection[int]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Bounds, outward, of the images of vectors within [low, high] (batch, *shape of node `source`) at `targets`.
@@ -279,31 +281,31 @@ def interval_push(
     its affine operations and without writing them out. Targets that the source does not reach are left out. NaN where
     an end is infinite.
     """
-    live = {source: _centred(low, high)}
+    active = {source: _centred(low, high)}
     needed = set(targets)
     for index in range(max(needed, default=source), source, -1):
         if index in needed and not is_nonlinear(network.nodes[index]):
             needed.update(network.nodes[index].inputs)
     for index in sorted(i for i in needed if i > source):
         node = network.nodes[index]
-        inputs = [live.get(i) for i in node.inputs]
+        inputs = [active.get(i) for i in node.inputs]
         present = [v for v in inputs if v is not None]
         if not present or is_nonlinear(node):
             continue
         op = node.op
         if isinstance(op, AffineOp):
-            live[index] = _interval_image(op.linear, op.absolute, op.terms, present[0])
+            active[index] = _interval_image(op.linear, op.absolute, op.terms, present[0])
         elif isinstance(op, Add):
-            live[index] = _interval_sum(present)
+            active[index] = _interval_sum(present)
         else:
             shapes = [network.nodes[i].shape for i in node.inputs]
             zeros = [low.new_zeros(low.shape[0], *shape) for shape in shapes]
             full = [(zero, zero) if v is None else v for v, zero in zip(inputs, zeros, strict=True)]
-            live[index] = (op.apply(*(v[0] for v in full)), op.apply(*(v[1] for v in full)))
-    return {target: _ends(*live[target]) for target in targets if target in live}
+            active[index] = (op.apply(*(v[0] for v in full)), op.apply(*(v[1] for v in full)))
+    return {target: _ends(*active[target]) for target in targets if target in active}
 
 
-def interval_pull(
+def interval_vjp(
     network: Network, cotangents: Tensor, ranges: Mapping[int, tuple[Tensor | float, Tensor | float]]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Bounds, outward, of the adjoints v_l at every nonlinear node, for any slopes within `ranges` (theory section 3).
@@ -312,12 +314,12 @@ def interval_pull(
     node without one is cut. Returns (low, high), each (rows, *shape), keyed by nonlinear node.
     """
     last = len(network.nodes) - 1
-    live = {last: (cotangents, torch.zeros_like(cotangents))}
+    active = {last: (cotangents, torch.zeros_like(cotangents))}
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for index in range(last, 0, -1):
-        if index not in live:
+        if index not in active:
             continue
-        here = live.pop(index)
+        here = active.pop(index)
         op, inputs = network.nodes[index].op, network.nodes[index].inputs
         shapes = [network.nodes[i].shape for i in inputs]
         images: list[Interval | None]
@@ -332,7 +334,7 @@ def interval_pull(
             images = [_interval_product(*found[index], *ranges[index]) if index in ranges else None]
         for i, image in zip(inputs, images, strict=True):
             if image is not None:
-                live[i] = _interval_sum([image, live[i]]) if i in live else image
+                active[i] = _interval_sum([image, active[i]]) if i in active else image
     return found
 
 

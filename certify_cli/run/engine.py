@@ -17,18 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify_cli.attacks.ddn import searched
+from certify_cli.attacks.ddn import nearest_attacks
 from certify_cli.bounds.global_bounds.layer_report import layer_table
-from certify_cli.bounds.global_bounds.model_bounds import MEMORY, Analysis
+from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
 from certify_cli.bounds.relaxation.intermediate_bounds import ball_cost
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import TANGENT_METHODS, certify_batch, select
 from certify_cli.data.datasets import Dataset
+from certify_cli.efforts import EFFORTS, FAST
 from certify_cli.errors import DataError, UsageError, first_line, quoted
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.load.preprocessing import fit
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.records import Record, Run, Sample, sealed, summarise
 from certify_cli.run.provenance import describe
@@ -94,14 +95,15 @@ class Job:
         self._search_seconds: float | None = None
         self._network, self._data, self._settings = network, data, settings
         self._methods = select(settings.method, network)
+        self._effort = EFFORTS[settings.effort]
 
     @cached_property
-    def _analysis(self) -> Analysis:
+    def _analysis(self) -> ModelBounds:
         """For the classes that are predicted anywhere in the data: it is the same wherever a run begins."""
         memory = _memory(self._network.device, self._settings.memory, MEMORY)
         with exact_kernels():
             predicted = torch.cat([self._network(self._batch(part)).argmax(1) for part in self._parts(0)])
-        return Analysis(self._network, self._settings.effort, memory, predicted)
+        return ModelBounds(self._network, self._effort, memory, predicted)
 
     def _parts(self, first: int) -> Iterator[slice]:
         for start in range(first, self.total, self.run.batch_size):
@@ -138,7 +140,7 @@ class Job:
         """The samples in the data's order, a batch at a time, from number `first` on, which must begin a batch."""
         for part in self._parts(first):
             with exact_kernels():
-                point = Point(self._network, self._batch(part))
+                point = EvaluatedPoints(self._network, self._batch(part))
                 settings = self._settings
                 certificates = certify_batch(
                     self._methods, self._analysis, point, settings.attack != "none", settings.levels
@@ -149,17 +151,17 @@ class Job:
                 batch = self._certified(part, point, certificates, promised)
             yield from batch
 
-    def model_bounds(self) -> dict[str, float]:
+    def model_figures(self) -> dict[str, float]:
         """Bounds of the model as it meets the data, by the keys that a policy has for them; inf where there is none."""
         last = layer_table(self._network)[-1]
         curvature = math.inf if last.curvature is None else last.curvature
         return {"largest_lipschitz": last.lipschitz, "largest_curvature": curvature}
 
-    def _with_nearer_attacks(self, point: Point, found: Certificates) -> tuple[Certificates, Tensor]:
+    def _with_nearer_attacks(self, point: EvaluatedPoints, found: Certificates) -> tuple[Certificates, Tensor]:
         """The certificates with nearer attacks where a search finds them; and (batch,) which attacks a certificate
         promised."""
         start = time.perf_counter()
-        witness, norm = searched(point, found.near, found.radius, self._settings.effort)
+        witness, norm = nearest_attacks(point, found.near, found.radius, self._effort)
         nearer = norm < found.attack.nan_to_num(nan=torch.inf, posinf=torch.inf)
         shape = (-1, *[1] * (witness.dim() - 1))
         better = replace(
@@ -170,7 +172,9 @@ class Job:
         self._search_seconds = (self._search_seconds or 0.0) + time.perf_counter() - start
         return better, found.attack.isfinite() & ~nearer
 
-    def _certified(self, part: slice, point: Point, found: Certificates, promised: Tensor) -> list[CertifiedSample]:
+    def _certified(
+        self, part: slice, point: EvaluatedPoints, found: Certificates, promised: Tensor
+    ) -> list[CertifiedSample]:
         data = self._data
         indices = data.indices[part]
         labels = data.y[part].tolist() if data.y is not None else None
@@ -214,7 +218,7 @@ def prepare(
     device = _device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    searched = any(method.searched for method in select(settings.method, network)) and settings.effort != "fast"
+    searched = any(method.searched for method in select(settings.method, network)) and settings.effort != FAST.name
     fitting = max(1, int(SEARCHED_WORK / max(1.0, ball_cost(network))))
     most = min(SEARCHED_BATCH, fitting) if searched else LARGEST_BATCH
     most = min(most, largest_batch or most)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import method_name
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Sample
 
 TIED = "the two largest logits are equal up to rounding error"
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def sample_records(
-    point: Point,
+    point: EvaluatedPoints,
     found: Certificates,
     promised: Tensor,
     indices: Sequence[int],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from certify_cli.efforts import EFFORTS
 from certify_cli.errors import UsageError, quoted
 from certify_cli.records import parse_eps
 
-EFFORTS = ("fast", "normal", "max")
 ATTACKS = ("certificate", "search", "none")
 LAYOUTS = ("nchw", "nhwc", "flat")
 
@@ -33,7 +33,7 @@ class Settings:
     layout: str | None = None
 
     def __post_init__(self) -> None:
-        _among("--effort", self.effort, EFFORTS)
+        _among("--effort", self.effort, tuple(EFFORTS))
         _among("--attack", self.attack, ATTACKS)
         if self.layout is not None:
             _among("--layout", self.layout, LAYOUTS)

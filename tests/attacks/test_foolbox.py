@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from certify_cli.attacks.ddn import searched
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.attacks.ddn import nearest_attacks
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import AUTO, certify_batch, select
 from certify_cli.data.datasets import load_data
 from certify_cli.load.model import load_model
 from certify_cli.load.preprocessing import fit
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 
 fb = pytest.importorskip("foolbox", reason="an oracle of its own: pip install 'curvcert[oracle]'")
@@ -59,7 +59,7 @@ def _nearest(network: Network, x: Tensor, prediction: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    point: Point
+    point: EvaluatedPoints
     found: Certificates
     foolbox: Tensor
 
@@ -70,8 +70,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     data = load_data("digits", samples=SAMPLES)
     network = fit(load_model(MODELS / f"{request.param}.onnx").network, data.x.shape[1:])
     with exact_kernels():
-        point = Point(network, data.x.double())
-        found = certify_batch(select(AUTO, network), Analysis(network), point, True)
+        point = EvaluatedPoints(network, data.x.double())
+        found = certify_batch(select(AUTO, network), ModelBounds(network), point, True)
     return Case(point, found, _nearest(network, point.x, point.prediction))
 
 
@@ -84,7 +84,7 @@ def test_no_foolbox_adversarial_lies_inside_a_certified_ball(case: Case) -> None
 @pytest.mark.parametrize("effort", ["normal", pytest.param("max", marks=pytest.mark.slow)])
 def test_the_search_comes_as_near_as_foolbox(case: Case, effort: str) -> None:
     with exact_kernels():
-        _, norm = searched(case.point, case.found.near, case.found.radius, effort)
+        _, norm = nearest_attacks(case.point, case.found.near, case.found.radius, effort)
     assert bool((norm > case.found.radius).all())
     ratio = norm / case.foolbox
     assert float(ratio.mean()) < 1.03, ratio

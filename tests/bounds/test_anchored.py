@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.anchored import Anchored, level_bound
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.anchoring import Constants, anchored
 from certify_cli.certificates.closed_form import hybrid_radius
-from certify_cli.certificates.dual import sharpened
+from certify_cli.certificates.dual import refined
 from certify_cli.certificates.methods import METHODS
+from certify_cli.efforts import EFFORTS
 from certify_cli.network.activations import from_name
 from certify_cli.network.activations.anchored_table import UnitTable
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
 from tests.networks import SMOOTH, points
 from tests.shared_models import load
@@ -98,8 +99,8 @@ def table(bound: str, anchors: Anchored, batch: int, classes: int) -> Tensor:
 def test_no_perturbation_exceeds_an_anchored_bound(name: str, effort: str) -> None:
     network = SMOOTH[name]
     with exact_kernels():
-        point = Point(network, points(network, BATCH))
-        anchors = Analysis(network, effort).anchored.around(point)
+        point = EvaluatedPoints(network, points(network, BATCH))
+        anchors = ModelBounds(network, EFFORTS[effort]).anchored.around(point)
         names = ("lipschitz", "adjoint_anchored", "jacobian_anchored", "lower", "upper")
         lipschitz, adjoint, jacobian, lower, upper = (table(n, anchors, BATCH, network.classes) for n in names)
     value, gradient = margins_and_gradients(network, point.x, point.prediction)
@@ -139,8 +140,8 @@ def test_anchoring_both_factors_over_claims() -> None:
     though the gradient at 0 is 3. Each valid form keeps one factor global."""
     network, x = scalar(1.0, 3.0, 1.0), torch.tensor([[3.0]], dtype=torch.float64)
     with exact_kernels():
-        point = Point(network, x)
-        anchors = Analysis(network).anchored.around(point)
+        point = EvaluatedPoints(network, x)
+        anchors = ModelBounds(network).anchored.around(point)
         zero, one = torch.tensor([0]), torch.tensor([1])
         valid = float(anchors.adjoint_anchored(zero, one)), float(anchors.jacobian_anchored(zero, one))
     units = UnitTable(from_name("tanh"))
@@ -163,8 +164,8 @@ def test_one_unit_by_construction(place: float) -> None:
     of the table's cells (widest, against constants that shrink, where the unit is saturated)."""
     network, x = scalar(1.5, 2.0), torch.tensor([[place]], dtype=torch.float64)
     with exact_kernels():
-        point = Point(network, x)
-        anchors = Analysis(network).anchored.around(point)
+        point = EvaluatedPoints(network, x)
+        anchors = ModelBounds(network).anchored.around(point)
         rival = 1 - point.prediction
         found = [float(getattr(anchors, n)(torch.tensor([0]), rival)) for n in ("lipschitz", "change", "lower")]
     t = torch.cat([s * torch.logspace(-3, 3, 40001, dtype=torch.float64) for s in (-1, 1)])
@@ -185,35 +186,35 @@ def test_one_unit_by_construction(place: float) -> None:
 def test_a_linear_network_has_its_exact_constants() -> None:
     network = SMOOTH["linear"]
     with exact_kernels():
-        point = Point(network, points(network, 6))
-        anchors = Analysis(network).anchored.around(point)
+        point = EvaluatedPoints(network, points(network, 6))
+        anchors = ModelBounds(network).anchored.around(point)
         index, rival = torch.arange(6), (point.prediction + 1) % 3
         assert anchors.lipschitz(index, rival) == pytest.approx(point.gradient_norm[index, rival], rel=1e-12)
         assert (anchors.change(index, rival) == 0).all()
         assert (anchors.lower(index, rival) == 0).all()
 
 
-def everywhere(analysis: Analysis, point: Point) -> Constants:
+def everywhere(model_bounds: ModelBounds, point: EvaluatedPoints) -> Constants:
     return Constants(
-        analysis.curvature_pairs.rows(point.prediction),
-        analysis.curvature_pairs.columns(point.prediction),
-        analysis.lipschitz_pairs.rows(point.prediction),
+        model_bounds.curvature_pairs.rows(point.prediction),
+        model_bounds.curvature_pairs.columns(point.prediction),
+        model_bounds.lipschitz_pairs.rows(point.prediction),
     )
 
 
 def assert_never_worse(network: Network, x: Tensor) -> float:
     """Every entry of the table, and the methods' radii against those of the global constants. Returns the gain."""
     with exact_kernels():
-        analysis, point = Analysis(network), Point(network, x)
-        constants = everywhere(analysis, point)
+        model_bounds, point = ModelBounds(network), EvaluatedPoints(network, x)
+        constants = everywhere(model_bounds, point)
         closed = hybrid_radius(point.margin_low, point.gradient_norm, constants.lower, constants.lipschitz)
-        raised, decided = anchored(analysis.anchored.around(point), point, closed, constants)
+        raised, decided = anchored(model_bounds.anchored.around(point), point, closed, constants)
         assert (raised >= closed)[~point.own].all()
         assert (decided.lower <= constants.lower).all()
         assert (decided.lipschitz <= constants.lipschitz).all()
-        without = sharpened(point, closed, constants.lower, constants.upper, 1).radius
+        without = refined(point, closed, constants.lower, constants.upper, 1).radius
         without = without.masked_fill(point.own, torch.inf).amin(1)
-        radius = METHODS["curvature"].certify(analysis, point, False, None).radius
+        radius = METHODS["curvature"].certify(model_bounds, point, False, None).radius
         assert (radius >= without).all()
         assert (radius >= raised.masked_fill(point.own, torch.inf).amin(1)).all()
         finite = without.isfinite() & (without > 0)
@@ -247,13 +248,13 @@ def test_samples_out_of_range_and_weights_that_overflow_give_no_claim() -> None:
     """NaN and inf: bounds are inf, never NaN; radii are no larger than the global ones."""
     network = scalar(1e200, 1e200, 1.0)
     with exact_kernels():
-        point = Point(network, torch.tensor([[1e150], [0.1], [math.nan]], dtype=torch.float64))
-        analysis = Analysis(network)
-        anchors = analysis.anchored.around(point)
+        point = EvaluatedPoints(network, torch.tensor([[1e150], [0.1], [math.nan]], dtype=torch.float64))
+        model_bounds = ModelBounds(network)
+        anchors = model_bounds.anchored.around(point)
         index = torch.arange(3)
         for bound in ("lipschitz", "change", "lower", "upper"):
             value = getattr(anchors, bound)(index, 1 - point.prediction)
             assert not value.isnan().any()
-        radius = METHODS["curvature"].certify(analysis, point, True, None).radius
+        radius = METHODS["curvature"].certify(model_bounds, point, True, None).radius
     assert not radius.isnan().any()
     assert float(radius[2]) == 0.0

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.curvature import COMPOSITION, RULES, why_no_curvature
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.bounds.linear_maps.weight_blocks import Budget
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
+from certify_cli.efforts import Budget
 from certify_cli.network.graph import Network
 from tests.networks import PIECEWISE, SMOOTH, all_pairs, mlp, points
 
@@ -36,7 +36,7 @@ def worst_eigenvalues(network: Network, x: Tensor, pair: tuple[int, int]) -> tup
 )
 def test_no_sampled_hessian_exceeds_any_rule(name: str) -> None:
     network = SMOOTH[name]
-    curvature = Analysis(network).curvature
+    curvature = ModelBounds(network).curvature
     pairs = all_pairs(network.classes)
     x = torch.cat([points(network, 60, spread=s) for s in (0.3, 1.0, 3.0)])[:: 4 if network.nodes[0].size > 20 else 1]
     found = [worst_eigenvalues(network, x, (a, b)) for a, b in pairs.tolist()]
@@ -49,7 +49,7 @@ def test_no_sampled_hessian_exceeds_any_rule(name: str) -> None:
 @pytest.mark.parametrize("name", SMOOTH)
 def test_all_rules_together_are_the_least_of_each_layer(name: str) -> None:
     network = SMOOTH[name]
-    curvature = Analysis(network).curvature
+    curvature = ModelBounds(network).curvature
     pairs = all_pairs(network.classes)
     together = curvature.terms(pairs)
     for rule in RULES:
@@ -63,7 +63,7 @@ def test_two_layers_by_the_published_formula(activation: str) -> None:
     first, act, last = (network.nodes[i].op for i in (1, 2, 3))
     low, high = act.curvature_range
     pairs = all_pairs(3)
-    bound = Analysis(network).curvature.lower(pairs)
+    bound = ModelBounds(network).curvature.lower(pairs)
     for row, (a, b) in enumerate(pairs.tolist()):
         v = last.weight[a] - last.weight[b]
         w = torch.stack([-v * low, -v * high]).amax(0).clamp(min=0.0)
@@ -79,7 +79,7 @@ def test_softplus_formula_is_wrong_for_tanh() -> None:
     object.__setattr__(network.nodes[3].op, "weight", torch.tensor([[1.0], [0.0]], dtype=torch.float64))
     down, _ = worst_eigenvalues(network, torch.linspace(-3, 3, 601, dtype=torch.float64).reshape(-1, 1), (0, 1))
     only_negative = 0.0  # v = +1: the softplus formula sees no curvature at all
-    assert only_negative < down <= float(Analysis(network).curvature.lower(torch.tensor([[0, 1]])))
+    assert only_negative < down <= float(ModelBounds(network).curvature.lower(torch.tensor([[0, 1]])))
 
 
 def _frozen_sign_bound(network: Network, x: Tensor, pair: tuple[int, int]) -> float:
@@ -88,7 +88,7 @@ def _frozen_sign_bound(network: Network, x: Tensor, pair: tuple[int, int]) -> fl
     margin = values[-1][0, pair[0]] - values[-1][0, pair[1]]
     layers = [i for i, node in enumerate(network.nodes) if hasattr(node.op, "curvature_sup")]
     adjoints = torch.autograd.grad(margin, [values[i] for i in layers])
-    lipschitz = Analysis(network).lipschitz
+    lipschitz = ModelBounds(network).lipschitz
     total = 0.0
     for k, v in zip(layers, adjoints, strict=True):
         w = (-v[0]).clamp(min=0.0) * network.nodes[k].op.curvature_sup
@@ -105,13 +105,13 @@ def test_signs_need_intervals_from_three_layers_on() -> None:
         network = mlp((2, 3, 2, 2), "softplus:4", seed=seed, gain=2.5)
         frozen = _frozen_sign_bound(network, points(network, 1, seed), (0, 1))
         down, _ = worst_eigenvalues(network, points(network, 800, seed + 1), (0, 1))
-        assert float(Analysis(network).curvature.lower(torch.tensor([[0, 1]]))) >= down
+        assert float(ModelBounds(network).curvature.lower(torch.tensor([[0, 1]]))) >= down
         violated += frozen < down
     assert violated > 0
 
 
 def test_a_linear_network_has_no_curvature() -> None:
-    assert Analysis(SMOOTH["linear"]).curvature.lower(all_pairs(3)).max() < 1e-300
+    assert ModelBounds(SMOOTH["linear"]).curvature.lower(all_pairs(3)).max() < 1e-300
 
 
 def test_piecewise_networks_are_refused_with_the_layer_named() -> None:

@@ -9,19 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.bounds.linear_maps.row_sparsity import Supports
-from certify_cli.bounds.on_ball.interval_ranges import fast_ranges
-from certify_cli.bounds.remainder import expansion as local
-from certify_cli.bounds.remainder import tangent_bound as fast
-from certify_cli.bounds.remainder.expansion import Ball, Choice, ball, lower_bound, span
-from certify_cli.bounds.remainder.optimise import Problem, ascend, starts
-from certify_cli.bounds.remainder.tangent_bound import fast_losses
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
+from certify_cli.bounds.on_ball.interval_ranges import interval_ranges, span
+from certify_cli.bounds.remainder import expansion, tangent_bound
+from certify_cli.bounds.remainder.expansion import (
+    BallExpansion,
+    chosen_slopes,
+    expand_on_ball,
+    range_of_remainder,
+    remainder_sums,
+)
+from certify_cli.bounds.remainder.margin_bound import Choice, lower_bound
+from certify_cli.bounds.remainder.optimise import Problem, optimise, starts
+from certify_cli.bounds.remainder.tangent_bound import tangent_losses
 from certify_cli.bounds.remainder.weighted_squares import together
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import Vectors, head, nonlinear_nodes
+from certify_cli.network.propagate import Vectors, nonlinear_nodes, pre_activation
 from tests.adversary import attacked, directions, pairs
 from tests.networks import (
     CURVED,
@@ -35,13 +41,13 @@ D = torch.float64
 RADII = (1e-9, 0.03, 0.4, 3.0, 100.0)
 
 
-def around(network: Network, count: int, radius: float | Tensor) -> tuple[Point, Ball]:
-    point = Point(network, points(network, count))
+def around(network: Network, count: int, radius: float | Tensor) -> tuple[EvaluatedPoints, BallExpansion]:
+    point = EvaluatedPoints(network, points(network, count))
     radii = torch.zeros(count, dtype=D) + radius
-    return point, ball(point, fast_ranges(point, Analysis(network).weights, radii))
+    return point, expand_on_ball(point, interval_ranges(point, ModelBounds(network).weights, radii))
 
 
-def rounding(point: Point, target: int) -> Tensor:
+def rounding(point: EvaluatedPoints, target: int) -> Tensor:
     """Of a sampled offset, (batch, size)."""
     return 1e-13 * (1 + point.evaluation.values[target].flatten(1).abs())
 
@@ -53,7 +59,7 @@ def test_no_sampled_offset_leaves_the_ball(name: str) -> None:
     with exact_kernels():
         for radius in RADII:
             point, found = around(network, 6, radius)
-            begin = fast_ranges(point, Analysis(network).weights, found.radius)
+            begin = interval_ranges(point, ModelBounds(network).weights, found.radius)
             before = network.values(point.x)
             for d in directions(network, point.x, 6):
                 for part in (1 - 1e-14, 0.6):
@@ -65,7 +71,7 @@ def test_no_sampled_offset_leaves_the_ball(name: str) -> None:
                         assert bool((offset >= found.ranges.low[target] - slack).all())
                         assert bool((offset <= found.ranges.high[target] + slack).all())
                         straight = (rows.value @ step.flatten(1).unsqueeze(2)).squeeze(2)
-                        assert bool(((offset - straight).abs() <= found.rest[target] + slack).all())
+                        assert bool(((offset - straight).abs() <= found.residual[target] + slack).all())
             for target in found.jacobians.outer:
                 assert bool((found.ranges.low[target] >= begin.low[target]).all())
                 assert bool((found.ranges.high[target] <= begin.high[target]).all())
@@ -84,18 +90,18 @@ def test_jacobians_are_those_of_autograd_where_tangents_are_chosen(name: str) ->
                 lambda x, t=target: network.values(x.unsqueeze(0))[t].flatten(), point.x[sample]
             ).flatten(1)
             assert torch.allclose(rows.value[min(sample, len(rows.value) - 1)], exact, rtol=1e-9, atol=1e-12)
-        if target > small.jacobians.heads[0]:
-            ratio = large.rest[target] / small.rest[target]
-            moves = small.rest[target] > 1e-16
+        if target > small.jacobians.pre_activations[0]:
+            ratio = large.residual[target] / small.residual[target]
+            moves = small.residual[target] > 1e-16
             assert bool((ratio[moves] < 105).all())
-    assert bool((torch.stack([r.amax() for r in small.rest.values()]) < 1e-8).all())
+    assert bool((torch.stack([r.amax() for r in small.residual.values()]) < 1e-8).all())
 
 
-@pytest.mark.parametrize("mixed", [0.0, local.MIXED, math.inf])
+@pytest.mark.parametrize("mixed", [0.0, expansion.MIXED, math.inf])
 @pytest.mark.parametrize("name", EACH_CURVED)
 def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """sum_j B_ij q_j(D_j), by tangents alone, by chords alone, and by both: never outside the two ends."""
-    monkeypatch.setattr(local, "MIXED", mixed)
+    monkeypatch.setattr(expansion, "MIXED", mixed)
     network = CURVED[name]
     g = torch.Generator().manual_seed(1)
     with exact_kernels():
@@ -105,21 +111,21 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
             steps = [d * (radius * (1 - 1e-14)) for d in directions(network, point.x, 6)]
             moved = [network.values(point.x + d) for d in steps]
             for layer in nonlinear_nodes(network):
-                target, phi = head(network, layer), network.nodes[layer].op
+                target, phi = pre_activation(network, layer), network.nodes[layer].op
                 gram = found.jacobians.outer[target].squared_products(found.jacobians.outer[target])
                 on = span(point, layer, found.ranges)
-                slope, flat = local._chosen(point, layer, on)
-                q = local._remainder(point, layer, on, slope, flat, found.rest[target], gram)
+                slope, flat = chosen_slopes(point, layer, on)
+                q = range_of_remainder(point, layer, on, slope, flat, found.residual[target], gram)
                 shared = torch.randn(1, 7, network.nodes[layer].size, generator=g, dtype=D)
                 own = torch.randn(5, 7, network.nodes[layer].size, generator=g, dtype=D)
                 blocks = [Vectors(b, 0.1 * torch.rand(b.shape[:2], generator=g, dtype=D)) for b in (shared, own)]
                 blocks += [b for (_, source), b in found.jacobians.inner.items() if source == layer]
                 outer = found.jacobians.outer[target]
                 for block in blocks:
-                    supports = Supports.of(block.value)
+                    sparsity = RowSparsity.of(block.value)
                     mixed_rows = torch.randn(1, block.value.shape[1], outer.value.shape[1], generator=g, dtype=D)
                     lines = Vectors(mixed_rows @ outer.value[:1], torch.zeros(1, block.value.shape[1], dtype=D))
-                    sides = local._sums(block, q, supports, supports.products(lines, outer))
+                    sides = remainder_sums(block, q, sparsity, sparsity.products(lines, outer))
                     more, less = (side.alone(found.radius) for side in sides)
                     rise, fall = (together(lines.size, found.radius, [side]) for side in sides)
                     rises = together(lines.size, found.radius, [sides[0], sides[0]])
@@ -140,7 +146,7 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
                             assert bool((sign * straight + 2 * total <= rises + 2 * slack).all())
 
 
-def random_choice(point: Point, found: Ball, seed: int) -> Choice:
+def random_choice(point: EvaluatedPoints, found: BallExpansion, seed: int) -> Choice:
     """Slopes and weights from sensible to absurd."""
     g = torch.Generator().manual_seed(seed)
     count = len(found.radius)
@@ -166,11 +172,13 @@ def test_no_attack_in_the_ball_gets_below_the_bound(name: str) -> None:
             point, found = here.at(sample), known.at(sample)
             least = attacked(network, point.x, cotangents, found.radius)
             choices = starts(point, found, cotangents)
-            best = ascend(point, found, margin, cotangents, None, 6).choice
+            best = optimise(point, found, margin, cotangents, None, 6).choice
             choices += [best, Choice(best.slopes, best.weights, best.tau, best.mu)]
             choices += [random_choice(point, found, seed) for seed in range(2)]
             problem = Problem(point, found, margin, cotangents)
-            choices += [problem.at(choice, None).ascended.choice for choice in choices]  # with the hints that they want
+            choices += [
+                problem.at(choice, None).optimised.choice for choice in choices
+            ]  # with the hints that they want
             for choice in choices:
                 value = lower_bound(point, found, margin, cotangents, choice)
                 assert not bool(value.isnan().any())
@@ -189,10 +197,10 @@ def test_no_attack_in_the_ball_loses_more_than_the_fast_bound(name: str) -> None
             point, known = around(network, 4, radius)
             sample, margin, cotangents = pairs(point)
             least = attacked(network, point.x[sample], cotangents, known.radius[sample])
-            begin = fast_ranges(point, Analysis(network).weights, known.radius)
+            begin = interval_ranges(point, ModelBounds(network).weights, known.radius)
             rival = (-cotangents).argmax(1)
-            plain = fast_losses(point, begin, point.adjoints)
-            sharper = fast_losses(point, known.ranges, point.adjoints, known)
+            plain = tangent_losses(point, begin, point.adjoints)
+            sharper = tangent_losses(point, known.ranges, point.adjoints, known)
             assert bool((sharper <= plain * (1 + 1e-9) + 1e-280).all())
             for losses in (plain, sharper):
                 value = margin - losses[sample, rival]
@@ -208,9 +216,9 @@ def test_tiny_balls_lose_the_gradient_and_no_more() -> None:
             here, known = around(network, 4, 1e-4)
             sample, margin, cotangents = pairs(here)
             point, found = here.at(sample), known.at(sample)
-            choice = ascend(point, found, margin, cotangents, None, 0).choice
+            choice = optimise(point, found, margin, cotangents, None, 0).choice
             value = lower_bound(point, found, margin, cotangents, choice)
-            losses = fast_losses(here, known.ranges, here.adjoints)[sample, (-cotangents).argmax(1)]
+            losses = tangent_losses(here, known.ranges, here.adjoints)[sample, (-cotangents).argmax(1)]
             straight = here.gradient_norm[sample, (-cotangents).argmax(1)] * 1e-4
         assert torch.allclose(margin - value, straight, rtol=1e-3)
         assert torch.allclose(losses, straight, rtol=1e-3)
@@ -224,7 +232,7 @@ def test_a_choice_of_nonsense_claims_nothing_wrong() -> None:
         sample, margin, cotangents = pairs(here)
         point, found = here.at(sample), known.at(sample)
         least = attacked(network, point.x, cotangents, found.radius)
-        good = ascend(point, found, margin, cotangents, None, 6).choice
+        good = optimise(point, found, margin, cotangents, None, 6).choice
 
         def spoil(table: dict[int, Tensor], change: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
             return {k: torch.where(torch.arange(t.shape[1]) % 3 == 0, change(t), t) for k, t in table.items()}
@@ -254,17 +262,17 @@ def test_all_layers_together_count_every_activation(name: str, monkeypatch: pyte
     """1/2 sum w D^2, w summed over the activations that read a head: never above the bound for any sampled d."""
     network = CURVED[name]
     seen: list[Tensor] = []
-    together = fast._together
+    together = tangent_bound.joint_quadratic
 
-    def spied(known: Ball, weights: dict[int, Tensor]) -> Tensor:
+    def spied(known: BallExpansion, weights: dict[int, Tensor]) -> Tensor:
         seen.append(together(known, weights))
         return seen[-1]
 
-    monkeypatch.setattr(fast, "_together", spied)
+    monkeypatch.setattr(tangent_bound, "joint_quadratic", spied)
     with exact_kernels():
         for radius in (0.05, 1.0):
             point, known = around(network, 4, radius)
-            fast_losses(point, known.ranges, point.adjoints, known)
+            tangent_losses(point, known.ranges, point.adjoints, known)
             before = network.values(point.x)
             for d in directions(network, point.x, 6):
                 after = network.values(point.x + d * (radius * (1 - 1e-14)))
@@ -273,7 +281,11 @@ def test_all_layers_together_count_every_activation(name: str, monkeypatch: pyte
                     least, most = (end.unsqueeze(1) for end in span(point, layer, known.ranges).quadratics())
                     v = point.adjoints[layer].value.flatten(2)
                     w = torch.maximum(-v * least, -v * most).clamp(min=0.0)
-                    moved = (after[head(network, layer)] - before[head(network, layer)]).flatten(1).unsqueeze(1)
+                    moved = (
+                        (after[pre_activation(network, layer)] - before[pre_activation(network, layer)])
+                        .flatten(1)
+                        .unsqueeze(1)
+                    )
                     total = total + 0.5 * (w * moved.square()).sum(2)
                 assert bool((total <= seen[-1] * (1 + 1e-9) + 1e-20).all())
 
@@ -288,14 +300,14 @@ def test_samples_that_are_no_numbers_stay_alone() -> None:
         with exact_kernels():
             found = []
             for samples in (x, spoilt):
-                point = Point(network, samples)
-                known = ball(point, fast_ranges(point, Analysis(network).weights, radius))
+                point = EvaluatedPoints(network, samples)
+                known = expand_on_ball(point, interval_ranges(point, ModelBounds(network).weights, radius))
                 rival = (point.prediction + 1) % network.classes
                 eye = torch.eye(network.classes, dtype=D)
                 cotangents, margin = eye[point.prediction] - eye[rival], point.margin_low[torch.arange(5), rival]
-                choice = ascend(point, known, margin, cotangents, None, 4).choice
+                choice = optimise(point, known, margin, cotangents, None, 4).choice
                 found.append(lower_bound(point, known, margin, cotangents, choice))
-                losses = fast_losses(point, known.ranges, point.adjoints, known)
+                losses = tangent_losses(point, known.ranges, point.adjoints, known)
                 assert bool(losses[2][rival[2]].isinf() | losses[2][rival[2]].isnan())
         clean, beside = found
         assert float(clean[2]) == -math.inf
@@ -309,14 +321,14 @@ def test_a_part_of_a_ball_is_the_ball_of_that_part() -> None:
         point, found = around(network, 6, torch.linspace(0.1, 2.0, 6, dtype=D))
         index = torch.tensor([5, 0, 0, 3])
         part = point.at(index)
-        fresh = ball(part, fast_ranges(part, Analysis(network).weights, found.radius[index]))
+        fresh = expand_on_ball(part, interval_ranges(part, ModelBounds(network).weights, found.radius[index]))
         cut = found.at(index)
     assert torch.equal(cut.radius, fresh.radius)
-    for target in cut.jacobians.heads:
+    for target in cut.jacobians.pre_activations:
         for one, other in (
             (cut.ranges.low[target], fresh.ranges.low[target]),
             (cut.ranges.high[target], fresh.ranges.high[target]),
-            (cut.rest[target], fresh.rest[target]),
+            (cut.residual[target], fresh.residual[target]),
             (cut.jacobians.outer[target].value, fresh.jacobians.outer[target].value),
         ):
             assert torch.allclose(one, other, rtol=1e-9, atol=1e-13)
@@ -330,12 +342,12 @@ def test_supports_change_no_form() -> None:
     for batch in (1, 3):
         u = torch.randn(3, 30, 40, generator=g, dtype=D) * mask
         matrix = torch.randn(batch, 40, 40, generator=g, dtype=D)
-        found = Supports.of(u)
+        found = RowSparsity.of(u)
         assert found.groups is not None
         assert sum(len(rows) for rows, _ in found.groups) == 30
         expected = torch.einsum("bmi,bij,bmj->bm", u, matrix.expand(3, -1, -1), u)
         assert torch.allclose(found.forms(u, matrix), expected, rtol=1e-12, atol=1e-12)
-    assert Supports.of(torch.ones(1, 4, 9)).groups is None
+    assert RowSparsity.of(torch.ones(1, 4, 9)).groups is None
 
 
 def test_forms_added_by_supports_are_those_of_the_whole() -> None:
@@ -345,7 +357,7 @@ def test_forms_added_by_supports_are_those_of_the_whole() -> None:
     units = torch.eye(64, dtype=D).reshape(64, 1, 8, 8)
     matrix = torch.nn.functional.conv2d(units, weight, padding=1).flatten(1).T.unsqueeze(0)
     weights = torch.rand(3, matrix.shape[1], dtype=D, generator=generator)
-    found = Supports.of(matrix)
+    found = RowSparsity.of(matrix)
     assert found.groups is not None
     assert len(found.groups) == 64
     total = torch.ones(3, 64, 64, dtype=D)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.hessian import BallCurvature
-from certify_cli.bounds.on_ball.interval_ranges import fast_ranges
+from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
+from certify_cli.efforts import EFFORTS
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from tests.adversary import on_the_sphere
 from tests.networks import SMOOTH, activation_first, mlp, points
@@ -20,9 +21,11 @@ from tests.networks import SMOOTH, activation_first, mlp, points
 NETWORKS = {name: net for name, net in SMOOTH.items() if name != "linear"} | {"activation first": activation_first()}
 
 
-def on_ball(analysis: Analysis, point: Point, pairs: Tensor, radius: float) -> BallCurvature:
+def on_ball(model_bounds: ModelBounds, point: EvaluatedPoints, pairs: Tensor, radius: float) -> BallCurvature:
     radii = torch.full((len(point.x),), radius, dtype=torch.float64)
-    return BallCurvature(analysis, point, fast_ranges(point, analysis.weights, radii), pairs, torch.arange(len(radii)))
+    return BallCurvature(
+        model_bounds, point, interval_ranges(point, model_bounds.weights, radii), pairs, torch.arange(len(radii))
+    )
 
 
 def some_pairs(network: Network, count: int) -> Tensor:
@@ -57,14 +60,14 @@ EACH = [
 @pytest.mark.parametrize(("name", "effort"), EACH)
 def test_no_hessian_on_the_ball_exceeds_the_bounds(name: str, effort: str) -> None:
     network = NETWORKS[name]
-    analysis = Analysis(network, effort)
+    model_bounds = ModelBounds(network, EFFORTS[effort])
     count = 6
     pairs = some_pairs(network, count)
     x = points(network, count, spread=1.0)
     inputs = network.nodes[0].size
     for radius in (1e-6, 0.1, 0.7, 5.0):
         with exact_kernels():
-            found = on_ball(analysis, Point(network, x), pairs, radius)
+            found = on_ball(model_bounds, EvaluatedPoints(network, x), pairs, radius)
             lower, upper = found.lower, found.upper
         for seed in range(6 if inputs > 20 else 12):
             share = (seed % 3) / 2  # the centre, half way, the sphere
@@ -77,11 +80,11 @@ def test_no_hessian_on_the_ball_exceeds_the_bounds(name: str, effort: str) -> No
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bounds_grow_with_the_ball_up_to_the_global_one(name: str) -> None:
     network = NETWORKS[name]
-    analysis = Analysis(network, "max")
-    point, pairs = Point(network, points(network, 8)), some_pairs(network, 8)
+    model_bounds = ModelBounds(network, EFFORTS["max"])
+    point, pairs = EvaluatedPoints(network, points(network, 8)), some_pairs(network, 8)
     with exact_kernels():
-        everywhere = analysis.curvature_pairs.rows(pairs[:, 0]).gather(1, pairs[:, 1:]).squeeze(1)
-        bounds = [on_ball(analysis, point, pairs, r).lower for r in (0.0, 0.01, 0.1, 1.0, 1e6, torch.inf)]
+        everywhere = model_bounds.curvature_pairs.rows(pairs[:, 0]).gather(1, pairs[:, 1:]).squeeze(1)
+        bounds = [on_ball(model_bounds, point, pairs, r).lower for r in (0.0, 0.01, 0.1, 1.0, 1e6, torch.inf)]
     for small, large in pairwise(bounds):
         assert (small <= large * (1 + 1e-3)).all()  # eigenvalues are proved to a relative 1e-3 or better
     assert (bounds[-1] <= everywhere).all()
@@ -91,11 +94,11 @@ def test_bounds_grow_with_the_ball_up_to_the_global_one(name: str) -> None:
 def test_on_a_tiny_ball_two_layers_have_the_hessian_itself() -> None:
     """At radius 0 the bound is lambda_max of the signed part of the one Hessian there is."""
     network = mlp((6, 12, 3), "tanh", seed=7)
-    analysis = Analysis(network, "max")
+    model_bounds = ModelBounds(network, EFFORTS["max"])
     pairs = some_pairs(network, 5)
     with exact_kernels():
-        point = Point(network, points(network, 5))
-        bound = on_ball(analysis, point, pairs, 0.0).lower
+        point = EvaluatedPoints(network, points(network, 5))
+        bound = on_ball(model_bounds, point, pairs, 0.0).lower
     first, last = network.nodes[1].op.weight, network.nodes[3].op.weight  # type: ignore[attr-defined]
     z = point.evaluation.values[1].tanh()
     bends = -2 * z * (1 - z.square())
@@ -107,13 +110,13 @@ def test_on_a_tiny_ball_two_layers_have_the_hessian_itself() -> None:
 
 def test_samples_that_are_no_numbers_keep_the_global_bound_to_themselves() -> None:
     network = NETWORKS["residual, gelu"]
-    analysis = Analysis(network, "max")
+    model_bounds = ModelBounds(network, EFFORTS["max"])
     x, pairs = points(network, 4), some_pairs(network, 4)
     with exact_kernels():
-        alone = on_ball(analysis, Point(network, x), pairs, 0.1).lower
+        alone = on_ball(model_bounds, EvaluatedPoints(network, x), pairs, 0.1).lower
         spoilt = x.clone()
         spoilt[1], spoilt[2] = torch.nan, 1e308
-        beside = on_ball(analysis, Point(network, spoilt), pairs, 0.1).lower
+        beside = on_ball(model_bounds, EvaluatedPoints(network, spoilt), pairs, 0.1).lower
     assert beside.isfinite().all()
     assert torch.allclose(alone[[0, 3]], beside[[0, 3]], rtol=1e-3)
     assert (beside[1] >= alone[1]).all()

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, lipschitz_expansion, product_expansion, weight_blocks
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.linear_maps import weight_blocks as blocks
-from certify_cli.bounds.linear_maps.weight_blocks import Budget
+from certify_cli.efforts import EFFORTS, Budget
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
-from certify_cli.network.propagate import head, nonlinear_nodes
+from certify_cli.network.propagate import nonlinear_nodes, pre_activation
 from tests.networks import PIECEWISE, SMOOTH, all_pairs, mlp, points
 
 NETWORKS = SMOOTH | PIECEWISE
@@ -30,11 +30,11 @@ def jacobians(network: Network, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_margins_never_change_faster(name: str, effort: str) -> None:
     network = NETWORKS[name]
-    analysis = Analysis(network, "normal" if effort == "matrix-free" else effort)
+    model_bounds = ModelBounds(network, EFFORTS["normal" if effort == "matrix-free" else effort])
     if effort == "matrix-free":
-        analysis.budget = TINY
+        model_bounds.budget = TINY
     pairs = all_pairs(network.classes)
-    bound = analysis.lipschitz.of_margins(pairs)
+    bound = model_bounds.lipschitz.of_margins(pairs)
     jacobian = jacobians(network, points(network, 400))
     slopes = (jacobian[:, pairs[:, 0]] - jacobian[:, pairs[:, 1]]).norm(dim=2).amax(0)
     assert (bound >= slopes).all()
@@ -50,17 +50,17 @@ def test_margins_never_change_faster(name: str, effort: str) -> None:
 def test_every_head_and_every_source_is_bounded(name: str) -> None:
     """m_l bounds dz_l/dx and its rows, and the sensitivity to a hidden layer bounds the margin's slope in it."""
     network = NETWORKS[name]
-    lipschitz = Analysis(network).lipschitz
+    lipschitz = ModelBounds(network).lipschitz
     x = points(network, 60).requires_grad_(True)
     values = network.values(x)
     pairs = all_pairs(network.classes)
     for k in nonlinear_nodes(network):
-        z = values[head(network, k)].flatten(1)
+        z = values[pre_activation(network, k)].flatten(1)
         rows = torch.stack(
             [torch.autograd.grad(z[:, i].sum(), x, retain_graph=True)[0].flatten(1) for i in range(z.shape[1])], dim=1
         )
-        assert (torch.linalg.svdvals(rows)[:, 0] <= lipschitz.to_head(head(network, k))).all()
-        assert (rows.norm(dim=2).amax(1) <= lipschitz.rows(head(network, k))).all()
+        assert (torch.linalg.svdvals(rows)[:, 0] <= lipschitz.to_pre_activation(pre_activation(network, k))).all()
+        assert (rows.norm(dim=2).amax(1) <= lipschitz.rows(pre_activation(network, k))).all()
         bound = lipschitz.sensitivity(k, pairs)
         for (a, b), limit in zip(pairs.tolist(), bound.tolist(), strict=True):
             margin = (values[-1][:, a] - values[-1][:, b]).sum()
@@ -70,19 +70,19 @@ def test_every_head_and_every_source_is_bounded(name: str) -> None:
 
 def test_liplt_beats_the_product_on_a_relu_chain() -> None:
     network = PIECEWISE["relu"]
-    analysis = Analysis(network)
+    model_bounds = ModelBounds(network)
     pairs = all_pairs(network.classes)
-    product = product_expansion(network, analysis.weights).sensitivity(0, pairs)
-    liplt = lipschitz_expansion(network, analysis.budget).sensitivity(0, pairs)
+    product = product_expansion(network, model_bounds.weights).sensitivity(0, pairs)
+    liplt = lipschitz_expansion(network, model_bounds.budget).sensitivity(0, pairs)
     assert (liplt < product).all()
-    assert torch.equal(analysis.lipschitz.of_margins(pairs), torch.minimum(liplt, product))
+    assert torch.equal(model_bounds.lipschitz.of_margins(pairs), torch.minimum(liplt, product))
 
 
 def test_a_linear_classifier_is_exact() -> None:
     weight = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     builder = Builder((2,))
     network = builder.build(builder.add("fc", Dense(weight), 0))
-    bound = Lipschitz.of(network, Analysis(network).weights, Budget.of("normal")).of_margins(all_pairs(2))
+    bound = Lipschitz.of(network, ModelBounds(network).weights, EFFORTS["normal"].budget).of_margins(all_pairs(2))
     assert bound.tolist() == pytest.approx([5.0, 5.0], rel=1e-12)
     assert (bound >= 5.0).all()
 
@@ -96,15 +96,15 @@ def test_two_layer_liplt_by_hand() -> None:
     z = builder.add("fc0", Dense(one), 0)
     h = builder.add("act", from_name("gelu"), z)
     network = builder.build(builder.add("fc1", Dense(torch.tensor([[1.0], [0.0]], dtype=torch.float64)), h))
-    lipschitz = Analysis(network).lipschitz
-    assert lipschitz.to_head(z) == pytest.approx(1.0, rel=1e-9)
+    lipschitz = ModelBounds(network).lipschitz
+    assert lipschitz.to_pre_activation(z) == pytest.approx(1.0, rel=1e-9)
     assert lipschitz.to_output(h) == pytest.approx(1.128904146, rel=1e-8)
     assert float(lipschitz.of_margins(torch.tensor([[0, 1]]))) >= 1.1289041
 
 
 def test_deep_networks_finish() -> None:
     network = mlp((10, *[20] * 12, 5), "relu")
-    assert Analysis(network).lipschitz.of_margins(all_pairs(5)).isfinite().all()
+    assert ModelBounds(network).lipschitz.of_margins(all_pairs(5)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["convolutional", "residual", "concatenating, softsign", "relu, convolutional"])
@@ -115,10 +115,10 @@ def test_a_block_that_is_not_written_out_has_a_norm_of_its_own_for_every_row(
     network = (SMOOTH | PIECEWISE)[name]
     written = weight_blocks(network, Budget(1e12, 1e12))
     monkeypatch.setattr(blocks, "MATRIX_ENTRIES", 0)
-    pulled = weight_blocks(network, Budget(1e12, 1e12))
+    adjoints = weight_blocks(network, Budget(1e12, 1e12))
     poor = weight_blocks(network, Budget(0.0, 0.0))
-    assert pulled.keys() == written.keys() == poor.keys()
-    for key, block in pulled.items():
+    assert adjoints.keys() == written.keys() == poor.keys()
+    for key, block in adjoints.items():
         size = network.nodes[key[0]].size
         assert block.matrix is None
         exact = written[key].rows.expand(size)

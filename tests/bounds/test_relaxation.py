@@ -11,23 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, fast_ranges
-from certify_cli.bounds.on_ball.lipschitz import lipschitz_falls, matrix_norms
-from certify_cli.bounds.on_ball.max_pooling import Planes
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
+from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss, matrix_norms
+from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation
 from certify_cli.bounds.relaxation import backward as relaxation
-from certify_cli.bounds.relaxation.backward import Lines, falls, lines
-from certify_cli.bounds.relaxation.intermediate_bounds import relaxed_ranges
-from certify_cli.bounds.relaxation.optimise import climbed, climbs, envelopes
-from certify_cli.bounds.relaxation.supporting_lines import Envelopes
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, falls, lines
+from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
+from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
+from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import ACTIVATIONS, from_name
 from certify_cli.network.activations.interval_bounds import Span
 from certify_cli.network.affine import Dense, Reshape
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
 from certify_cli.network.pooling import GroupMap, MaxMin, MaxPool
-from certify_cli.network.propagate import Vectors, heads, pull_cost
+from certify_cli.network.propagate import Vectors, pre_activations, vjp_cost
 from tests.adversary import attacked, directions
 from tests.networks import CURVED, PIECEWISE, QUICK_CURVED, mlp, points, pooled_net
 
@@ -42,10 +42,10 @@ MEMORY = 2**26
 ROWS = {"celu": "celu:0.7", "centred_softplus": "centred_softplus:2", "clip": "clip:-0.5,1"}
 
 
-def known(network: Network, count: int, radius: float) -> tuple[Point, Ranges]:
-    point = Point(network, points(network, count))
+def known(network: Network, count: int, radius: float) -> tuple[EvaluatedPoints, Ranges]:
+    point = EvaluatedPoints(network, points(network, count))
     radii = torch.full((count,), radius, dtype=D)
-    return point, fast_ranges(point, Analysis(network).weights, radii)
+    return point, interval_ranges(point, ModelBounds(network).weights, radii)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -54,12 +54,12 @@ def test_no_sampled_offset_leaves_the_relaxed_ranges(name: str) -> None:
     with exact_kernels():
         for radius in RADII:
             point, fast = known(network, 5, radius)
-            found, _ = relaxed_ranges(point, fast, MEMORY)
-            climbed_for, _ = relaxed_ranges(point, fast, MEMORY, steps=3)
+            found, _ = intermediate_bounds(point, fast, MEMORY)
+            climbed_for, _ = intermediate_bounds(point, fast, MEMORY, steps=3)
             before = network.values(point.x)
             for d in directions(network, point.x, 8):
                 after = network.values(point.x + d * radius * (1 - 1e-14))
-                for target in heads(network)[:-1]:
+                for target in pre_activations(network)[:-1]:
                     offset = (after[target] - before[target]).flatten(1)
                     slack = 1e-13 * (1 + before[target].flatten(1).abs() + offset.abs())
                     for ranges in (found, climbed_for):
@@ -70,24 +70,24 @@ def test_no_sampled_offset_leaves_the_relaxed_ranges(name: str) -> None:
                 assert bool((found.high[target] <= fast.high[target]).all())
 
 
-def climbing(point: Point, fast: Ranges, rows: Tensor, steps: int = 6) -> Tensor:
+def climbing(point: EvaluatedPoints, fast: Ranges, rows: Tensor, steps: int = 6) -> Tensor:
     """The bound with lines chosen for each row, on ranges with lines of their own."""
-    ranges, between = relaxed_ranges(point, fast, MEMORY, steps=3)
+    ranges, between = intermediate_bounds(point, fast, MEMORY, steps=3)
     item = torch.arange(len(rows)).repeat_interleave(rows.shape[1])
-    mine = {k: line for k, line in between.items() if isinstance(line, Lines)}
-    choice = {k: e.at(item) for k, e in envelopes(point, ranges, mine).items()}
+    mine = {k: line for k, line in between.items() if isinstance(line, LinearRelaxation)}
+    choice = {k: e.at(item) for k, e in slope_tables(point, ranges, mine).items()}
     slopes = {k: line.slopes[:, item] for k, line in mine.items()}
-    found = climbed(point.network, fast.radius[item], choice, slopes, rows.flatten(0, 1), steps)
+    found = optimised_loss(point.network, fast.radius[item], choice, slopes, rows.flatten(0, 1), steps)
     return found.on(fast.radius[item]).reshape(rows.shape[:2])
 
 
-def bounds_of(point: Point, fast: Ranges) -> dict[str, Callable[[Tensor], Tensor]]:
-    more = {"climbed": lambda rows: climbing(point, fast, rows)} if climbs(point) else {}
+def bounds_of(point: EvaluatedPoints, fast: Ranges) -> dict[str, Callable[[Tensor], Tensor]]:
+    more = {"climbed": lambda rows: climbing(point, fast, rows)} if has_slopes(point) else {}
     return more | {
         "lines": lambda rows: falls(point.network, lines(point, fast), rows).on(fast.radius),
-        "relaxed": lambda rows: falls(point.network, relaxed_ranges(point, fast, MEMORY)[1], rows).on(fast.radius),
-        "slopes": lambda rows: lipschitz_falls(point, fast, rows).on(fast.radius),
-        "slopes, no Jacobian": lambda rows: lipschitz_falls(point, fast, rows, budget=0.0).on(fast.radius),
+        "relaxed": lambda rows: falls(point.network, intermediate_bounds(point, fast, MEMORY)[1], rows).on(fast.radius),
+        "slopes": lambda rows: lipschitz_loss(point, fast, rows).on(fast.radius),
+        "slopes, no Jacobian": lambda rows: lipschitz_loss(point, fast, rows, budget=0.0).on(fast.radius),
     }
 
 
@@ -150,7 +150,7 @@ def test_lines_hold_the_activation(name: str) -> None:
     phi = from_name(ROWS.get(name, name))
     g = torch.Generator().manual_seed(7)
     z, lo, hi = some_ranges(g, 1, 400)
-    found = Lines.of(Span(phi, z, 1e-15, lo, hi), (400,))
+    found = LinearRelaxation.of(Span(phi, z, 1e-15, lo, hi), (400,))
     t = lo + (hi - lo) * torch.linspace(0, 1, 2001, dtype=D).reshape(-1, 1)
     rise = phi.value(z + t) - phi.value(z)
     slack = 1e-12 * (1 + rise.abs() + phi.value(z).abs() + t.abs())
@@ -175,7 +175,7 @@ def test_every_line_of_an_envelope_holds(name: str) -> None:
     g = torch.Generator().manual_seed(8)
     z, lo, hi = some_ranges(g, 3, 200)
     here, item = Span(phi, z, 1e-15, lo, hi), torch.tensor([2, 0, 0, 1])
-    found = Envelopes.of(here, Lines.of(here, (200,))).at(item)
+    found = SlopeTable.of(here, LinearRelaxation.of(here, (200,))).at(item)
     t = (lo + (hi - lo) * torch.linspace(0, 1, 801, dtype=D).reshape(-1, 1, 1))[:, item]
     rise = phi.value(z[item] + t) - phi.value(z[item])
     slack = 1e-12 * (1 + rise.abs() + phi.value(z[item]).abs() + t.abs())
@@ -229,7 +229,7 @@ def test_planes_hold_max_pooling(op: GroupMap, shape: tuple[int, ...], width: fl
     z = torch.randn(3, *shape, generator=g, dtype=D)
     error = torch.full_like(z, 1e-13)
     low, high = (-width * torch.rand(z.shape, generator=g, dtype=D), width * torch.rand(z.shape, generator=g, dtype=D))
-    found = Planes.of(op, shape, z, error, low, high)
+    found = MaxPoolRelaxation.of(op, shape, z, error, low, high)
     out = op.output_shape(shape)
     rows = torch.randn(3, 4, *out, generator=g, dtype=D)
     vectors = Vectors(rows, torch.zeros(3, 4, dtype=D))
@@ -255,13 +255,13 @@ def test_a_pool_passes_back_no_more_than_it_says() -> None:
     op, shape = POOLS[1]
     g = torch.Generator().manual_seed(10)
     z = torch.randn(2, *shape, generator=g, dtype=D)
-    found = Planes.of(op, shape, z, torch.zeros_like(z), -torch.ones_like(z), torch.ones_like(z))
+    found = MaxPoolRelaxation.of(op, shape, z, torch.zeros_like(z), -torch.ones_like(z), torch.ones_like(z))
     rows = torch.randn(2, 3, *op.output_shape(shape), generator=g, dtype=D)
     rows = rows + rows.sign()  # the push below changes no sign, and so no plane
-    push = torch.randn(rows.shape, generator=g, dtype=D)
-    push = 1e-3 * push / push.flatten(2).norm(dim=2).reshape(2, 3, *[1] * len(shape))
+    jvp = torch.randn(rows.shape, generator=g, dtype=D)
+    jvp = 1e-3 * jvp / jvp.flatten(2).norm(dim=2).reshape(2, 3, *[1] * len(shape))
     near = found.back(Vectors(rows, torch.full((2, 3), 1e-3, dtype=D)))
-    moved = found.back(Vectors(rows + push, torch.zeros(2, 3, dtype=D)))
+    moved = found.back(Vectors(rows + jvp, torch.zeros(2, 3, dtype=D)))
     assert bool(((moved.value - near.value).flatten(2).norm(dim=2) <= near.error).all())
 
 
@@ -282,10 +282,10 @@ def test_what_is_beyond_the_budget_stays_as_it_is() -> None:
     network = NETWORKS["deep relu"]
     with exact_kernels():
         point, fast = known(network, 3, 0.4)
-        none, _ = relaxed_ranges(point, fast, MEMORY, 0.0)
-        first, *_, last = heads(network)[1:-1]
-        some, _ = relaxed_ranges(point, fast, MEMORY, 2 * 9 * pull_cost(network, first))
-        every, _ = relaxed_ranges(point, fast, MEMORY)
+        none, _ = intermediate_bounds(point, fast, MEMORY, 0.0)
+        first, *_, last = pre_activations(network)[1:-1]
+        some, _ = intermediate_bounds(point, fast, MEMORY, 2 * 9 * vjp_cost(network, first))
+        every, _ = intermediate_bounds(point, fast, MEMORY)
     assert all(torch.equal(none.low[target], fast.low[target]) for target in fast.low)
     assert torch.equal(some.low[first], every.low[first])
     assert bool((some.low[first] > fast.low[first]).any())
@@ -296,7 +296,7 @@ def test_rows_in_chunks_are_the_same_rows() -> None:
     network = PIECEWISE["relu, convolutional"]
     with exact_kernels():
         point, fast = known(network, 3, 0.4)
-        whole, chunks = (relaxed_ranges(point, fast, memory)[0] for memory in (MEMORY, 1))
+        whole, chunks = (intermediate_bounds(point, fast, memory)[0] for memory in (MEMORY, 1))
     for target in whole.low:
         assert torch.allclose(whole.low[target], chunks.low[target], rtol=1e-12, atol=1e-15)
         assert torch.allclose(whole.high[target], chunks.high[target], rtol=1e-12, atol=1e-15)
@@ -310,9 +310,9 @@ def test_norms_of_matrices(rows: int, columns: int) -> None:
     error = torch.rand(2, rows, generator=g, dtype=D) * 1e-3
     found = matrix_norms(Vectors(value, error))
     largest = torch.linalg.matrix_norm(value, 2)
-    push = value / torch.linalg.vector_norm(value, dim=2, keepdim=True) * error.unsqueeze(2)
+    jvp = value / torch.linalg.vector_norm(value, dim=2, keepdim=True) * error.unsqueeze(2)
     assert bool((found >= largest).all())
-    assert bool((found >= torch.linalg.matrix_norm(value + push, 2)).all())
+    assert bool((found >= torch.linalg.matrix_norm(value + jvp, 2)).all())
     if min(rows, columns) <= 512:
         assert bool((found <= 1.2 * largest + error.norm(dim=1)).all())
 
@@ -322,10 +322,10 @@ def test_an_overflow_is_its_own_sample_alone() -> None:
     with exact_kernels():
         x = points(network, 3)
         x[1] = 1e300
-        point = Point(network, x)
-        fast = fast_ranges(point, Analysis(network).weights, torch.tensor([0.1, 1e300, 0.1], dtype=D))
+        point = EvaluatedPoints(network, x)
+        fast = interval_ranges(point, ModelBounds(network).weights, torch.tensor([0.1, 1e300, 0.1], dtype=D))
         rows = torch.eye(3, dtype=D).expand(3, -1, -1)
-        alone, ranges = Point(network, x[:1]), fast.at(torch.tensor([0]))
+        alone, ranges = EvaluatedPoints(network, x[:1]), fast.at(torch.tensor([0]))
         for kind, bound in bounds_of(point, fast).items():
             loss = bound(rows)
             assert not bool(loss.isnan().any())
@@ -335,17 +335,17 @@ def test_an_overflow_is_its_own_sample_alone() -> None:
 @pytest.mark.parametrize(("mutant", "line"), list(itertools.product(("below", "above"), ("slope", "constant"))))
 def test_a_wrong_line_would_be_noticed(mutant: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampling above sees a constant left out or a slope of the other side."""
-    right = Lines.of
+    right = LinearRelaxation.of
 
-    def wrong(here: Span, shape: tuple[int, ...]) -> Lines:
+    def wrong(here: Span, shape: tuple[int, ...]) -> LinearRelaxation:
         found = right(here, shape)
         slope, constant = getattr(found, mutant)
         other = found.above if mutant == "below" else found.below
         pair = (slope, 0 * constant) if line == "constant" else (other[0], constant)
         parts = {"below": found.below, "above": found.above, mutant: pair}
-        return Lines(parts["below"], parts["above"], found.far)
+        return LinearRelaxation(parts["below"], parts["above"], found.far)
 
-    monkeypatch.setattr(relaxation.Lines, "of", wrong)
+    monkeypatch.setattr(relaxation.LinearRelaxation, "of", wrong)
     with pytest.raises(AssertionError):
         test_no_attack_in_the_ball_loses_more("saturated")
 
@@ -355,10 +355,10 @@ def test_lines_of_every_range_s_own_narrow_the_ranges() -> None:
     network = mlp((6, 20, 20, 20, 20, 3), "sigmoid", seed=4, gain=4.0)
     with exact_kernels():
         point, fast = known(network, 3, 0.3)
-        plain, _ = relaxed_ranges(point, fast, MEMORY)
-        climbed_for, _ = relaxed_ranges(point, fast, MEMORY, steps=8)
+        plain, _ = intermediate_bounds(point, fast, MEMORY)
+        climbed_for, _ = intermediate_bounds(point, fast, MEMORY, steps=8)
         shares = []
-        for target in heads(network)[1:-1]:
+        for target in pre_activations(network)[1:-1]:
             assert bool((climbed_for.low[target] >= plain.low[target]).all())
             assert bool((climbed_for.high[target] <= plain.high[target]).all())
             width, narrower = (r.high[target] - r.low[target] for r in (plain, climbed_for))
@@ -369,12 +369,12 @@ def test_lines_of_every_range_s_own_narrow_the_ranges() -> None:
 
 
 def test_a_constant_that_is_too_small_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Envelopes.needed
+    right = SlopeTable.needed
 
-    def wrong(self: Envelopes, above: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def wrong(self: SlopeTable, above: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         constant, touch = right(self, above, slope)
         return 0.5 * constant, touch
 
-    monkeypatch.setattr(Envelopes, "needed", wrong)
+    monkeypatch.setattr(SlopeTable, "needed", wrong)
     with pytest.raises(AssertionError):
         test_no_attack_in_the_ball_loses_more("saturated")

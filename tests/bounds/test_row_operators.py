@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from certify_cli.bounds.linear_maps.row_operators import Grouped, Whole, operator
-from certify_cli.bounds.linear_maps.row_sparsity import Supports
+from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
 
 D = torch.float64
 
@@ -24,7 +24,7 @@ def convolution(channels: int, batch: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_grouped_is_whole(batch: int) -> None:
     matrix = convolution(2, batch)
-    found = operator(matrix, Supports.of(matrix))
+    found = operator(matrix, RowSparsity.of(matrix))
     assert isinstance(found, Grouped)
     assert found.values.numel() < 0.3 * matrix.numel()
     whole = Whole(matrix)
@@ -43,4 +43,4 @@ def test_grouped_is_whole(batch: int) -> None:
 
 def test_dense_rows_stay_whole() -> None:
     matrix = torch.ones(1, 4, 9, dtype=D)
-    assert isinstance(operator(matrix, Supports.of(matrix)), Whole)
+    assert isinstance(operator(matrix, RowSparsity.of(matrix)), Whole)

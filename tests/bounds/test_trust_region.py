@@ -34,7 +34,7 @@ def problem(shape: str, seed: int, rest: float = 0.3, size: float = 1.0) -> tupl
 
     inputs, blocks = SHAPES[shape]
     made = tuple(size * random(1 if shared else BATCH, rows, inputs) for rows, shared in blocks)
-    rows = Rows(made, tuple(torch.zeros(b.shape[:2], dtype=D) for b in made))
+    rows = Rows.of(made, tuple(torch.zeros(b.shape[:2], dtype=D) for b in made))
     weights = random(BATCH, rows.count).abs() * torch.randint(0, 3, (BATCH, rows.count), generator=g).clamp(max=1)
     beyond = rest * random(BATCH, rows.count).abs()
     gradient = random(BATCH, inputs) * 10 ** (2 * random(BATCH, 1))
@@ -47,7 +47,7 @@ def stacked(rows: Rows) -> Tensor:
 
 def loss(quadratic: Quadratic, gradient: Tensor, d: Tensor) -> Tensor:
     """The largest value over all D within `rest` of A d: the rest pushes every D away from 0. d (count, batch, n)."""
-    moved = (stacked(quadratic.rows) @ d.unsqueeze(3)).squeeze(3).abs() + quadratic.rest
+    moved = (stacked(quadratic.rows) @ d.unsqueeze(3)).squeeze(3).abs() + quadratic.residual
     return -(gradient * d).sum(2) + 0.5 * (quadratic.weights * moved.square()).sum(2)
 
 
@@ -63,8 +63,8 @@ def worst(quadratic: Quadratic, gradient: Tensor, radius: Tensor, seed: int = 0)
     for step in range(25):
         if step:
             moved = (a @ d.unsqueeze(3)).squeeze(3)
-            pull = quadratic.weights * (moved + moved.sign() * quadratic.rest)
-            d = (a.mT @ pull.unsqueeze(3)).squeeze(3) - gradient  # the uphill direction: a Frank-Wolfe step
+            vjp = quadratic.weights * (moved + moved.sign() * quadratic.residual)
+            d = (a.mT @ vjp.unsqueeze(3)).squeeze(3) - gradient  # the uphill direction: a Frank-Wolfe step
         d = d / d.norm(dim=2, keepdim=True).clamp(min=1e-300) * radius.unsqueeze(1) * (1 - 1e-15)
         best = torch.maximum(best, loss(quadratic, gradient, d).amax(0))
     return best
@@ -149,7 +149,7 @@ def test_with_a_rest_the_best_tau_is_worth_having(shape: str) -> None:
     found = worst(quadratic, gradient, radius)
     best = torch.full_like(found, math.inf)
     for tau in 10 ** torch.linspace(-4, 4, 21, dtype=D):
-        scaled = Quadratic(quadratic.rows, quadratic.weights * (1 + tau), quadratic.rest)
+        scaled = Quadratic(quadratic.rows, quadratic.weights * (1 + tau), quadratic.residual)
         best = torch.minimum(best, bound(quadratic, gradient, radius, optimum(scaled, gradient, radius)[1], tau))
     assert bool((best >= found * (1 - 1e-12)).all())
     assert bool((best <= 2.5 * found + 1e-9).all())  # (a + b)^2 <= 2 (a^2 + b^2), neuron by neuron
@@ -162,12 +162,12 @@ def test_rows_and_gradients_within_their_errors(shape: str, seed: int) -> None:
     quadratic, gradient, radius = problem(shape, seed, rest=0.05)
     g = torch.Generator().manual_seed(seed)
     off = [0.1 * torch.randn(b.shape, generator=g, dtype=D) for b in quadratic.rows.blocks]
-    rows = Rows(
+    rows = Rows.of(
         tuple(b + o for b, o in zip(quadratic.rows.blocks, off, strict=True)),
         tuple(o.norm(dim=2) for o in off),
     )
     reach = torch.cat([e.expand(BATCH, -1) for e in rows.errors], dim=1) * radius.unsqueeze(1)
-    given = Quadratic(rows, quadratic.weights, quadratic.rest + reach)
+    given = Quadratic(rows, quadratic.weights, quadratic.residual + reach)
     away = torch.randn(gradient.shape, generator=g, dtype=D)
     value = trust_region_loss(
         given,
@@ -187,8 +187,8 @@ def test_rows_of_any_size(shape: str, scale: float) -> None:
     plain, gradient, radius = problem(shape, 1)
     found = worst(plain, gradient, radius)
     _, mu = optimum(plain, gradient, radius)
-    rows = Rows(tuple(b * scale for b in plain.rows.blocks), plain.rows.errors)
-    scaled = Quadratic(rows, plain.weights, plain.rest)
+    rows = Rows.of(tuple(b * scale for b in plain.rows.blocks), plain.rows.errors)
+    scaled = Quadratic(rows, plain.weights, plain.residual)
     value = bound(scaled, gradient * scale, radius / scale, mu * scale**2, 0.3)
     assert bool((value >= found * (1 - 1e-12)).all())
     if scale > 1e-100:  # beyond, squares are lost, and the bound says so
@@ -206,7 +206,7 @@ def test_what_is_no_number_claims_nothing(shape: str, spoilt: float) -> None:
     unused = int(plain.weights[1].argmin())
     assert plain.weights[1, unused] == 0
     for part in ("rest", "rest of no weight", "weight", "gradient", "row", "radius"):
-        rest, weights, g, e = plain.rest.clone(), plain.weights.clone(), gradient.clone(), radius.clone()
+        rest, weights, g, e = plain.residual.clone(), plain.weights.clone(), gradient.clone(), radius.clone()
         blocks = [b.clone() for b in plain.rows.blocks]
         if part == "rest":
             rest[1, used] = spoilt
@@ -220,7 +220,7 @@ def test_what_is_no_number_claims_nothing(shape: str, spoilt: float) -> None:
             blocks[1][1, 0, 0] = spoilt
         else:
             e[1] = spoilt
-        value = bound(Quadratic(Rows(tuple(blocks), plain.rows.errors), weights, rest), g, e, mu, 0.3)
+        value = bound(Quadratic(Rows.of(tuple(blocks), plain.rows.errors), weights, rest), g, e, mu, 0.3)
         # no weight times an infinite rest may be read as nothing, or as unknown: never as if there were no rest at all
         assert bool(value[1].isinf()) or (part == "rest of no weight" and float(value[1]) >= float(clean[1])), part
         assert torch.allclose(value[[0, 2, 3, 4, 5]], clean[[0, 2, 3, 4, 5]], rtol=1e-9)
@@ -229,12 +229,12 @@ def test_what_is_no_number_claims_nothing(shape: str, spoilt: float) -> None:
 def test_nothing_to_lose() -> None:
     """No weights: the gradient alone; no gradient either: nothing; a ball of radius 0: the rest alone."""
     quadratic, gradient, radius = problem("fewer rows", 4)
-    none = Quadratic(quadratic.rows, torch.zeros_like(quadratic.weights), quadratic.rest)
+    none = Quadratic(quadratic.rows, torch.zeros_like(quadratic.weights), quadratic.residual)
     length = gradient.norm(dim=1)
     assert torch.allclose(bound(none, gradient, radius, length / radius, 0.0), length * radius, rtol=1e-9)
     assert bool((bound(none, gradient, radius, length / radius, 0.0) >= length * radius * (1 - 1e-15)).all())
     assert bool((bound(none, 0 * gradient, radius, 0.0, 0.0) < 1e-250).all())
-    alone = 0.5 * (quadratic.weights * quadratic.rest.square()).sum(1)
+    alone = 0.5 * (quadratic.weights * quadratic.residual.square()).sum(1)
     value = bound(quadratic, gradient, 0 * radius, 1e12, 1e9)
     assert bool((value >= alone * (1 - 1e-15)).all())
     assert bool((value <= alone * (1 + 1e-6) + 1e-3).all())
@@ -244,16 +244,16 @@ def test_nothing_to_lose() -> None:
 def test_rows_know_their_gram_matrix(shape: str) -> None:
     quadratic, gradient, _ = problem(shape, 5)
     rows, a = quadratic.rows, stacked(quadratic.rows)
-    assert torch.allclose(rows.gram(BATCH), a @ a.mT, rtol=0, atol=1e-13)
+    assert torch.allclose(rows.gram, a @ a.mT, rtol=0, atol=1e-13)
     assert bool((rows.squared >= (a @ a.mT).square() * (1 - 1e-15)).all())
     assert torch.allclose(rows.apply(gradient), (a @ gradient.unsqueeze(2)).squeeze(2))
     p = quadratic.weights
     assert torch.allclose(rows.transpose(p), (a.mT @ p.unsqueeze(2)).squeeze(2))
     index = torch.tensor([4, 4, 0])
     part = rows.at(index)  # with what was computed before, and without
-    fresh = Rows(rows.blocks, rows.errors).at(index)
-    assert torch.equal(part.gram(3), rows.gram(BATCH)[index])
-    assert torch.allclose(fresh.gram(3), part.gram(3), rtol=0, atol=1e-13)
+    fresh = Rows.of(rows.blocks, rows.errors).at(index)
+    assert torch.equal(part.gram, rows.gram[index])
+    assert torch.allclose(fresh.gram, part.gram, rtol=0, atol=1e-13)
     assert torch.equal(part.squared.expand(3, -1, -1), rows.squared.expand(BATCH, -1, -1)[index])
     matrix, slack = quadratic.matrix()
     exact = torch.linalg.eigvalsh(a.mT @ (p.unsqueeze(2) * a))[:, -1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.remainder.weighted_squares import Swing, together
+from certify_cli.bounds.remainder.weighted_squares import RemainderSum, together
 
 D = torch.float64
 SIZE = 6
@@ -24,10 +24,10 @@ def largest(a: Tensor, q: Tensor, e: float) -> float:
     return float(0.5 * (high * e**2 + (parts / (high - values)).sum()))
 
 
-def swing(a: Tensor, q: Tensor, rest: float = 0.0) -> Swing:
+def swing(a: Tensor, q: Tensor, rest: float = 0.0) -> RemainderSum:
     """As `bounds.remainder.expansion` makes it, with the exact eigenvalue."""
     one = torch.ones(1, 1, dtype=D)
-    return Swing(
+    return RemainderSum(
         largest=torch.linalg.eigvalsh(q)[-1] * one,
         along=(a @ q @ a) * one,
         rest=rest * one,
@@ -36,8 +36,8 @@ def swing(a: Tensor, q: Tensor, rest: float = 0.0) -> Swing:
     )
 
 
-def bound(a: Tensor, e: float, *swings: Swing) -> float:
-    return float(together(a.norm().reshape(1, 1), torch.tensor([e], dtype=D), swings))
+def bound(a: Tensor, e: float, *sums: RemainderSum) -> float:
+    return float(together(a.norm().reshape(1, 1), torch.tensor([e], dtype=D), sums))
 
 
 @pytest.mark.parametrize("e", [1e-3, 0.3, 1.0, 30.0])
@@ -81,6 +81,6 @@ def test_extremes_are_no_bound_that_is_too_small(value: float) -> None:
     a, q = torch.tensor([1.0, 0.0], dtype=D), torch.eye(2, dtype=D)
     for name in ("largest", "along", "rest"):
         parts = vars(swing(a, q)) | {name: torch.full((1, 1), value, dtype=D)}
-        found = bound(a, 1.0, Swing(**parts))
+        found = bound(a, 1.0, RemainderSum(**parts))
         floor = 1.0 + 0.5 * value if name == "rest" and value == value else 1.0
         assert not found < min(floor, 1e9) * (1 - 1e-9)

@@ -11,20 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.bounds.on_ball.affine_loss import Fall
-from certify_cli.bounds.on_ball.interval_ranges import fast_ranges
-from certify_cli.certificates.ball_search import CLOSE, Falls, by_lines, by_slopes, largest_balls
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.bounds.on_ball.affine_loss import AffineLoss
+from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
+from certify_cli.certificates.ball_search import BallBound, linear_bound, lipschitz_bound, search_balls
 from certify_cli.certificates.methods import METHODS, certify_batch, select
+from certify_cli.efforts import EFFORTS, FAST
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 
 D = torch.float64
-BOUNDS: dict[str, tuple[Falls, ...]] = {
-    "linear": (by_lines,),
-    "local-lipschitz": (by_slopes,),
-    "both": (by_lines, by_slopes),
+BOUNDS: dict[str, tuple[BallBound, ...]] = {
+    "linear": (linear_bound,),
+    "local-lipschitz": (lipschitz_bound,),
+    "both": (linear_bound, lipschitz_bound),
 }
 NETWORKS = {
     "relu": PIECEWISE["relu"],
@@ -35,16 +36,16 @@ NETWORKS = {
 }
 
 
-def holds(bounds: tuple[Falls, ...], analysis: Analysis, x: Tensor, radius: Tensor) -> Tensor:
+def holds(bounds: tuple[BallBound, ...], model_bounds: ModelBounds, x: Tensor, radius: Tensor) -> Tensor:
     """Which samples' margins one of the bounds keeps positive on the balls of `radius`."""
-    network = analysis.network
-    point = Point(network, x)
-    ranges = fast_ranges(point, analysis.weights, radius)
+    network = model_bounds.network
+    point = EvaluatedPoints(network, x)
+    ranges = interval_ranges(point, model_bounds.weights, radius)
     eye = torch.eye(network.classes, dtype=D)
     cotangents = eye[point.prediction].unsqueeze(1) - eye
     passed = torch.zeros(len(x), dtype=torch.bool)
     for bound in bounds:
-        fall, ranges = bound(analysis, point, ranges, cotangents)
+        fall, ranges = bound(model_bounds, point, ranges, cotangents)
         passed |= ((point.margin_low - fall.on(radius)) > 0).all(1)
     return passed
 
@@ -56,16 +57,16 @@ def test_a_search_ends_on_the_last_rung_wherever_it_began(name: str, kind: str) 
     network, bounds = NETWORKS[name], BOUNDS[kind]
     x = points(network, 6)
     with exact_kernels():
-        analysis, point = Analysis(network, "fast"), Point(network, x)
-        found = largest_balls(bounds, analysis, point, torch.zeros(6, dtype=D)).radius
+        model_bounds, point = ModelBounds(network, EFFORTS["fast"]), EvaluatedPoints(network, x)
+        found = search_balls(bounds, model_bounds, point, torch.zeros(6, dtype=D)).radius
         assert bool((found > 0).all())
-        assert bool(holds(bounds, analysis, x, found).all())
-        assert not bool(holds(bounds, analysis, x, found * (1 + CLOSE["fast"])).any())
+        assert bool(holds(bounds, model_bounds, x, found).all())
+        assert not bool(holds(bounds, model_bounds, x, found * (1 + FAST.ball_search.close)).any())
         for part in (0.01, 0.7, 0.985):
-            again = largest_balls(bounds, analysis, point, part * found).radius
+            again = search_balls(bounds, model_bounds, point, part * found).radius
             assert torch.allclose(again, found, rtol=1e-12, atol=0.0)
         for known in (found, 3 * found):
-            assert bool((largest_balls(bounds, analysis, point, known).radius == 0).all())
+            assert bool((search_balls(bounds, model_bounds, point, known).radius == 0).all())
 
 
 @pytest.mark.parametrize(("effort", "slack"), [("fast", 1e-12), ("normal", 1e-2)])
@@ -74,11 +75,14 @@ def test_auto_is_never_below_a_single_method(name: str, effort: str, slack: floa
     """But for what an ascent may lose, or win, by a rounding: on average nothing."""
     network = (NETWORKS | SMOOTH)[name]
     with exact_kernels():
-        point, analysis = Point(network, points(network, 8, seed=3)), Analysis(network, effort)
-        best = certify_batch(select("auto", network), analysis, point, False).radius
+        point, model_bounds = (
+            EvaluatedPoints(network, points(network, 8, seed=3)),
+            ModelBounds(network, EFFORTS[effort]),
+        )
+        best = certify_batch(select("auto", network), model_bounds, point, False).radius
         for method in METHODS.values():
             if method.applies(network) is None:
-                alone = certify_batch((method,), analysis, Point(network, point.x), False).radius
+                alone = certify_batch((method,), model_bounds, EvaluatedPoints(network, point.x), False).radius
                 assert bool((best >= alone * (1 - slack)).all()), method.name
                 assert float(best.mean()) >= float(alone.mean()) * (1 - 0.1 * slack), method.name
 
@@ -88,10 +92,12 @@ def test_a_sample_ends_where_it_would_alone() -> None:
     network = NETWORKS["deep relu"]
     x = torch.cat([points(network, 4), 1e-3 * points(network, 2, seed=1), 100 * points(network, 2, seed=2)])
     with exact_kernels():
-        analysis = Analysis(network, "fast")
-        together = largest_balls(BOUNDS["both"], analysis, Point(network, x), torch.zeros(8, dtype=D))
+        model_bounds = ModelBounds(network, EFFORTS["fast"])
+        together = search_balls(BOUNDS["both"], model_bounds, EvaluatedPoints(network, x), torch.zeros(8, dtype=D))
         for k in range(8):
-            alone = largest_balls(BOUNDS["both"], analysis, Point(network, x[k : k + 1]), torch.zeros(1, dtype=D))
+            alone = search_balls(
+                BOUNDS["both"], model_bounds, EvaluatedPoints(network, x[k : k + 1]), torch.zeros(1, dtype=D)
+            )
             assert together.radius[k] == pytest.approx(float(alone.radius), rel=1e-12)
             assert (together.rival[k], together.bound[k]) == (alone.rival[0], alone.bound[0])
 
@@ -106,7 +112,7 @@ def test_below_the_largest_ball_the_fall_is_less_than_the_margin(
     rate: float, rest: float, margin: float, radius: float
 ) -> None:
     """In exact arithmetic; and what is said of a ball is no less than the fall there."""
-    fall = Fall(torch.tensor([[rate]], dtype=D), torch.tensor([[rest]], dtype=D))
+    fall = AffineLoss(torch.tensor([[rate]], dtype=D), torch.tensor([[rest]], dtype=D))
     ball = torch.tensor([radius], dtype=D)
     largest = float(fall.largest(torch.tensor([[margin]], dtype=D), ball))
     assert 0 <= largest <= radius
@@ -122,7 +128,7 @@ def test_what_is_no_number_proves_nothing() -> None:
     nan, inf = torch.nan, torch.inf
     rate = torch.tensor([[nan, 1.0, inf, 0.0, 1.0]], dtype=D)
     rest = torch.tensor([[0.0, nan, 0.0, inf, inf]], dtype=D)
-    fall, one = Fall(rate, rest), torch.ones(1, dtype=D)
+    fall, one = AffineLoss(rate, rest), torch.ones(1, dtype=D)
     assert bool((fall.largest(torch.ones(1, 5, dtype=D), one) == 0).all())
     assert bool(fall.on(one).isinf().all())
-    assert bool((Fall.of(torch.ones(1, 2, dtype=D), []).on(one) > 1).all())
+    assert bool((AffineLoss.of(torch.ones(1, 2, dtype=D), []).on(one) > 1).all())

@@ -59,8 +59,8 @@ def test_the_hybrid_radius_is_proved_by_some_split(f: float, g: float, m: float,
         return
     big_f, big_g, big_m, big_l, big_r = map(Fraction, (f, g, m, lip, r))
     split = min(big_r, max(Fraction(0), (big_l - big_g) / big_m) if m else (big_r if lip >= g else Fraction(0)))
-    spent = big_g * split + big_m * split**2 / 2 + big_l * (big_r - split)
-    assert big_f - spent >= 0
+    offset_loss = big_g * split + big_m * split**2 / 2 + big_l * (big_r - split)
+    assert big_f - offset_loss >= 0
 
 
 def test_the_textbook_form_over_claims_where_ours_does_not() -> None:

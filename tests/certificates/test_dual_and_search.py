@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.attacks.ddn import searched
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.attacks.ddn import nearest_attacks
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.closed_form import curvature_radius
-from certify_cli.certificates.dual import GAIN, sharpened, tangent
+from certify_cli.certificates.dual import GAIN, refined, tangent
 from certify_cli.certificates.methods import METHODS, certify_batch, select
+from certify_cli.efforts import EFFORTS
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 
@@ -29,11 +30,11 @@ def margin_at(network: Network, x: Tensor, prediction: Tensor, rival: Tensor) ->
 def test_any_expansion_point_gives_a_true_radius(name: str) -> None:
     """At random d0, near and far: no sampled perturbation inside the radius reaches a margin of 0."""
     network = CURVED[name]
-    analysis = Analysis(network)
+    model_bounds = ModelBounds(network)
     with exact_kernels():
         x = points(network, 12)
-        point = Point(network, x)
-        lower = analysis.curvature_pairs.rows(point.prediction)
+        point = EvaluatedPoints(network, x)
+        lower = model_bounds.curvature_pairs.rows(point.prediction)
         positive = 0
         for trial in range(12):
             rival = (point.prediction + 1 + trial % (network.classes - 1)) % network.classes
@@ -57,16 +58,16 @@ def test_any_expansion_point_gives_a_true_radius(name: str) -> None:
 @pytest.mark.parametrize("name", CURVED)
 def test_more_points_never_lower_a_radius(name: str) -> None:
     network = CURVED[name]
-    analysis = Analysis(network)
+    model_bounds = ModelBounds(network)
     with exact_kernels():
-        point = Point(network, points(network, 30))
-        closed = METHODS["curvature"].certify(analysis, point, False, None).radius
-        dual = METHODS["dual"].certify(analysis, point, False, None).radius
+        point = EvaluatedPoints(network, points(network, 30))
+        closed = METHODS["curvature"].certify(model_bounds, point, False, None).radius
+        dual = METHODS["dual"].certify(model_bounds, point, False, None).radius
         lower, upper = (
-            rows(point.prediction) for rows in (analysis.curvature_pairs.rows, analysis.curvature_pairs.columns)
+            rows(point.prediction) for rows in (model_bounds.curvature_pairs.rows, model_bounds.curvature_pairs.columns)
         )
         table = curvature_radius(point.margin_low, point.gradient_norm, lower)
-        by_steps = [sharpened(point, table, lower, upper, steps).radius for steps in (0, 1, 20)]
+        by_steps = [refined(point, table, lower, upper, steps).radius for steps in (0, 1, 20)]
     assert (dual >= closed * (1 - 1e-9)).all()
     # the methods' radii may be those of anchored bounds; the tangents' own must grow
     none, one, many = (radius.masked_fill(point.own, torch.inf).amin(1) for radius in by_steps)
@@ -79,9 +80,9 @@ def test_more_points_never_lower_a_radius(name: str) -> None:
 def test_the_search_never_gets_inside_and_what_it_finds_is_replayed(name: str) -> None:
     network = (SMOOTH | PIECEWISE)[name]
     with exact_kernels():
-        point = Point(network, points(network, 25))
-        found = certify_batch(select("auto", network), Analysis(network), point, True)
-        witness, norm = searched(point, found.near, found.radius, "normal")
+        point = EvaluatedPoints(network, points(network, 25))
+        found = certify_batch(select("auto", network), ModelBounds(network), point, True)
+        witness, norm = nearest_attacks(point, found.near, found.radius, EFFORTS["normal"])
         hit = norm.isfinite()
         assert hit.any()
         assert (norm[hit] > found.radius[hit]).all()
@@ -96,8 +97,8 @@ def test_the_search_finds_the_nearest_boundary_of_a_linear_classifier() -> None:
     builder = Builder((6,))
     network = builder.build(builder.add("fc", Dense(weight), 0))
     with exact_kernels():
-        point = Point(network, points(network, 40))
-        _, norm = searched(point, point.x, torch.zeros(40, dtype=torch.float64), "max")
+        point = EvaluatedPoints(network, points(network, 40))
+        _, norm = nearest_attacks(point, point.x, torch.zeros(40, dtype=torch.float64), EFFORTS["max"])
     difference = weight[point.prediction].unsqueeze(1) - weight.unsqueeze(0)
     exact = (point.margin / difference.norm(dim=2)).masked_fill(point.own, torch.inf).amin(1)
     assert (norm >= exact).all()
@@ -108,9 +109,9 @@ def test_the_gap_closes_on_a_wide_two_layer_network() -> None:
     """Where the curvature bound is sharp, dual and search meet: the certified radius is the robust radius."""
     network = mlp((20, 60, 3), "softplus:1", gain=1.0, seed=11)
     with exact_kernels():
-        point = Point(network, points(network, 40, spread=0.5))
-        found = certify_batch(select("dual", network), Analysis(network), point, True)
-        _, norm = searched(point, found.near, found.radius, "max")
+        point = EvaluatedPoints(network, points(network, 40, spread=0.5))
+        found = certify_batch(select("dual", network), ModelBounds(network), point, True)
+        _, norm = nearest_attacks(point, found.near, found.radius, EFFORTS["max"])
     gap = (norm - found.radius) / norm
     assert (gap > 0).all()
     assert float(gap.mean()) < 0.02
@@ -118,12 +119,12 @@ def test_the_gap_closes_on_a_wide_two_layer_network() -> None:
 
 def test_auto_with_levels_reaches_every_verdict_that_all_methods_reach() -> None:
     network = SMOOTH["three layers, softplus"]
-    analysis = Analysis(network)
+    model_bounds = ModelBounds(network)
     with exact_kernels():
-        point = Point(network, points(network, 60))
-        everything = certify_batch(select("auto", network), analysis, point, True)
+        point = EvaluatedPoints(network, points(network, 60))
+        everything = certify_batch(select("auto", network), model_bounds, point, True)
         level = float(everything.radius.sort().values[29:31].mean())  # between two, not the radius of one
-        decided = certify_batch(select("auto", network), analysis, point, True, (level,))
+        decided = certify_batch(select("auto", network), model_bounds, point, True, (level,))
     assert torch.equal(decided.radius > level, everything.radius > level)
     # in a batch of other samples roundings differ, and a search of `dual` may stop up to its GAIN elsewhere
     assert (decided.radius <= everything.radius * (1 + GAIN)).all()
@@ -133,9 +134,9 @@ def test_auto_with_levels_reaches_every_verdict_that_all_methods_reach() -> None
 def test_sharpening_leaves_uncertifiable_samples_alone() -> None:
     network = SMOOTH["two layers, tanh"]
     with exact_kernels():
-        point = Point(network, points(network, 5))
+        point = EvaluatedPoints(network, points(network, 5))
         table = torch.zeros(5, network.classes, dtype=torch.float64).masked_fill(point.own, torch.inf)
         ones = torch.ones_like(table)
-        sharp = sharpened(point, table, ones, ones, 5)
+        sharp = refined(point, table, ones, ones, 5)
     assert torch.equal(sharp.radius[~point.own], table[~point.own])
     assert torch.equal(sharp.ends, point.x)

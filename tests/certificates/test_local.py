@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from certify_cli import load_data, load_model
-from certify_cli.attacks.ddn import searched
+from certify_cli.attacks.ddn import nearest_attacks
 from certify_cli.bounds.global_bounds.curvature import why_no_curvature
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates import local
-from certify_cli.certificates.local import Batch, local_radii
+from certify_cli.certificates.local import LocalSearch, local_radii
 from certify_cli.certificates.methods import METHODS
+from certify_cli.efforts import EFFORTS
 from certify_cli.load.preprocessing import fit
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from tests.adversary import attacked, pairs, pgd
 from tests.networks import CURVED, EACH_CURVED, PIECEWISE, SMOOTH, mlp, points, pooled_net
@@ -32,11 +33,11 @@ RESOLUTION = 3 * local.FAST_CLOSE
 """What two searches of the same bound may differ by, relatively."""
 
 
-def radii(network: Network, x: Tensor, effort: str = "normal") -> tuple[Point, Tensor, Tensor]:
+def radii(network: Network, x: Tensor, effort: str = "normal") -> tuple[EvaluatedPoints, Tensor, Tensor]:
     """Samples, what the local bound alone certifies, and the rivals that decide."""
     with exact_kernels():
-        point = Point(network, x)
-        radius, rival = local_radii(Analysis(network, effort), point, torch.zeros(len(x), dtype=D))
+        point = EvaluatedPoints(network, x)
+        radius, rival = local_radii(ModelBounds(network, EFFORTS[effort]), point, torch.zeros(len(x), dtype=D))
     return point, radius, rival
 
 
@@ -48,7 +49,7 @@ def test_no_attack_gets_inside(name: str) -> None:
     with exact_kernels():
         sample, _, cotangents = pairs(point)
         least = attacked(network, point.x[sample], cotangents, radius[sample], 20)
-        _, norm = searched(point, point.x, radius, "fast")
+        _, norm = nearest_attacks(point, point.x, radius, EFFORTS["fast"])
     assert bool((least > -1e-12).all())
     assert not bool((norm <= radius).any())
     found = norm.isfinite()
@@ -104,9 +105,9 @@ def test_little_memory_is_chunks_or_the_fast_tier(memory: int) -> None:
     network = CURVED["residual"]
     x = points(network, 4, 2)
     with exact_kernels():
-        point, none = Point(network, x), torch.zeros(4, dtype=D)
-        radius, _ = local_radii(Analysis(network, "normal", memory), point, none)
-        plain, _ = local_radii(Analysis(network, "fast" if memory == 1 else "normal"), point, none)
+        point, none = EvaluatedPoints(network, x), torch.zeros(4, dtype=D)
+        radius, _ = local_radii(ModelBounds(network, EFFORTS["normal"], memory), point, none)
+        plain, _ = local_radii(ModelBounds(network, EFFORTS["fast" if memory == 1 else "normal"]), point, none)
     assert torch.allclose(radius, plain, rtol=1e-9)
 
 
@@ -114,11 +115,11 @@ def test_where_the_search_begins_hardly_matters() -> None:
     """Every start ends in proved balls; sensible ones end near the same: an ascent of few steps tells them apart."""
     network = CURVED["three layers, gelu"]
     with exact_kernels():
-        point = Point(network, points(network, 4))
-        batch = Batch(Analysis(network), point)
+        point = EvaluatedPoints(network, points(network, 4))
+        batch = LocalSearch(ModelBounds(network), point)
         start = 0.5 * (point.margin_low / point.gradient_norm).masked_fill(point.own, torch.inf).amin(1)
         usual, _ = batch.radii(start)
-        _, norm = searched(point, point.x, usual, "fast")
+        _, norm = nearest_attacks(point, point.x, usual, EFFORTS["fast"])
         for factor in (0.3, 30.0):
             radius, _ = batch.radii(start * factor)
             assert bool((radius <= norm).all())
@@ -195,9 +196,9 @@ def test_tiny_and_huge_weights_lose_nothing_silently() -> None:
         exact = 1.2 if c == 1.0 else 1 + 1 / c**2
         assert float(certify(network, tensor([0.0]), "local").radius) <= exact
         with exact_kernels():
-            point = Point(network, tensor([0.0]))
+            point = EvaluatedPoints(network, tensor([0.0]))
             for begin in (0.9,):  # wherever the search begins
-                radius, _ = Batch(Analysis(network), point).radii(tensor(begin))
+                radius, _ = LocalSearch(ModelBounds(network), point).radii(tensor(begin))
                 assert 0 <= float(radius) <= exact
                 if c == 1e3:
                     assert float(radius) > 0.9
@@ -238,7 +239,9 @@ def test_shipped_models_hold_against_attacks(name: str) -> None:
             flipped = network(x + d).argmax(1) != point.prediction
         assert not bool((flipped & (d.flatten(1).norm(dim=1) < radius)).any())
     with exact_kernels():
-        _, norm = searched(point, x - point.gradients.value[torch.arange(4), 0] * radius.reshape(shape), radius, "fast")
+        _, norm = nearest_attacks(
+            point, x - point.gradients.value[torch.arange(4), 0] * radius.reshape(shape), radius, EFFORTS["fast"]
+        )
     assert bool((norm > radius).all())
     share = float((radius / norm).mean())
     assert share > 0.35, share
@@ -265,5 +268,5 @@ def test_shared_models_hold_against_attacks(shared: Path, name: str) -> None:
             flipped = network(x + d).argmax(1) != point.prediction
         assert not bool((flipped & (d.flatten(1).norm(dim=1) < radius)).any())
     with exact_kernels():
-        _, norm = searched(point, x, radius, "normal")
+        _, norm = nearest_attacks(point, x, radius, EFFORTS["normal"])
     assert not bool((norm <= radius).any())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from certify_cli.attacks.replay import replayed
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.certificates.local_attack import promised_locally
+from certify_cli.attacks.replay import replayed_along
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.certificates.local_attack import certified_local_attack
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from tests.networks import CURVED, SMOOTH, mlp, points
 from tests.soundness.common import certify
@@ -31,7 +31,9 @@ def near_the_boundary(network: Network) -> torch.Tensor:
     return first
 
 
-def along_the_gradient(network: Network, point: Point, radius: torch.Tensor, rival: torch.Tensor) -> torch.Tensor:
+def along_the_gradient(
+    network: Network, point: EvaluatedPoints, radius: torch.Tensor, rival: torch.Tensor
+) -> torch.Tensor:
     """The margin towards `rival` at `radius` along -g."""
     g = point.gradients.value[torch.arange(len(rival)), rival].flatten(1)
     d = (-g / g.norm(dim=1, keepdim=True) * radius.unsqueeze(1)).reshape(point.x.shape)
@@ -45,8 +47,8 @@ def along_the_gradient(network: Network, point: Point, radius: torch.Tensor, riv
 def test_every_promise_is_kept_where_it_is_made(name: str, jacobians: bool) -> None:
     network = NEAR.get(name) or CURVED[name]
     with exact_kernels():
-        point = Point(network, near_the_boundary(network) if name in NEAR else points(network, 12))
-        radius, rival = promised_locally(Analysis(network), point, jacobians)
+        point = EvaluatedPoints(network, near_the_boundary(network) if name in NEAR else points(network, 12))
+        radius, rival = certified_local_attack(ModelBounds(network), point, jacobians)
         made = radius.isfinite()
         if name in NEAR:
             assert float(made.double().mean()) > 0.4  # not idle
@@ -54,16 +56,16 @@ def test_every_promise_is_kept_where_it_is_made(name: str, jacobians: bool) -> N
             part = point.at(made.nonzero()[:, 0])
             margin = along_the_gradient(network, part, radius[made], rival[made])
             assert bool((margin <= 1e-12).all())
-            _, norm = replayed(part, -part.gradients.value[torch.arange(len(part.x)), rival[made]], radius[made])
+            _, norm = replayed_along(part, -part.gradients.value[torch.arange(len(part.x)), rival[made]], radius[made])
             assert torch.allclose(norm, radius[made], rtol=1e-6)
 
 
 def test_jacobians_promise_more_and_nearer() -> None:
     network = NEAR["gentle"]
     with exact_kernels():
-        point, analysis = Point(network, near_the_boundary(network)), Analysis(network)
-        plain, _ = promised_locally(analysis, point, False)
-        sharp, _ = promised_locally(analysis, point, True)
+        point, model_bounds = EvaluatedPoints(network, near_the_boundary(network)), ModelBounds(network)
+        plain, _ = certified_local_attack(model_bounds, point, False)
+        sharp, _ = certified_local_attack(model_bounds, point, True)
     both = plain.isfinite() & sharp.isfinite()
     assert int(sharp.isfinite().sum()) >= int(plain.isfinite().sum())
     assert bool((sharp[both] <= 1.02 * plain[both]).all())

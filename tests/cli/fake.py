@@ -32,7 +32,7 @@ class FakeJob:
     def indices(self) -> range:
         return range(self.total)
 
-    def model_bounds(self) -> dict[str, float]:
+    def model_figures(self) -> dict[str, float]:
         return {"largest_lipschitz": 3.0, "largest_curvature": 0.5}
 
     def samples(self, first: int = 0) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import deviation, evaluate, margins
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 
@@ -74,7 +74,7 @@ def test_error_bounds_hold_and_are_not_absurd(kind: str, gain: float) -> None:
 def test_gradient_norm_bounds_enclose_the_exact_norm(kind: str) -> None:
     network = mlp((10, 25, 20, 4), kind, seed=1, gain=4.0)
     x = points(network, 3, 5)
-    point = Point(network, x)
+    point = EvaluatedPoints(network, x)
     for row in range(len(x)):
         _, before = _exact(network, x[row], kind)
         jacobian = _matrix(network.nodes[1].op.weight)
@@ -109,8 +109,8 @@ def test_a_thresholded_softplus_is_carried_out_of_the_margin() -> None:
     assert (apart >= last.abs().sum(1) * unit).all()
     assert (apart <= last.abs().sum(1) * unit * 1.01).all()
     x = points(network, 5)
-    lost = Point(plain, x).margin_low - Point(network, x).margin_low
-    assert (lost[~Point(network, x).own] > 0).all()
+    lost = EvaluatedPoints(plain, x).margin_low - EvaluatedPoints(network, x).margin_low
+    assert (lost[~EvaluatedPoints(network, x).own] > 0).all()
 
 
 @pytest.mark.parametrize("name", SMOOTH | PIECEWISE)

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from certify_cli.network.evaluate import evaluate
-from certify_cli.network.evaluated import Point
-from certify_cli.network.propagate import Slope, head, heads, interval_pull, nonlinear_nodes, pull, push
+from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.propagate import (
+    Slope,
+    interval_vjp,
+    jvp,
+    nonlinear_nodes,
+    pre_activation,
+    pre_activations,
+    vjp,
+)
 from tests.networks import SMOOTH, points
 
 
@@ -15,9 +23,9 @@ from tests.networks import SMOOTH, points
 def test_pull_is_the_gradient(name: str) -> None:
     network = SMOOTH[name]
     x = points(network, 4)
-    found = Point(network, x).gradients
+    found = EvaluatedPoints(network, x).gradients
     gradients, error = found.value, found.error
-    y = Point(network, x).prediction
+    y = EvaluatedPoints(network, x).prediction
     x = x.requires_grad_(True)
     out = network(x)
     for i in range(network.classes):
@@ -33,13 +41,15 @@ def test_push_gives_the_jacobian_of_every_head(name: str) -> None:
     network = SMOOTH[name]
     x = points(network, 1)
     found = evaluate(network, x)
-    slopes = {k: Slope(network.nodes[k].op.slope(found.values[head(network, k)])) for k in nonlinear_nodes(network)}
+    slopes = {
+        k: Slope(network.nodes[k].op.slope(found.values[pre_activation(network, k)])) for k in nonlinear_nodes(network)
+    }
     size = network.nodes[0].size
     basis = torch.eye(size, dtype=torch.float64).reshape(size, *network.input_shape)
-    images = push(network, 0, basis, slopes)
+    images = jvp(network, 0, basis, slopes)
     inner = x.clone().requires_grad_(True)
     values = network.values(inner)
-    assert set(images) == set(heads(network))
+    assert set(images) == set(pre_activations(network))
     for target, vectors in images.items():
         flat = values[target].flatten(1)[0]
         oracle = torch.stack([torch.autograd.grad(v, inner, retain_graph=True)[0].flatten() for v in flat])
@@ -52,14 +62,14 @@ def test_interval_adjoints_contain_the_adjoint_of_every_choice_of_slopes(name: s
     network = SMOOTH[name]
     ranges = {k: network.nodes[k].op.slope_range for k in nonlinear_nodes(network)}
     cotangents = torch.eye(network.classes, dtype=torch.float64)
-    found = interval_pull(network, cotangents, ranges)
+    found = interval_vjp(network, cotangents, ranges)
     assert set(found) == set(ranges)
     for _ in range(30):
         slopes = {}
         for k, (low, high) in ranges.items():
             share = torch.rand(1, *network.nodes[k].shape, dtype=torch.float64).round()
             slopes[k] = Slope(low + (high - low) * share)
-        for k, vectors in pull(network, cotangents.unsqueeze(0), slopes).items():
+        for k, vectors in vjp(network, cotangents.unsqueeze(0), slopes).items():
             if k:
                 low, high = found[k]
                 assert (vectors.value[0] >= low - 1e-13).all()
@@ -69,7 +79,7 @@ def test_interval_adjoints_contain_the_adjoint_of_every_choice_of_slopes(name: s
 def test_a_node_without_a_slope_is_cut() -> None:
     network = SMOOTH["three layers, softplus"]
     first = nonlinear_nodes(network)[0]
-    tangents = torch.ones(1, *network.input_shape, dtype=torch.float64)
-    assert set(push(network, 0, tangents, {})) == {head(network, first)}
-    found = pull(network, torch.eye(3, dtype=torch.float64).unsqueeze(0), {})
+    tangent_expansions = torch.ones(1, *network.input_shape, dtype=torch.float64)
+    assert set(jvp(network, 0, tangent_expansions, {})) == {pre_activation(network, first)}
+    found = vjp(network, torch.eye(3, dtype=torch.float64).unsqueeze(0), {})
     assert torch.count_nonzero(found[0].value) == 0

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from certify_cli.certificates.local import EFFORTS
 from certify_cli.data.datasets import Dataset
+from certify_cli.efforts import MAX
 from certify_cli.errors import DataError, MethodError, UsageError
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.affine import Dense
@@ -127,7 +127,7 @@ def test_auto_is_never_below_a_single_method() -> None:
 
 def test_effort_never_lowers_a_radius_by_more_than_where_a_search_stops() -> None:
     """A search starts from what is certified already, so that a better start may end a little lower."""
-    assert EFFORTS["max"] is not None
+    assert MAX.local is not None
     network = SMOOTH["three layers, gelu"]
     data = data_of(points(network, 12))
     radii = [
@@ -135,7 +135,7 @@ def test_effort_never_lowers_a_radius_by_more_than_where_a_search_stops() -> Non
         for effort in ("fast", "normal", "max")
     ]
     for less, more in pairwise(radii):
-        assert all(b >= a * (1 - EFFORTS["max"].close) for a, b in zip(less, more, strict=True))
+        assert all(b >= a * (1 - MAX.local.close) for a, b in zip(less, more, strict=True))
 
 
 def test_radii_and_normalisation_as_a_caller_would_write_them() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import AUTO, METHODS, certify_batch, select
+from certify_cli.efforts import EFFORTS
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
 
 
@@ -19,7 +20,9 @@ def certify(
 ) -> Certificates:
     """Certificates of the samples x (batch, *input shape)."""
     with exact_kernels():
-        return certify_batch(select(method, network), Analysis(network, effort), Point(network, x), attack)
+        return certify_batch(
+            select(method, network), ModelBounds(network, EFFORTS[effort]), EvaluatedPoints(network, x), attack
+        )
 
 
 def searches(method: str) -> bool:

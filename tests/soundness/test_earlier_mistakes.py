@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Network
@@ -33,7 +33,7 @@ def test_the_bound_of_a_pre_activation_is_not_the_output_s() -> None:
     last = dense_stack((torch.eye(2, dtype=torch.float64), None), phi)  # a nonlinear node that holds the logits
     with exact_kernels():
         pair = torch.tensor([[0, 1]])
-        assert float(Analysis(last).lipschitz.of_margins(pair)) >= 1.1289 * math.sqrt(2.0)
+        assert float(ModelBounds(last).lipschitz.of_margins(pair)) >= 1.1289 * math.sqrt(2.0)
 
 
 def test_signs_taken_at_the_sample() -> None:
@@ -62,7 +62,7 @@ def test_signs_taken_at_the_sample() -> None:
         met = float(-torch.linalg.eigvalsh(torch.func.vmap(torch.func.hessian(margin))(around)).min())
         violated += met > recipe
         with exact_kernels():
-            assert met <= float(Analysis(network).curvature_pairs.rows(torch.tensor([y]))[0, 1 - y])
+            assert met <= float(ModelBounds(network).curvature_pairs.rows(torch.tensor([y]))[0, 1 - y])
     assert violated > 0
 
 
@@ -94,7 +94,7 @@ def test_an_anchored_constant_inside_the_integral() -> None:
     )
     x = tensor([0.0])
     with exact_kernels():
-        curvature = float(Analysis(network).curvature_pairs.rows(torch.tensor([0]))[0, 1])
+        curvature = float(ModelBounds(network).curvature_pairs.rows(torch.tensor([0]))[0, 1])
     margin, turn = float(network(x)[0, 0] - network(x)[0, 1]), anchored / curvature
     published = turn + (margin - curvature * turn**2 / 2) / anchored  # g = 0
     assert published > 1.05 * zero

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.attacks.ddn import searched
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.bounds.linear_maps.weight_blocks import Budget
+from certify_cli.attacks.ddn import nearest_attacks
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
 from certify_cli.certificates.closed_form import curvature_radius, hybrid_radius, lipschitz_radius
+from certify_cli.efforts import EFFORTS, Budget
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import deviation, exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.numerics.eigen import largest_eigenvalue
 from certify_cli.numerics.norms import conv_symbol_norm, matrix_norm
 from certify_cli.numerics.rounding import times, up
@@ -42,8 +42,10 @@ X = _random(4, 6, 5)
 def attacks_of(activation: str) -> Tensor:
     """Distances of adversarial examples of X, in plain units."""
     with exact_kernels():
-        point = Point(dense_stack((FIRST, BIAS), from_name(activation), (LAST, None)), X)
-        return searched(point, X, torch.zeros(len(X), dtype=torch.float64), "normal")[1].nan_to_num(nan=math.inf)
+        point = EvaluatedPoints(dense_stack((FIRST, BIAS), from_name(activation), (LAST, None)), X)
+        return nearest_attacks(point, X, torch.zeros(len(X), dtype=torch.float64), EFFORTS["normal"])[1].nan_to_num(
+            nan=math.inf
+        )
 
 
 @pytest.mark.parametrize("method", ["dual", "local"])
@@ -54,7 +56,7 @@ def test_units_of_the_input_change_nothing(power: int, activation: str, effort: 
     """x / c with first weights c W. Below c = 1e-81 the curvature of such a network once came out as 0."""
     phi = from_name(activation)
     if method == "local" and ((effort, activation) == ("fast", "tanh") or abs(power) not in (60, 200, 400, 700)):
-        pytest.skip("some scales of the searched method suffice")
+        pytest.skip("some scales of a method that searches suffice")
     plain = certify(dense_stack((FIRST, BIAS), phi, (LAST, None)), X, method, effort)
     c = 2.0**power
     scaled = certify(dense_stack((c * FIRST, BIAS), phi, (LAST, None)), X / c, method, effort)
@@ -130,7 +132,7 @@ def test_norms_at_every_scale(power: int) -> None:
 def test_weighted_grams_at_every_scale(power: int, effort: str) -> None:
     c, a, w = 2.0**power, _random(7, 8, 5), _random(8, 4, 8).abs()
     exact = torch.stack([torch.linalg.eigvalsh(a.T @ (row.unsqueeze(1) * a))[-1] for row in w])
-    budget = Budget.of(effort)
+    budget = EFFORTS[effort].budget
     for budget_ in (budget, Budget(norm=0.0, eigenvalues=0.0)):  # the second leaves only the Perron bound
         for value, scale in (
             (weighted_gram_norms(c * a, w / c / c, budget_), 1.0),
@@ -143,7 +145,7 @@ def test_weighted_grams_at_every_scale(power: int, effort: str) -> None:
 
 def test_weights_that_are_not_numbers_prove_nothing() -> None:
     a = _random(7, 8, 5)
-    budget = Budget.of("normal")
+    budget = EFFORTS["normal"].budget
     for bad in (math.nan, math.inf):
         w = torch.full((2, 8), bad, dtype=torch.float64)
         assert not bool((weighted_gram_norms(a, w, budget) < math.inf).any())
@@ -298,7 +300,7 @@ def test_no_bound_of_a_pair_is_nan_where_the_network_is_finite() -> None:
         for gain in (1e-120, 1e-3, 1e3, 1e120):
             network = mlp((4, 6, 5, 3), name, seed=1, gain=gain)
             with exact_kernels():
-                analysis, point = Analysis(network), Point(network, points(network, 2))
-                for table in (analysis.lipschitz_pairs, analysis.curvature_pairs):
+                model_bounds, point = ModelBounds(network), EvaluatedPoints(network, points(network, 2))
+                for table in (model_bounds.lipschitz_pairs, model_bounds.curvature_pairs):
                     assert not bool(table.rows(point.prediction).isnan().any())
                     assert not bool(table.columns(point.prediction).isnan().any())

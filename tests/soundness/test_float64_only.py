@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from certify_cli.attacks.ddn import searched
+from certify_cli.attacks.ddn import nearest_attacks
 from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.certificates.methods import AUTO, METHODS
+from certify_cli.efforts import EFFORTS
 from certify_cli.network.activations.table import ACTIVATIONS, from_name
 from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Select
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
 from certify_cli.network.pooling import MaxMin, MaxPool
 from certify_cli.numerics import batched
-from certify_cli.run.settings import EFFORTS
 from tests.float64_only import PACKAGE, Float64Only, NarrowError
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 from tests.soundness.common import certify
@@ -123,7 +123,7 @@ def walk(network: Network, effort: str, methods: Iterator[str] | tuple[str, ...]
         layer_table(network, effort)
         for method in methods:
             found = certify(network, x, method, effort)
-        searched(Point(network, x), found.near, found.radius, effort)
+        nearest_attacks(EvaluatedPoints(network, x), found.near, found.radius, EFFORTS[effort])
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -157,7 +157,7 @@ def test_single_precision_proposes_and_nothing_else(monkeypatch: pytest.MonkeyPa
     x = points(SMALL[name], 1)
     watch = Float64Only(proposing=True)
     with watch:
-        for effort in EFFORTS[:2]:
+        for effort in list(EFFORTS)[:2]:
             certify(SMALL[name], x, AUTO, effort)
     assert (watch.proposed > 0) == (name == "smooth")
 

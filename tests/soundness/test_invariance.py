@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.curvature import RULES
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.methods import AUTO, METHODS, certify_batch, select
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
 from tests.networks import PIECEWISE, SMOOTH, points
 from tests.soundness.common import certify, dense_stack, searches
@@ -168,7 +168,7 @@ def _allowed(network: Network, x: Tensor) -> Tensor:
     A radius is concave in the margin and 0 at 0, so it changes by no larger a share than the margin does.
     """
     with exact_kernels():
-        point = Point(network, x)
+        point = EvaluatedPoints(network, x)
         share = (point.margin - point.margin_low) / point.margin
     return share.masked_fill(point.own, 0.0).nan_to_num(nan=math.inf).amax(1)
 
@@ -219,7 +219,7 @@ def test_a_unit_in_two_halves(method: str) -> None:
         if METHODS["curvature"].applies(plain) is None:
             pairs = torch.tensor([[0, 1], [1, 2], [4, 3]])
             with exact_kernels():
-                sums = [Analysis(network).curvature.lower(pairs, ("weighted Gram",)) for network in (plain, halved)]
+                sums = [ModelBounds(network).curvature.lower(pairs, ("weighted Gram",)) for network in (plain, halved)]
             assert torch.allclose(*sums, rtol=ROUNDING, atol=0)
 
     assert "weighted Gram" in RULES
@@ -238,10 +238,11 @@ def test_batches(method: str) -> None:
         network = networks[name]
         x = points(network, 5, seed=seed % 1000)
         order = _order(Random(seed), 5)
-        methods, analysis = select(method, network), Analysis(network)
+        methods, model_bounds = select(method, network), ModelBounds(network)
         with exact_kernels():
             parts = [
-                certify_batch(methods, analysis, Point(network, x[part]), True) for part in order.split([cut, 5 - cut])
+                certify_batch(methods, model_bounds, EvaluatedPoints(network, x[part]), True)
+                for part in order.split([cut, 5 - cut])
             ]
         whole = certify(network, x, method).at(order)
         for item in ("radius", "attack", "gradient", "lipschitz", "curvature_lower", "curvature_upper"):

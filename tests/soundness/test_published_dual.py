@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.attacks.ddn import searched
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.attacks.ddn import nearest_attacks
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.efforts import EFFORTS
 from certify_cli.network.activations import from_name
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from tests.networks import mlp, points
 from tests.soundness.common import certify, dense_stack, every_radius, flips, tensor
@@ -29,7 +30,7 @@ def _published(network: Network, x: Tensor, outer: int = 20, inner: int = 30) ->
     logits = network(x)[0]
     y, runner_up = logits.topk(2).indices.tolist()
     with exact_kernels():
-        pairs = Analysis(network).curvature_pairs
+        pairs = ModelBounds(network).curvature_pairs
         lower = float(pairs.rows(torch.tensor([y]))[0, runner_up])
         upper = float(pairs.columns(torch.tensor([y]))[0, runner_up])
 
@@ -54,9 +55,9 @@ def _published(network: Network, x: Tensor, outer: int = 20, inner: int = 30) ->
 def _attacked(network: Network, x: Tensor) -> Tensor:
     """The nearest point with another prediction that the search finds."""
     with exact_kernels():
-        point = Point(network, x)
+        point = EvaluatedPoints(network, x)
         found = certify(network, x, "dual")
-        return searched(point, found.near, found.radius, "max")[0]
+        return nearest_attacks(point, found.near, found.radius, EFFORTS["max"])[0]
 
 
 def test_the_runner_up_only() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.methods import METHODS
 from certify_cli.data.datasets import Dataset
 from certify_cli.errors import ModelError
@@ -86,7 +86,7 @@ def test_the_runner_up_need_not_be_the_nearest() -> None:
         assert order.tolist() == [0, 1, 2]
         margin = float(logits[0] - logits[1])
         with exact_kernels():
-            curvature = float(Analysis(network).curvature_pairs.rows(torch.tensor([0]))[0, 1])
+            curvature = float(ModelBounds(network).curvature_pairs.rows(torch.tensor([0]))[0, 1])
         published = 2 * margin / (0.1 + math.sqrt(0.01 + 2 * curvature * margin))
         assert flips(network, x, tensor([0.0, 0.21]), published)
         for method in METHODS:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.curvature import RULES, why_no_curvature
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense, Scale, Select
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Add, Builder, Concat, Network
-from certify_cli.network.propagate import head, is_nonlinear, nonlinear_nodes
+from certify_cli.network.propagate import is_nonlinear, nonlinear_nodes, pre_activation
 from tests.networks import points
 from tests.soundness.common import certify, margins
 
@@ -86,11 +86,11 @@ def test_smooth_graphs(seed: int) -> None:
     assert why_no_curvature(network) is None
     pairs = torch.tensor([[0, 1], [2, 0], [1, 2]])
     with exact_kernels():
-        analysis = Analysis(network)
-        lipschitz = analysis.lipschitz.of_margins(pairs)
-        curvature = analysis.curvature.lower(pairs)
+        model_bounds = ModelBounds(network)
+        lipschitz = model_bounds.lipschitz.of_margins(pairs)
+        curvature = model_bounds.curvature.lower(pairs)
         # every rule is a bound by itself, wherever it applies
-        alone = {name: analysis.curvature.lower(pairs, (name,)) for name in RULES}
+        alone = {name: model_bounds.curvature.lower(pairs, (name,)) for name in RULES}
     for row, pair in enumerate(pairs.tolist()):
         slope, bend = _steepest(network, (pair[0], pair[1]), 60)
         assert slope <= float(lipschitz[row]) * (1 + 1e-9)
@@ -122,16 +122,16 @@ def test_the_coincidences_do_occur() -> None:
         return sum(bool(happens(n)) for n in graphs)  # type: ignore[operator]
 
     def shared(n: Network) -> bool:
-        found = [head(n, k) for k in nonlinear_nodes(n)]
+        found = [pre_activation(n, k) for k in nonlinear_nodes(n)]
         return len(found) > len(set(found))
 
     def flows_on(n: Network) -> bool:
-        found = {head(n, k) for k in nonlinear_nodes(n)}
+        found = {pre_activation(n, k) for k in nonlinear_nodes(n)}
         return any(i in found for node in n.nodes if node.inputs and not is_nonlinear(node) for i in node.inputs)
 
     assert count(shared) > 5
     assert count(flows_on) > 5
-    assert count(lambda n: any(head(n, k) in nonlinear_nodes(n) for k in nonlinear_nodes(n))) > 5
-    assert count(lambda n: any(head(n, k) == 0 for k in nonlinear_nodes(n))) > 5
+    assert count(lambda n: any(pre_activation(n, k) in nonlinear_nodes(n) for k in nonlinear_nodes(n))) > 5
+    assert count(lambda n: any(pre_activation(n, k) == 0 for k in nonlinear_nodes(n))) > 5
     assert count(lambda n: is_nonlinear(n.nodes[-1])) > 5
     assert count(lambda n: any(len(set(node.inputs)) < len(node.inputs) for node in n.nodes)) > 2

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from certify_cli import load_model
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.methods import certify_batch, select
 from certify_cli.errors import ModelError
 from certify_cli.network.evaluate import exact_kernels
-from certify_cli.network.evaluated import Point
+from certify_cli.network.evaluated import EvaluatedPoints
 from tests.adversary import pgd
 from tests.shared_models import INDEX, load
 
@@ -50,8 +50,8 @@ def test_no_attack_inside_a_certified_ball(shared: Path, name: str, count: int) 
     network, data, _ = load(shared, name, str(count))
     x = data.x.double()
     with exact_kernels():
-        point = Point(network, x)
-        found = certify_batch(select("auto", network), Analysis(network), point, True)
+        point = EvaluatedPoints(network, x)
+        found = certify_batch(select("auto", network), ModelBounds(network), point, True)
     radius, prediction = found.radius, point.prediction
     tied = ~(point.margin_low.amin(1) > 0)
     assert ((radius > 0) | tied).all()

@@ -21,19 +21,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.lipschitz import Expansion, Lipschitz
-from certify_cli.bounds.linear_maps.weight_blocks import Block, Budget
+from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
+from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.anchored_table import Units, UnitTable, unit_table
-from certify_cli.network.evaluate import Evaluation
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import Slope, Vectors, head, nonlinear_nodes
+from certify_cli.network.propagate import nonlinear_nodes, pre_activation
 from certify_cli.numerics.rounding import UNDERFLOW, times, up, vector_norm_up
 
 LEVELS = (0.0, 0.25, 0.5)
@@ -44,28 +44,6 @@ SHARES = 1e4
 """A sample may spend this part of the budget for eigenvalues on one of them (`normal`: 250 units or inputs)."""
 SQUARED_ENTRIES = 2**22
 """Largest block whose squared entries are kept (32 MiB)."""
-
-
-class Samples(Protocol):
-    """What the bounds ask of a batch of samples (a `network.evaluated.Point` has it)."""
-
-    @property
-    def network(self) -> Network: ...
-
-    @property
-    def prediction(self) -> Tensor: ...
-
-    @property
-    def evaluation(self) -> Evaluation: ...
-
-    @property
-    def slopes(self) -> Mapping[int, Slope]: ...
-
-    @property
-    def adjoints(self) -> Mapping[int, Vectors]: ...
-
-    @property
-    def gradient_norm(self) -> Tensor: ...
 
 
 def level_bound(weights: Tensor, total: Tensor, parts: Tensor) -> Tensor:
@@ -114,7 +92,7 @@ class AnchoredBounds:
     lipschitz: Lipschitz
     budget: Budget
 
-    def around(self, samples: Samples) -> Anchored:
+    def around(self, samples: EvaluatedPoints) -> Anchored:
         return Anchored(self, samples)
 
     @cached_property
@@ -163,7 +141,7 @@ class AnchoredBounds:
 
     def first(self, layer: int) -> bool:
         """Whether the layer sees nothing but the input, so that A_l is the same everywhere."""
-        target = head(self.network, layer)
+        target = pre_activation(self.network, layer)
         return all(source == 0 for t, source in self.weights if t == target)
 
     def squares(self, layer: int, weights: Tensor, reach: Tensor, rows: Tensor) -> Tensor:
@@ -172,7 +150,7 @@ class AnchoredBounds:
         Where D = W d, and the matrix is small, it is a proved lambda_max(W^T diag(w) W).
         """
         bound = level_bound(weights, times(reach, reach), _square(rows))
-        block = self.weights.get((head(self.network, layer), 0))
+        block = self.weights.get((pre_activation(self.network, layer), 0))
         if block is None or block.matrix is None or not self.first(layer):
             return bound
         share = self.budget.eigenvalues / SHARES
@@ -188,7 +166,7 @@ class AnchoredBounds:
         """
         norms: dict[int, Tensor] = {}
         rows: dict[int, Tensor] = {}
-        for target in sorted({head(self.network, k) for k in self.layers}):
+        for target in sorted({pre_activation(self.network, k) for k in self.layers}):
             ways = [self._offset(target, number, radius, norms, batch) for number, radius in enumerate(radii)]
             unit = torch.stack([way[1] for way in ways]).amin(0)
             whole = torch.stack([way[0] for way in ways]).amin(0)
@@ -210,7 +188,7 @@ class AnchoredBounds:
             block = expansion.blocks.get((target, k))
             if block is None:
                 continue
-            radius, before = radii[k], norms[head(self.network, k)]
+            radius, before = radii[k], norms[pre_activation(self.network, k)]
             squares = _square(radius)
             largest = radius.amax(1)
             columns = _square(block.columns).expand(radius.shape[1]).unsqueeze(0)
@@ -221,8 +199,8 @@ class AnchoredBounds:
             squared = self._squared((target, k), self.weights[target, k]) if not expansion.centres else None
             if squared is not None:
                 exact = up((squares @ squared + UNDERFLOW).sqrt(), radius.shape[1] + 4)
-                flaw = times(largest, self.weights[target, k].matrix_error)
-                row = torch.minimum(row, up(exact + flaw.unsqueeze(1)))
+                error_term = times(largest, self.weights[target, k].matrix_error)
+                row = torch.minimum(row, up(exact + error_term.unsqueeze(1)))
             whole, unit = whole + times(norm, before), unit + times(row, before.unsqueeze(1))
             count += 1
         return up(whole, count), up(unit, count)
@@ -235,10 +213,10 @@ class Anchored:
     What belongs to a sample alone is computed once, when first asked for.
     """
 
-    def __init__(self, bounds: AnchoredBounds, samples: Samples) -> None:
+    def __init__(self, bounds: AnchoredBounds, samples: EvaluatedPoints) -> None:
         self._bounds = bounds
         self._samples = samples
-        self._heads = {k: head(bounds.network, k) for k in bounds.layers}
+        self._pre_activations = {k: pre_activation(bounds.network, k) for k in bounds.layers}
 
     def lipschitz(self, index: Tensor, rival: Tensor) -> Tensor:
         """L_x:  |f(x+d) - f(x)| <= L_x ||d||.
@@ -248,18 +226,18 @@ class Anchored:
         """
         prediction = self._samples.prediction[index]
         own = self._samples.gradient_norm[index, rival]
-        for k, target in self._heads.items():
+        for k, target in self._pre_activations.items():
             value, error = self._adjoint(k, index, rival)
             radius = self._slope_radii[k][index]
             moved = vector_norm_up(up(value.abs() * radius)) + times(radius.amax(1), error)
             own = own + times(up(moved), self._reach.norm[target][index])
-        ways = [up(own, len(self._heads))]
+        ways = [up(own, len(self._pre_activations))]
         for table, radii in zip(self._bounds.centre_adjoints, self._secant_radii, strict=True):
             total = table[0][prediction, rival]
-            for k, target in self._heads.items():
+            for k, target in self._pre_activations.items():
                 reach = self._reach.norm[target][index]
                 total = total + times(table[k][prediction, rival], radii[k][index].amax(1), reach)
-            ways.append(up(total, len(self._heads)))
+            ways.append(up(total, len(self._pre_activations)))
         return _sure(torch.stack(ways).amin(0))
 
     def change(self, index: Tensor, rival: Tensor) -> Tensor:
@@ -276,11 +254,11 @@ class Anchored:
         Where A_l is constant the term is at most lambda_max(W^T diag(bend o |v|) W).
         """
         terms = []
-        for k, target in self._heads.items():
+        for k, target in self._pre_activations.items():
             value, error = self._adjoint(k, index, rival)
             bend = self._units[k].bend[index]
             reach, rows = self._reach.norm[target][index], self._reach.rows[target][index]
-            everywhere = self._bounds.lipschitz.to_head(target)
+            everywhere = self._bounds.lipschitz.to_pre_activation(target)
             weights = up(value.abs() * bend)
             if self._bounds.first(k):
                 term = level_bound(weights, times(reach, reach), _square(rows))
@@ -311,7 +289,7 @@ class Anchored:
         """sum_l sum_i w_li D_li^2 / ||d||^2, w >= 0 at least -v times the mean second derivative, which is at least
         -bends[l][0] and at most bends[l][1]. Both factors are anchored here: it is an identity at the sample."""
         terms = []
-        for k, target in self._heads.items():
+        for k, target in self._pre_activations.items():
             value, error = self._adjoint(k, index, rival)
             falls, rises = (bend[index] for bend in bends[k])
             reach, rows = self._reach.norm[target][index], self._reach.rows[target][index]
@@ -336,7 +314,7 @@ class Anchored:
         evaluation = self._samples.evaluation
         return {
             k: self._bounds.table(k)(evaluation.values[target].flatten(1), evaluation.errors[target].flatten(1))
-            for k, target in self._heads.items()
+            for k, target in self._pre_activations.items()
         }
 
     @cached_property
@@ -368,7 +346,7 @@ class Anchored:
     @cached_property
     def _jacobian(self) -> Offsets:
         """Of the slopes at the sample: bounds of ||A_l(x)|| and of its rows."""
-        slopes = {k: self._slope(k) for k in self._heads}
+        slopes = {k: self._slope(k) for k in self._pre_activations}
         radii = [
             {k: up((value - _centre(expansion, k)).abs() + error, 2) for k, (value, error) in slopes.items()}
             for expansion in self._bounds.lipschitz.expansions
@@ -380,7 +358,7 @@ class Anchored:
         """max ||A_l(x)^T (S'_l - S_l) v|| / (||d|| ||v||), (batch,): |D_l| by its rows and A_l by its norm, or vice
         versa."""
         found, here, moved = {}, self._jacobian, self._reach
-        for k, target in self._heads.items():
+        for k, target in self._pre_activations.items():
             bend = self._units[k].bend
             by_offset = times(times(bend, moved.rows[target]).amax(1), here.norm[target])
             by_jacobian = times(times(bend, here.rows[target]).amax(1), moved.norm[target])

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, gain
-from certify_cli.bounds.linear_maps.weight_blocks import Block, Budget
+from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
+from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import head, heads, interval_pull, nonlinear_nodes
+from certify_cli.network.propagate import interval_vjp, nonlinear_nodes, pre_activation, pre_activations
 from certify_cli.numerics.eigen import largest_eigenvalue
 from certify_cli.numerics.norms import frobenius_norm, gram, matrix_norm
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, power_of_two, times, up, vector_norm_up
@@ -94,7 +95,7 @@ def _activation(network: Network, layer: int) -> Activation:
 
 def largest_weight(term: Term) -> Tensor:
     """max_i w_i Lip_l^2."""
-    lip = term.curvature.lipschitz.to_head(head(term.curvature.network, term.layer))
+    lip = term.curvature.lipschitz.to_pre_activation(pre_activation(term.curvature.network, term.layer))
     return times(term.weights.amax(1), lip, lip)
 
 
@@ -109,8 +110,8 @@ def weighted_gram(term: Term) -> Tensor | None:
 
 def longest_row(term: Term) -> Tensor:
     """h V row_l Lip_l: the compositional bound with |A_l d| <= row_l in every entry."""
-    lipschitz, target = term.curvature.lipschitz, head(term.curvature.network, term.layer)
-    return times(term.adjoint, term.bend, lipschitz.rows(target), lipschitz.to_head(target))
+    lipschitz, target = term.curvature.lipschitz, pre_activation(term.curvature.network, term.layer)
+    return times(term.adjoint, term.bend, lipschitz.rows(target), lipschitz.to_pre_activation(target))
 
 
 def scaled_rows(term: Term) -> Tensor | None:
@@ -186,14 +187,14 @@ class Curvature:
         norms = {k: self.lipschitz.sensitivity(k, pairs) for k in layers}
         eye = torch.eye(self.network.classes, dtype=torch.float64, device=pairs.device)
         slopes = {k: _activation(self.network, k).slope_range for k in layers}
-        ranges = interval_pull(self.network, eye[pairs[:, 0]] - eye[pairs[:, 1]], slopes)
+        ranges = interval_vjp(self.network, eye[pairs[:, 0]] - eye[pairs[:, 1]], slopes)
         for layer in layers:
             low, high = (t.flatten(1) for t in ranges[layer])
             for expansion in self.lipschitz.expansions:
                 rows = expansion.adjoint_rows(layer, pairs)
                 spread = rows.error.unsqueeze(1)
                 for k in layers:
-                    if k > layer and (block := expansion.blocks.get((head(self.network, k), layer))):
+                    if k > layer and (block := expansion.blocks.get((pre_activation(self.network, k), layer))):
                         reach = times(norms[k], expansion.radii[k])
                         spread = spread + times(block.columns.unsqueeze(0), reach.unsqueeze(1))
                 spread = up(spread + 2.0**-52 * rows.value.abs(), 2 * len(self.network.nodes))
@@ -208,7 +209,7 @@ class Curvature:
     def stack(self, layer: int) -> Stack:
         """T of one layer (see the module's docstring)."""
         if layer not in self._stacks:
-            target = head(self.network, layer)
+            target = pre_activation(self.network, layer)
             sources = sorted(s for t, s in self.weights if t == target)
             blocks = [(self.weights[target, s], self.lipschitz.to_output(s)) for s in sources]
             norm = up(math.hypot(*(times(b.norm, lip) for b, lip in blocks)), len(blocks) + 2)
@@ -275,10 +276,12 @@ class Curvature:
         """Bound (count,) of the norm of the adjoints at all heads that `layer` feeds, stacked."""
         found = []
         last = len(self.network.nodes) - 1
-        for target in (t for t in heads(self.network) if (t, layer) in self.weights):
+        for target in (t for t in pre_activations(self.network) if (t, layer) in self.weights):
             own = math.sqrt(2.0) * (1 + 2.0**-50) if target == last else 0.0
             here = torch.full_like(adjoints.norms[layer], own)
-            for k in (k for k in nonlinear_nodes(self.network) if head(self.network, k) == target and k > layer):
+            for k in (
+                k for k in nonlinear_nodes(self.network) if pre_activation(self.network, k) == target and k > layer
+            ):
                 here = up(here + times(adjoints.norms[k], gain(self.network, k)))
             found.append(here)
         return vector_norm_up(torch.stack(found, dim=1))

@@ -10,11 +10,12 @@ import torch
 
 from certify_cli.bounds.global_bounds.curvature import why_no_curvature
 from certify_cli.bounds.global_bounds.lipschitz import gain
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.efforts import EFFORTS
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import head, nonlinear_nodes
+from certify_cli.network.propagate import nonlinear_nodes, pre_activation
 from certify_cli.numerics.rounding import up
 
 
@@ -43,16 +44,16 @@ class LayerRow:
 def layer_table(network: Network, effort: str = "normal") -> list[LayerRow]:
     """The rows of `curvcert bounds`, first layer first; the last row is the worst pair of classes at the logits."""
     with exact_kernels():
-        return _rows(network, Analysis(network, effort))
+        return _rows(network, ModelBounds(network, EFFORTS[effort]))
 
 
-def _rows(network: Network, analysis: Analysis) -> list[LayerRow]:
-    lipschitz, weights = analysis.lipschitz, analysis.weights
+def _rows(network: Network, model_bounds: ModelBounds) -> list[LayerRow]:
+    lipschitz, weights = model_bounds.lipschitz, model_bounds.weights
     pairs = (~torch.eye(network.classes, dtype=torch.bool, device=network.device)).nonzero()
     layers = nonlinear_nodes(network)
     parts = None
     if why_no_curvature(network) is None:
-        terms = analysis.curvature.terms(pairs)
+        terms = model_bounds.curvature.terms(pairs)
         parts = up(terms[int(terms.sum(1).argmax())].cumsum(0), terms.shape[1]).tolist()
 
     def norm_into(target: int) -> float:
@@ -61,7 +62,7 @@ def _rows(network: Network, analysis: Analysis) -> list[LayerRow]:
 
     rows = []
     for position, k in enumerate(layers):
-        node, target = network.nodes[k], head(network, k)
+        node, target = network.nodes[k], pre_activation(network, k)
         slope = gain(network, k)
         curvature = parts[position] if parts else None
         share = curvature / parts[-1] if parts and curvature is not None and parts[-1] > 0 else None

@@ -18,10 +18,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.linear_maps.weight_blocks import Block, Budget, blocks
+from certify_cli.bounds.linear_maps.weight_blocks import Block, blocks
+from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network, Nonlinear
-from certify_cli.network.propagate import Slope, Slopes, Vectors, head, heads, nonlinear_nodes, pull
+from certify_cli.network.propagate import Slope, Slopes, Vectors, nonlinear_nodes, pre_activation, pre_activations, vjp
 from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
 
 
@@ -30,7 +31,7 @@ def gain(network: Network, index: int) -> float:
     op = network.nodes[index].op
     if not isinstance(op, Nonlinear):
         raise TypeError(f"{op.title} is affine")
-    return op.gain(network.nodes[head(network, index)].shape)
+    return op.gain(network.nodes[pre_activation(network, index)].shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +52,10 @@ class Expansion:
         table: dict[tuple[int, int], float] = {}
         nodes = nonlinear_nodes(self.network)
         for source in (0, *nodes):
-            for target in (t for t in heads(self.network) if t >= source):
+            for target in (t for t in pre_activations(self.network) if t >= source):
                 terms = [self.blocks[target, source].norm] if (target, source) in self.blocks else []
                 for k in nodes:
-                    before = table.get((head(self.network, k), source), 0.0)
+                    before = table.get((pre_activation(self.network, k), source), 0.0)
                     if source < k <= target and (target, k) in self.blocks and before:
                         terms.append(times(self.blocks[target, k].norm, self.radii[k], before))
                 if terms:
@@ -72,7 +73,9 @@ class Expansion:
         count = 1
         for k in nonlinear_nodes(self.network):
             if k <= target and (target, k) in self.blocks:
-                total = total + times(self.blocks[target, k].rows, self.radii[k], self.change(head(self.network, k), 0))
+                total = total + times(
+                    self.blocks[target, k].rows, self.radii[k], self.change(pre_activation(self.network, k), 0)
+                )
                 count += 1
         return up(total, count)
 
@@ -80,7 +83,7 @@ class Expansion:
     def _logit_rows(self) -> dict[int, Vectors]:
         """Rows v_k (1, classes, *shape) of the linearised network: the logits as functions of each source."""
         eye = torch.eye(self.network.classes, dtype=torch.float64, device=self.network.device)
-        return pull(self.network, eye.unsqueeze(0), self.centres)
+        return vjp(self.network, eye.unsqueeze(0), self.centres)
 
     def adjoint_rows(self, source: int, pairs: Tensor) -> Vectors:
         """v_source for margins z_a - z_b, pairs (count, 2): value (count, size)."""
@@ -106,7 +109,7 @@ class Expansion:
         for k in nonlinear_nodes(self.network):
             if k > source:
                 total = total + times(
-                    self.adjoint_norms(k, pairs), self.radii[k], self.change(head(self.network, k), source)
+                    self.adjoint_norms(k, pairs), self.radii[k], self.change(pre_activation(self.network, k), source)
                 )
                 count += 1
         return up(total, count)
@@ -143,17 +146,21 @@ class Lipschitz:
     def of(cls, network: Network, weights: Mapping[tuple[int, int], Block], budget: Budget) -> Lipschitz:
         return cls(network, (product_expansion(network, weights), lipschitz_expansion(network, budget)))
 
-    def to_head(self, target: int) -> float:
+    def to_pre_activation(self, target: int) -> float:
         """Lipschitz constant of input -> pre-activation (or logits) `target`."""
         return min(e.change(target, 0) for e in self.expansions)
 
     def to_output(self, source: int) -> float:
         """Lipschitz constant of input -> value of `source` (a nonlinear node, or 0: the input itself)."""
-        return 1.0 if source == 0 else up(gain(self.network, source) * self.to_head(head(self.network, source)))
+        return (
+            1.0
+            if source == 0
+            else up(gain(self.network, source) * self.to_pre_activation(pre_activation(self.network, source)))
+        )
 
     def rows(self, target: int) -> float:
         """The 2 -> infinity norm of input -> pre-activation `target`: the change of any one unit."""
-        return min([float(e.rows(target).max()) for e in self.expansions] + [self.to_head(target)])
+        return min([float(e.rows(target).max()) for e in self.expansions] + [self.to_pre_activation(target)])
 
     def sensitivity(self, source: int, pairs: Tensor) -> Tensor:
         """Lipschitz constants (count,) of margins z_a - z_b as functions of `source` (0: the input)."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from certify_cli.bounds.global_bounds.anchored import AnchoredBounds
 from certify_cli.bounds.global_bounds.curvature import Curvature
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, weight_blocks
-from certify_cli.bounds.linear_maps.weight_blocks import Block, Budget
+from certify_cli.bounds.linear_maps.weight_blocks import Block
+from certify_cli.efforts import NORMAL, Effort
 from certify_cli.network.graph import Network
 
 MEMORY = 2**31
@@ -51,17 +52,17 @@ class PairTable:
             view[pairs[:, 0], pairs[:, 1]] = bound.masked_fill(bound.isnan(), torch.inf)
 
 
-class Analysis:
+class ModelBounds:
     """Global bounds of one network at one effort, each computed when first used. Hold it for as long as the network."""
 
     def __init__(
-        self, network: Network, effort: str = "normal", memory: int = MEMORY, expected: Tensor | None = None
+        self, network: Network, effort: Effort = NORMAL, memory: int = MEMORY, expected: Tensor | None = None
     ) -> None:
         """memory: bytes that the bounds of a batch of samples may take. expected: classes that will be predicted."""
         self.network = network
         self.effort = effort
         self.memory = memory
-        self.budget = Budget.of(effort)
+        self.budget = effort.budget
         none = torch.zeros(0, dtype=torch.long, device=network.device)
         self.expected = none if expected is None else expected.unique()
 

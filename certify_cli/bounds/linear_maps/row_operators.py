@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from certify_cli.bounds.linear_maps.row_sparsity import Supports
+from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
 from certify_cli.numerics.batched import row_times
+from certify_cli.numerics.trees import Batched
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
+class Whole(Batched, shared=("values",)):
     """A (batch or 1, m, n)."""
 
     values: Tensor
@@ -36,13 +37,9 @@ class Whole:
         """A / unit, in another precision."""
         return Whole((self.values / unit).to(dtype))
 
-    def at(self, index: Tensor) -> Whole:
-        """Of the samples at `index`."""
-        return self if len(self.values) == 1 else Whole(self.values[index])
-
 
 @dataclass(frozen=True, eq=False)
-class Grouped:
+class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape")):
     """The same by groups of rows that share their columns: values (batch or 1, groups, r, c), filled up with zeros.
 
     rows (groups, r) and columns (groups, c) say which they are, m and n where there is none; shape is (m, n).
@@ -90,19 +87,13 @@ class Grouped:
         """A / unit, in another precision."""
         return Grouped((self.values / unit).to(dtype), self.rows, self.columns, self.shape)
 
-    def at(self, index: Tensor) -> Grouped:
-        """Of the samples at `index`."""
-        if len(self.values) == 1:
-            return self
-        return Grouped(self.values[index], self.rows, self.columns, self.shape)
-
 
 Operator = Whole | Grouped
 
 
-def operator(matrix: Tensor, supports: Supports) -> Operator:
+def operator(matrix: Tensor, sparsity: RowSparsity) -> Operator:
     """Of a matrix (batch or 1, m, n), as its supports suggest."""
-    return Whole(matrix) if supports.groups is None else Grouped.of(matrix, supports.groups)
+    return Whole(matrix) if sparsity.groups is None else Grouped.of(matrix, sparsity.groups)
 
 
 def times(stack: Sequence[Operator], d: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ GROUPS = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Supports:
+class RowSparsity:
     """Rows grouped by common support: (rows, columns), index tensors each; None for one group of everything."""
 
     groups: tuple[tuple[Tensor, Tensor], ...] | None
 
     @classmethod
-    def of(cls, matrices: Tensor) -> Supports:
+    def of(cls, matrices: Tensor) -> RowSparsity:
         """Of matrices (batch or 1, m, n): what is outside of a row's columns is zero in all of them."""
         mask = (matrices != 0).any(0)
         if float(mask.double().mean()) > DENSE:

@@ -15,9 +15,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from certify_cli.efforts import Budget
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network
-from certify_cli.network.propagate import Slopes, Vectors, heads, nonlinear_nodes, pull, push, rows_cost
+from certify_cli.network.propagate import Slopes, Vectors, jvp, nonlinear_nodes, pre_activations, rows_cost, vjp
 from certify_cli.numerics.norms import matrix_norm
 from certify_cli.numerics.rounding import up, vector_norm_up
 
@@ -25,25 +26,6 @@ MATRIX_ENTRIES = 2**24
 """Largest block that is written out as a matrix (128 MiB)."""
 CHUNK_ENTRIES = 2**20
 """Unit vectors are sent through the network in chunks whose widest value holds this many entries (8 MiB)."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the bounds may spend on one matrix, in floating-point operations."""
-
-    norm: float
-    eigenvalues: float
-
-    @classmethod
-    def of(cls, effort: str) -> Budget:
-        return EFFORTS[effort]
-
-
-EFFORTS = {
-    "fast": Budget(norm=1e9, eigenvalues=1e10),
-    "normal": Budget(norm=2e10, eigenvalues=5e11),
-    "max": Budget(norm=3e11, eigenvalues=1e13),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +79,7 @@ def _with_rows(
 ) -> dict[tuple[int, int], Block]:
     """The blocks that have one bound for all rows, where a row each can be afforded: unit vectors pulled back."""
     better: dict[tuple[int, int], Block] = {}
-    for target in heads(network):
+    for target in pre_activations(network):
         sources = [k for t, k in found if t == target and len(found[t, k].rows) == 1]
         size = network.nodes[target].size
         if not sources or size == 1 or rows_cost(network, target) > budget.norm:
@@ -106,9 +88,9 @@ def _with_rows(
         parts: dict[int, list[Tensor]] = {k: [] for k in sources}
         for part in torch.arange(size, device=network.device).split(chunk):
             units = torch.nn.functional.one_hot(part, size).to(torch.float64)
-            pulled = pull(network, units.reshape(1, -1, *network.nodes[target].shape), centres, target)
+            adjoints = vjp(network, units.reshape(1, -1, *network.nodes[target].shape), centres, target)
             for k in sources:
-                parts[k].append(up(pulled[k].size + pulled[k].error, 2)[0])
+                parts[k].append(up(adjoints[k].size + adjoints[k].error, 2)[0])
         for k in sources:
             block = found[target, k]
             better[target, k] = replace(block, rows=torch.minimum(torch.cat(parts[k]), block.rows))
@@ -142,7 +124,7 @@ def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int]) 
         count = min(chunk, node.size - start)
         basis = torch.zeros(count, node.size, dtype=torch.float64, device=network.device)
         basis[torch.arange(count), torch.arange(start, start + count)] = 1.0
-        images = push(network, source, basis.reshape(count, *node.shape), centres)
+        images = jvp(network, source, basis.reshape(count, *node.shape), centres)
         for target in wanted:
             parts[target].append(images[target])
     return {
@@ -153,22 +135,22 @@ def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int]) 
 
 def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Composed]:
     """For every head that `source` reaches: norms multiplied along the paths (theory section 3, 'Composition')."""
-    live = {source: _Composed(1.0, 1.0, 0)}
-    wanted = set(heads(network))
+    active = {source: _Composed(1.0, 1.0, 0)}
+    wanted = set(pre_activations(network))
     for index in range(source + 1, len(network.nodes)):
         node = network.nodes[index]
-        present = [live[i] for i in node.inputs if i in live]
+        present = [active[i] for i in node.inputs if i in active]
         if not present:
             continue
         op = node.op
         if isinstance(op, AffineOp):
             shape, v = network.nodes[node.inputs[0]].shape, present[0]
             norm, row, total = op.norm(shape), op.row_norm(shape), op.infinity_norm(shape)
-            live[index] = _Composed(
+            active[index] = _Composed(
                 up(norm * v.norm), min(up(row * v.norm), up(total * v.row)), v.parts + (norm != 1.0)
             )
         elif isinstance(op, Add):
-            live[index] = (
+            active[index] = (
                 present[0]
                 if len(present) == 1
                 else _Composed(
@@ -176,7 +158,7 @@ def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Comp
                 )
             )
         elif isinstance(op, Concat):
-            live[index] = (
+            active[index] = (
                 present[0]
                 if len(present) == 1
                 else _Composed(
@@ -185,5 +167,5 @@ def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Comp
             )
         elif index in centres:
             gain, v = centres[index].largest, present[0]
-            live[index] = _Composed(up(gain * v.norm), up(gain * v.row), v.parts + (gain != 1.0))
-    return {target: v for target, v in live.items() if target in wanted}
+            active[index] = _Composed(up(gain * v.norm), up(gain * v.row), v.parts + (gain != 1.0))
+    return {target: v for target, v in active.items() if target in wanted}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.linear_maps.weight_blocks import Budget
+from certify_cli.efforts import Budget
 from certify_cli.numerics.eigen import largest_eigenvalue, ritz_estimate, starting_vectors
 from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, gamma, power_of_two, times, up, vector_norm_up
 

@@ -15,25 +15,23 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.bounds.linear_maps.weight_blocks import Budget
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, Samples, pre_activations
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, pre_activation_bounds
+from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import head, heads, interval_pull, nonlinear_nodes
+from certify_cli.network.propagate import interval_vjp, nonlinear_nodes, pre_activation, pre_activations
 from certify_cli.numerics.rounding import UNDERFLOW, times, up, vector_norm_up
 
-FLOPS = {"fast": 0.0, "normal": 1e8, "max": 2e10}
-"""By effort: what proving one eigenvalue may cost for each pair. Beyond it the layer's bound needs no eigenvalue."""
 
-
-def sharp_on_balls(analysis: Analysis) -> bool:
+def sharp_on_balls(model_bounds: ModelBounds) -> bool:
     """Whether the effort affords an eigenvalue for each pair and ball in the first layer, where the bound is sharp;
     without them the bound on a ball is seldom below the global one."""
-    layers = nonlinear_nodes(analysis.network)
-    matrices = [analysis.curvature.stack(layer).matrix for layer in layers[:1]]
-    return any(matrix is not None and _affordable(matrix, analysis.effort) for matrix in matrices)
+    layers = nonlinear_nodes(model_bounds.network)
+    matrices = [model_bounds.curvature.stack(layer).matrix for layer in layers[:1]]
+    return any(matrix is not None and _affordable(matrix, model_bounds.effort.ball_eigenvalue) for matrix in matrices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,28 +43,29 @@ class BallCurvature:
     everywhere. Every node must have curvature (`why_no_curvature`).
     """
 
-    analysis: Analysis
-    samples: Samples
+    model_bounds: ModelBounds
+    samples: EvaluatedPoints
     ranges: Ranges
     pairs: Tensor
     which: Tensor
 
     @property
     def network(self) -> Network:
-        return self.analysis.network
+        return self.model_bounds.network
 
     @property
-    def effort(self) -> str:
-        return self.analysis.effort
+    def operations(self) -> float:
+        """Floating-point operations that one eigenvalue may take."""
+        return self.model_bounds.effort.ball_eigenvalue
 
     @cached_property
     def lower(self) -> Tensor:
-        everywhere = self.analysis.curvature_pairs.rows(self.pairs[:, 0])
+        everywhere = self.model_bounds.curvature_pairs.rows(self.pairs[:, 0])
         return self._least(-1.0, everywhere)
 
     @cached_property
     def upper(self) -> Tensor:
-        everywhere = self.analysis.curvature_pairs.columns(self.pairs[:, 0])
+        everywhere = self.model_bounds.curvature_pairs.columns(self.pairs[:, 0])
         return self._least(1.0, everywhere)
 
     def _least(self, sign: float, everywhere: Tensor) -> Tensor:
@@ -83,12 +82,12 @@ class BallCurvature:
 
     def _term(self, layer: int, weights: Tensor) -> Tensor:
         """The least of three bounds of lambda_max(A_l^T diag(w) A_l); v phi'' is at most |v| sup |phi''|."""
-        lip, row = (bound[self.which] for bound in self._lipschitz[head(self.network, layer)])
+        lip, row = (bound[self.which] for bound in self._lipschitz[pre_activation(self.network, layer)])
         bottom, top = self._curvatures[layer]
         bend = torch.maximum(-bottom, top).amax(1)[self.which]
         found = [times(weights.amax(1), lip, lip), times(self._adjoint_norms[layer][0], bend, row, lip)]
-        stack = self.analysis.curvature.stack(layer)
-        if stack.matrix is not None and _affordable(stack.matrix, self.effort):
+        stack = self.model_bounds.curvature.stack(layer)
+        if stack.matrix is not None and _affordable(stack.matrix, self.operations):
             ratio = self._growth(layer)[self.which]
             found.append(times(_gram(stack.matrix, weights, stack.matrix_error), stack.parts, ratio, ratio))
         return torch.stack(found).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(0)
@@ -96,8 +95,8 @@ class BallCurvature:
     def _growth(self, layer: int) -> Tensor:
         """The largest ratio of a source's Lipschitz constant on the ball to that on the whole space, which is in T."""
         ratios = [torch.zeros_like(self.ranges.radius)]
-        for source in (s for t, s in self.analysis.weights if t == head(self.network, layer)):
-            everywhere = self.analysis.lipschitz.to_output(source)
+        for source in (s for t, s in self.model_bounds.weights if t == pre_activation(self.network, layer)):
+            everywhere = self.model_bounds.lipschitz.to_output(source)
             if everywhere > 0:
                 ratios.append(up(self._source_lipschitz(source) / everywhere))
         return torch.stack(ratios).amax(0)
@@ -118,7 +117,7 @@ class BallCurvature:
     @cached_property
     def _spans(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Every pre-activation's range, (batch, *shape)."""
-        return {k: pre_activations(self.samples, self.ranges, k) for k in nonlinear_nodes(self.network)}
+        return {k: pre_activation_bounds(self.samples, self.ranges, k) for k in nonlinear_nodes(self.network)}
 
     @cached_property
     def _slopes(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -140,23 +139,23 @@ class BallCurvature:
 
         The product of norms with the slopes of the ball, ||W_lk diag(s_k)|| where that is affordable.
         """
-        known, weights = self.analysis.lipschitz, self.analysis.weights
+        known, weights = self.model_bounds.lipschitz, self.model_bounds.weights
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for target in heads(self.network):
+        for target in pre_activations(self.network):
             lip, row = torch.zeros_like(self.ranges.radius), torch.zeros_like(self.ranges.radius)
             for source in (s for t, s in weights if t == target):
                 block = weights[target, source]
                 if source == 0:
                     part, reach = torch.full_like(lip, block.norm), torch.ones_like(lip)
                 else:
-                    before, steepest = found[head(self.network, source)][0], self._steepest[source]
+                    before, steepest = found[pre_activation(self.network, source)][0], self._steepest[source]
                     reach = self._reach(source, before)
                     part = times(reach, block.norm)
-                    if block.matrix is not None and _affordable(block.matrix, self.effort):
+                    if block.matrix is not None and _affordable(block.matrix, self.operations):
                         square = _gram(block.matrix.T, up(steepest.square()), block.matrix_error)
                         part = torch.minimum(part, times(up(square.sqrt()), before))
                 lip, row = up(lip + part), up(row + times(reach, float(block.rows.max())))
-            lip = lip.clamp(max=known.to_head(target))
+            lip = lip.clamp(max=known.to_pre_activation(target))
             found[target] = lip, torch.minimum(row, lip).clamp(max=known.rows(target))
         return found
 
@@ -164,19 +163,19 @@ class BallCurvature:
         """Lipschitz constants (batch,) of input -> value of `source`."""
         if source == 0:
             return torch.ones_like(self.ranges.radius)
-        return self._reach(source, self._lipschitz[head(self.network, source)][0])
+        return self._reach(source, self._lipschitz[pre_activation(self.network, source)][0])
 
     def _reach(self, source: int, before: Tensor) -> Tensor:
-        return times(self._steepest[source].amax(1), before).clamp(max=self.analysis.lipschitz.to_output(source))
+        return times(self._steepest[source].amax(1), before).clamp(max=self.model_bounds.lipschitz.to_output(source))
 
     @cached_property
     def _adjoints(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Ranges (count, size) of v_l: intervals backward, what holds everywhere, and the norms behind each column."""
         eye = torch.eye(self.network.classes, dtype=torch.float64, device=self.pairs.device)
         slopes = {k: (low[self.which], high[self.which]) for k, (low, high) in self._slopes.items()}
-        here = interval_pull(self.network, eye[self.pairs[:, 0]] - eye[self.pairs[:, 1]], slopes)
+        here = interval_vjp(self.network, eye[self.pairs[:, 0]] - eye[self.pairs[:, 1]], slopes)
         different, row = self.pairs.unique(dim=0, return_inverse=True)
-        everywhere = self.analysis.curvature.adjoints(different).ranges
+        everywhere = self.model_bounds.curvature.adjoints(different).ranges
         found = {}
         for k, (low, high) in here.items():
             (least, most), (_, reach) = everywhere[k], self._adjoint_norms[k]
@@ -190,12 +189,12 @@ class BallCurvature:
     def _adjoint_norms(self) -> dict[int, tuple[Tensor, Tensor]]:
         """For every layer: bounds (count,) of ||v_l||, and (count, size or 1) of |v_l|, from the logits backward."""
         last, zero = len(self.network.nodes) - 1, torch.zeros_like(self.ranges.radius)[self.which]
-        behind = dict.fromkeys(heads(self.network), zero)
+        behind = dict.fromkeys(pre_activations(self.network), zero)
         found = {}
         for k in reversed(nonlinear_nodes(self.network)):
             norm, entries = zero, zero.unsqueeze(1)
-            for target in (t for t, s in self.analysis.weights if s == k):
-                block = self.analysis.weights[target, k]
+            for target in (t for t, s in self.model_bounds.weights if s == k):
+                block = self.model_bounds.weights[target, k]
                 if target == last and block.matrix is not None:
                     row = block.matrix[self.pairs[:, 0]] - block.matrix[self.pairs[:, 1]]
                     error = 2 * block.matrix_error + UNDERFLOW
@@ -206,15 +205,17 @@ class BallCurvature:
                 norm, entries = up(norm + part), up(entries + each)
             found[k] = norm, entries
             steepest = self._steepest[k].amax(1)[self.which]
-            behind[head(self.network, k)] = up(behind[head(self.network, k)] + times(norm, steepest))
+            behind[pre_activation(self.network, k)] = up(
+                behind[pre_activation(self.network, k)] + times(norm, steepest)
+            )
         return found
 
 
-def _affordable(matrix: Tensor, effort: str) -> bool:
+def _affordable(matrix: Tensor, operations: float) -> bool:
     """Whether an eigenvalue of T^T diag(w) T may be proved for every sample."""
     rows, columns = matrix.shape
     side = min(rows, columns)
-    return 3.0 * side**3 + 2.0 * rows * columns * side <= FLOPS[effort]
+    return 3.0 * side**3 + 2.0 * rows * columns * side <= operations
 
 
 def _gram(matrix: Tensor, weights: Tensor, error: float) -> Tensor:

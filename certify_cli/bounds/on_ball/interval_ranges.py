@@ -11,34 +11,25 @@ It takes a few forward passes and no Jacobian, and holds for every network: what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.network.activations import Activation
-from certify_cli.network.evaluate import Evaluation
+from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network, Nonlinear
 from certify_cli.network.pooling import GroupMap
-from certify_cli.network.propagate import head, heads, interval_push, nonlinear_nodes
+from certify_cli.network.propagate import interval_jvp, nonlinear_nodes, pre_activation, pre_activations
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
-
-
-class Samples(Protocol):
-    """What the ranges ask of a batch of samples (a `network.evaluated.Point` has it)."""
-
-    @property
-    def network(self) -> Network: ...
-
-    @property
-    def evaluation(self) -> Evaluation: ...
+from certify_cli.numerics.trees import Batched
 
 
 @dataclass(frozen=True, eq=False)
-class Ranges:
+class Ranges(Batched):
     """Offsets D_l = z_l(x+d) - z_l(x) of exact pre-activations for all ||d|| <= radius, rounded outward.
 
     radius (batch,): the ball, one a sample, in the network's input units. Keyed by head (the pre-activation's node of
@@ -50,29 +41,6 @@ class Ranges:
     low: Mapping[int, Tensor]
     high: Mapping[int, Tensor]
     norm: Mapping[int, Tensor]
-
-    def at(self, index: Tensor) -> Ranges:
-        """The samples at `index`."""
-        parts = ({k: v[index] for k, v in part.items()} for part in (self.low, self.high, self.norm))
-        return Ranges(self.radius[index], *parts)
-
-    def intersect(self, other: Ranges) -> Ranges:
-        """What both know, of the same samples. ValueError where the balls differ."""
-        if not torch.equal(self.radius, other.radius):
-            raise ValueError("ranges on different balls cannot be intersected")
-        return Ranges(
-            self.radius,
-            _merged(torch.maximum, self.low, other.low),
-            _merged(torch.minimum, self.high, other.high),
-            _merged(torch.minimum, self.norm, other.norm),
-        )
-
-
-def _merged(
-    choose: Callable[[Tensor, Tensor], Tensor], first: Mapping[int, Tensor], second: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    found = {**first, **second}
-    return {k: choose(first[k], second[k]) if k in first and k in second else v for k, v in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +62,14 @@ class Change:
         return cls(torch.maximum(low, -cap), torch.minimum(high, cap), norm)
 
 
-def fast_ranges(point: Samples, weights: Mapping[tuple[int, int], Block], radius: Tensor) -> Ranges:
+def interval_ranges(point: EvaluatedPoints, weights: Mapping[tuple[int, int], Block], radius: Tensor) -> Ranges:
     """Ranges on the balls of `radius` (batch,) around the samples. weights: the network's blocks W_lk.
 
     Where a value overflows, or is no number, the ranges are infinite, for that sample alone.
     """
     network = point.network
     radius = radius.clamp(min=0.0)
-    parts: dict[int, list[Change]] = {target: [] for target in heads(network)}
+    parts: dict[int, list[Change]] = {target: [] for target in pre_activations(network)}
     found: dict[int, Change] = {}
 
     def at(target: int) -> Change:
@@ -114,7 +82,7 @@ def fast_ranges(point: Samples, weights: Mapping[tuple[int, int], Block], radius
             box = radius.unsqueeze(1).expand(-1, network.nodes[0].size)
             change = Change(-box, box, radius)
         else:
-            change = _through_nonlinear(point, source, at(head(network, source)))
+            change = _through_nonlinear(point, source, at(pre_activation(network, source)))
         for target, part in _sent(network, source, change, weights).items():
             parts[target].append(part)
     changes = {target: at(target) for target in parts}
@@ -136,7 +104,7 @@ def _total(parts: list[Change], batch: int, size: int, like: Tensor) -> Change:
 
 def _sent(network: Network, source: int, change: Change, weights: Mapping[tuple[int, int], Block]) -> dict[int, Change]:
     """The change of a source as every head that it reaches directly sees it."""
-    blocks = {t: weights[t, source] for t in heads(network) if (t, source) in weights}
+    blocks = {t: weights[t, source] for t in pre_activations(network) if (t, source) in weights}
     # where the norm of every row is known, the box around the input's ball is never tighter
     useful = {t: block for t, block in blocks.items() if source or block.matrix is None}
     intervals = _intervals(network, source, change, useful)
@@ -158,7 +126,7 @@ def _intervals(
     if walked:
         shape = network.nodes[source].shape
         low, high = change.low.reshape(-1, *shape), change.high.reshape(-1, *shape)
-        for t, ends in interval_push(network, source, low, high, walked).items():
+        for t, ends in interval_jvp(network, source, low, high, walked).items():
             found[t] = ends[0].flatten(1), ends[1].flatten(1)
     return found
 
@@ -174,7 +142,7 @@ def _times_matrix(block: Block, change: Change) -> tuple[Tensor, Tensor]:
     return image - spread, image + spread
 
 
-def _through_nonlinear(point: Samples, index: int, before: Change) -> Change:
+def _through_nonlinear(point: EvaluatedPoints, index: int, before: Change) -> Change:
     """The change of nonlinear node `index` from that of its pre-activation."""
     op = point.network.nodes[index].op
     if isinstance(op, Activation):
@@ -188,19 +156,19 @@ def _through_nonlinear(point: Samples, index: int, before: Change) -> Change:
     return Change.of(-box, box, norm)
 
 
-def _gained(point: Samples, index: int, before: Change) -> Tensor:
+def _gained(point: EvaluatedPoints, index: int, before: Change) -> Tensor:
     op = point.network.nodes[index].op
     assert isinstance(op, Nonlinear)
-    return up(op.gain(point.network.nodes[head(point.network, index)].shape) * before.norm) + UNDERFLOW
+    return up(op.gain(point.network.nodes[pre_activation(point.network, index)].shape) * before.norm) + UNDERFLOW
 
 
-def pre_activations(point: Samples, ranges: Ranges, index: int) -> tuple[Tensor, Tensor]:
+def pre_activation_bounds(point: EvaluatedPoints, ranges: Ranges, index: int) -> tuple[Tensor, Tensor]:
     """Where the pre-activation of nonlinear node `index` can be on the ball: (low, high), (batch, *shape), outward."""
-    target = head(point.network, index)
+    target = pre_activation(point.network, index)
     return _around(point, target, ranges.low[target], ranges.high[target])
 
 
-def _around(point: Samples, target: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _around(point: EvaluatedPoints, target: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """z - error + low and z + error + high, outward; the whole line where z is no number."""
     z, error = point.evaluation.values[target].flatten(1), point.evaluation.errors[target].flatten(1)
     slack = error + 4 * UNIT * (z.abs() + error) + UNDERFLOW
@@ -212,9 +180,9 @@ def _around(point: Samples, target: int, low: Tensor, high: Tensor) -> tuple[Ten
     )
 
 
-def _activated(point: Samples, index: int, op: Activation, before: Change) -> Change:
+def _activated(point: EvaluatedPoints, index: int, op: Activation, before: Change) -> Change:
     """By the slopes on the range, and by the values at hand: a saturated unit has little left to gain."""
-    bottom, top = _around(point, head(point.network, index), before.low, before.high)
+    bottom, top = _around(point, pre_activation(point.network, index), before.low, before.high)
     least, most = (part.flatten(1) for part in op.slope_on(bottom, top))
     steepest = torch.maximum(-least, most)
     high = torch.maximum(most * before.high, least * before.low)
@@ -228,9 +196,17 @@ def _activated(point: Samples, index: int, op: Activation, before: Change) -> Ch
     return Change.of(low, high, up(steepest.amax(1) * before.norm) + UNDERFLOW)
 
 
-def _pooled(point: Samples, index: int, op: GroupMap, before: Change) -> Change:
+def _pooled(point: EvaluatedPoints, index: int, op: GroupMap, before: Change) -> Change:
     """A largest or smallest member moves by no more than the largest move in its group, in either direction."""
-    shape = (-1, *point.network.nodes[head(point.network, index)].shape)
+    shape = (-1, *point.network.nodes[pre_activation(point.network, index)].shape)
     low, high = before.low.reshape(shape), before.high.reshape(shape)
     # where -inf pads the groups, the least move is found as the largest of the negated ones
     return Change.of(-op.farthest(-low).flatten(1), op.farthest(high).flatten(1), _gained(point, index, before))
+
+
+def span(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Span:
+    """Nonlinear node `layer` on its range, (batch, size)."""
+    op, target = point.network.nodes[layer].op, pre_activation(point.network, layer)
+    assert isinstance(op, Activation)
+    z, error = point.evaluation.values[target].flatten(1), point.evaluation.errors[target].flatten(1)
+    return Span(op, z, error, ranges.low[target], ranges.high[target])

@@ -21,13 +21,22 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.jacobians import pulled_rows
-from certify_cli.bounds.on_ball.affine_loss import Fall
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, Samples
-from certify_cli.bounds.on_ball.max_pooling import Planes, Winners
-from certify_cli.bounds.remainder.expansion import span
+from certify_cli.bounds.on_ball.affine_loss import AffineLoss
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.on_ball.max_pooling import DecidedGroups, MaxPoolRelaxation
 from certify_cli.network.activations import Activation
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.pooling import GroupMap
-from certify_cli.network.propagate import Passage, Slope, Vectors, head, heads, pull, readers, rows_cost
+from certify_cli.network.propagate import (
+    NodeVjp,
+    Slope,
+    Vectors,
+    consumers,
+    pre_activation,
+    pre_activations,
+    rows_cost,
+    vjp,
+)
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, powers_of_two, up, vector_norm_up
 
 LARGEST_SIDE = 512
@@ -35,7 +44,7 @@ LARGEST_SIDE = 512
 SQUARINGS = 3
 
 
-def lipschitz_falls(point: Samples, start: Ranges, cotangents: Tensor, budget: float = math.inf) -> Fall:
+def lipschitz_loss(point: EvaluatedPoints, start: Ranges, cotangents: Tensor, budget: float = math.inf) -> AffineLoss:
     """How much <row, logits> falls on the balls of `start`, (batch, rows).
 
     cotangents (batch or 1, rows, classes); `start` are ranges on the balls, from any method, made narrower head by
@@ -43,23 +52,25 @@ def lipschitz_falls(point: Samples, start: Ranges, cotangents: Tensor, budget: f
     """
     network = point.network
     sources = _Sources(point, start)
-    for target in heads(network)[:-1]:
+    for target in pre_activations(network)[:-1]:
         if rows_cost(network, target) <= budget:
             sources.reach(target)
-        for layer in readers(network, target):
+        for layer in consumers(network, target):
             sources.linearise(layer, target)
-    pulled = pull(point.network, cotangents, sources.passages)
-    rate = up(pulled[0].size + pulled[0].error, 2)
-    return Fall.of(rate, [sources.leftover(layer, pulled[layer]) for layer in sources.layers if layer in pulled])
+    adjoints = vjp(point.network, cotangents, sources.node_vjps)
+    rate = up(adjoints[0].size + adjoints[0].error, 2)
+    return AffineLoss.of(
+        rate, [sources.leftover(layer, adjoints[layer]) for layer in sources.layers if layer in adjoints]
+    )
 
 
 class _Sources:
     """The nonlinear nodes linearised so far: their passages, and what they leave over on the balls."""
 
-    def __init__(self, point: Samples, start: Ranges) -> None:
+    def __init__(self, point: EvaluatedPoints, start: Ranges) -> None:
         self.point, self.radius = point, start.radius
         self.low, self.high, self.norm = dict(start.low), dict(start.high), dict(start.norm)
-        self.passages: dict[int, Passage] = {}
+        self.node_vjps: dict[int, NodeVjp] = {}
         self.left: dict[int, tuple[Tensor, Tensor]] = {}
         """By node: entries (batch, size) of |r o D|, and of spread; for cut outputs of their whole change, and gain."""
 
@@ -69,7 +80,7 @@ class _Sources:
 
     def reach(self, target: int) -> None:
         """What the nodes linearised so far say of a head."""
-        rows = pulled_rows(self.point.network, target, self.passages)
+        rows = pulled_rows(self.point.network, target, self.node_vjps)
         straight = rows.pop(0)
         e = self.radius.unsqueeze(1)
         entries = [up(up(straight.size + straight.error, 2) * e)]
@@ -90,11 +101,14 @@ class _Sources:
         low, high = self.low[target], self.high[target]
         if isinstance(op, GroupMap):
             e, shape = self.point.evaluation, network.nodes[target].shape
-            planes = Planes.of(op, shape, e.values[target], e.errors[target], low, high)
+            relaxation = MaxPoolRelaxation.of(op, shape, e.values[target], e.errors[target], low, high)
             reach = op.farthest(torch.maximum(-low, high).reshape(-1, *shape)).flatten(1)
-            self.passages[layer] = Winners(planes)
+            self.node_vjps[layer] = DecidedGroups(relaxation)
             none = torch.zeros_like(reach)
-            self.left[layer] = torch.where(planes.open, reach, none), torch.where(planes.open, op.gain(shape), none)
+            self.left[layer] = (
+                torch.where(relaxation.open, reach, none),
+                torch.where(relaxation.open, op.gain(shape), none),
+            )
             return
         if not isinstance(op, Activation):
             raise TypeError(f"no local Lipschitz rule for {op.title}")
@@ -103,12 +117,12 @@ class _Sources:
         middle = (0.5 * (least + most)).nan_to_num(nan=0.0)
         spread = up(torch.maximum(most - middle, middle - least).clamp(min=0.0), 1)
         spread = spread.masked_fill(spread.isnan(), torch.inf).masked_fill(most == least, 0.0)
-        self.passages[layer] = Slope(middle.reshape(-1, *network.nodes[layer].shape))
+        self.node_vjps[layer] = Slope(middle.reshape(-1, *network.nodes[layer].shape))
         self.left[layer] = up(spread * torch.maximum(-low, high)), spread
 
     def _length(self, layer: int) -> Tensor:
         """At least ||D_k||, (batch,)."""
-        return self.norm[head(self.point.network, layer)]
+        return self.norm[pre_activation(self.point.network, layer)]
 
     def _spread(self, layer: int, block: Vectors) -> Vectors:
         """The block times diag(spread)."""

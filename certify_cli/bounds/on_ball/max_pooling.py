@@ -1,4 +1,4 @@
-"""Group maps between planes on boxes: what `relaxation.Lines` are for activations (theory section 7).
+"""Group maps between planes on boxes: what `relaxation.LinearRelaxation` are for activations (theory section 7).
 
 For x in a box [l, u] and any weights in [0, 1],
 
@@ -22,7 +22,7 @@ from certify_cli.network.propagate import Vectors
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
 
 
-def spent(vectors: Vectors, below: Tensor, above: Tensor, far: Tensor) -> Tensor:
+def offset_loss(vectors: Vectors, below: Tensor, above: Tensor, far: Tensor) -> Tensor:
     """sum of v below where v >= 0 and of -v above elsewhere, and what the vectors' own error adds: (batch, rows).
 
     below, above (batch, size): constants >= 0 of the lines or planes. far (batch,). inf for NaN (0 times infinity).
@@ -78,7 +78,7 @@ class Side:
         reach = up(2 * torch.maximum(-lo, hi).sum(3), values.shape[3] + 1)
         return cls(winner, weights, decided[..., 0], up(slack, 4), up(above.clamp(min=0.0) + slack, 4), reach)
 
-    def planes(self, v: Tensor) -> Tensor:
+    def relaxation(self, v: Tensor) -> Tensor:
         """(batch, rows, lanes, groups) to (batch, rows, lanes, groups, members)."""
         v = v.unsqueeze(4)
         return v * torch.where(v < 0, self.weights.unsqueeze(1), self.winner.unsqueeze(1))
@@ -89,7 +89,7 @@ class Side:
 
 
 @dataclass(frozen=True, eq=False)
-class Planes:
+class MaxPoolRelaxation:
     """A group map on values of `shape`: a `Side` for each of its signs."""
 
     shape: Shape
@@ -98,7 +98,7 @@ class Planes:
     sides: tuple[Side, ...]
 
     @classmethod
-    def of(cls, op: GroupMap, shape: Shape, z: Tensor, error: Tensor, low: Tensor, high: Tensor) -> Planes:
+    def of(cls, op: GroupMap, shape: Shape, z: Tensor, error: Tensor, low: Tensor, high: Tensor) -> MaxPoolRelaxation:
         """Pre-activations z (batch, ...) within `error` of the exact ones, whose offsets are in [low, high]."""
         found = op.groups(shape)
         groups = Groups(found.lanes, found.members.to(z.device), found.signs)
@@ -120,7 +120,7 @@ class Planes:
         return torch.stack([~side.decided for side in self.sides], dim=1).flatten(1)
 
     def back(self, vectors: Vectors) -> Vectors:
-        return self._sent(vectors, Side.planes)
+        return self._sent(vectors, Side.relaxation)
 
     def _sent(self, vectors: Vectors, through: Callable[[Side, Tensor], Tensor]) -> Vectors:
         members, lanes = self.groups.members, self.groups.lanes
@@ -141,17 +141,17 @@ class Planes:
         total = torch.zeros_like(vectors.error)
         for sign, side, part in zip(self.groups.signs, self.sides, self._parts(vectors.value), strict=True):
             rows = Vectors(sign * part, vectors.error)
-            total = total + spent(
+            total = total + offset_loss(
                 rows, side.below.flatten(1), side.above.flatten(1), vector_norm_up(side.reach.flatten(1))
             )
         return up(total, len(self.sides))
 
 
 @dataclass(frozen=True, eq=False)
-class Winners:
+class DecidedGroups:
     """What a group map is for certain: the decided groups' winners; open groups are cut."""
 
-    planes: Planes
+    relaxation: MaxPoolRelaxation
 
     def back(self, vectors: Vectors) -> Vectors:
-        return self.planes._sent(vectors, Side.winners)
+        return self.relaxation._sent(vectors, Side.winners)

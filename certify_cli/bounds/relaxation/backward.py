@@ -19,29 +19,30 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.affine_loss import Fall
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, Samples
-from certify_cli.bounds.on_ball.max_pooling import Planes, spent
-from certify_cli.bounds.remainder.expansion import span
+from certify_cli.bounds.on_ball.affine_loss import AffineLoss
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation, offset_loss
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.grid_estimates import Grid
 from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network, Shape
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.propagate import (
-    Passage,
+    NodeVjp,
     Vectors,
-    head,
     nonlinear_nodes,
-    pull,
+    pre_activation,
+    vjp,
 )
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, up, vector_norm_up
+from certify_cli.numerics.trees import Batched
 
 TIGHT = 1e-9
 """A line that misses no more than this part of the rise over the range counts as touching."""
 
 
-class Relaxation(Passage, Protocol):
+class Relaxation(NodeVjp, Protocol):
     """One nonlinear node between lines; `back` takes for every row the lines that bound it from below."""
 
     def loss(self, vectors: Vectors) -> Tensor:
@@ -49,7 +50,7 @@ class Relaxation(Passage, Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Lines:
+class LinearRelaxation(Batched):
     """An activation: below[0] t - below[1] <= phi(z+t) - phi(z) <= above[0] t + above[1] on its range.
 
     Slopes (batch, *shape) and constants (batch, size) >= 0. `far` (batch,): at least ||q|| for either line.
@@ -60,20 +61,15 @@ class Lines:
     far: Tensor
 
     @classmethod
-    def of(cls, here: Span, shape: Shape) -> Lines:
+    def of(cls, here: Span, shape: Shape) -> LinearRelaxation:
         """On a span (batch, size) of a node of the given shape."""
-        slopes = supporting(here)
+        slopes = supporting_slopes(here)
         reach = torch.maximum(-here.lo, here.hi)
         steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())
         far = vector_norm_up(up((here.activation.lipschitz + steepest) * reach, 3))
         (least, _), (_, most) = (here.remainders(slope) for slope in slopes)
         below, above = (slope.reshape(-1, *shape) for slope in slopes)
         return cls((below, -least), (above, most), far)
-
-    def at(self, index: Tensor) -> Lines:
-        """Of the samples at `index`."""
-        below, above = (tuple(part[index] for part in pair) for pair in (self.below, self.above))
-        return Lines((below[0], below[1]), (above[0], above[1]), self.far[index])
 
     def back(self, vectors: Vectors) -> Vectors:
         return chosen(vectors, self.below[0], self.above[0])
@@ -89,7 +85,7 @@ class Lines:
         return torch.stack([self.below[0], self.above[0]]).flatten(2)
 
     def loss(self, vectors: Vectors) -> Tensor:
-        return spent(vectors, self.below[1], self.above[1], self.far)
+        return offset_loss(vectors, self.below[1], self.above[1], self.far)
 
 
 def chosen(vectors: Vectors, below: Tensor, above: Tensor) -> Vectors:
@@ -103,7 +99,7 @@ def chosen(vectors: Vectors, below: Tensor, above: Tensor) -> Vectors:
     return Vectors(value, up(largest * (vectors.error + 8 * UNIT * vectors.size), 4) + UNDERFLOW)
 
 
-def supporting(here: Span) -> tuple[Tensor, Tensor]:
+def supporting_slopes(here: Span) -> tuple[Tensor, Tensor]:
     """Slopes (batch, size) of a line below and one above phi, each as near to phi as can be in the middle of its range.
 
     That leaves the least area between line and range. The tangent there where it does not cross phi, else the chord
@@ -131,28 +127,32 @@ def supporting(here: Span) -> tuple[Tensor, Tensor]:
     return slopes[0], slopes[1]
 
 
-def relaxed(point: Samples, layer: int, ranges: Ranges) -> Relaxation:
+def relax(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Relaxation:
     """Nonlinear node `layer` between lines on the ranges of its pre-activation."""
-    node, target = point.network.nodes[layer], head(point.network, layer)
+    node, target = point.network.nodes[layer], pre_activation(point.network, layer)
     if isinstance(node.op, Activation):
-        return Lines.of(span(point, layer, ranges), node.shape)
+        return LinearRelaxation.of(span(point, layer, ranges), node.shape)
     if isinstance(node.op, GroupMap):
         z, error = point.evaluation.values[target], point.evaluation.errors[target]
         shape = point.network.nodes[target].shape
-        return Planes.of(node.op, shape, z, error, ranges.low[target], ranges.high[target])
+        return MaxPoolRelaxation.of(node.op, shape, z, error, ranges.low[target], ranges.high[target])
     raise TypeError(f"no linear relaxation of {node.op.title}")
 
 
-def falls(network: Network, between: Mapping[int, Relaxation], cotangents: Tensor, start: int | None = None) -> Fall:
+def falls(
+    network: Network, between: Mapping[int, Relaxation], cotangents: Tensor, start: int | None = None
+) -> AffineLoss:
     """How much <row, value of node `start`> falls on the balls on which `between` holds, (batch, rows).
 
     cotangents (batch or 1, rows, *shape of the node, the logits unless given).
     """
-    pulled = pull(network, cotangents, between, start)
-    rate = up(pulled[0].size + pulled[0].error, 2)
-    return Fall.of(rate, [relaxation.loss(pulled[layer]) for layer, relaxation in between.items() if layer in pulled])
+    adjoints = vjp(network, cotangents, between, start)
+    rate = up(adjoints[0].size + adjoints[0].error, 2)
+    return AffineLoss.of(
+        rate, [relaxation.loss(adjoints[layer]) for layer, relaxation in between.items() if layer in adjoints]
+    )
 
 
-def lines(point: Samples, ranges: Ranges) -> dict[int, Relaxation]:
+def lines(point: EvaluatedPoints, ranges: Ranges) -> dict[int, Relaxation]:
     """Every nonlinear node between lines on the given ranges."""
-    return {layer: relaxed(point, layer, ranges) for layer in nonlinear_nodes(point.network)}
+    return {layer: relax(point, layer, ranges) for layer in nonlinear_nodes(point.network)}

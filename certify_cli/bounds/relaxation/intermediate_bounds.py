@@ -11,14 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, Samples
-from certify_cli.bounds.relaxation.backward import Lines, Relaxation, falls, relaxed
-from certify_cli.bounds.relaxation.optimise import climbed, climbs, envelopes
-from certify_cli.bounds.relaxation.supporting_lines import Envelopes
-from certify_cli.bounds.remainder.expansion import span
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, falls, relax
+from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
+from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import head, heads, is_nonlinear, readers, rows_cost
+from certify_cli.network.propagate import consumers, is_nonlinear, pre_activation, pre_activations, rows_cost
 from certify_cli.numerics.rounding import UNDERFLOW
 
 CACHE = 2**25
@@ -27,8 +27,8 @@ CLIMBING, COPIES = 2**27, 16
 """The same where lines are chosen for every row, and about how many numbers a neuron and row an ascent holds."""
 
 
-def relaxed_ranges(
-    point: Samples, known: Ranges, memory: int, budget: float = math.inf, steps: int = 0
+def intermediate_bounds(
+    point: EvaluatedPoints, known: Ranges, memory: int, budget: float = math.inf, steps: int = 0
 ) -> tuple[Ranges, dict[int, Relaxation]]:
     """Ranges on the balls of `known`, never wider, and every nonlinear node between lines on them.
 
@@ -39,27 +39,31 @@ def relaxed_ranges(
     network = point.network
     low, high = dict(known.low), dict(known.high)
     between: dict[int, Relaxation] = {}
-    choice: dict[int, Envelopes] = {}
-    steps = steps if climbs(point) else 0
-    for target in heads(network)[:-1]:
+    choice: dict[int, SlopeTable] = {}
+    steps = steps if has_slopes(point) else 0
+    for target in pre_activations(network)[:-1]:
         here = Ranges(known.radius, low, high, known.norm)
         if reaches(network, target) and range_cost(network, target) <= budget:
-            asked = torch.stack([bends(point, k, here) for k in readers(network, target)]).any(0)
+            asked = torch.stack([bends(point, k, here) for k in consumers(network, target)]).any(0)
             rows = asked.any(0).nonzero()[:, 0]
             if len(rows):
-                fall, rise = falls_and_rises(point, between, known.radius, target, rows, memory)
+                fall, rise = offset_bounds(point, between, known.radius, target, rows, memory)
                 if steps:
-                    better = climbed_rows(point.network, between, choice, known.radius, target, rows, steps, memory)
+                    better = optimised_offset_bounds(
+                        point.network, between, choice, known.radius, target, rows, steps, memory
+                    )
                     fall, rise = torch.fmin(fall, better[0]), torch.fmin(rise, better[1])
                 # what nobody asked for stays as it is, whatever the other samples of the batch ask for
                 fall, rise = (torch.where(asked[:, rows], t, torch.inf) for t in (fall, rise))
                 low[target] = low[target].index_copy(1, rows, torch.fmax(low[target][:, rows], -fall))
                 high[target] = high[target].index_copy(1, rows, torch.fmin(high[target][:, rows], rise))
         here = Ranges(known.radius, low, high, known.norm)
-        found = {k: relaxed(point, k, here) for k in readers(network, target)}
+        found = {k: relax(point, k, here) for k in consumers(network, target)}
         between |= found
         if steps:
-            choice |= envelopes(point, here, {k: line for k, line in found.items() if isinstance(line, Lines)})
+            choice |= slope_tables(
+                point, here, {k: line for k, line in found.items() if isinstance(line, LinearRelaxation)}
+            )
     return Ranges(known.radius, low, high, known.norm), between
 
 
@@ -69,26 +73,26 @@ def range_cost(network: Network, target: int) -> float:
 
 
 def ball_cost(network: Network) -> float:
-    """The same of all heads that `relaxed_ranges` treats."""
-    return sum(range_cost(network, target) for target in heads(network)[:-1] if reaches(network, target))
+    """The same of all heads that `intermediate_bounds` treats."""
+    return sum(range_cost(network, target) for target in pre_activations(network)[:-1] if reaches(network, target))
 
 
-def climbed_cost(network: Network, steps: int) -> float:
+def optimised_cost(network: Network, steps: int) -> float:
     """The same with an ascent of so many steps for every range: forth and back, and a proof."""
     return 2 * (steps + 1) * ball_cost(network)
 
 
-def bends(point: Samples, layer: int, ranges: Ranges) -> Tensor:
+def bends(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Tensor:
     """Which pre-activations' ranges matter, (batch, size): not those on which the activation is a straight line."""
-    node, target = point.network.nodes[layer], head(point.network, layer)
+    node, target = point.network.nodes[layer], pre_activation(point.network, layer)
     if not isinstance(node.op, Activation):
         return torch.ones_like(ranges.low[target], dtype=torch.bool)
     least, most = span(point, layer, ranges).slopes()
     return ~(most - least <= UNDERFLOW)
 
 
-def falls_and_rises(
-    point: Samples, between: Mapping[int, Relaxation], radius: Tensor, target: int, rows: Tensor, memory: int
+def offset_bounds(
+    point: EvaluatedPoints, between: Mapping[int, Relaxation], radius: Tensor, target: int, rows: Tensor, memory: int
 ) -> tuple[Tensor, Tensor]:
     """How far the entries `rows` (count,) of node `target` can fall, and rise, on the balls: (batch, count) each."""
     node = point.network.nodes[target]
@@ -103,27 +107,27 @@ def falls_and_rises(
     return fall, rise
 
 
-def climbed_rows(
+def optimised_offset_bounds(
     network: Network,
     between: Mapping[int, Relaxation],
-    choice: Mapping[int, Envelopes],
+    choice: Mapping[int, SlopeTable],
     radius: Tensor,
     target: int,
     rows: Tensor,
     steps: int,
     memory: int,
 ) -> Tensor:
-    """As `falls_and_rises`, with lines of each row's own: (2, batch, count)."""
+    """As `offset_bounds`, with lines of each row's own: (2, batch, count)."""
     node, batch = network.nodes[target], len(radius)
     chosen = sum(network.nodes[k].size for k in choice)
     widest = max(n.size for n in network.nodes[: target + 1])
     chunk = max(1, min(memory, CLIMBING) // (2 * 8 * batch * (COPIES * chosen + 8 * widest)))
-    begin = {k: line.slopes for k, line in between.items() if isinstance(line, Lines)}
+    begin = {k: line.slopes for k, line in between.items() if isinstance(line, LinearRelaxation)}
     found = []
     for part in rows.split(chunk):
         units = torch.nn.functional.one_hot(part, node.size).to(radius.dtype).reshape(-1, *node.shape)
         item = torch.arange(batch, device=radius.device).repeat_interleave(2 * len(part))
-        fall = climbed(
+        fall = optimised_loss(
             network,
             radius[item],
             {k: e.at(item) for k, e in choice.items()},

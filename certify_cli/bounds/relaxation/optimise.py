@@ -13,41 +13,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.affine_loss import Fall
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, Samples
-from certify_cli.bounds.relaxation.backward import Lines, falls
-from certify_cli.bounds.relaxation.supporting_lines import Envelopes
-from certify_cli.bounds.remainder.expansion import span
+from certify_cli.bounds.on_ball.affine_loss import AffineLoss
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, falls
+from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import head, nonlinear_nodes, offsets, pull
+from certify_cli.network.propagate import nonlinear_nodes, offsets, pre_activation, vjp
 from certify_cli.numerics.choose import either
-from certify_cli.numerics.climber import LONGEST, RATE, SLOPE_STEP, Climber, adjoint_sizes
+from certify_cli.numerics.momentum import LONGEST, RATE, SLOPE_STEP, MomentumAscent, adjoint_sizes
 from certify_cli.numerics.rounding import TINY
 
 SHORTER, LONGER = 0.5, 1.4
 """What becomes of a step after one that does not help, and after one that does."""
 
 
-def climbs(point: Samples) -> bool:
+def has_slopes(point: EvaluatedPoints) -> bool:
     """Whether every nonlinear node is an activation: planes of group maps have no slopes to choose."""
     return all(isinstance(point.network.nodes[k].op, Activation) for k in nonlinear_nodes(point.network))
 
 
-def envelopes(point: Samples, ranges: Ranges, between: Mapping[int, Lines]) -> dict[int, Envelopes]:
+def slope_tables(
+    point: EvaluatedPoints, ranges: Ranges, between: Mapping[int, LinearRelaxation]
+) -> dict[int, SlopeTable]:
     """Of the nodes that are between lines on the ranges, every sample an item."""
-    return {k: Envelopes.of(span(point, k, ranges), line) for k, line in between.items()}
+    return {k: SlopeTable.of(span(point, k, ranges), line) for k, line in between.items()}
 
 
-def climbed(
+def optimised_loss(
     network: Network,
     radius: Tensor,
-    choice: Mapping[int, Envelopes],
+    choice: Mapping[int, SlopeTable],
     slopes: Mapping[int, Tensor],
     cotangents: Tensor,
     steps: int,
     start: int | None = None,
-) -> Fall:
+) -> AffineLoss:
     """How much <cotangents, value of node `start`> falls on balls of `radius` (items,): (items, 1).
 
     `choice` of the items, and `slopes` (sides, items, size) to begin with, for all nonlinear nodes before `start`, the
@@ -56,7 +58,9 @@ def climbed(
     problem = _Problem(network, radius, choice, cotangents.unsqueeze(1), start)
     best = dict(slopes)
     most, gradient, v = problem.at(best)
-    climbers = {k: Climber(s, SLOPE_STEP * choice[k].scale / adjoint_sizes(v[k])) for k, s in best.items() if k in v}
+    climbers = {
+        k: MomentumAscent(s, SLOPE_STEP * choice[k].scale / adjoint_sizes(v[k])) for k, s in best.items() if k in v
+    }
     rate = torch.full_like(most, RATE)
     for count in range(1, steps + 1):
         for k, climber in climbers.items():
@@ -79,16 +83,16 @@ class _Problem:
 
     network: Network
     radius: Tensor
-    choice: Mapping[int, Envelopes]
+    choice: Mapping[int, SlopeTable]
     cotangents: Tensor
     start: int | None
 
     def at(self, slopes: Mapping[int, Tensor]) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         """About minus the loss (items,), its gradient (sides, items, size) and the adjoints (items, size)."""
         lines = {k: e.lines(slopes[k]) for k, e in self.choice.items()}
-        pulled = pull(self.network, self.cotangents, lines, self.start)
-        v = {k: pulled[k].value[:, 0].flatten(1) for k in lines if k in pulled}
-        g = pulled[0].value[:, 0].flatten(1)
+        adjoints = vjp(self.network, self.cotangents, lines, self.start)
+        v = {k: adjoints[k].value[:, 0].flatten(1) for k in lines if k in adjoints}
+        g = adjoints[0].value[:, 0].flatten(1)
         size = g.norm(dim=1)
         value = -size * self.radius
         used, touch, left = {}, {}, {}
@@ -101,6 +105,6 @@ class _Problem:
         moved = offsets(self.network, d, used, left, self.start)
         gradient = {}
         for k, adjoint in v.items():
-            slope = adjoint * (moved[head(self.network, k)] - touch[k])
+            slope = adjoint * (moved[pre_activation(self.network, k)] - touch[k])
             gradient[k] = torch.stack([slope * (adjoint >= 0), slope * (adjoint < 0)])
         return value.nan_to_num(nan=-torch.inf), gradient, v

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.relaxation.backward import Lines, chosen
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, chosen
 from certify_cli.network.activations.grid_estimates import Grid, kinks, straight
 from certify_cli.network.activations.interval_bounds import Span
 from certify_cli.network.graph import Shape
 from certify_cli.network.propagate import Vectors
 from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.trees import Batched
 
 LINES, OF_ONE_KINK = 16, 2
 """Slopes in the table, evenly from the flattest that supports to the steepest. Where phi has one kink and is straight
@@ -29,7 +30,7 @@ CLOSE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Envelopes:
+class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"ends": 1}):
     """Lines below (side 0) and above (side 1) an activation on its ranges, of `items` that are each one of the samples.
 
     slopes (sides, lines, samples, size), never decreasing by line, and the constants >= 0 that they need; `ends`
@@ -47,7 +48,7 @@ class Envelopes:
     far: Tensor
 
     @classmethod
-    def of(cls, here: Span, lines: Lines) -> Envelopes:
+    def of(cls, here: Span, lines: LinearRelaxation) -> SlopeTable:
         """On a span (samples, size), every sample an item. `lines` there are all there is where phi has no more."""
         grid, (samples, size) = Grid.of(here), here.z.shape
         one_kink = straight(here.activation) and len(kinks(here.activation)) == 1
@@ -73,23 +74,9 @@ class Envelopes:
         ends = table[:, 0], table[:, -1]
         return cls(lines.shape, every, table, torch.stack(constants), ends, reach, steepness / width, far)
 
-    def at(self, index: Tensor) -> Envelopes:
-        """Items that are those at `index`."""
-        least, most = self.ends
-        return Envelopes(
-            self.shape,
-            self.sample[index],
-            self.slopes,
-            self.constants,
-            (least[:, index], most[:, index]),
-            self.reach[index],
-            self.scale[index],
-            self.far[index],
-        )
-
-    def lines(self, slopes: Tensor) -> Supporting:
+    def lines(self, slopes: Tensor) -> OptimisableRelaxation:
         """With slopes (sides, items, size), those nearest to them that support."""
-        return Supporting(self, torch.minimum(torch.maximum(slopes, self.ends[0]), self.ends[1]))
+        return OptimisableRelaxation(self, torch.minimum(torch.maximum(slopes, self.ends[0]), self.ends[1]))
 
     def needed(self, above: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """Proved constants of lines of the given slopes, and about where these touch: (items, size) each.
@@ -117,21 +104,21 @@ class Envelopes:
 
 
 @dataclass(frozen=True, eq=False)
-class Supporting:
+class OptimisableRelaxation:
     """A `Relaxation` with lines of each item's own, one row an item: slopes (sides, items, size), between the ends."""
 
-    envelopes: Envelopes
+    slope_tables: SlopeTable
     slopes: Tensor
 
     def back(self, vectors: Vectors) -> Vectors:
-        below, above = self.slopes.reshape(2, -1, *self.envelopes.shape)
+        below, above = self.slopes.reshape(2, -1, *self.slope_tables.shape)
         return chosen(vectors, below, above)
 
     def loss(self, vectors: Vectors) -> Tensor:
         v = vectors.value[:, 0].flatten(1)
-        constant, _ = self.envelopes.needed(v < 0, self.used(v))
+        constant, _ = self.slope_tables.needed(v < 0, self.used(v))
         lost = up((v.abs() * constant).sum(1), 2) * (1 + gamma(v.shape[1] + 4))
-        lost = up(lost + vectors.error[:, 0] * self.envelopes.far, 4) + UNDERFLOW
+        lost = up(lost + vectors.error[:, 0] * self.slope_tables.far, 4) + UNDERFLOW
         return lost.unsqueeze(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def used(self, v: Tensor) -> Tensor:

@@ -18,42 +18,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.remainder.expansion import MIXED, Ball, Choice, span
+from certify_cli.bounds.on_ball.interval_ranges import span
+from certify_cli.bounds.remainder.expansion import MIXED, BallExpansion
+from certify_cli.bounds.remainder.margin_bound import Choice
 from certify_cli.bounds.remainder.trust_region import Quadratic
-from certify_cli.bounds.remainder.trust_region_estimate import Solution, largest_about, solved
+from certify_cli.bounds.remainder.trust_region_estimate import (
+    Solution,
+    estimated_minimiser,
+    largest_eigenvalue_estimate,
+)
 from certify_cli.network.activations.grid_estimates import Grid, Touch
-from certify_cli.network.evaluated import Point
-from certify_cli.network.propagate import Slope, head, nonlinear_nodes, offsets, pull
+from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.propagate import Slope, nonlinear_nodes, offsets, pre_activation, vjp
 from certify_cli.numerics.choose import either
-from certify_cli.numerics.climber import LONGEST, RATE, SLOPE_STEP, WEIGHT_STEP, Climber, adjoint_sizes
+from certify_cli.numerics.momentum import LONGEST, RATE, SLOPE_STEP, WEIGHT_STEP, MomentumAscent, adjoint_sizes
+from certify_cli.numerics.trees import Batched
 
 SLIP, SHORTER, CALMER, LONGER = 0.03, 0.4, 0.7, 1.3
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
-ROUGH_STEPS = 6
+COARSE_STEPS = 6
 
 
 @dataclass(frozen=True, eq=False)
-class Ascended:
+class Optimised(Batched):
     """`choice`, and what the bound is there according to the grid (batch,): no proof."""
 
     choice: Choice
     estimate: Tensor
 
-    def better_of(self, other: Ascended, among: Tensor) -> Ascended:
+    def better_of(self, other: Optimised, among: Tensor) -> Optimised:
         """Item by item the one with the larger estimate, but this one outside of `among` (batch,)."""
-        take = among & (other.estimate > self.estimate)
-        return Ascended(self.choice.where(take, other.choice), torch.where(take, other.estimate, self.estimate))
+        return self.where(among & (other.estimate > self.estimate), other)
 
 
-def ascend(
-    point: Point,
-    ball: Ball,
+def optimise(
+    point: EvaluatedPoints,
+    ball: BallExpansion,
     margin: Tensor,
     cotangents: Tensor,
     begin: Choice | None,
     steps: int,
     enough: Tensor | None = None,
-) -> Ascended:
+) -> Optimised:
     """The best choice met in `steps` steps from `begin`, or from each item's best start (`Problem.starts`).
 
     An item ends early where its estimate is above `enough` (items,).
@@ -65,8 +71,8 @@ def ascend(
         first = problem.at(problem.best_start()[0], None)
         if steps:
             shifted = problem.at(problem.shifted(first), first)
-            first = first.where(shifted.ascended.estimate > first.ascended.estimate, shifted)
-    best = first.ascended
+            first = first.where(shifted.optimised.estimate > first.optimised.estimate, shifted)
+    best = first.optimised
     done = _reached(best, enough)
     if not steps or bool(done.all()):
         return best
@@ -76,8 +82,8 @@ def ascend(
         w, (steepness, bending, width) = best.choice.weights[k], problem.grids[k].scales()
         v = adjoint_sizes(first.adjoints[k])
         # gradients by slopes are at most about |v| width, by weights about width^2 / 8
-        slopes[k] = Climber(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
-        weights[k] = Climber(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())
+        slopes[k] = MomentumAscent(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
+        weights[k] = MomentumAscent(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())
     state, rate = first, torch.full_like(margin, RATE)
     for count in range(1, steps + 1):
         by_slope, by_weight = problem.gradient(state)
@@ -90,14 +96,14 @@ def ascend(
         moved = Choice(
             {k: a.value for k, a in slopes.items()},
             {k: a.value for k, a in weights.items()},
-            state.ascended.choice.mu,
-            state.ascended.choice.tau,
+            state.optimised.choice.mu,
+            state.optimised.choice.tau,
         )
         after = problem.at(moved, state)
-        best = best.better_of(after.ascended, ~done)  # what is done stays as it is, whatever the others need
+        best = best.better_of(after.optimised, ~done)  # what is done stays as it is, whatever the others need
         # a step too long for an item is taken back, and its next ones are shorter
-        good = after.ascended.estimate > best.estimate - SLIP * margin
-        better = after.ascended.estimate > state.ascended.estimate
+        good = after.optimised.estimate > best.estimate - SLIP * margin
+        better = after.optimised.estimate > state.optimised.estimate
         rate = (rate * torch.where(better, LONGER, either(good, CALMER, SHORTER))).clamp(max=LONGEST)
         for climber, value in held:
             climber.value = torch.where(good.unsqueeze(1), climber.value, value)
@@ -109,58 +115,49 @@ def ascend(
     return best
 
 
-def _reached(found: Ascended, enough: Tensor | None) -> Tensor:
+def _reached(found: Optimised, enough: Tensor | None) -> Tensor:
     return torch.zeros_like(found.estimate, dtype=torch.bool) if enough is None else found.estimate > enough
 
 
-def rough(point: Point, ball: Ball, margin: Tensor, cotangents: Tensor) -> Tensor:
+def coarse_estimate(point: EvaluatedPoints, ball: BallExpansion, margin: Tensor, cotangents: Tensor) -> Tensor:
     """About the bound (items,) at each item's best start, without a trust region: an estimate, and a low one."""
     return Problem(point, ball, margin, cotangents).best_start()[1]
 
 
-def starts(point: Point, ball: Ball, cotangents: Tensor) -> list[Choice]:
+def starts(point: EvaluatedPoints, ball: BallExpansion, cotangents: Tensor) -> list[Choice]:
     """Where an ascent begins (see `Problem.starts`)."""
     return Problem(point, ball, torch.zeros_like(ball.radius), cotangents).starts()
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
+class _State(Batched):
     """The bound at one choice: adjoints v_l, where the minorants touch, and the trust region's solution."""
 
-    ascended: Ascended
+    optimised: Optimised
     adjoints: Mapping[int, Tensor]
     touch: Mapping[int, Touch]
     solution: Solution
-
-    def where(self, take: Tensor, other: _State) -> _State:
-        """The other one's items where `take` (batch,) is true."""
-        wide = take.unsqueeze(1)
-        mine, theirs = self.ascended, other.ascended
-        return _State(
-            Ascended(mine.choice.where(take, theirs.choice), torch.where(take, theirs.estimate, mine.estimate)),
-            {k: torch.where(wide, other.adjoints[k], v) for k, v in self.adjoints.items()},
-            {k: t.where(wide, other.touch[k]) for k, t in self.touch.items()},
-            self.solution.where(take, other.solution),
-        )
 
 
 class Problem:
     """The bound of a batch of items on given balls, as a function of the choice."""
 
-    def __init__(self, point: Point, ball: Ball, margin: Tensor, cotangents: Tensor) -> None:
+    def __init__(self, point: EvaluatedPoints, ball: BallExpansion, margin: Tensor, cotangents: Tensor) -> None:
         self.network, self.jacobians, self.ball = point.network, ball.jacobians, ball
         self.margin, self.cotangents, self.radius = margin, cotangents.unsqueeze(1), ball.radius
         self.layers = nonlinear_nodes(point.network)
         self.grids = {k: Grid.of(span(point, k, ball.ranges)) for k in self.layers}
-        self.rest = torch.cat([ball.rest[t] for t in self.jacobians.heads], dim=1)
+        self.residual = torch.cat([ball.residual[t] for t in self.jacobians.pre_activations], dim=1)
 
     def quadratic(self, weights: Mapping[int, Tensor]) -> Quadratic:
         """Weights of all nonlinear nodes that share a head add up."""
         total: dict[int, Tensor] = {}
         for k, w in weights.items():
-            target = head(self.network, k)
+            target = pre_activation(self.network, k)
             total[target] = total[target] + w if target in total else w
-        return Quadratic(self.jacobians.rows, torch.cat([total[t] for t in self.jacobians.heads], dim=1), self.rest)
+        return Quadratic(
+            self.jacobians.rows, torch.cat([total[t] for t in self.jacobians.pre_activations], dim=1), self.residual
+        )
 
     def starts(self) -> list[Choice]:
         """Tangents at the sample with the quadratics that need no constant; the lines of the convex envelopes; half way
@@ -190,18 +187,18 @@ class Problem:
     def best_start(self) -> tuple[Choice, Tensor]:
         """Of the starts, by their rough values, which come with it."""
         begin, *others = self.starts()
-        value = self.rough(begin)
+        value = self.coarse(begin)
         for start in others:
-            other = self.rough(start)
+            other = self.coarse(start)
             take = other > value
             begin, value = begin.where(take, start), torch.where(take, other, value)
         return begin, value
 
-    def rough(self, choice: Choice) -> Tensor:
+    def coarse(self, choice: Choice) -> Tensor:
         """About the bound (batch,) with gradient and curvature each at their worst: no trust region is solved."""
         _, g, touch, quadratic = self._parts(choice)
-        largest = largest_about(quadratic, ROUGH_STEPS)
-        bent = 0.5 * (self.radius * largest.sqrt() + quadratic.of_rest.sqrt()).square()
+        largest = largest_eigenvalue_estimate(quadratic, COARSE_STEPS)
+        bent = 0.5 * (self.radius * largest.sqrt() + quadratic.residual_sum.sqrt()).square()
         value = self.margin + _total(touch) - g.norm(dim=1) * self.radius - bent
         return value.nan_to_num(nan=-torch.inf)
 
@@ -214,12 +211,12 @@ class Problem:
 
     def straight(self, d: Tensor) -> dict[int, Tensor]:
         """A_l d by head, (batch, size)."""
-        return self._by_head(self.jacobians.rows.apply(d))
+        return self._by_pre_activation(self.jacobians.rows.apply(d))
 
-    def _by_head(self, rows: Tensor) -> dict[int, Tensor]:
+    def _by_pre_activation(self, rows: Tensor) -> dict[int, Tensor]:
         """(batch, count) apart."""
         parts = rows.split([block.shape[1] for block in self.jacobians.rows.blocks], dim=1)
-        return dict(zip(self.jacobians.heads, parts, strict=True))
+        return dict(zip(self.jacobians.pre_activations, parts, strict=True))
 
     def gradient_of(self, choice: Choice) -> Tensor:
         """The margins' gradients (batch, inputs) in the network linearised at the choice's slopes."""
@@ -228,22 +225,22 @@ class Problem:
     def _pulled(self, slopes: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
         """Adjoints and gradient of the network linearised at `slopes`."""
         shaped = {k: Slope(s.reshape(-1, *self.network.nodes[k].shape)) for k, s in slopes.items()}
-        pulled = pull(self.network, self.cotangents, shaped)
-        return {k: pulled[k].value[:, 0].flatten(1) for k in self.layers}, pulled[0].value[:, 0].flatten(1)
+        adjoints = vjp(self.network, self.cotangents, shaped)
+        return {k: adjoints[k].value[:, 0].flatten(1) for k in self.layers}, adjoints[0].value[:, 0].flatten(1)
 
     def at(self, choice: Choice, before: _State | None) -> _State:
         """Evaluated warm from the state before, or cold."""
         s, w, radius = choice.slopes, choice.weights, self.radius
         v, g, touch, quadratic = self._parts(choice)
-        solution = solved(quadratic, g, radius, None if before is None else before.solution)
+        solution = estimated_minimiser(quadratic, g, radius, None if before is None else before.solution)
         mu, tau = solution.mu, solution.tau
         estimate = (
             self.margin
             + _total(touch)
-            - 0.5 * (mu * radius.square() + solution.form + (1 + 1 / tau) * quadratic.of_rest)
+            - 0.5 * (mu * radius.square() + solution.form + (1 + 1 / tau) * quadratic.residual_sum)
         )
         estimate = estimate.nan_to_num(nan=-torch.inf)
-        return _State(Ascended(Choice(s, w, mu, tau), estimate), v, touch, solution)
+        return _State(Optimised(Choice(s, w, mu, tau), estimate), v, touch, solution)
 
     def shifted(self, state: _State) -> Choice:
         """The expansion about another point: each neuron's where the minimiser takes it.
@@ -255,29 +252,29 @@ class Problem:
         slopes, bends = {}, {}
         for k in self.layers:
             sign = either(state.adjoints[k] < 0, -1.0, 1.0)
-            slopes[k], bends[k] = self.grids[k].about(moved[head(self.network, k)], sign)
+            slopes[k], bends[k] = self.grids[k].about(moved[pre_activation(self.network, k)], sign)
         v, _ = self._pulled(slopes)
         none = torch.zeros_like(self.margin)
         return Choice(slopes, {k: v[k].abs() * bends[k] for k in self.layers}, none, none)
 
     def _moved(self, state: _State) -> dict[int, Tensor]:
         """Where the trust region's minimiser takes every head, with the sources at the touching points."""
-        choice, touch = state.ascended.choice, state.touch
+        choice, touch = state.optimised.choice, state.touch
         sources = {k: touch[k].rise - choice.slopes[k] * touch[k].place for k in self.layers}
         return offsets(self.network, -state.solution.y, choice.slopes, sources)
 
     def gradient(self, state: _State) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """By slopes and by weights, at the state's minimiser d = -y and its touching points."""
-        choice, touch = state.ascended.choice, state.touch
+        choice, touch = state.optimised.choice, state.touch
         d = -state.solution.y
-        straight, ridge = self.straight(d), self._by_head(state.solution.ridge)
+        straight, ridge = self.straight(d), self._by_pre_activation(state.solution.ridge)
         moved = self._moved(state)
         by_slope, by_weight = {}, {}
         for k in self.layers:
-            t, target = touch[k].place, head(self.network, k)
+            t, target = touch[k].place, pre_activation(self.network, k)
             by_slope[k] = state.adjoints[k] * (moved[target] - t)
             second = (1 + choice.tau).unsqueeze(1) * (straight[target].square() + ridge[target])
-            second = second + (1 + 1 / choice.tau).unsqueeze(1) * self.ball.rest[target].square()
+            second = second + (1 + 1 / choice.tau).unsqueeze(1) * self.ball.residual[target].square()
             by_weight[k] = 0.5 * (touch[k].square - second)
         return by_slope, by_weight
 

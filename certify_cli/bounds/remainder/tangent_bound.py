@@ -13,19 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import Ranges
-from certify_cli.bounds.remainder.expansion import MIXED, Ball, Linearised, span
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.remainder.expansion import MIXED, BallExpansion
 from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.activations.interval_bounds import Span
-from certify_cli.network.propagate import Slope, Vectors, head, nonlinear_nodes
+from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.propagate import Slope, Vectors, nonlinear_nodes, pre_activation
 from certify_cli.numerics.rounding import UNDERFLOW, positive_up, powers_of_two, up, vector_norm_up
+from certify_cli.numerics.trees import Batched
 
 SQUARED_ENTRIES = 2**23
 """Largest stacked Gram matrix that is squared entrywise for the free eigenvalue bound (64 MiB a sample)."""
 
 
-def fast_losses(
-    point: Linearised, ranges: Ranges, pulled: Mapping[int, Vectors], known: Ball | None = None, sharp: bool = True
+def tangent_losses(
+    point: EvaluatedPoints,
+    ranges: Ranges,
+    adjoints: Mapping[int, Vectors],
+    known: BallExpansion | None = None,
+    sharp: bool = True,
 ) -> Tensor:
     """Upper bounds (batch, rivals) of how much the margins lose on the ball of `ranges`, the gradient's part included.
 
@@ -35,57 +41,63 @@ def fast_losses(
     by the ranges of phi' and phi'' alone, at a fraction of the price.
     """
     radius = ranges.radius.unsqueeze(1)
-    straight = up(up(pulled[0].size + pulled[0].error, 2) * radius)
-    parts = node_parts(point, ranges, pulled, sharp)
-    apart, flaws = torch.zeros_like(straight), torch.zeros_like(straight)
-    by_head: dict[int, Tensor] = {}
+    straight = up(up(adjoints[0].size + adjoints[0].error, 2) * radius)
+    parts = node_remainders(point, ranges, adjoints, sharp)
+    apart, error_terms = torch.zeros_like(straight), torch.zeros_like(straight)
+    by_pre_activation: dict[int, Tensor] = {}
     for part in parts:
-        together = up(part.weights.amax(2) * up(0.5 * ranges.norm[part.head].unsqueeze(1).square(), 2), 3)
+        together = up(part.weights.amax(2) * up(0.5 * ranges.norm[part.pre_activation].unsqueeze(1).square(), 2), 3)
         apart = apart + torch.fmin(
             up(torch.minimum(part.quadratic, part.interval).sum(2), part.weights.shape[2] + 2), together
         )
-        flaws = flaws + part.flaw
-        by_head[part.head] = positive_up(by_head[part.head] + part.weights) if part.head in by_head else part.weights
+        error_terms = error_terms + part.error_term
+        by_pre_activation[part.pre_activation] = (
+            positive_up(by_pre_activation[part.pre_activation] + part.weights)
+            if part.pre_activation in by_pre_activation
+            else part.weights
+        )
     if known is not None and known.jacobians.rows.count**2 <= SQUARED_ENTRIES:
-        apart = torch.fmin(up(apart, len(parts)), _together(known, by_head))
-    return up(straight + apart + flaws, 4 * len(parts) + 2)
+        apart = torch.fmin(up(apart, len(parts)), joint_quadratic(known, by_pre_activation))
+    return up(straight + apart + error_terms, 4 * len(parts) + 2)
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class NodeRemainder:
     """What one nonlinear node takes from the margins: at most weights D^2 / 2, or interval, by rival and neuron.
 
-    (batch, rivals, size) each; `quadratic` is weights D^2 / 2 at its largest. `flaw` (batch, rivals): the adjoints'
-    errors.
+    (batch, rivals, size) each; `quadratic` is weights D^2 / 2 at its largest. `error_term` (batch, rivals): from the
+    errors of the adjoints.
     """
 
-    head: int
+    pre_activation: int
     weights: Tensor
     quadratic: Tensor
     interval: Tensor
-    flaw: Tensor
+    error_term: Tensor
 
 
-def node_parts(point: Linearised, ranges: Ranges, pulled: Mapping[int, Vectors], sharp: bool = True) -> list[Part]:
-    """Of every nonlinear node that the margins depend on. Unless `sharp`: see `fast_losses`."""
+def node_remainders(
+    point: EvaluatedPoints, ranges: Ranges, adjoints: Mapping[int, Vectors], sharp: bool = True
+) -> list[NodeRemainder]:
+    """Of every nonlinear node that the margins depend on. Unless `sharp`: see `tangent_losses`."""
     parts = []
-    for layer in (k for k in nonlinear_nodes(point.network) if k in pulled):
+    for layer in (k for k in nonlinear_nodes(point.network) if k in adjoints):
         here = span(point, layer, ranges)
         bottom, top = (end.unsqueeze(1) for end in (here.quadratics() if sharp else here.curvatures()))
         low, high = (end.unsqueeze(1) for end in _tangents(here, point.slopes[layer], sharp))
-        v, error = pulled[layer].value.flatten(2), pulled[layer].error
+        v, error = adjoints[layer].value.flatten(2), adjoints[layer].error
         weights = torch.maximum(-v * bottom, -v * top).clamp(min=0.0)
         interval = torch.maximum(-v * low, -v * high).clamp(min=0.0)
         reach = torch.maximum(-here.lo, here.hi).unsqueeze(1)
         quadratic = up(weights * up(0.5 * reach.square(), 2), 3)
         size = vector_norm_up(torch.maximum(-low, high)).clamp(min=0.0)
-        flaw = up(error * size) + UNDERFLOW
-        parts.append(Part(head(point.network, layer), weights, quadratic, interval, flaw))
+        error_term = up(error * size) + UNDERFLOW
+        parts.append(NodeRemainder(pre_activation(point.network, layer), weights, quadratic, interval, error_term))
     return parts
 
 
 @dataclass(frozen=True, eq=False)
-class Tangents:
+class TangentExpansion(Batched):
     """The margins towards one rival each, expanded at the samples: -<gradient, d> + the quadratic + flat.
 
     `flat` (batch,): what is neither; gradient (batch, inputs) within `error` (batch,).
@@ -97,50 +109,49 @@ class Tangents:
     error: Tensor
     radius: Tensor
 
-    def at(self, index: Tensor) -> Tangents:
-        """Of the items at `index`."""
-        rest = self.gradient[index], self.error[index], self.radius[index]
-        return Tangents(self.quadratic.at(index), self.flat[index], *rest)
-
     def losses(self, mu: Tensor, tau: Tensor) -> Tensor:
         """Upper bounds (batch,), with hints mu and tau (batch,) as in `trust_region_loss`."""
         bent = trust_region_loss(self.quadratic, self.gradient, self.error, self.radius, mu, tau)
         return up(bent + self.flat, 2)
 
 
-def tangents(
-    known: Ball, parts: Sequence[Part], pulled: Mapping[int, Vectors], sample: Tensor, rival: Tensor
-) -> Tangents:
+def tangent_expansions(
+    known: BallExpansion, parts: Sequence[NodeRemainder], adjoints: Mapping[int, Vectors], sample: Tensor, rival: Tensor
+) -> TangentExpansion:
     """Of `rival` (count,) for every `sample` (count,) of the ball's.
 
     A neuron counts by its quadratic, or where that is much larger, by its interval.
     """
-    heads = known.jacobians.heads
-    weights = {t: torch.zeros_like(known.ranges.low[t][sample]) for t in heads}
+    pre_activations = known.jacobians.pre_activations
+    weights = {t: torch.zeros_like(known.ranges.low[t][sample]) for t in pre_activations}
     flat = torch.zeros_like(known.radius[sample])
     for part in parts:
         interval, quadratic = part.interval[sample, rival], part.quadratic[sample, rival]
         even = interval < MIXED * quadratic
-        flat = flat + part.flaw[sample, rival] + up(torch.where(even, interval, 0.0).sum(1), interval.shape[1] + 1)
-        weights[part.head] = positive_up(weights[part.head] + part.weights[sample, rival].masked_fill(even, 0.0))
-    return Tangents(
+        flat = (
+            flat + part.error_term[sample, rival] + up(torch.where(even, interval, 0.0).sum(1), interval.shape[1] + 1)
+        )
+        weights[part.pre_activation] = positive_up(
+            weights[part.pre_activation] + part.weights[sample, rival].masked_fill(even, 0.0)
+        )
+    return TangentExpansion(
         Quadratic(
             known.jacobians.rows.at(sample),
-            torch.cat([weights[t] for t in heads], dim=1),
-            torch.cat([known.rest[t][sample] for t in heads], dim=1),
+            torch.cat([weights[t] for t in pre_activations], dim=1),
+            torch.cat([known.residual[t][sample] for t in pre_activations], dim=1),
         ),
         up(flat, 2 * len(parts)),
-        pulled[0].value[sample, rival].flatten(1),
-        pulled[0].error[sample, rival],
+        adjoints[0].value[sample, rival].flatten(1),
+        adjoints[0].error[sample, rival],
         known.radius[sample],
     )
 
 
-def _together(ball: Ball, weights: Mapping[int, Tensor]) -> Tensor:
+def joint_quadratic(ball: BallExpansion, weights: Mapping[int, Tensor]) -> Tensor:
     """Upper bounds (batch, rivals) of 1/2 sum w D^2 over all heads, weights (batch, rivals, size) by head."""
     rows = ball.jacobians.rows
-    w = torch.cat([weights[t] for t in ball.jacobians.heads], dim=2)
-    rest = torch.cat([ball.rest[t] for t in ball.jacobians.heads], dim=1)
+    w = torch.cat([weights[t] for t in ball.jacobians.pre_activations], dim=2)
+    rest = torch.cat([ball.residual[t] for t in ball.jacobians.pre_activations], dim=1)
     count = w.shape[2]
     unit = powers_of_two(w.flatten(0, 1)).reshape(w.shape[:2])  # no square of a weight may vanish
     w = w / unit.unsqueeze(2)

@@ -22,6 +22,7 @@ from torch import Tensor
 from certify_cli.bounds.linear_maps.jacobians import Rows
 from certify_cli.numerics.eigen import factored
 from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, down, gamma, powers_of_two, times, up, vector_norm_up
+from certify_cli.numerics.trees import Batched
 
 NEAREST = 2.0**-16
 """How close, relatively, mu may come to the largest eigenvalue: beyond, the proof of lam drowns in rounding."""
@@ -34,7 +35,7 @@ STEPS = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Quadratic:
+class Quadratic(Batched):
     """sum_i w_i D_i^2 with |D - A d| <= rest: rows A, weights w >= 0 (batch, count), rest (batch, count), upper bounds.
 
     `rest` covers the rows' own errors on the ball in question.
@@ -42,25 +43,21 @@ class Quadratic:
 
     rows: Rows
     weights: Tensor
-    rest: Tensor
-
-    def at(self, index: Tensor) -> Quadratic:
-        """Of the samples at `index`."""
-        return Quadratic(self.rows.at(index), self.weights[index], self.rest[index])
+    residual: Tensor
 
     def product(self, d: Tensor) -> Tensor:
         """A^T diag(w) A d, (batch, inputs)."""
         return self.rows.transpose(self.weights * self.rows.apply(d))
 
     @property
-    def of_rest(self) -> Tensor:
+    def residual_sum(self) -> Tensor:
         """sum w rest^2, up, (batch,)."""
-        return up((self.weights * up(self.rest.square())).sum(1), self.weights.shape[1] + 5) + UNDERFLOW
+        return up((self.weights * up(self.residual.square())).sum(1), self.weights.shape[1] + 5) + UNDERFLOW
 
     @property
-    def bare(self) -> Tensor:
+    def without_residual(self) -> Tensor:
         """Where no weight meets a rest, (batch,); not so for NaN (no weight times an infinite rest)."""
-        return ((self.weights == 0) | (self.rest == 0)).all(1)
+        return ((self.weights == 0) | (self.residual == 0)).all(1)
 
     @property
     def trace(self) -> Tensor:
@@ -71,15 +68,15 @@ class Quadratic:
     def matrix(self) -> tuple[Tensor, Tensor]:
         """A matrix with the eigenvalues of A^T diag(w) A (but for zeros), on the smaller side, and its rounding."""
         batch, count = self.weights.shape
-        if self.by_rows:
+        if self.rows.gram is not None:
             root = self.weights.sqrt()
-            matrix = self.rows.gram(batch) * root.unsqueeze(2)
+            matrix = self.rows.gram * root.unsqueeze(2)
             matrix *= root.unsqueeze(1)
             return matrix, up((gamma(self.rows.inputs + 2) + 8 * UNIT) * self.trace, 4) + UNDERFLOW
         parts = self.weights.split([block.shape[1] for block in self.rows.blocks], dim=1)
         total = torch.zeros(batch, self.rows.inputs, self.rows.inputs, dtype=torch.float64, device=self.weights.device)
-        for block, part, supports in zip(self.rows.blocks, parts, self.rows.supports, strict=True):
-            supports.add_form(total, block, part)
+        for block, part, sparsity in zip(self.rows.blocks, parts, self.rows.sparsity, strict=True):
+            sparsity.add_form(total, block, part)
         return total, up(gamma(2 * count + len(parts) + 3) * self.trace, 4) + UNDERFLOW
 
     @property
@@ -102,8 +99,8 @@ def trust_region_loss(
         return torch.cat([trust_region_loss(*part) for part in parts])
     n = gradient.shape[1]
     matrix, slack = quadratic.matrix()
-    of_rest = quadratic.of_rest
-    bare = quadratic.bare & of_rest.isfinite()
+    of_rest = quadratic.residual_sum
+    bare = quadratic.without_residual & of_rest.isfinite()
     tau = torch.where(bare, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9))
     t, lower, proved = factored(matrix, mu / (1 + tau) * (1 - 2 * NEAREST), TRIES)
     largest = times(up(proved + slack, 2), up(1 + tau, 2))

@@ -7,14 +7,14 @@ m with g^T p(Q) g about sum m p(theta). In them the loss of `bounds.remainder.tr
 
 costs nothing, and the best mu (where y = (mu I - (1+tau) Q)^-1 g has the ball's radius as its length) and tau follow.
 Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; matrices
-are in the precision of `Rows.short`. A gradient may be blind to the largest eigenvalue, so Lanczos steps of
+are in the precision of `Rows.estimates`. A gradient may be blind to the largest eigenvalue, so Lanczos steps of
 their own follow that one from call to call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from certify_cli.bounds.linear_maps.row_operators import times, transposed
 from certify_cli.bounds.remainder.trust_region import Quadratic
 from certify_cli.numerics.rounding import TINY
+from certify_cli.numerics.trees import Batched
 
 STEPS = 7
 """Of Lanczos, from the gradient, and for the largest eigenvalue in the first call."""
@@ -36,7 +37,7 @@ LEAST_MISSING = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Solution(Batched):
     """y (batch, inputs), mu and tau (batch,), and `form` (batch,), about g^T H^-1 g; top: of most curvature.
 
     Where mu is all but the largest eigenvalue, y does not reach the sphere (the hard case): the minimisers are y and
@@ -51,15 +52,6 @@ class Solution:
     top: Tensor
     ridge: Tensor
 
-    def where(self, take: Tensor, other: Solution) -> Solution:
-        """The other one's items where `take` (batch,) is true."""
-
-        def choose(name: str) -> Tensor:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            return torch.where(take.unsqueeze(1) if mine.dim() == 2 else take, theirs, mine)
-
-        return Solution(*(choose(item.name) for item in fields(self)))
-
 
 @dataclass(frozen=True, eq=False)
 class _Side:
@@ -70,14 +62,13 @@ class _Side:
 
     @classmethod
     def of(cls, quadratic: Quadratic) -> _Side:
-        _, unit = quadratic.rows.short
-        return cls(quadratic, unit * quadratic.weights.amax(1, keepdim=True).sqrt().clamp(min=TINY))
+        return cls(quadratic, quadratic.rows.unit * quadratic.weights.amax(1, keepdim=True).sqrt().clamp(min=TINY))
 
     @property
     def root(self) -> Tensor:
         """sqrt(w), divided so that the largest is 1."""
         root = self.quadratic.weights.sqrt()
-        return (root / root.amax(1, keepdim=True).clamp(min=TINY)).to(self.quadratic.rows.short[0][0].values.dtype)
+        return (root / root.amax(1, keepdim=True).clamp(min=TINY)).to(self.quadratic.rows.estimates[0].values.dtype)
 
     @property
     def first(self) -> Tensor:
@@ -88,12 +79,11 @@ class _Side:
 
     def _gathered(self, p: Tensor) -> Tensor:
         """A^T p over the unit, (batch, count) -> (batch, inputs)."""
-        parts, _ = self.quadratic.rows.short
-        return transposed(parts, p)
+        return transposed(self.quadratic.rows.estimates, p)
 
     def product(self) -> Callable[[Tensor], Tensor]:
-        """(batch, n) to the same, in the precision of `Rows.short`."""
-        parts, _ = self.quadratic.rows.short
+        """(batch, n) to the same, in the precision of `Rows.estimates`."""
+        parts = self.quadratic.rows.estimates
         root = self.root
         if self.quadratic.by_rows:
             gram = parts[0]
@@ -107,7 +97,7 @@ class _Side:
 
     def along(self, top: Tensor) -> Tensor:
         """A u, (batch, count), for u the unit vector of the inputs that `top` stands for."""
-        parts, unit = self.quadratic.rows.short
+        parts, unit = self.quadratic.rows.estimates, self.quadratic.rows.unit
         if not self.quadratic.by_rows:
             return self.quadratic.rows.apply((top / top.norm(dim=1, keepdim=True).clamp(min=1e-30)).double())
         inside = self.root * top
@@ -122,7 +112,7 @@ class _Side:
         return self.quadratic.weights.sqrt() * self.quadratic.rows.apply(g)
 
 
-def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | None) -> Solution:
+def estimated_minimiser(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | None) -> Solution:
     """For gradients g (batch, inputs) on balls of `radius` (batch,); `before` knows the direction of most curvature."""
     side = _Side.of(quadratic)
     product, square = side.product(), side.unit.squeeze(1).square()
@@ -139,7 +129,7 @@ def solved(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | N
         nodes = torch.cat([nodes, torch.zeros_like(left).unsqueeze(1)], dim=1)
         masses = torch.cat([masses, left.unsqueeze(1)], dim=1)
     largest = torch.maximum(largest.double() * square, nodes.amax(1))
-    mu, tau = _balanced(nodes, masses, largest, radius, quadratic.of_rest)
+    mu, tau = _balanced(nodes, masses, largest, radius, quadratic.residual_sum)
     gaps = mu.unsqueeze(1) - (1 + tau).unsqueeze(1) * nodes
     inverse = size.unsqueeze(1) * vectors[:, 0].double() / gaps[:, : values.shape[1]]
     y = ((vectors.double() @ inverse.unsqueeze(2)).mT @ basis.double()).squeeze(1)
@@ -156,7 +146,7 @@ def _ridge(side: _Side, top: Tensor, radius: Tensor, y: Tensor) -> Tensor:
     return (missing * radius.square()).unsqueeze(1) * side.along(top).square()
 
 
-def largest_about(quadratic: Quadratic, steps: int) -> Tensor:
+def largest_eigenvalue_estimate(quadratic: Quadratic, steps: int) -> Tensor:
     """The largest eigenvalue of A^T diag(w) A, (batch,): an estimate from below."""
     side = _Side.of(quadratic)
     _, value = _leading(side.product(), side.first, steps)

@@ -34,7 +34,7 @@ SHARE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Swing:
+class RemainderSum:
     """One direction of the sums over one source, upper bounds (batch, size) each: `largest` of lambda_max(Q), `along`
     of a^T Q a, `rest`; `whole` of 1/2 sum_j u_j D_j^2 from the ranges alone; `flat`."""
 
@@ -50,32 +50,32 @@ class Swing:
         return up(torch.fmin(squares, self.whole) + self.flat)
 
 
-def together(size: Tensor, radius: Tensor, swings: Sequence[Swing]) -> Tensor:
+def together(size: Tensor, radius: Tensor, sums: Sequence[RemainderSum]) -> Tensor:
     """Upper bounds (batch, size) of a . d plus the sums over all sources; size (batch, size) is at least ||a||."""
     e = radius.unsqueeze(1)
-    best = up(e * size + sum(s.alone(radius) for s in swings), len(swings) + 2)
-    if not swings:
+    best = up(e * size + sum(s.alone(radius) for s in sums), len(sums) + 2)
+    if not sums:
         return best
-    flat = up(torch.stack([s.flat for s in swings]).sum(0), len(swings))
+    flat = up(torch.stack([s.flat for s in sums]).sum(0), len(sums))
     steep = size / e.clamp(min=TINY)
-    lone = [(s.rest / s.largest.clamp(min=TINY)).sqrt() / e.clamp(min=TINY) for s in swings]  # best without a . d
-    room = SHARE * steep / torch.stack([s.largest for s in swings]).sum(0).clamp(min=TINY) - 1
+    lone = [(s.rest / s.largest.clamp(min=TINY)).sqrt() / e.clamp(min=TINY) for s in sums]  # best without a . d
+    room = SHARE * steep / torch.stack([s.largest for s in sums]).sum(0).clamp(min=TINY) - 1
     for wide in (0.0, 0.5, 1.0):
         taus = [
             torch.where(room > t, t.clamp(min=TAUS[0]).pow(1 - wide) * room.clamp(min=TAUS[0]).pow(wide), t)
             for t in lone
         ]
-        best = torch.fmin(best, up(_joint(size, e, swings, [t.clamp(*TAUS) for t in taus]) + flat, 2))
+        best = torch.fmin(best, up(_joint(size, e, sums, [t.clamp(*TAUS) for t in taus]) + flat, 2))
     return best
 
 
-def _joint(size: Tensor, e: Tensor, swings: Sequence[Swing], taus: Sequence[Tensor]) -> Tensor:
+def _joint(size: Tensor, e: Tensor, sums: Sequence[RemainderSum], taus: Sequence[Tensor]) -> Tensor:
     largest, along, rest = torch.zeros_like(size), torch.zeros_like(size), torch.zeros_like(size)
-    for s, tau in zip(swings, taus, strict=True):
+    for s, tau in zip(sums, taus, strict=True):
         largest = largest + (1 + tau) * s.largest
         along = along + (1 + tau) * torch.fmin(s.along, s.largest * size.square())
         rest = rest + (1 + 1 / tau) * s.rest
-    terms = 4 * len(swings)
+    terms = 4 * len(sums)
     largest, along, rest = up(largest, terms), up(along, terms + 3), up(rest, terms)
     gap = _gap(size, e, largest, along)
     mu = largest + gap
