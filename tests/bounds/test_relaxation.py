@@ -21,7 +21,7 @@ from certify_cli.bounds.relaxation.intermediate_bounds import relaxed_ranges
 from certify_cli.bounds.relaxation.optimise import climbed, climbs, envelopes
 from certify_cli.bounds.relaxation.supporting_lines import Envelopes
 from certify_cli.network.activations import ACTIVATIONS, from_name
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.affine import Dense, Reshape
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
@@ -149,7 +149,7 @@ def test_lines_hold_the_activation(name: str) -> None:
     phi = from_name(ROWS.get(name, name))
     g = torch.Generator().manual_seed(7)
     z, lo, hi = some_ranges(g, 1, 400)
-    found = Lines.of(Span(phi, z, 1e-15, lo, hi), (400,))
+    found = Lines.of(ActivationOnInterval(phi, z, 1e-15, lo, hi), (400,))
     t = lo + (hi - lo) * torch.linspace(0, 1, 2001, dtype=D).reshape(-1, 1)
     rise = phi.value(z + t) - phi.value(z)
     slack = 1e-12 * (1 + rise.abs() + phi.value(z).abs() + t.abs())
@@ -173,7 +173,7 @@ def test_every_line_of_an_envelope_holds(name: str) -> None:
     phi = from_name(ROWS.get(name, name))
     g = torch.Generator().manual_seed(8)
     z, lo, hi = some_ranges(g, 3, 200)
-    here, item = Span(phi, z, 1e-15, lo, hi), torch.tensor([2, 0, 0, 1])
+    here, item = ActivationOnInterval(phi, z, 1e-15, lo, hi), torch.tensor([2, 0, 0, 1])
     found = Envelopes.of(here, Lines.of(here, (200,))).at(item)
     t = (lo + (hi - lo) * torch.linspace(0, 1, 801, dtype=D).reshape(-1, 1, 1))[:, item]
     rise = phi.value(z[item] + t) - phi.value(z[item])
@@ -336,7 +336,7 @@ def test_a_wrong_line_would_be_noticed(mutant: str, line: str, monkeypatch: pyte
     """The sampling above sees a constant left out or a slope of the other side."""
     right = Lines.of
 
-    def wrong(here: Span, shape: tuple[int, ...]) -> Lines:
+    def wrong(here: ActivationOnInterval, shape: tuple[int, ...]) -> Lines:
         found = right(here, shape)
         slope, constant = getattr(found, mutant)
         other = found.above if mutant == "below" else found.below

@@ -11,7 +11,7 @@ from mpmath import mpf
 from torch import Tensor
 
 from certify_cli.network.activations import ACTIVATIONS, Activation
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from tests.network.test_activations import EVERY_CASE, EXACT, Exact, double
 
 D = torch.float64
@@ -24,28 +24,28 @@ def length(activation: Activation) -> float:
     return 3.0 if math.isinf(sup) else activation.lipschitz / sup
 
 
-def random_spans(activation: Activation, count: int, longest: float) -> Span:
+def random_spans(activation: Activation, count: int, longest: float) -> ActivationOnInterval:
     """z over all features, ends from a thousandth of `longest` to `longest`, in units of the activation's length."""
     generator = torch.Generator().manual_seed(7)
     uniform = torch.rand(3, count, generator=generator, dtype=D)
     unit = length(activation)
     low, high = (longest * unit * 10 ** (3 * row - 3) for row in uniform[1:])
-    return Span(activation, (2 * uniform[0] - 1) * 4 * unit, 0.0, -low, high)
+    return ActivationOnInterval(activation, (2 * uniform[0] - 1) * 4 * unit, 0.0, -low, high)
 
 
-def chords(span: Span) -> Tensor:
+def chords(span: ActivationOnInterval) -> Tensor:
     phi = span.activation.value
     return (phi(span.z + span.hi) - phi(span.z + span.lo)) / (span.hi - span.lo)
 
 
-def answers(span: Span, slope: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def answers(span: ActivationOnInterval, slope: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     found = {"slopes": span.slopes(), "secants": span.secants(), "remainders": span.remainders(slope)}
     if span.activation.curvature is not None:
         found |= {"curvatures": span.curvatures(), "bends": span.bends(), "quadratics": span.quadratics()}
     return found
 
 
-def sampled(span: Span, slope: Tensor, count: int = 600) -> dict[str, tuple[Tensor, Tensor]]:
+def sampled(span: ActivationOnInterval, slope: Tensor, count: int = 600) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (samples, bound of their error), (samples, entries); nothing where SMALL hides it."""
     activation, z = span.activation, span.z
     fractions = torch.linspace(0, 1, count + 1, dtype=D)[1:].square().unsqueeze(1)
@@ -120,7 +120,7 @@ def test_hard_spans_against_fifty_digits(name: str, numbers: tuple[float, ...]) 
     for error in places_in_turn:
         places = [(z, lo, hi) for z in hard_places(activation) for lo, hi in ends]
         z, lo, hi = double([list(place) for place in places]).T
-        span = Span(activation, z, error, lo, hi)
+        span = ActivationOnInterval(activation, z, error, lo, hi)
         slope = activation.slope(z) * 0.9 + 0.01
         found = {key: [end.tolist() for end in ends_] for key, ends_ in answers(span, slope).items()}
         generator = torch.Generator().manual_seed(3)
@@ -176,8 +176,8 @@ def test_nothing_exceeds_the_derivatives_ranges(name: str, numbers: tuple[float,
 @pytest.mark.parametrize("name", ["tanh", "atan", "erf", "sin", "softsign"])
 def test_odd_activations_give_mirrored_answers(name: str) -> None:
     span = random_spans(ACTIVATIONS[name](), 500, 10.0)
-    mirror = Span(span.activation, -span.z, 1e-12, -span.hi, -span.lo)
-    span = Span(span.activation, span.z, 1e-12, span.lo, span.hi)
+    mirror = ActivationOnInterval(span.activation, -span.z, 1e-12, -span.hi, -span.lo)
+    span = ActivationOnInterval(span.activation, span.z, 1e-12, span.lo, span.hi)
     slope = chords(span)
     here, there = answers(span, slope), answers(mirror, slope)
     for key in ("slopes", "secants"):
@@ -188,9 +188,9 @@ def test_odd_activations_give_mirrored_answers(name: str) -> None:
         torch.testing.assert_close(here[key][1], -there[key][0], rtol=1e-9, atol=1e-9)
 
 
-def whole(activation: Activation, places: list[float]) -> Span:
+def whole(activation: Activation, places: list[float]) -> ActivationOnInterval:
     z = double(places)
-    return Span(activation, z, 0.0, torch.full_like(z, -math.inf), torch.full_like(z, math.inf))
+    return ActivationOnInterval(activation, z, 0.0, torch.full_like(z, -math.inf), torch.full_like(z, math.inf))
 
 
 @EVERY_CASE
@@ -227,7 +227,7 @@ def test_anchored_constants_that_are_known() -> None:
 
 
 def test_piecewise_linear_rows_are_exact() -> None:
-    clip = Span(
+    clip = ActivationOnInterval(
         ACTIVATIONS["clip"](0.0, 6.0), double([1.0, -2.0, 7.0]), 0.0, double([-5, -1, -9]), double([1000, 10, 3])
     )
     least, most = clip.secants()
@@ -243,9 +243,9 @@ def test_a_stated_error_covers_every_place_within_it(name: str, numbers: tuple[f
     activation = ACTIVATIONS[name](*numbers)
     span = random_spans(activation, 300, 3.0)
     slope, error = chords(span), 10 ** torch.linspace(-9, -1, 300, dtype=D)
-    wide = answers(Span(activation, span.z, error, span.lo, span.hi), slope)
+    wide = answers(ActivationOnInterval(activation, span.z, error, span.lo, span.hi), slope)
     for shift in (-0.99, -0.3, 0.6, 0.99):
-        moved = Span(activation, span.z + shift * error, 0.0, span.lo, span.hi)
+        moved = ActivationOnInterval(activation, span.z + shift * error, 0.0, span.lo, span.hi)
         for key, (samples, doubt) in sampled(moved, slope, 60).items():
             assert not bool((samples + doubt < wide[key][0]).any()), key
             assert not bool((samples - doubt > wide[key][1]).any()), key
@@ -256,12 +256,12 @@ def test_shapes_points_and_nan(name: str, numbers: tuple[float, ...]) -> None:
     activation = ACTIVATIONS[name](*numbers)
     z = torch.linspace(-2, 2, 6, dtype=D).reshape(2, 3) + 0.01
     nothing = torch.zeros_like(z)
-    for least, most in answers(Span(activation, z, 0.0, nothing, nothing), nothing).values():
+    for least, most in answers(ActivationOnInterval(activation, z, 0.0, nothing, nothing), nothing).values():
         assert least.shape == most.shape == (2, 3)
         assert float((most - least).abs().max()) < 1e-12
-    empty = Span(activation, z[:0], 0.0, z[:0], z[:0])
+    empty = ActivationOnInterval(activation, z[:0], 0.0, z[:0], z[:0])
     assert all(least.shape == (0, 3) for least, _ in answers(empty, z[:0]).values())
     unknown = double([math.nan, 0.0, 0.0]), double([-1.0, math.nan, -1.0]), double([1.0, 1.0, math.nan])
-    span = Span(activation, unknown[0], 0.0, *unknown[1:])
+    span = ActivationOnInterval(activation, unknown[0], 0.0, *unknown[1:])
     for least, most in answers(span, nothing.reshape(-1)[:3]).values():
         assert bool((least.isnan() | most.isnan()).all()), "NaN must not pass for a bound"

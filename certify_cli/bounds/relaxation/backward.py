@@ -7,7 +7,7 @@ phi(z) - s t, and v, g the row's adjoints and gradient in the network linearised
 
 Where an entry of v is positive the slope is that of a line below phi, and q >= its constant; where it is negative, that
 of a line above. So <row, D> falls by at most ||g|| e plus the constants. Lines below and above come from the range of
-the pre-activation on the same ball: any slope will do, its constant being the proved extreme of q (`Span.remainders`).
+the pre-activation on the same ball: any slope will do, its constant being the proved extreme of q (`ActivationOnInterval.remainders`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from certify_cli.bounds.on_ball.max_pooling import Planes, spent
 from certify_cli.bounds.remainder.expansion import span
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.grid_estimates import Grid
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.graph import Network, Shape
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.propagate import (
@@ -60,7 +60,7 @@ class Lines:
     far: Tensor
 
     @classmethod
-    def of(cls, here: Span, shape: Shape) -> Lines:
+    def of(cls, here: ActivationOnInterval, shape: Shape) -> Lines:
         """On a span (batch, size) of a node of the given shape."""
         slopes = supporting(here)
         reach = torch.maximum(-here.lo, here.hi)
@@ -103,7 +103,7 @@ def chosen(vectors: Vectors, below: Tensor, above: Tensor) -> Vectors:
     return Vectors(value, up(largest * (vectors.error + 8 * UNIT * vectors.size), 4) + UNDERFLOW)
 
 
-def supporting(here: Span) -> tuple[Tensor, Tensor]:
+def supporting(here: ActivationOnInterval) -> tuple[Tensor, Tensor]:
     """Slopes (batch, size) of a line below and one above phi, each as near to phi as can be in the middle of its range.
 
     That leaves the least area between line and range. The tangent there where it does not cross phi, else the chord

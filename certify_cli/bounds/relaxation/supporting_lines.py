@@ -1,7 +1,7 @@
 """All lines that support an activation on its range, by a few of them: what an ascent chooses from (theory section 7).
 
 A line below phi is given by its slope and the constant that it needs, the proved extreme of what it leaves
-(`Span.remainders`). Of two lines below, every mean is a line below, with the mean of the constants; and a slope further
+(`ActivationOnInterval.remainders`). Of two lines below, every mean is a line below, with the mean of the constants; and a slope further
 out needs at most its distance times the range's reach more. So a table of a few slopes proves them all.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from certify_cli.bounds.relaxation.backward import Lines, chosen
 from certify_cli.network.activations.grid_estimates import Grid, kinks, straight
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.graph import Shape
 from certify_cli.network.propagate import Vectors
 from certify_cli.numerics.choose import either
@@ -47,7 +47,7 @@ class Envelopes:
     far: Tensor
 
     @classmethod
-    def of(cls, here: Span, lines: Lines) -> Envelopes:
+    def of(cls, here: ActivationOnInterval, lines: Lines) -> Envelopes:
         """On a span (samples, size), every sample an item. `lines` there are all there is where phi has no more."""
         grid, (samples, size) = Grid.of(here), here.z.shape
         one_kink = straight(here.activation) and len(kinks(here.activation)) == 1
@@ -59,7 +59,7 @@ class Envelopes:
             slope, constant = (t.reshape(samples, size).repeat(count, 1, 1) for t in (given, needed))
             part, chosen_slopes = here.at(several), spread[:, several]
             error = torch.as_tensor(part.error, dtype=torch.float64, device=part.z.device)
-            wide = Span(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
+            wide = ActivationOnInterval(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
             least, most = wide.remainders(chosen_slopes.reshape(-1))
             slope[:, several] = chosen_slopes
             constant[:, several] = (most if side else -least).reshape(count, -1)

@@ -30,7 +30,7 @@ from certify_cli.bounds.on_ball.interval_ranges import Ranges, Samples
 from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
 from certify_cli.bounds.remainder.weighted_squares import Swing, together
 from certify_cli.network.activations import Activation
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.activations.quadratic_minorants import depths
 from certify_cli.network.propagate import Slope, Slopes, Vectors, head, nonlinear_nodes, pull, readers
 from certify_cli.numerics.batched import row_times
@@ -112,12 +112,12 @@ class Ball:
         return Ball(self.frame.at(index), ranges, part(self.rest))
 
 
-def span(point: Samples, layer: int, ranges: Ranges) -> Span:
+def span(point: Samples, layer: int, ranges: Ranges) -> ActivationOnInterval:
     """Nonlinear node `layer` on its range, (batch, size)."""
     op, target = point.network.nodes[layer].op, head(point.network, layer)
     assert isinstance(op, Activation)
     z, error = point.evaluation.values[target].flatten(1), point.evaluation.errors[target].flatten(1)
-    return Span(op, z, error, ranges.low[target], ranges.high[target])
+    return ActivationOnInterval(op, z, error, ranges.low[target], ranges.high[target])
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +203,7 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None, like: Fra
     return Ball(frame, Ranges(radius, low, high, start.norm), rest)
 
 
-def _chosen(point: Linearised, layer: int, here: Span) -> tuple[Slope, Tensor]:
+def _chosen(point: Linearised, layer: int, here: ActivationOnInterval) -> tuple[Slope, Tensor]:
     """A slope for every neuron, and where (batch, size) it is the chord's."""
     tangent = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
     bottom, top = here.quadratics()
@@ -215,7 +215,13 @@ def _chosen(point: Linearised, layer: int, here: Span) -> tuple[Slope, Tensor]:
 
 
 def _remainder(
-    point: Linearised, layer: int, here: Span, slope: Slope, flat: Tensor, beyond: Tensor, squared: Tensor
+    point: Linearised,
+    layer: int,
+    here: ActivationOnInterval,
+    slope: Slope,
+    flat: Tensor,
+    beyond: Tensor,
+    squared: Tensor,
 ) -> _Remainder:
     """Tangents leave quadratics, and what their own error makes of the offset; `flat` neurons leave an interval."""
     error = point.slopes[layer].error.flatten(1)  # type: ignore[union-attr]
@@ -230,7 +236,7 @@ def _remainder(
     return _Remainder(bottom, top, least, most, up(0.5 * reach.square(), 2), beyond, squared)
 
 
-def chords(here: Span, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def chords(here: ActivationOnInterval, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slopes of the chords over the spans, and the range of what they leave; slope `otherwise` on an empty span."""
     phi = here.activation.value
     slope = (phi(here.z + here.hi) - phi(here.z + here.lo)) / (here.hi - here.lo)

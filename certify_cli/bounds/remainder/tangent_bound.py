@@ -16,7 +16,7 @@ from torch import Tensor
 from certify_cli.bounds.on_ball.interval_ranges import Ranges
 from certify_cli.bounds.remainder.expansion import MIXED, Ball, Linearised, span
 from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.propagate import Slope, Vectors, head, nonlinear_nodes
 from certify_cli.numerics.rounding import UNDERFLOW, positive_up, powers_of_two, up, vector_norm_up
 
@@ -149,7 +149,7 @@ def _together(ball: Ball, weights: Mapping[int, Tensor]) -> Tensor:
     return up(unit * up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12))
 
 
-def _tangents(here: Span, slope: Slope, sharp: bool) -> tuple[Tensor, Tensor]:
+def _tangents(here: ActivationOnInterval, slope: Slope, sharp: bool) -> tuple[Tensor, Tensor]:
     """What the tangents at the samples leave over the ranges, (batch, size) each."""
     value, error = slope.value.flatten(1), slope.error.flatten(1)  # type: ignore[union-attr]
     if sharp:

@@ -1,6 +1,6 @@
 """Anchored constants of an activation, tabulated: how far phi and phi' can stray from their values at z, at any offset.
 
-`Span` finds these constants by a search, too dear for every unit of every sample; but they depend on z alone. So each
+`ActivationOnInterval` finds these constants by a search, too dear for every unit of every sample; but they depend on z alone. So each
 activation is tabulated once, and looked up. Between tabulated places the constants move slowly: with y = z + t fixed,
 
     d/dz (phi(y) - phi(z)) / t                    = (secant - phi'(z)) / t      at most h/2     in size,
@@ -8,7 +8,7 @@ activation is tabulated once, and looked up. Between tabulated places the consta
     d/dz 2 (phi(y) - phi(z) - phi'(z) t) / t^2    = 2 (quadratic - phi''(z)) / t   at most 2 h3/3,
 
 h = sup |phi''|, h3 = sup |phi'''|, and so do their extremes over y. Where phi'' jumps, h3 does not say this, and a
-whole cell is handed to `Span` as the uncertainty of z.
+whole cell is handed to `ActivationOnInterval` as the uncertainty of z.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.activations.table import ACTIVATIONS, Activation
 
 CELLS = 8192
@@ -101,9 +101,9 @@ def _constants(activation: Activation, middle: Tensor, half: Tensor) -> tuple[En
     h, h3 = activation.curvature_sup, activation.third
     jumps = activation.curvature is None or any(turn.jump for turn in activation.curvature.turns)
     if jumps or h3 is None:
-        span = Span(activation, middle, half, -endless, endless)
+        span = ActivationOnInterval(activation, middle, half, -endless, endless)
         return span.secants(), span.bends(), span.quadratics()
-    span = Span(activation, middle, 0.0, -endless, endless)
+    span = ActivationOnInterval(activation, middle, 0.0, -endless, endless)
     slopes, curvatures = activation.slope_range, activation.curvature_range or (-math.inf, math.inf)
     return (
         _widened(span.secants(), half * (0.51 * h), slopes),

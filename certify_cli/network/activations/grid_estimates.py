@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.activations.table import Activation
 from certify_cli.numerics.rounding import TINY
 
@@ -66,7 +66,7 @@ class Grid:
     rises: Tensor
 
     @classmethod
-    def of(cls, here: Span) -> Grid:
+    def of(cls, here: ActivationOnInterval) -> Grid:
         """Of the span's range, of the computed pre-activation."""
         op, z, low, high = here.activation, here.z, here.lo, here.hi
         steps = torch.linspace(0, 1, 2 if straight(op) else GRID, dtype=z.dtype, device=z.device).reshape(-1, 1, 1)

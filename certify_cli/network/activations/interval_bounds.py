@@ -56,7 +56,7 @@ Ends = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Span:
+class ActivationOnInterval:
     """An activation around a pre-activation z, over the offsets t in [lo, hi].
 
     z, lo and hi have one shape. Results are (least, most), float64, entrywise, rounded outward, and hold for every true
@@ -69,9 +69,9 @@ class Span:
     lo: Tensor  # <= 0, may be -inf
     hi: Tensor  # >= 0, may be +inf
 
-    def at(self, mask: Tensor) -> Span:
+    def at(self, mask: Tensor) -> ActivationOnInterval:
         """The entries where the mask is true, in a row."""
-        return Span(self.activation, self.z[mask], self._errors[mask], self.lo[mask], self.hi[mask])
+        return ActivationOnInterval(self.activation, self.z[mask], self._errors[mask], self.lo[mask], self.hi[mask])
 
     def slopes(self) -> Ends:
         """phi'(z + t) over the span."""

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT
 
 CELLS = 24
@@ -24,7 +24,7 @@ SLACK = 64 * UNIT
 """All roundings of one parabola in units of its terms: fewer than thirty operations."""
 
 
-def depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+def depths(span: ActivationOnInterval, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
     """Upper bounds (shape of z), >= 0, of the constants c; sign is 1 or -1. inf where an end is infinite, NaN for NaN.
 
     Activations without curvature are given no bend: their minorant is lower still, and piecewise linear.
@@ -37,13 +37,13 @@ def depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
     parts = [p.expand(shape).reshape(-1) for p in (span.z, error, span.lo, span.hi)]
     parts += [p.expand(shape).reshape(-1) for p in (sign, slope, bend)]
     found = [
-        _depths(Span(span.activation, z, error, lo, hi), *rest)
+        _depths(ActivationOnInterval(span.activation, z, error, lo, hi), *rest)
         for z, error, lo, hi, *rest in zip(*(p.split(CHUNK) for p in parts), strict=True)
     ]
     return torch.cat(found).reshape(shape).clamp(min=0.0)
 
 
-def _depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+def _depths(span: ActivationOnInterval, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
     phi, z, error = span.activation, span.z, torch.as_tensor(span.error, dtype=torch.float64, device=span.z.device)
     curvature = phi.curvature
     assert curvature is not None
@@ -70,7 +70,7 @@ def _depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
     return torch.where(endless, torch.full_like(floor, math.inf), -floor)
 
 
-def _knots(span: Span, error: Tensor) -> Tensor:
+def _knots(span: ActivationOnInterval, error: Tensor) -> Tensor:
     """(CELLS + 1, entries), never decreasing, from z - error + lo to z + error + hi, outward; finite."""
     z = span.z
     lo, hi = (torch.where(end.isinf(), torch.zeros_like(end), end) for end in (span.lo, span.hi))
