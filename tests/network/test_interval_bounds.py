@@ -41,7 +41,11 @@ def chords(span: ActivationOnInterval) -> Tensor:
 def answers(span: ActivationOnInterval, slope: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     found = {"slopes": span.slopes(), "secants": span.secants(), "remainders": span.remainders(slope)}
     if span.activation.curvature is not None:
-        found |= {"curvatures": span.curvatures(), "bends": span.bends(), "quadratics": span.quadratics()}
+        found |= {
+            "curvatures": span.curvatures(),
+            "bends": span.slope_secants(),
+            "quadratics": span.quadratic_coefficients(),
+        }
     return found
 
 
@@ -199,11 +203,11 @@ def test_anchored_constants_never_exceed_the_global_ones(name: str, numbers: tup
     span = whole(activation, [-40.0, -3.0, -0.7, 0.0, 0.2, 1.1, 8.0])
     assert bool((torch.stack(span.secants()).abs() <= activation.lipschitz).all())
     if activation.curvature is not None:
-        assert bool((torch.stack(span.bends()).abs() <= activation.curvature_sup).all())
-        assert bool((torch.stack(span.quadratics()).abs() <= activation.curvature_sup).all())
+        assert bool((torch.stack(span.slope_secants()).abs() <= activation.curvature_sup).all())
+        assert bool((torch.stack(span.quadratic_coefficients()).abs() <= activation.curvature_sup).all())
     else:
         with pytest.raises(ValueError, match="no curvature"):
-            span.quadratics()
+            span.quadratic_coefficients()
 
 
 def test_anchored_constants_that_are_known() -> None:
@@ -212,7 +216,7 @@ def test_anchored_constants_that_are_known() -> None:
     # |tanh'(t) - 1| / t = tanh(t)^2 / t is largest where 2 t sech(t)^2 = tanh(t)
     place = mpmath.findroot(lambda t: 2 * t * mpmath.sech(t) ** 2 - mpmath.tanh(t), 1)
     known = float(mpmath.tanh(place) ** 2 / place)
-    least, most = (float(end) for end in whole(tanh, [0.0]).bends())
+    least, most = (float(end) for end in whole(tanh, [0.0]).slope_secants())
     assert known <= most <= known * 1.001
     assert -known * 1.001 <= least <= -known
     # the tangent from z = 2 to tanh on the left: tanh'(s) = (tanh(2) - tanh(s)) / (2 - s)
@@ -221,7 +225,7 @@ def test_anchored_constants_that_are_known() -> None:
     assert known <= float(whole(tanh, [2.0]).secants()[1]) <= known * 1.001
     softplus = whole(ACTIVATIONS["softplus"](2.0), [0.0])
     assert [float(end) for end in softplus.secants()] == pytest.approx([0.0, 1.0], abs=1e-12)
-    assert [float(end) for end in softplus.bends()] == pytest.approx([0.0, 0.5], abs=1e-12)
+    assert [float(end) for end in softplus.slope_secants()] == pytest.approx([0.0, 0.5], abs=1e-12)
     relu = whole(ACTIVATIONS["relu"](), [-1.0, 1.0])
     torch.testing.assert_close(torch.stack(relu.secants()), double([[0.0, 0.0], [1.0, 1.0]]), rtol=0, atol=1e-12)
 

@@ -206,7 +206,7 @@ def ball(point: Linearised, start: Ranges, frame: Frame | None = None, like: Fra
 def _chosen(point: Linearised, layer: int, here: ActivationOnInterval) -> tuple[Slope, Tensor]:
     """A slope for every neuron, and where (batch, size) it is the chord's."""
     tangent = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
-    bottom, top = here.quadratics()
+    bottom, top = here.quadratic_coefficients()
     chord, least, most = chords(here, tangent)
     half_square = 0.5 * torch.maximum(-here.lo, here.hi).square()
     flat = torch.maximum(-least, most) < MIXED * torch.maximum(-bottom, top) * half_square
@@ -231,7 +231,7 @@ def _remainder(
     if bool(flat.any()):
         least[flat], most[flat] = here.at(flat).remainders(slope.value.flatten(1)[flat])  # type: ignore[union-attr]
     if not bool(flat.all()):
-        low, high = here.at(~flat).quadratics()
+        low, high = here.at(~flat).quadratic_coefficients()
         bottom[~flat], top[~flat] = low.clamp(max=0.0), high.clamp(min=0.0)
     return _Remainder(bottom, top, least, most, up(0.5 * reach.square(), 2), beyond, squared)
 

@@ -71,7 +71,7 @@ def node_parts(point: Linearised, ranges: Ranges, pulled: Mapping[int, Vectors],
     parts = []
     for layer in (k for k in nonlinear_nodes(point.network) if k in pulled):
         here = span(point, layer, ranges)
-        bottom, top = (end.unsqueeze(1) for end in (here.quadratics() if sharp else here.curvatures()))
+        bottom, top = (end.unsqueeze(1) for end in (here.quadratic_coefficients() if sharp else here.curvatures()))
         low, high = (end.unsqueeze(1) for end in _tangents(here, point.slopes[layer], sharp))
         v, error = pulled[layer].value.flatten(2), pulled[layer].error
         weights = torch.maximum(-v * bottom, -v * top).clamp(min=0.0)

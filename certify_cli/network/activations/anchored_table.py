@@ -102,13 +102,13 @@ def _constants(activation: Activation, middle: Tensor, half: Tensor) -> tuple[En
     jumps = activation.curvature is None or any(turn.jump for turn in activation.curvature.turns)
     if jumps or h3 is None:
         span = ActivationOnInterval(activation, middle, half, -endless, endless)
-        return span.secants(), span.bends(), span.quadratics()
+        return span.secants(), span.slope_secants(), span.quadratic_coefficients()
     span = ActivationOnInterval(activation, middle, 0.0, -endless, endless)
     slopes, curvatures = activation.slope_range, activation.curvature_range or (-math.inf, math.inf)
     return (
         _widened(span.secants(), half * (0.51 * h), slopes),
-        _widened(span.bends(), half * (0.51 * h3), curvatures),
-        _widened(span.quadratics(), half * (0.67 * h3), curvatures),
+        _widened(span.slope_secants(), half * (0.51 * h3), curvatures),
+        _widened(span.quadratic_coefficients(), half * (0.67 * h3), curvatures),
     )
 
 

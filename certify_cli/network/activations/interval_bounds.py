@@ -86,15 +86,17 @@ class ActivationOnInterval:
         value, slope = self.activation.value, self.activation.slope
         return _within(self._by_cells(lambda cells, _: cells.means(value, slope), slope), self.slopes())
 
-    def bends(self) -> Ends:
+    def slope_secants(self) -> Ends:
         """(phi'(z+t) - phi'(z)) / t over the span, never outside `curvatures`; ValueError where phi' jumps."""
         bounds, slope, curvature = self.curvatures(), self.activation.slope, self._curvature
         return _within(self._by_cells(lambda cells, _: cells.means(slope, curvature), curvature), bounds)
 
-    def quadratics(self) -> Ends:
+    def quadratic_coefficients(self) -> Ends:
         """2 (phi(z+t) - phi(z) - phi'(z) t) / t^2 over the span, never outside `curvatures`; ValueError likewise."""
         bounds = self.curvatures()
-        return _within(self._by_cells(lambda cells, _: cells.quadratics(self.activation), self._curvature), bounds)
+        return _within(
+            self._by_cells(lambda cells, _: cells.quadratic_coefficients(self.activation), self._curvature), bounds
+        )
 
     def remainders(self, slope: Tensor) -> Ends:
         """phi(z+t) - phi(z) - slope t over the span, for any slopes of the shape of z; least <= 0 <= most.
@@ -322,7 +324,7 @@ class _Cells:
             tent_upper = torch.minimum(tent_upper, torch.maximum(upper[:-1], most))
         return self._hull(tent_lower, tent_upper, least, most, slack, derivative)
 
-    def quadratics(self, activation: Activation) -> Ends:
+    def quadratic_coefficients(self, activation: Activation) -> Ends:
         """2 Q / t^2, Q = phi(z'+t) - phi(z') - phi'(z') t: the mean of phi'' weighted by 2 (t - s) / t^2.
 
         With r = t_k / t, q = 2 Q_k / t_k^2 and d = Q'_k / t_k a cell's parabola divided by t^2 / 2 is
