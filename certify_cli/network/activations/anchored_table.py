@@ -4,7 +4,7 @@
 activation is tabulated once, and looked up. Between tabulated places the constants move slowly: with y = z + t fixed,
 
     d/dz (phi(y) - phi(z)) / t                    = (secant - phi'(z)) / t      at most h/2     in size,
-    d/dz (phi'(y) - phi'(z)) / t                  = (bend - phi''(z)) / t       at most h3/2,
+    d/dz (phi'(y) - phi'(z)) / t                  = (slope_lipschitz - phi''(z)) / t       at most h3/2,
     d/dz 2 (phi(y) - phi(z) - phi'(z) t) / t^2    = 2 (quadratic - phi''(z)) / t   at most 2 h3/3,
 
 h = sup |phi''|, h3 = sup |phi'''|, and so do their extremes over y. Where phi'' jumps, h3 does not say this, and a
@@ -32,22 +32,22 @@ OVERLAP = 1 / 64
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
-    """Units at pre-activations z with every offset t allowed. Tensors of one shape, rounded outward.
+class AnchoredConstants:
+    """AnchoredConstants at pre-activations z with every offset t allowed. Tensors of one shape, rounded outward.
 
-    `secant_low`, `secant_high`: range of (phi(z+t) - phi(z)) / t. `bend`: at least |phi'(z+t) - phi'(z)| / |t|.
-    `sink`, `rise` >= 0:  -sink t^2/2 <= phi(z+t) - phi(z) - phi'(z) t <= rise t^2/2.
+    `secant_low`, `secant_high`: range of (phi(z+t) - phi(z)) / t. `slope_lipschitz`: at least |phi'(z+t) - phi'(z)| / |t|.
+    `curvature_below`, `curvature_above` >= 0:  -curvature_below t^2/2 <= phi(z+t) - phi(z) - phi'(z) t <= curvature_above t^2/2.
     """
 
     secant_low: Tensor
     secant_high: Tensor
-    bend: Tensor
-    sink: Tensor
-    rise: Tensor
+    slope_lipschitz: Tensor
+    curvature_below: Tensor
+    curvature_above: Tensor
 
 
-class UnitTable:
-    """The table of one activation that has a curvature (ValueError for another), on the CPU. See `unit_table`."""
+class AnchoredTable:
+    """The table of one activation that has a curvature (ValueError for another), on the CPU. See `anchored_table`."""
 
     def __init__(self, activation: Activation) -> None:
         curvature = activation.curvature_range
@@ -71,7 +71,7 @@ class UnitTable:
             torch.cat([column, column.new_tensor([whole])]) for column, whole in zip(columns, anywhere, strict=True)
         ]
 
-    def __call__(self, z: Tensor, error: Tensor) -> Units:
+    def __call__(self, z: Tensor, error: Tensor) -> AnchoredConstants:
         """Constants of units whose exact pre-activations lie within `error` of z (any shape, float64).
 
         Those of the whole line beyond the table, and where `error` is not small against a cell.
@@ -79,17 +79,17 @@ class UnitTable:
         place = (torch.asinh(z / CORE) * self._scale + CELLS // 2).floor()
         known = (place >= 0) & (place < CELLS) & (error <= self._precision)
         index = torch.where(known, place, torch.full_like(place, CELLS)).long()
-        return Units(*(column.to(z.device)[index] for column in self._columns))
+        return AnchoredConstants(*(column.to(z.device)[index] for column in self._columns))
 
 
-def unit_table(activation: Activation) -> UnitTable:
+def anchored_table(activation: Activation) -> AnchoredTable:
     """The activation's table, built once in a process: the rows of `activations` are told by name and parameters."""
     return _built(activation.name, tuple(activation.parameters.items()))
 
 
 @lru_cache(maxsize=256)
-def _built(name: str, parameters: tuple[tuple[str, float | None], ...]) -> UnitTable:
-    return UnitTable(ACTIVATIONS[name](**dict(parameters)))
+def _built(name: str, parameters: tuple[tuple[str, float | None], ...]) -> AnchoredTable:
+    return AnchoredTable(ACTIVATIONS[name](**dict(parameters)))
 
 
 Ends = tuple[Tensor, Tensor]
