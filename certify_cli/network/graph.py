@@ -43,7 +43,7 @@ class Nonlinear(ABC):
     """A nonlinear node's operation: an activation, or a group map. Everything else in a network is affine."""
 
     @abstractmethod
-    def gain(self, shape: Shape) -> float:
+    def lipschitz_constant(self, shape: Shape) -> float:
         """Upper bound of its Lipschitz constant on values of `shape`."""
 
 

@@ -83,7 +83,7 @@ class MaxPool(GroupMap):
         widths = [width for pair in zip(self.padding[::-1], self.end[::-1], strict=True) for width in pair]
         return pool(F.pad(values[0], widths, value=-math.inf), self.kernel, self.stride, 0, self.dilation)
 
-    def gain(self, shape: Shape) -> float:
+    def lipschitz_constant(self, shape: Shape) -> float:
         """Root of the largest number of windows that contain one pixel: an upper bound for the l2 norm, rounded up.
 
         Each output moves by at most the largest change in its window, so the sum of squared changes counts a pixel's
@@ -153,7 +153,7 @@ class MaxMin(GroupMap):
         first, second = values[0].chunk(2, dim=1)
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
 
-    def gain(self, shape: Shape) -> float:
+    def lipschitz_constant(self, shape: Shape) -> float:
         """Sorting brings no two points farther apart."""
         return 1.0
 

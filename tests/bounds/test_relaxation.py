@@ -217,7 +217,7 @@ def test_groups_are_what_the_operation_takes(op: GroupMap, shape: tuple[int, ...
     assert torch.equal(torch.stack(parts, dim=1).reshape(-1), op.apply(x).reshape(-1))
     moved = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=D)
     assert bool(((op.apply(moved) - op.apply(x)).abs() <= op.farthest((moved - x).abs()) * (1 + 1e-12)).all())
-    assert float((op.apply(moved) - op.apply(x)).norm()) <= op.gain(shape) * float((moved - x).norm())
+    assert float((op.apply(moved) - op.apply(x)).norm()) <= op.lipschitz_constant(shape) * float((moved - x).norm())
 
 
 @pytest.mark.parametrize("width", [1e-12, 0.3, 5.0])

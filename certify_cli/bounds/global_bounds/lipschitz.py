@@ -30,7 +30,7 @@ def gain(network: Network, index: int) -> float:
     op = network.nodes[index].op
     if not isinstance(op, Nonlinear):
         raise TypeError(f"{op.title} is affine")
-    return op.gain(network.nodes[head(network, index)].shape)
+    return op.lipschitz_constant(network.nodes[head(network, index)].shape)
 
 
 @dataclass(frozen=True, eq=False)

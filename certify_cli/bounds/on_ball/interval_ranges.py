@@ -191,7 +191,7 @@ def _through_nonlinear(point: Samples, index: int, before: Change) -> Change:
 def _gained(point: Samples, index: int, before: Change) -> Tensor:
     op = point.network.nodes[index].op
     assert isinstance(op, Nonlinear)
-    return up(op.gain(point.network.nodes[head(point.network, index)].shape) * before.norm) + UNDERFLOW
+    return up(op.lipschitz_constant(point.network.nodes[head(point.network, index)].shape) * before.norm) + UNDERFLOW
 
 
 def pre_activations(point: Samples, ranges: Ranges, index: int) -> tuple[Tensor, Tensor]:

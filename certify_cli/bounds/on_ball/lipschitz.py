@@ -94,7 +94,10 @@ class _Sources:
             reach = op.farthest(torch.maximum(-low, high).reshape(-1, *shape)).flatten(1)
             self.passages[layer] = Winners(planes)
             none = torch.zeros_like(reach)
-            self.left[layer] = torch.where(planes.open, reach, none), torch.where(planes.open, op.gain(shape), none)
+            self.left[layer] = (
+                torch.where(planes.open, reach, none),
+                torch.where(planes.open, op.lipschitz_constant(shape), none),
+            )
             return
         if not isinstance(op, Activation):
             raise TypeError(f"no local Lipschitz rule for {op.title}")

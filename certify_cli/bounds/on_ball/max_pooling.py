@@ -108,7 +108,7 @@ class Planes:
             Side.of(groups.members, values, error, least, most)
             for values, least, most in (sides[sign] for sign in groups.signs)
         ]
-        return cls(shape, groups, op.gain(shape), tuple(parts))
+        return cls(shape, groups, op.lipschitz_constant(shape), tuple(parts))
 
     def _parts(self, v: Tensor) -> tuple[Tensor, ...]:
         """The rows (batch, rows, *shape of the output) side by side, (batch, rows, lanes, groups) each."""

@@ -67,7 +67,7 @@ class Activation(Nonlinear):
         """sup |phi'|, rounded up."""
         return max(map(abs, self.slope_range))
 
-    def gain(self, shape: Shape) -> float:
+    def lipschitz_constant(self, shape: Shape) -> float:
         return self.lipschitz
 
     @property
