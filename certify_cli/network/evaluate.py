@@ -104,7 +104,7 @@ def _error_of_joins(node: Node, errors: list[Tensor]) -> Tensor:
     if isinstance(node.op, Add | Concat):
         return node.op.apply(*errors)
     if isinstance(node.op, GroupMap):  # |max a - max b| <= max |a - b|
-        return node.op.farthest(*errors)
+        return node.op.largest_change(*errors)
     raise TypeError(f"no rounding rule for {type(node.op).__name__}")
 
 

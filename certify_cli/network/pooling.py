@@ -16,13 +16,13 @@ from certify_cli.numerics.rounding import up
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """A group map's outputs: for each of `signs`, of `lanes` (equal parts of the value) and of the rows of `members`,
+    """A group map's outputs: for each of `signs`, of `channels` (equal parts of the value) and of the rows of `members`,
     the largest member (sign 1) or the smallest (-1).
 
     members (groups, most): places in a lane, -1 for none.
     """
 
-    lanes: int
+    channels: int
     members: Tensor
     signs: tuple[int, ...]
 
@@ -35,7 +35,7 @@ class GroupMap(Nonlinear):
         """Of values of `shape`, in the order of the outputs."""
 
     @abstractmethod
-    def farthest(self, moves: Tensor) -> Tensor:
+    def largest_change(self, moves: Tensor) -> Tensor:
         """The largest of `moves` (batch, *shape) in every output's group: a bound of what the output moves."""
 
 
@@ -110,7 +110,7 @@ class MaxPool(GroupMap):
             raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels: {error}") from error
         return out.shape[-1]
 
-    def farthest(self, moves: Tensor) -> Tensor:
+    def largest_change(self, moves: Tensor) -> Tensor:
         return self.apply(moves)
 
     def groups(self, shape: Shape) -> Groups:
@@ -157,7 +157,7 @@ class MaxMin(GroupMap):
         """Sorting brings no two points farther apart."""
         return 1.0
 
-    def farthest(self, moves: Tensor) -> Tensor:
+    def largest_change(self, moves: Tensor) -> Tensor:
         first, second = moves.chunk(2, dim=1)
         larger = torch.maximum(first, second)
         return torch.cat([larger, larger], dim=1)

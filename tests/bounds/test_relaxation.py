@@ -209,14 +209,14 @@ POOLS = [
 def test_groups_are_what_the_operation_takes(op: GroupMap, shape: tuple[int, ...]) -> None:
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(8), dtype=D)
     groups = op.groups(shape)
-    lanes = x.reshape(3, groups.lanes, -1)
+    lanes = x.reshape(3, groups.channels, -1)
     parts = []
     for sign in groups.signs:
-        padded = torch.cat([sign * lanes, torch.full((3, groups.lanes, 1), -math.inf, dtype=D)], dim=2)
+        padded = torch.cat([sign * lanes, torch.full((3, groups.channels, 1), -math.inf, dtype=D)], dim=2)
         parts.append(sign * padded[:, :, groups.members].amax(3))
     assert torch.equal(torch.stack(parts, dim=1).reshape(-1), op.apply(x).reshape(-1))
     moved = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=D)
-    assert bool(((op.apply(moved) - op.apply(x)).abs() <= op.farthest((moved - x).abs()) * (1 + 1e-12)).all())
+    assert bool(((op.apply(moved) - op.apply(x)).abs() <= op.largest_change((moved - x).abs()) * (1 + 1e-12)).all())
     assert float((op.apply(moved) - op.apply(x)).norm()) <= op.lipschitz_constant(shape) * float((moved - x).norm())
 
 

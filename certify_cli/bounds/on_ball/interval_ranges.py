@@ -233,4 +233,6 @@ def _pooled(point: Samples, index: int, op: GroupMap, before: Change) -> Change:
     shape = (-1, *point.network.nodes[head(point.network, index)].shape)
     low, high = before.low.reshape(shape), before.high.reshape(shape)
     # where -inf pads the groups, the least move is found as the largest of the negated ones
-    return Change.of(-op.farthest(-low).flatten(1), op.farthest(high).flatten(1), _gained(point, index, before))
+    return Change.of(
+        -op.largest_change(-low).flatten(1), op.largest_change(high).flatten(1), _gained(point, index, before)
+    )

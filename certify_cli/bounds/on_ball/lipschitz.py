@@ -91,7 +91,7 @@ class _Sources:
         if isinstance(op, GroupMap):
             e, shape = self.point.evaluation, network.nodes[target].shape
             planes = Planes.of(op, shape, e.values[target], e.errors[target], low, high)
-            reach = op.farthest(torch.maximum(-low, high).reshape(-1, *shape)).flatten(1)
+            reach = op.largest_change(torch.maximum(-low, high).reshape(-1, *shape)).flatten(1)
             self.passages[layer] = Winners(planes)
             none = torch.zeros_like(reach)
             self.left[layer] = (
