@@ -29,7 +29,7 @@ from certify_cli.bounds.relaxation.optimise import climbed, climbs, envelopes
 from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
 from certify_cli.network.activations import Activation
-from certify_cli.network.activations.grid_estimates import straight
+from certify_cli.network.activations.grid_estimates import is_piecewise_linear
 from certify_cli.network.evaluated import Point
 from certify_cli.network.propagate import heads, nonlinear_nodes
 from certify_cli.numerics.rounding import difference_down
@@ -176,7 +176,7 @@ def _climbs_for_ranges(point: Point, effort: str) -> bool:
     if not steps or not climbs(point) or climbed_cost(network, steps) > CLIMBS[effort]:
         return False
     ops = [network.nodes[k].op for k in nonlinear_nodes(network)]
-    bent = any(isinstance(op, Activation) and not straight(op) for op in ops)
+    bent = any(isinstance(op, Activation) and not is_piecewise_linear(op) for op in ops)
     depth = sum(reaches(network, target) for target in heads(network)[:-1])
     return (bent or effort == "max") and depth >= DEEP[effort]
 

@@ -113,20 +113,20 @@ def supporting(here: ActivationOnInterval) -> tuple[Tensor, Tensor]:
     middle = (0.5 * (here.lo + here.hi)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     tangent = phi.slope(here.z + middle)
     rise = phi.value(here.z + middle) - phi.value(here.z)
-    (first, last), (start, end) = grid.ends, grid.end_rises
+    (first, last), (start, end) = grid.ends, grid.end_increments
     chord = ((end - start) / (last - first)).nan_to_num(nan=0.0)
-    close = TIGHT * (grid.rises.amax(0) - grid.rises.amin(0))
+    close = TIGHT * (grid.increments.amax(0) - grid.increments.amin(0))
     close = close + 16 * UNIT * (phi.value(here.z).abs() + phi.lipschitz * here.z.abs())  # the rises' own rounding
     slopes = []
     for side in (1.0, -1.0):
         sign = torch.full_like(tangent, side)
-        touches = (side * (grid.rises - rise - tangent * (grid.places - middle))).amin(0) >= -close
+        touches = (side * (grid.increments - rise - tangent * (grid.offsets - middle))).amin(0) >= -close
         at_ends = torch.minimum(side * (start - chord * first), side * (end - chord * last))
-        crosses = -grid.depth(sign, chord) < at_ends - close
+        crosses = -grid.line_offset(sign, chord) < at_ends - close
         slope = torch.where(touches, tangent, chord)
         rest = crosses & ~touches
         if bool(rest.any()):
-            slope = torch.where(rest, grid.envelope(middle, sign)[0], slope)
+            slope = torch.where(rest, grid.supporting_line(middle, sign)[0], slope)
         slopes.append(torch.where(slope.isfinite(), slope, phi.slope(here.z)))
     return slopes[0], slopes[1]
 

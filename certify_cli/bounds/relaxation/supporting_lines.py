@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.relaxation.backward import Lines, chosen
-from certify_cli.network.activations.grid_estimates import Grid, kinks, straight
+from certify_cli.network.activations.grid_estimates import Grid, is_piecewise_linear, kinks
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.graph import Shape
 from certify_cli.network.propagate import Vectors
@@ -50,7 +50,7 @@ class Envelopes:
     def of(cls, here: ActivationOnInterval, lines: Lines) -> Envelopes:
         """On a span (samples, size), every sample an item. `lines` there are all there is where phi has no more."""
         grid, (samples, size) = Grid.of(here), here.z.shape
-        one_kink = straight(here.activation) and len(kinks(here.activation)) == 1
+        one_kink = is_piecewise_linear(here.activation) and len(kinks(here.activation)) == 1
         count = OF_ONE_KINK if one_kink else LINES
         slopes, constants = [], []
         for side, (given, needed) in enumerate((lines.below, lines.above)):
@@ -141,11 +141,11 @@ class Supporting:
 
 def _spread(grid: Grid, side: float, lines: int) -> Tensor:
     """Slopes (lines, samples, size), evenly between those of the envelope of side * phi at the ends of the range."""
-    (first, last), (start, end) = grid.ends, grid.end_rises
+    (first, last), (start, end) = grid.ends, grid.end_increments
     outer = []
     for place, rise, sign in ((first, start, side), (last, end, -side)):  # below: the least from the left end
-        away = grid.places - place
-        secants = sign * (grid.rises - rise) / away
+        away = grid.offsets - place
+        secants = sign * (grid.increments - rise) / away
         outer.append(sign * secants.masked_fill(away.abs() <= CLOSE * (last - first), torch.inf).amin(0))
     ends = torch.stack(outer)
     steps = torch.linspace(0, 1, lines, dtype=ends.dtype, device=ends.device).reshape(-1, 1, 1)
