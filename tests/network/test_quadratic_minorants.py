@@ -14,7 +14,7 @@ from torch import Tensor
 from certify_cli.network.activations import ACTIVATIONS, Activation
 from certify_cli.network.activations import quadratic_minorants as minorants
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
-from certify_cli.network.activations.quadratic_minorants import depths
+from certify_cli.network.activations.quadratic_minorants import minorant_offsets
 from tests.network.test_activations import EVERY_CASE, EXACT, double
 from tests.network.test_interval_bounds import chords, hard_places, length, random_spans
 
@@ -66,7 +66,7 @@ def one_sided(span: ActivationOnInterval) -> ActivationOnInterval:
 def test_no_sample_lies_below(name: str, numbers: tuple[float, ...], longest: float) -> None:
     span = one_sided(random_spans(ACTIVATIONS[name](*numbers), 60, longest))
     for sign, slope, bend in minorant_choices(span):
-        depth = depths(span, sign, slope, bend)
+        depth = minorant_offsets(span, sign, slope, bend)
         value, rounding = psi(span, sign, slope, bend, 160)
         assert bool((depth >= 0).all())
         assert not bool((value + rounding < -depth).any())
@@ -88,7 +88,7 @@ def test_what_is_lost_is_of_third_order(name: str, numbers: tuple[float, ...], l
         between = (activation.curvature_sup + bend) * (width / (count - 1)).square() / 8  # the samples may miss it
         lost = activation.third * (width / minorants.CELLS) ** 3 / 8
         numeric = 8 * rounding.amax(0) + 1e-13 * (activation.lipschitz + slope.abs() + bend * width) * width
-        assert bool((depths(span, sign, slope, bend) <= needed + 1.01 * lost + between + numeric).all())
+        assert bool((minorant_offsets(span, sign, slope, bend) <= needed + 1.01 * lost + between + numeric).all())
 
 
 @EVERY_CASE
@@ -101,7 +101,7 @@ def test_where_nothing_is_needed_nothing_is_taken(name: str, numbers: tuple[floa
     least, most = span.curvatures()
     tangent = activation.slope(span.z)
     for sign, bend in ((1.0, (-least).clamp(min=0.0)), (-1.0, most.clamp(min=0.0))):
-        depth = depths(span, torch.full_like(bend, sign), tangent, bend)
+        depth = minorant_offsets(span, torch.full_like(bend, sign), tangent, bend)
         lost = (activation.third or 0.0) * ((span.hi - span.lo) / minorants.CELLS) ** 3 / 8
         jumps = any(turn.jump for turn in activation.curvature.turns)
         cell = activation.curvature_sup * ((span.hi - span.lo) / minorants.CELLS).square() / 4 if jumps else 0.0
@@ -123,7 +123,7 @@ def test_hard_places_against_fifty_digits(name: str, numbers: tuple[float, ...])
         for number, (sign, slope, bend) in enumerate(minorant_choices(span, 11)):
             if number % 4 != turn:
                 continue
-            depth = depths(span, sign, slope, bend).tolist()
+            depth = minorant_offsets(span, sign, slope, bend).tolist()
             picks = torch.rand(len(places), 3, generator=g, dtype=D).tolist()
             for i, (place, least, most) in enumerate(places):
                 if i % 5 != number % 5:
@@ -144,7 +144,7 @@ def test_a_stated_error_covers_every_place_within_it(name: str, numbers: tuple[f
     error = 10 ** torch.linspace(-9, -1, 60, dtype=D)
     wide = ActivationOnInterval(activation, span.z, error, span.lo, span.hi)
     for sign, slope, bend in minorant_choices(span):
-        depth = depths(wide, sign, slope, bend)
+        depth = minorant_offsets(wide, sign, slope, bend)
         for shift in (-0.99, -0.4, 0.7, 0.99):
             moved = ActivationOnInterval(activation, span.z + shift * error, 0.0, span.lo, span.hi)
             value, rounding = psi(moved, sign, slope, bend, 60)
@@ -157,20 +157,23 @@ def test_shapes_errors_as_numbers_nan_and_no_end(name: str) -> None:
     z = torch.linspace(-2, 2, 6, dtype=D).reshape(2, 3) + 0.01
     one, reach = torch.ones_like(z), torch.full_like(z, 0.7)
     slope = activation.slope(z)
-    plain = depths(ActivationOnInterval(activation, z, 1e-9, -reach, reach), one, slope, one)
+    plain = minorant_offsets(ActivationOnInterval(activation, z, 1e-9, -reach, reach), one, slope, one)
     assert plain.shape == (2, 3)
     assert torch.equal(
-        plain, depths(ActivationOnInterval(activation, z, torch.full_like(z, 1e-9), -reach, reach), one, slope, one)
+        plain,
+        minorant_offsets(ActivationOnInterval(activation, z, torch.full_like(z, 1e-9), -reach, reach), one, slope, one),
     )
     assert torch.equal(
         plain[1:],
-        depths(ActivationOnInterval(activation, z[1:], 1e-9, -reach[1:], reach[1:]), one[1:], slope[1:], one[1:]),
+        minorant_offsets(
+            ActivationOnInterval(activation, z[1:], 1e-9, -reach[1:], reach[1:]), one[1:], slope[1:], one[1:]
+        ),
     )
-    empty = depths(ActivationOnInterval(activation, z[:0], 0.0, z[:0], z[:0]), z[:0], z[:0], z[:0])
+    empty = minorant_offsets(ActivationOnInterval(activation, z[:0], 0.0, z[:0], z[:0]), z[:0], z[:0], z[:0])
     assert empty.shape == (0, 3)
-    point = depths(ActivationOnInterval(activation, z, 0.0, 0 * z, 0 * z), one, slope, one)
+    point = minorant_offsets(ActivationOnInterval(activation, z, 0.0, 0 * z, 0 * z), one, slope, one)
     assert bool((point < 1e-13).all())
-    endless = depths(
+    endless = minorant_offsets(
         ActivationOnInterval(activation, z, 0.0, -reach, torch.full_like(z, math.inf)), one, slope + 1, one
     )
     assert bool(endless.isinf().all())
@@ -179,7 +182,9 @@ def test_shapes_errors_as_numbers_nan_and_no_end(name: str) -> None:
         parts[spoilt][0, 1] = math.nan
         if spoilt == 4 and activation.curvature is None:
             continue  # no bend is given there
-        found = depths(ActivationOnInterval(activation, parts[0], 0.0, parts[1], parts[2]), one, parts[3], parts[4])
+        found = minorant_offsets(
+            ActivationOnInterval(activation, parts[0], 0.0, parts[1], parts[2]), one, parts[3], parts[4]
+        )
         assert bool(found[0, 1].isnan()), "NaN must not pass for a constant"
         assert not bool(found[1].isnan().any())
 
@@ -190,10 +195,10 @@ def test_an_error_given_as_a_number_is_not_rounded_down() -> None:
     z = double([0.3])
     for error in (1e-3, 1e-50, 3e-7):
         ends = double([-1.0]), double([2.0])
-        as_number = depths(
+        as_number = minorant_offsets(
             ActivationOnInterval(activation, z, error, *ends), double([-1.0]), double([0.9]), double([0.1])
         )
-        as_tensor = depths(
+        as_tensor = minorant_offsets(
             ActivationOnInterval(activation, z, double([error]), *ends), double([-1.0]), double([0.9]), double([0.1])
         )
         assert torch.equal(as_number, as_tensor)
@@ -202,10 +207,10 @@ def test_an_error_given_as_a_number_is_not_rounded_down() -> None:
 def test_chunks_do_not_matter() -> None:
     span = random_spans(ACTIVATIONS["gelu"](), minorants.CHUNK + 17, 4.0)
     sign, slope, bend = next(minorant_choices(span))
-    whole = depths(span, sign, slope, bend)
+    whole = minorant_offsets(span, sign, slope, bend)
     part = slice(minorants.CHUNK - 3, None)
     tail = ActivationOnInterval(span.activation, span.z[part], 0.0, span.lo[part], span.hi[part])
-    assert torch.equal(whole[part], depths(tail, sign[part], slope[part], bend[part]))
+    assert torch.equal(whole[part], minorant_offsets(tail, sign[part], slope[part], bend[part]))
 
 
 def test_constants_that_are_known() -> None:
@@ -216,7 +221,7 @@ def test_constants_that_are_known() -> None:
     chord = chords(span)
     # phi - phi(0) - t/2 is even, convex and least at 0, where it is 0; mirrored it is deepest at the ends
     ends = float(phi(double([a])) - phi(double([0.0]))) - a / 2
-    assert float(depths(span, double([1.0]), chord, double([0.0]))) == pytest.approx(0.0, abs=1e-4)
-    assert float(depths(span, double([-1.0]), chord, double([0.0]))) == pytest.approx(ends, rel=1e-12)
+    assert float(minorant_offsets(span, double([1.0]), chord, double([0.0]))) == pytest.approx(0.0, abs=1e-4)
+    assert float(minorant_offsets(span, double([-1.0]), chord, double([0.0]))) == pytest.approx(ends, rel=1e-12)
     # and with a bend k < 1/4 at the ends it is k a^2/2 less
-    assert float(depths(span, double([-1.0]), chord, double([0.1]))) == pytest.approx(ends - 0.2, rel=1e-12)
+    assert float(minorant_offsets(span, double([-1.0]), chord, double([0.1]))) == pytest.approx(ends - 0.2, rel=1e-12)

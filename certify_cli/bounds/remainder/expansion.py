@@ -31,7 +31,7 @@ from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_lo
 from certify_cli.bounds.remainder.weighted_squares import Swing, together
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
-from certify_cli.network.activations.quadratic_minorants import depths
+from certify_cli.network.activations.quadratic_minorants import minorant_offsets
 from certify_cli.network.propagate import Slope, Slopes, Vectors, head, nonlinear_nodes, pull, readers
 from certify_cli.numerics.batched import row_times
 from certify_cli.numerics.choose import either
@@ -319,7 +319,7 @@ def lower_bound(point: Samples, ball: Ball, margin: Tensor, cotangents: Tensor, 
         weight = choice.weights[layer]
         bend = (weight / v.abs()).nan_to_num(nan=0.0).clamp(min=0.0, max=LARGEST_BEND)
         bend = torch.where(bend * v.abs() > LEAST_WEIGHT, bend, torch.zeros_like(bend))
-        depth = depths(here, either(v < 0, -1.0, 1.0), slope, bend)
+        depth = minorant_offsets(here, either(v < 0, -1.0, 1.0), slope, bend)
         reach = torch.maximum(-here.lo, here.hi)
         far = vector_norm_up(up((here.activation.lipschitz + slope.abs()) * reach, 3))
         loss = up(loss + up((v.abs() * depth).sum(1), v.shape[1] + 1) + error * far, 4) + UNDERFLOW

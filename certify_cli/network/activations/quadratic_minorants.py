@@ -24,7 +24,7 @@ SLACK = 64 * UNIT
 """All roundings of one parabola in units of its terms: fewer than thirty operations."""
 
 
-def depths(span: ActivationOnInterval, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+def minorant_offsets(span: ActivationOnInterval, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
     """Upper bounds (shape of z), >= 0, of the constants c; sign is 1 or -1. inf where an end is infinite, NaN for NaN.
 
     Activations without curvature are given no bend: their minorant is lower still, and piecewise linear.
