@@ -19,7 +19,7 @@ from certify_cli.bounds.linear_maps.row_operators import Operator, Whole, operat
 from certify_cli.bounds.linear_maps.row_sparsity import Supports
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import Passage, Vectors, pull
-from certify_cli.numerics.batched import proposing
+from certify_cli.numerics.batched import estimate_dtype
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, power_of_two, up
 
 
@@ -112,7 +112,7 @@ class Rows:
     def short(self) -> tuple[tuple[Operator, ...], float]:
         """A A^T / unit^2, or where rows are more than inputs the blocks of A / unit, a power of two: for estimates."""
         unit = max(power_of_two(block) for block in self.blocks)
-        dtype = proposing(min(self.count, self.inputs))
+        dtype = estimate_dtype(min(self.count, self.inputs))
         if self.count <= self.inputs:
             return (Whole(self._stacked / unit).over(unit, dtype),), unit
         return tuple(o.over(unit, dtype) for o in self.operators), unit

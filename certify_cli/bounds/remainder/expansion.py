@@ -33,7 +33,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.activations.quadratic_minorants import minorant_offsets
 from certify_cli.network.propagate import Slope, Slopes, Vectors, head, nonlinear_nodes, pull, readers
-from certify_cli.numerics.batched import row_times
+from certify_cli.numerics.batched import vector_times_matrix
 from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import UNDERFLOW, difference_down, positive_up, up, vector_norm_up
 
@@ -255,9 +255,9 @@ def _sums(block: Vectors, q: _Remainder, supports: Supports, crossed: tuple[Tens
         return Swing(
             largest=up((up(supports.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt(), 2),
             along=up(supports.sums(u, crossed), terms) + UNDERFLOW,
-            rest=up(row_times(positive_up(q.beyond.square()), u.mT), terms) + UNDERFLOW,
-            whole=up(row_times(q.half_square, u.mT), terms),
-            flat=up(up(row_times(q.most, plus.mT) + row_times(-q.least, minus.mT), terms) + slack),
+            rest=up(vector_times_matrix(positive_up(q.beyond.square()), u.mT), terms) + UNDERFLOW,
+            whole=up(vector_times_matrix(q.half_square, u.mT), terms),
+            flat=up(up(vector_times_matrix(q.most, plus.mT) + vector_times_matrix(-q.least, minus.mT), terms) + slack),
         )
 
     return swing(positive, negative), swing(negative, positive)
