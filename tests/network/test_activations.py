@@ -278,16 +278,16 @@ def test_devices_agree_within_the_stated_error(name: str, numbers: tuple[float, 
 def test_sup_of_the_third_derivative(name: str, numbers: tuple[float, ...]) -> None:
     activation = ACTIVATIONS[name](*numbers)
     if activation.curvature is None:
-        assert activation.third is None
+        assert activation.third_sup is None
         return
-    assert activation.third is not None
+    assert activation.third_sup is not None
     z = torch.linspace(-9, 9, 360_002, dtype=torch.float64)  # 0 is not among the points
     curvature = activation.curvature(z)
     quotient = (curvature[1:] - curvature[:-1]) / (z[1:] - z[:-1])
     quotient = quotient[~((z[:-1] < 0) & (z[1:] > 0))] if EXACT[name, numbers][1] else quotient
     steepest = float(quotient.abs().max())
-    assert steepest <= activation.third * (1 + 1e-9)
-    assert steepest >= activation.third * (1 - 1e-3)
+    assert steepest <= activation.third_sup * (1 + 1e-9)
+    assert steepest >= activation.third_sup * (1 - 1e-3)
 
 
 @EVERY_CASE
@@ -451,7 +451,7 @@ def test_theory_table_ranges() -> None:
         activation = ACTIVATIONS[name]()
         assert activation.slope_range == pytest.approx(slopes, abs=2e-8)
         assert activation.curvature_sup == pytest.approx(curvature, abs=2e-8)
-        assert activation.third == pytest.approx(third, abs=2e-7)
+        assert activation.third_sup == pytest.approx(third, abs=2e-7)
 
 
 def test_importing_the_table_loads_no_model_library() -> None:

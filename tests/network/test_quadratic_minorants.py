@@ -79,14 +79,14 @@ def test_what_is_lost_is_of_third_order(name: str, numbers: tuple[float, ...], l
     activation = ACTIVATIONS[name](*numbers)
     if activation.curvature is None or any(turn.jump for turn in activation.curvature.turns):
         pytest.skip("phi'' jumps or is none: no third order")
-    assert activation.third is not None
+    assert activation.third_sup is not None
     span, count = random_spans(activation, 50, longest), 600
     width = span.hi - span.lo
     for sign, slope, bend in minorant_choices(span):
         value, rounding = psi(span, sign, slope, bend, count)
         needed = (-value).amax(0).clamp(min=0.0)
         between = (activation.curvature_sup + bend) * (width / (count - 1)).square() / 8  # the samples may miss it
-        lost = activation.third * (width / minorants.CELLS) ** 3 / 8
+        lost = activation.third_sup * (width / minorants.CELLS) ** 3 / 8
         numeric = 8 * rounding.amax(0) + 1e-13 * (activation.lipschitz + slope.abs() + bend * width) * width
         assert bool((minorant_offsets(span, sign, slope, bend) <= needed + 1.01 * lost + between + numeric).all())
 
@@ -102,7 +102,7 @@ def test_where_nothing_is_needed_nothing_is_taken(name: str, numbers: tuple[floa
     tangent = activation.slope(span.z)
     for sign, bend in ((1.0, (-least).clamp(min=0.0)), (-1.0, most.clamp(min=0.0))):
         depth = minorant_offsets(span, torch.full_like(bend, sign), tangent, bend)
-        lost = (activation.third or 0.0) * ((span.hi - span.lo) / minorants.CELLS) ** 3 / 8
+        lost = (activation.third_sup or 0.0) * ((span.hi - span.lo) / minorants.CELLS) ** 3 / 8
         jumps = any(turn.jump for turn in activation.curvature.turns)
         cell = activation.curvature_sup * ((span.hi - span.lo) / minorants.CELLS).square() / 4 if jumps else 0.0
         assert bool((depth <= 1.01 * lost + cell + 1e-12 * (1 + span.z.abs())).all())

@@ -98,7 +98,7 @@ Ends = tuple[Tensor, Tensor]
 def _constants(activation: Activation, middle: Tensor, half: Tensor) -> tuple[Ends, Ends, Ends]:
     """Secants, bends and quadratics that hold for every z within `half` of `middle`."""
     endless = torch.full_like(middle, math.inf)
-    h, h3 = activation.curvature_sup, activation.third
+    h, h3 = activation.curvature_sup, activation.third_sup
     jumps = activation.curvature is None or any(turn.jump for turn in activation.curvature.turns)
     if jumps or h3 is None:
         span = ActivationOnInterval(activation, middle, half, -endless, endless)

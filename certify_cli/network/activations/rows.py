@@ -82,7 +82,7 @@ def tanh() -> Activation:
             (*_limits(0.0, 0.0), *_odd(0.6584789484624084, -0.769800358919501)),
             relative=48,
         ),
-        third=2.0,
+        third_sup=2.0,
     )
 
 
@@ -96,7 +96,7 @@ def sigmoid() -> Activation:
             (*_limits(0.0, 0.0), *_odd(1.3169578969248168, -0.09622504486493763)),
             relative=48,
         ),
-        third=0.125,
+        third_sup=0.125,
     )
 
 
@@ -110,7 +110,7 @@ def _softplus_rest(value: Curve, beta: float, deviation: float = 0.0) -> Activat
             relative=34,
             absolute=beta,
         ),
-        third=up(beta * beta / (6 * math.sqrt(3)), 5),
+        third_sup=up(beta * beta / (6 * math.sqrt(3)), 5),
         deviation=deviation,
     )
 
@@ -146,7 +146,7 @@ def log_sigmoid() -> Activation:
         value=Curve(lambda z: -softplus_value(-z, 1.0), _limits(-INF, 0.0), relative=20),
         slope=Curve(lambda z: logistic(-z), _limits(1.0, 0.0), relative=24),
         curvature=Curve(lambda z: -logistic_slope(z), (*_limits(0.0, 0.0), exactly(0.0, -0.25)), relative=32),
-        third=up(0.09622504486493763, 4),
+        third_sup=up(0.09622504486493763, 4),
     )
 
 
@@ -179,7 +179,7 @@ def gelu() -> Activation:
             (*_limits(0.0, 0.0), nearly(0.0, 0.7978845608028654), *_even(2.0, -0.1079819330263761)),
             absolute=32,
         ),
-        third=up(0.7787696350557323, 4),
+        third_sup=up(0.7787696350557323, 4),
     )
 
 
@@ -213,7 +213,7 @@ def gelu_tanh() -> Activation:
             ),
             absolute=128,
         ),
-        third=up(0.7766914503985405, 4),
+        third_sup=up(0.7766914503985405, 4),
     )
 
 
@@ -239,7 +239,7 @@ def silu() -> Activation:
             (*_limits(0.0, 0.0), exactly(0.0, 0.5), *_even(3.435840993535111, -0.036914373199893186)),
             absolute=48,
         ),
-        third=up(0.3081815157964791, 4),
+        third_sup=up(0.3081815157964791, 4),
     )
 
 
@@ -270,7 +270,7 @@ def mish() -> Activation:
             ),
             absolute=160,
         ),
-        third=up(0.5884120448690197, 4),
+        third_sup=up(0.5884120448690197, 4),
     )
 
 
@@ -287,7 +287,7 @@ def atan() -> Activation:
             (*_limits(0.0, 0.0), *_odd(0.5773502691896257, -0.649519052838329)),
             relative=12,
         ),
-        third=2.0,
+        third_sup=2.0,
     )
 
 
@@ -302,7 +302,7 @@ def erf() -> Activation:
             relative=14,
             absolute=2,
         ),
-        third=up(2.256758334191025, 4),
+        third_sup=up(2.256758334191025, 4),
     )
 
 
@@ -316,7 +316,7 @@ def sin() -> Activation:
         value=wave(torch.sin, math.pi / 2),
         slope=wave(torch.cos, 0.0),
         curvature=wave(lambda z: -torch.sin(z), -math.pi / 2),
-        third=1.0,
+        third_sup=1.0,
     )
 
 
@@ -330,7 +330,7 @@ def softsign() -> Activation:
             (*_limits(0.0, 0.0), exactly(0.0, -2.0, 2.0)),
             relative=12,
         ),
-        third=6.0,
+        third_sup=6.0,
     )
 
 
@@ -359,7 +359,7 @@ def _exponential_linear(alpha: float, width: float, gain: float) -> Activation:
         curvature=Curve(curvature, (*_limits(0.0, 0.0), nearly(0.0, 0.0, bend)), relative=16, absolute=bend)
         if smooth
         else None,
-        third=up(bend / width, 4) if smooth else None,
+        third_sup=up(bend / width, 4) if smooth else None,
     )
 
 

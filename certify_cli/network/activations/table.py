@@ -36,7 +36,7 @@ class Activation(Nonlinear):
     value: Curve
     slope: Curve
     curvature: Curve | None = None
-    third: float | None = None
+    third_sup: float | None = None
     deviation: float = 0.0
     name: str = ""
     parameters: dict[str, float | None] = field(default_factory=dict)
