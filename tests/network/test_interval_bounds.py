@@ -107,7 +107,7 @@ def test_samples_stay_inside_and_come_near(name: str, numbers: tuple[float, ...]
 def hard_places(activation: Activation) -> list[float]:
     """Turns, jumps and their neighbours; saturated, far, ordinary and at 0."""
     curves = [activation.slope] + ([activation.curvature] if activation.curvature is not None else [])
-    turns = {turn.place for curve in curves for turn in curve.turns if math.isfinite(turn.place)}
+    turns = {point.abscissa for curve in curves for point in curve.critical_points if math.isfinite(point.abscissa)}
     return sorted(
         {side + place for place in turns for side in (-1e-13, 0.0, 1e-3)} | {-31.0, -1e4, 0.0, -1.7, 0.6, 25.0}
     )

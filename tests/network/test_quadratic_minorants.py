@@ -77,7 +77,7 @@ def test_no_sample_lies_below(name: str, numbers: tuple[float, ...], longest: fl
 def test_what_is_lost_is_of_third_order(name: str, numbers: tuple[float, ...], longest: float) -> None:
     """On half a cell of width w the parabola is off by the change of phi'' over the cell, third w, times w^2/8."""
     activation = ACTIVATIONS[name](*numbers)
-    if activation.curvature is None or any(turn.jump for turn in activation.curvature.turns):
+    if activation.curvature is None or any(point.jump for point in activation.curvature.critical_points):
         pytest.skip("phi'' jumps or is none: no third order")
     assert activation.third_sup is not None
     span, count = random_spans(activation, 50, longest), 600
@@ -103,7 +103,7 @@ def test_where_nothing_is_needed_nothing_is_taken(name: str, numbers: tuple[floa
     for sign, bend in ((1.0, (-least).clamp(min=0.0)), (-1.0, most.clamp(min=0.0))):
         depth = minorant_offsets(span, torch.full_like(bend, sign), tangent, bend)
         lost = (activation.third_sup or 0.0) * ((span.hi - span.lo) / minorants.CELLS) ** 3 / 8
-        jumps = any(turn.jump for turn in activation.curvature.turns)
+        jumps = any(point.jump for point in activation.curvature.critical_points)
         cell = activation.curvature_sup * ((span.hi - span.lo) / minorants.CELLS).square() / 4 if jumps else 0.0
         assert bool((depth <= 1.01 * lost + cell + 1e-12 * (1 + span.z.abs())).all())
 
@@ -117,11 +117,11 @@ def test_hard_places_against_fifty_digits(name: str, numbers: tuple[float, ...])
     places = [(z, lo, hi) for z in hard_places(activation) for lo, hi in ends]
     z, lo, hi = double([list(place) for place in places]).T
     errors = (0.0, 1e-13, 1e-4)
-    for turn, error in enumerate(errors):
+    for point, error in enumerate(errors):
         span = ActivationOnInterval(activation, z, torch.full_like(z, error), lo, hi)
-        g = torch.Generator().manual_seed(turn)
+        g = torch.Generator().manual_seed(point)
         for number, (sign, slope, bend) in enumerate(minorant_choices(span, 11)):
-            if number % 4 != turn:
+            if number % 4 != point:
                 continue
             depth = minorant_offsets(span, sign, slope, bend).tolist()
             picks = torch.rand(len(places), 3, generator=g, dtype=D).tolist()

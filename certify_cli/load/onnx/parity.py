@@ -399,7 +399,9 @@ def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
 
 def _kinks(op: Activation) -> list[float]:
     """Where the slope of an activation jumps; 0 for a smooth one."""
-    return [turn.place for turn in op.slope.turns if math.isfinite(turn.place) and turn.jump] or [0.0]
+    return [point.abscissa for point in op.slope.critical_points if math.isfinite(point.abscissa) and point.jump] or [
+        0.0
+    ]
 
 
 def _newton(network: Network, goals: list[tuple[int, int, float]], start: np.ndarray) -> np.ndarray | None:

@@ -99,7 +99,7 @@ def _constants(activation: Activation, middle: Tensor, half: Tensor) -> tuple[En
     """Secants, bends and quadratics that hold for every z within `half` of `middle`."""
     endless = torch.full_like(middle, math.inf)
     h, h3 = activation.curvature_sup, activation.third_sup
-    jumps = activation.curvature is None or any(turn.jump for turn in activation.curvature.turns)
+    jumps = activation.curvature is None or any(point.jump for point in activation.curvature.critical_points)
     if jumps or h3 is None:
         span = ActivationOnInterval(activation, middle, half, -endless, endless)
         return span.secants(), span.slope_secants(), span.quadratic_coefficients()

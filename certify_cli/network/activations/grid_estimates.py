@@ -25,7 +25,7 @@ SOFTNESS = 0.01
 
 def kinks(op: Activation) -> list[float]:
     """Where the slope jumps."""
-    return [turn.place for turn in op.slope.turns if turn.jump]
+    return [point.abscissa for point in op.slope.critical_points if point.jump]
 
 
 def is_piecewise_linear(op: Activation) -> bool:

@@ -159,7 +159,9 @@ class _Knots:
 
     @cached_property
     def fences(self) -> list[float]:
-        jumps = sorted((t.place, FENCE * (1 + abs(t.place)) + 2 * t.slack) for t in self.jumping.turns if t.jump)
+        jumps = sorted(
+            (t.abscissa, FENCE * (1 + abs(t.abscissa)) + 2 * t.slack) for t in self.jumping.critical_points if t.jump
+        )
         return [place + side * gap for place, gap in jumps for side in (-1, 1)]
 
     @cached_property
@@ -267,10 +269,10 @@ class _Cells:
         computed, places = curve(self.places), self.places
         least, most = torch.minimum(computed[:-1], computed[1:]), torch.maximum(computed[:-1], computed[1:])
         lo, hi = torch.minimum(places[:-1], places[1:]), torch.maximum(places[:-1], places[1:])
-        for turn in curve.turns:
-            if math.isfinite(turn.place):
-                away = (~curve.may_turn_in(lo, hi, turn)).double().mul_(NEVER)
-                least, most = torch.minimum(least, away + turn.low), torch.maximum(most, turn.high - away)
+        for point in curve.critical_points:
+            if math.isfinite(point.abscissa):
+                away = (~curve.may_contain(lo, hi, point)).double().mul_(NEVER)
+                least, most = torch.minimum(least, away + point.low), torch.maximum(most, point.high - away)
         return least, most
 
     def tails(self, curve: Curve) -> Ends:

@@ -26,35 +26,35 @@ ULPS = 4
 
 
 @dataclass(frozen=True)
-class Turn:
+class CriticalPoint:
     """A turning point, jump or limit: every value (one-sided limits included) taken there lies in [low, high].
 
-    Its true place is within `slack` of `place`.
+    Its true abscissa is within `slack` of `abscissa`.
     """
 
-    place: float
+    abscissa: float
     low: float
     high: float
     slack: float = 0.0
 
     @property
     def jump(self) -> float:
-        """The height of the jump; 0 for a turn whose [low, high] is nothing but rounding."""
+        """The height of the jump; 0 for a point whose [low, high] is nothing but rounding."""
         height = self.high - self.low
         return height if height > 64 * UNIT * max(abs(self.low), abs(self.high)) else 0.0
 
 
-def exactly(place: float, *values: float) -> Turn:
-    """A turn whose place and values are float64 numbers; two values make a jump."""
-    return Turn(place, min(values), max(values))
+def exactly(abscissa: float, *values: float) -> CriticalPoint:
+    """A point whose abscissa and values are float64 numbers; two values make a jump."""
+    return CriticalPoint(abscissa, min(values), max(values))
 
 
-def nearly(place: float, *values: float) -> Turn:
-    """A turn whose place and values are rounded: the values are moved outward, the place is given slack."""
+def nearly(abscissa: float, *values: float) -> CriticalPoint:
+    """A point whose abscissa and values are rounded: the values are moved outward, the abscissa is given slack."""
     relative = 2 * ULPS * UNIT
-    slack = relative * abs(place) if math.isfinite(place) else 0.0
+    slack = relative * abs(abscissa) if math.isfinite(abscissa) else 0.0
     low, high = min(values), max(values)
-    return Turn(place, low - relative * abs(low), high + relative * abs(high), slack)
+    return CriticalPoint(abscissa, low - relative * abs(low), high + relative * abs(high), slack)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +64,11 @@ class Curve:
     `function` maps a tensor of any shape entrywise. In float64 its error at z is at most
     `u (relative |computed| + absolute)`, u = 2^-53, provided that the library's elementary functions are within 4 ulp
     (5 for erfc): SLEEF's kernels on the CPU claim 1 (1.5 for erfc), CUDA's guide states at most 2 (5 for erfc).
-    `turns` must hold a turn at -inf and one at +inf, unless the curve is periodic.
+    `turns` must hold a point at -inf and one at +inf, unless the curve is periodic.
     """
 
     function: Callable[[Tensor], Tensor]
-    turns: tuple[Turn, ...]
+    critical_points: tuple[CriticalPoint, ...]
     relative: float = 0.0
     absolute: float = 0.0
     period: float | None = None
@@ -79,7 +79,7 @@ class Curve:
     def error(self, z: Tensor) -> Tensor:
         """Upper bound of |computed - exact| at the float64 numbers z; entrywise.
 
-        Where z cannot be told from a jump whose place is rounded, the whole jump is the error. At a jump whose place is
+        Where z cannot be told from a jump whose abscissa is rounded, the whole jump is the error. At a jump whose abscissa is
         exact, either one-sided limit counts as exact.
         """
         return self.error_of(self.function(z), z)
@@ -87,16 +87,16 @@ class Curve:
     def error_of(self, value: Tensor, z: Tensor) -> Tensor:
         """`error` where the computed value at z is known already."""
         error = UNIT * (self.relative * value.abs() + self.absolute) + TINY
-        for turn in self.turns:
-            if turn.slack > 0.0 and turn.jump > 0.0:
-                at_jump = (z >= turn.place - turn.slack) & (z <= turn.place + turn.slack)
-                error = torch.where(at_jump, error + turn.jump, error)
+        for point in self.critical_points:
+            if point.slack > 0.0 and point.jump > 0.0:
+                at_jump = (z >= point.abscissa - point.slack) & (z <= point.abscissa + point.slack)
+                error = torch.where(at_jump, error + point.jump, error)
         return error
 
     @cached_property
     def range(self) -> tuple[float, float]:
         """(least, most) over the whole line, rounded outward."""
-        return min(turn.low for turn in self.turns), max(turn.high for turn in self.turns)
+        return min(point.low for point in self.critical_points), max(point.high for point in self.critical_points)
 
     def on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """(least, most) over the intervals [lo, hi], entrywise, rounded outward.
@@ -106,10 +106,10 @@ class Curve:
         """
         lo, hi = lo.double(), hi.double()
         least, most = self._hull_of_ends(lo, hi)
-        for turn in self.turns:
-            inside = self.may_turn_in(lo, hi, turn)
-            least = torch.where(inside, least.clamp(max=turn.low), least)
-            most = torch.where(inside, most.clamp(min=turn.high), most)
+        for point in self.critical_points:
+            inside = self.may_contain(lo, hi, point)
+            least = torch.where(inside, least.clamp(max=point.low), least)
+            most = torch.where(inside, most.clamp(min=point.high), most)
         return least.clamp(*self.range), most.clamp(*self.range)
 
     def _hull_of_ends(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,12 +126,12 @@ class Curve:
             most = torch.where(finite, torch.maximum(most, above), most)
         return least, most
 
-    def may_turn_in(self, lo: Tensor, hi: Tensor, turn: Turn) -> Tensor:
-        """Whether the turn (or one of its repetitions) may lie in [lo, hi]."""
+    def may_contain(self, lo: Tensor, hi: Tensor, point: CriticalPoint) -> Tensor:
+        """Whether the point (or one of its repetitions) may lie in [lo, hi]."""
         if self.period is None:
-            return (lo <= turn.place + turn.slack) & (hi >= turn.place - turn.slack)
-        # Three roundings here and those of place and period, counted in units of z: below 16 u (|z| + |place|).
-        width = abs(turn.place) + self.period
-        first = (lo - 16 * UNIT * (lo.abs() + width) - turn.place) / self.period
-        last = (hi + 16 * UNIT * (hi.abs() + width) - turn.place) / self.period
+            return (lo <= point.abscissa + point.slack) & (hi >= point.abscissa - point.slack)
+        # Three roundings here and those of abscissa and period, counted in units of z: below 16 u (|z| + |abscissa|).
+        width = abs(point.abscissa) + self.period
+        first = (lo - 16 * UNIT * (lo.abs() + width) - point.abscissa) / self.period
+        last = (hi + 16 * UNIT * (hi.abs() + width) - point.abscissa) / self.period
         return first.ceil() <= last.floor()

@@ -34,7 +34,7 @@ from certify_cli.network.activations.formulas import (
     tanh_gelu_gate,
     tanh_gelu_slope,
 )
-from certify_cli.network.activations.monotone_pieces import Curve, Turn, exactly, nearly
+from certify_cli.network.activations.monotone_pieces import CriticalPoint, Curve, exactly, nearly
 from certify_cli.network.activations.table import (
     ACTIVATIONS,
     Activation,
@@ -51,16 +51,16 @@ __all__ = ["ACTIVATIONS", "Activation", "from_module", "from_name", "from_onnx"]
 INF = math.inf
 
 
-def _limits(left: float, right: float) -> tuple[Turn, Turn]:
+def _limits(left: float, right: float) -> tuple[CriticalPoint, CriticalPoint]:
     """Exact limits at -inf and +inf."""
     return exactly(-INF, left), exactly(INF, right)
 
 
-def _odd(place: float, value: float) -> tuple[Turn, Turn]:
+def _odd(place: float, value: float) -> tuple[CriticalPoint, CriticalPoint]:
     return nearly(-place, -value), nearly(place, value)
 
 
-def _even(place: float, value: float) -> tuple[Turn, Turn]:
+def _even(place: float, value: float) -> tuple[CriticalPoint, CriticalPoint]:
     return nearly(-place, value), nearly(place, value)
 
 
@@ -396,14 +396,14 @@ def selu(alpha: float = 1.6732632423543772, gamma: float = 1.0507009873554805) -
 
 
 def _piecewise(
-    value: Curve, kinks: tuple[Turn, ...], slopes: tuple[float, ...], *, deviation: float = 0.0
+    value: Curve, kinks: tuple[CriticalPoint, ...], slopes: tuple[float, ...], *, deviation: float = 0.0
 ) -> Activation:
     """Slope slopes[i] between the kinks i-1 and i. A kink's values are the slopes on its two sides."""
 
     def slope(z: Tensor) -> Tensor:
         result = torch.where(z.isnan(), z, slopes[0])
         for kink, after in zip(kinks, slopes[1:], strict=True):
-            result = torch.where(z > kink.place, after, result)
+            result = torch.where(z > kink.abscissa, after, result)
         return result
 
     return Activation(value, Curve(slope, (*_limits(slopes[0], slopes[-1]), *kinks)), deviation=deviation)
@@ -457,7 +457,7 @@ def hard_sigmoid(alpha: float = 1 / 6, beta: float = 0.5) -> Activation:
         lambda z: (alpha * z + beta).clamp(0.0, 1.0), _limits(0.0, 1.0), relative=4, absolute=4 * (1 + abs(beta))
     )
     slack = 8 * UNIT * (1 + abs(beta)) / alpha
-    kinks = tuple(Turn((level - beta) / alpha, 0.0, alpha, slack) for level in (0.0, 1.0))
+    kinks = tuple(CriticalPoint((level - beta) / alpha, 0.0, alpha, slack) for level in (0.0, 1.0))
     return _piecewise(value, kinks, (0.0, alpha, 0.0), deviation=UNIT if alpha == 1 / 6 else 0.0)
 
 
