@@ -21,7 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from onnx.reference import ReferenceEvaluator
 
 from certify_cli.errors import ModelError, first_line, shown
-from certify_cli.load.onnx.model_input import Entrance
+from certify_cli.load.onnx.model_input import ModelInput
 from certify_cli.load.onnx.neutral_names import Graph, Names, Origin
 from certify_cli.load.onnx.operators import OPERATORS, attributes_of
 from certify_cli.load.onnx.outputs import FLOATS
@@ -46,7 +46,7 @@ class Interpretation:
 
     path: Path
     opset: int
-    entrance: Entrance
+    model_input: ModelInput
     origin: Mapping[str, Origin]
     names: Names
     constants: dict[str, np.ndarray] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Interpretation:
             return array[None]
         return array[:, None] if array.ndim == 1 else array
 
-    def filed(self, name: str, sample: np.ndarray) -> np.ndarray:
+    def to_file_shape(self, name: str, sample: np.ndarray) -> np.ndarray:
         """One sample (1, ...) in the file's own shape: repeated where its batch is fixed."""
         if name in self.unbatched:
             return sample[0]
@@ -83,20 +83,20 @@ class Interpretation:
 
 
 def interpret(
-    path: Path, graph: Graph, nodes: Sequence[NodeProto], opset: int, entrance: Entrance, sample: np.ndarray
+    path: Path, graph: Graph, nodes: Sequence[NodeProto], opset: int, model_input: ModelInput, sample: np.ndarray
 ) -> Interpretation:
     """Run `nodes` of the graph on one sample (1, ...).
 
     ModelError where a node cannot be computed, or gives up the batch axis. Nodes whose value is constant are dropped
     from `nodes`.
     """
-    found = Interpretation(path, opset, entrance, graph.origin, graph.names)
+    found = Interpretation(path, opset, model_input, graph.origin, graph.names)
     found.native = dict(graph.constants)
     found.constants = {name: widen(array) for name, array in graph.constants.items()}
-    found.values[entrance.source] = entrance.filed(sample.astype(np.float64))
-    found.kinds[entrance.source] = entrance.kind
-    if entrance.batch == 0:
-        found.unbatched.add(entrance.source)
+    found.values[model_input.source] = model_input.to_file_shape(sample.astype(np.float64))
+    found.kinds[model_input.source] = model_input.kind
+    if model_input.batch == 0:
+        found.unbatched.add(model_input.source)
     for node in nodes:
         data = [value for value in node.input if value in found.values]
         _refuse_training(found, node)
@@ -121,12 +121,12 @@ def _run(found: Interpretation, node: NodeProto) -> None:
     for value, array in zip(node.output, outputs, strict=False):
         if not value:
             continue
-        if array.size > MAX_VALUES * (found.entrance.batch or 1):
+        if array.size > MAX_VALUES * (found.model_input.batch or 1):
             raise found.refuse(node, f"makes a value of shape {list(array.shape)}, which is too large to certify")
         if array.size == 0:
             raise found.refuse(node, f"gives an empty value, of shape {list(array.shape)}; the shapes do not fit")
-        if not found.entrance.keeps_batch(array.shape):
-            if array.ndim == 0 or not found.entrance.whole:
+        if not found.model_input.keeps_batch(array.shape):
+            if array.ndim == 0 or not found.model_input.whole:
                 raise found.refuse(
                     node,
                     f"turns one sample into a value of shape {list(array.shape)}; "

@@ -22,7 +22,7 @@ from certify_cli.load.onnx import piece_checks as pieces
 from certify_cli.load.onnx.file import OnnxFile, read_onnx
 from certify_cli.load.onnx.interpret import interpret
 from certify_cli.load.onnx.logits import logits as logits_of
-from certify_cli.load.onnx.model_input import Entrance, Shape, readings
+from certify_cli.load.onnx.model_input import ModelInput, Shape, readings
 from certify_cli.load.onnx.normalise import normalise, to_model
 from certify_cli.load.onnx.outputs import leading_to
 from certify_cli.load.onnx.rewriting import Normal
@@ -51,11 +51,11 @@ def load_onnx(
     """
     file = read_onnx(path, output)
     refusal: ModelError | None = None
-    for entrance in readings(path, file.inputs, file.graph.named, sample_shape, layout):
+    for model_input in readings(path, file.inputs, file.graph.named, sample_shape, layout):
         if refusal is not None and file.rows == file.inputs[0].type.tensor_type.shape.dim[0].dim_value:
             break  # a row of the output for each of the input: a batch, whatever else is wrong
         try:
-            return _load(path, file, entrance)
+            return _load(path, file, model_input)
         except ModelError as error:
             # a reading in which some value has no batch axis was not the right one
             refusal = error if refusal is None or "keep the batch" in str(refusal) else refusal
@@ -67,10 +67,10 @@ def load_onnx(
     raise refusal
 
 
-def _load(path: Path, file: OnnxFile, entrance: Entrance) -> LoadedModel:
+def _load(path: Path, file: OnnxFile, model_input: ModelInput) -> LoadedModel:
     end = file.graph.named(file.output)
     nodes = leading_to(end, file.graph.nodes)
-    found = interpret(path, file.graph, nodes, file.opset, entrance, parity.images(entrance.shape)[:1])
+    found = interpret(path, file.graph, nodes, file.opset, model_input, parity.images(model_input.shape)[:1])
     if end not in found.values:
         raise ModelError(f"{path}: the output does not depend on the input; export the classifier again")
     logits, tail, notes = logits_of(found, end)
@@ -78,12 +78,12 @@ def _load(path: Path, file: OnnxFile, entrance: Entrance) -> LoadedModel:
     if not normal.nodes:
         raise ModelError(f"{path}: the model computes nothing; export the classifier again")
     try:
-        module = _convert(to_model(normal, entrance.source))
+        module = _convert(to_model(normal, model_input.source))
         names, values = _label(module, normal)
-        network, holding = lower_traced(module, entrance.shape, names)
+        network, holding = lower_traced(module, model_input.shape, names)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    pieces.check(normal, network, {values[at]: index for at, index in holding.items()}, entrance.source)
+    pieces.check(normal, network, {values[at]: index for at, index in holding.items()}, model_input.source)
     notes = [*file.notes, *notes, *parity.check(path, file, found, network, logits, tail)]
     if found.size(logits) == 1:
         notes.append("its one logit z is read as the two logits (0, z): class 1 where z is positive")
@@ -91,8 +91,8 @@ def _load(path: Path, file: OnnxFile, entrance: Entrance) -> LoadedModel:
         notes.append(f"the weights are stored in {file.stored_dtype} and upcast exactly to float64")
     info = ModelInfo(str(path), file.sha256, "onnx", file.opset, network.classes)
     threshold = 0.5 if tail and found.size(logits) == 1 else 0.0
-    deployment = Deployment(entrance, file.output, threshold)
-    return LoadedModel(network, info, entrance.shape, file.stored_dtype, tuple(notes), deployment)
+    deployment = Deployment(model_input, file.output, threshold)
+    return LoadedModel(network, info, model_input.shape, file.stored_dtype, tuple(notes), deployment)
 
 
 def _convert(model: ModelProto) -> fx.GraphModule:

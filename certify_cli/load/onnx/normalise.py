@@ -109,7 +109,7 @@ def _rewrite(normal: Normal, node: NodeProto) -> None:
 
 def _per_sample(found: Interpretation, constant: np.ndarray) -> np.ndarray:
     """A constant that repeats one sample's numbers along a fixed batch, once."""
-    batch = found.entrance.batch or 1
+    batch = found.model_input.batch or 1
     if batch > 1 and constant.ndim > 1 and len(constant) == batch and (constant == constant[:1]).all():
         return constant[:1]
     return constant

@@ -20,7 +20,7 @@ from torch import Tensor
 from certify_cli.errors import ModelError, shown
 from certify_cli.load.onnx.file import OnnxFile
 from certify_cli.load.onnx.interpret import Interpretation, compute, widen, widened
-from certify_cli.load.onnx.model_input import Entrance
+from certify_cli.load.onnx.model_input import ModelInput
 from certify_cli.load.onnx.runtime import NotRunnableError, Runtime
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
@@ -70,7 +70,7 @@ def check(
 
     logits: the value that the network computes, by its neutral name; tail: the nodes between it and the output.
     """
-    entrance, samples = found.entrance, images(found.entrance.shape)
+    model_input, samples = found.model_input, images(found.model_input.shape)
     with torch.no_grad():
         together = network(torch.from_numpy(samples))
         singly = torch.cat([network(torch.from_numpy(sample[None])) for sample in samples])
@@ -85,7 +85,7 @@ def check(
     points = points[np.abs(points).reshape(len(points), -1).max(1) <= FAR][: rows_at_once(network)]
     try:
         _check_folds(path, file, found)
-        run, name, notes = _by_runtime(path, file, logits, entrance), "onnxruntime", []
+        run, name, notes = _by_runtime(path, file, logits, model_input), "onnxruntime", []
         answers = run(points)
     except NotRunnableError as error:
         run, name = _by_reference(file, found, logits), "onnx.reference"
@@ -132,7 +132,7 @@ class Answers:
 Run = Callable[[np.ndarray], Answers]
 
 
-def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> Run:
+def _by_runtime(path: Path, file: OnnxFile, logits: str, model_input: ModelInput) -> Run:
     """The file as it is, with the logits as another output where they have a name in it."""
     model = ModelProto()
     model.CopyFrom(file.model)
@@ -142,13 +142,13 @@ def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> 
     if called is not None and called != file.output and called in inside:
         model.graph.output.append(ValueInfoProto(name=called))
         names.append(called)
-    dtype = helper.tensor_dtype_to_np_dtype(entrance.kind)
+    dtype = helper.tensor_dtype_to_np_dtype(model_input.kind)
     if dtype.kind != "f":
         raise NotRunnableError(f"its input is of type {dtype}")
     runtime = Runtime(model, names)
 
     def answered(feed: np.ndarray) -> list[np.ndarray]:
-        samples = len(feed) if entrance.batch != 0 else 1
+        samples = len(feed) if model_input.batch != 0 else 1
         arrays = [array.astype(np.float64) for array in runtime.run(feed.astype(dtype))]
         if any(array.size % samples for array in arrays):
             raise ModelError(
@@ -160,11 +160,11 @@ def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> 
     def run(points: np.ndarray) -> Answers:
         rows: list[list[np.ndarray]] = [[] for _ in names]
         with np.errstate(over="ignore"):
-            feeds = entrance.feeds(points)
+            feeds = model_input.feeds(points)
             try:
                 found = [answered(feed) for feed in feeds]
             except NotRunnableError:
-                if entrance.batch is not None:
+                if model_input.batch is not None:
                     raise
                 found = [answered(point[None]) for point in points]  # its batch is free in name only
         for arrays in found:
@@ -189,8 +189,8 @@ def _check_folds(path: Path, file: OnnxFile, found: Interpretation) -> None:
     model.CopyFrom(file.model)
     del model.graph.output[:]
     model.graph.output.extend(ValueInfoProto(name=called) for called in folded.values())
-    dtype = helper.tensor_dtype_to_np_dtype(found.entrance.kind)
-    feed = found.entrance.filed(images(found.entrance.shape)[:1]).astype(dtype)
+    dtype = helper.tensor_dtype_to_np_dtype(found.model_input.kind)
+    feed = found.model_input.to_file_shape(images(found.model_input.shape)[:1]).astype(dtype)
     for (name, called), array in zip(folded.items(), Runtime(model, list(folded.values())).run(feed), strict=True):
         ours, theirs = found.constants[name], widen(array)
         if ours.shape != theirs.shape:
@@ -209,11 +209,11 @@ def _check_folds(path: Path, file: OnnxFile, found: Interpretation) -> None:
 
 def _by_reference(file: OnnxFile, found: Interpretation, logits: str) -> Run:
     """Node by node in the file's own types; sample by sample."""
-    entrance = found.entrance
-    dtype = helper.tensor_dtype_to_np_dtype(entrance.kind)
+    model_input = found.model_input
+    dtype = helper.tensor_dtype_to_np_dtype(model_input.kind)
 
     def one(sample: np.ndarray) -> np.ndarray:
-        values: dict[str, Any] = {entrance.source: entrance.filed(sample.astype(dtype))}
+        values: dict[str, Any] = {model_input.source: model_input.to_file_shape(sample.astype(dtype))}
         for node in found.nodes:
             operands = [values.get(v, found.native.get(v, found.constants.get(v))) if v else None for v in node.input]
             values.update(zip(node.output, compute(found, node, operands), strict=False))
@@ -232,7 +232,7 @@ def _ended(found: Interpretation, logits: str, tail: Sequence[NodeProto], z: np.
     """What the end of the model makes of logits, row by row."""
     rows = []
     for row in z:
-        array = found.filed(logits, row[-found.size(logits) :].reshape(found.shape(logits)))
+        array = found.to_file_shape(logits, row[-found.size(logits) :].reshape(found.shape(logits)))
         for node in tail:
             operands = [array, *(found.constants.get(value) for value in node.input[1:])]
             array = widened(found, node, operands)[0]

@@ -96,7 +96,7 @@ def _scales(piece: Piece, kinked: bool) -> tuple[float, ...]:
 
 def _before(found: Interpretation, piece: Piece, samples: list[np.ndarray]) -> np.ndarray:
     """What the file's nodes make of one sample, in float64."""
-    values = {name: found.filed(name, sample) for name, sample in zip(piece.inputs, samples, strict=True)}
+    values = {name: found.to_file_shape(name, sample) for name, sample in zip(piece.inputs, samples, strict=True)}
     for node in piece.before:
         operands = [
             None if not name else values[name] if name in values else found.constants.get(name) for name in node.input
