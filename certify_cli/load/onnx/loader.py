@@ -17,15 +17,14 @@ from torch import fx
 
 from certify_cli.errors import ModelError, first_line
 from certify_cli.load.loaded_model import Deployment, LoadedModel
-from certify_cli.load.onnx import parity
-from certify_cli.load.onnx import piece_checks as pieces
+from certify_cli.load.onnx import parity, subgraph_checks
 from certify_cli.load.onnx.file import OnnxFile, read_onnx
 from certify_cli.load.onnx.interpret import interpret
 from certify_cli.load.onnx.logits import logits as logits_of
 from certify_cli.load.onnx.model_input import ModelInput, Shape, readings
 from certify_cli.load.onnx.normalise import normalise, to_model
 from certify_cli.load.onnx.outputs import leading_to
-from certify_cli.load.onnx.rewriting import Normal
+from certify_cli.load.onnx.rewriting import RewrittenGraph
 from certify_cli.network.lowering.fx_graph import lower_traced
 from certify_cli.records import ModelInfo
 
@@ -74,16 +73,16 @@ def _load(path: Path, file: OnnxFile, model_input: ModelInput) -> LoadedModel:
     if end not in found.values:
         raise ModelError(f"{path}: the output does not depend on the input; export the classifier again")
     logits, tail, notes = logits_of(found, end)
-    normal = normalise(found, logits)
-    if not normal.nodes:
+    rewritten = normalise(found, logits)
+    if not rewritten.nodes:
         raise ModelError(f"{path}: the model computes nothing; export the classifier again")
     try:
-        module = _convert(to_model(normal, model_input.source))
-        names, values = _label(module, normal)
+        module = _convert(to_model(rewritten, model_input.source))
+        names, values = _label(module, rewritten)
         network, holding = lower_traced(module, model_input.shape, names)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    pieces.check(normal, network, {values[at]: index for at, index in holding.items()}, model_input.source)
+    subgraph_checks.check(rewritten, network, {values[at]: index for at, index in holding.items()}, model_input.source)
     notes = [*file.notes, *notes, *parity.check(path, file, found, network, logits, tail)]
     if found.size(logits) == 1:
         notes.append("its one logit z is read as the two logits (0, z): class 1 where z is positive")
@@ -110,13 +109,13 @@ def _convert(model: ModelProto) -> fx.GraphModule:
         raise ModelError(f"cannot be converted: {first_line(error)}; replace the layer") from error
 
 
-def _label(module: fx.GraphModule, normal: Normal) -> tuple[dict[str, str], dict[str, str]]:
+def _label(module: fx.GraphModule, rewritten: RewrittenGraph) -> tuple[dict[str, str], dict[str, str]]:
     """Tell each converted layer which operator of the file it stands for; by module path, the file's name for it and
     the value that it gives."""
     names, values = {}, {}
     paths = [str(n.target) for n in module.graph.nodes if n.op == "call_module"]
-    for path, node in zip(paths, normal.nodes, strict=True):
-        origin = normal.found.origin[normal.origin[node.name]]
+    for path, node in zip(paths, rewritten.nodes, strict=True):
+        origin = rewritten.found.origin[rewritten.origin[node.name]]
         module.get_submodule(path).onnx_type = origin.operator  # type: ignore[assignment]
         names[path], values[path] = origin.name, node.output[0]
     return names, values

@@ -27,7 +27,7 @@ from certify_cli.load.onnx.interpret import Interpretation, keeps_type
 from certify_cli.load.onnx.operators import attributes_of
 from certify_cli.load.onnx.patterns import fuse
 from certify_cli.load.onnx.refused_blocks import block_of
-from certify_cli.load.onnx.rewriting import DOMAIN, REWRITES, Normal, Piece, move, rewrites
+from certify_cli.load.onnx.rewriting import DOMAIN, REWRITES, RewrittenGraph, Subgraph, move, rewrites
 from certify_cli.network.activations import ACTIVATIONS, Activation, from_onnx
 
 TARGET_OPSET = 13
@@ -48,47 +48,47 @@ PRODUCTS = {"Mul", "Div", "MatMul"}
 """Of two values that depend on the input they are no affine map."""
 
 
-def normalise(found: Interpretation, output: str) -> Normal:
+def normalise(found: Interpretation, output: str) -> RewrittenGraph:
     """Rewrite what leads to the value `output`. ModelError, naming node and operator, for what is not supported."""
     makers = {value: node for node in found.nodes for value in node.output if value}
     fused = _fuse_all(found, makers)
-    normal = Normal(found, shapes={name: found.shape(name) for name in found.values})
+    rewritten = RewrittenGraph(found, shapes={name: found.shape(name) for name in found.values})
     for node in _leading_to(output, found.nodes, makers, fused):
         if node.output[0] in fused:
             activation, argument = fused[node.output[0]]
-            _emit_activation(normal, node, activation, argument)
+            _emit_activation(rewritten, node, activation, argument)
             before = _between(argument, node, found.nodes, makers)
-            normal.pieces.append(Piece(before, (argument,), node.output[0]))
+            rewritten.subgraphs.append(Subgraph(before, (argument,), node.output[0]))
             continue
         for value in node.input:
             if value in found.constants:
-                normal.constants[value] = _per_sample(found, found.constants[value])
-        _rewrite(normal, node)
+                rewritten.constants[value] = _per_sample(found, found.constants[value])
+        _rewrite(rewritten, node)
         data = tuple(dict.fromkeys(value for value in node.input if value in found.values))
-        normal.pieces += [Piece((node,), data, value) for value in node.output if value in found.values]
-    _flatten(normal, output)
-    return normal
+        rewritten.subgraphs += [Subgraph((node,), data, value) for value in node.output if value in found.values]
+    _flatten(rewritten, output)
+    return rewritten
 
 
-def _flatten(normal: Normal, output: str) -> None:
+def _flatten(rewritten: RewrittenGraph, output: str) -> None:
     """Logits as a vector, where all other axes have one entry; a single logit z as (0, z)."""
-    normal.output = output
-    if not normal.nodes:
+    rewritten.output = output
+    if not rewritten.nodes:
         return
-    shape = normal.shapes[output]
+    shape = rewritten.shapes[output]
     size = max(shape)
-    last = next(node for node in normal.found.nodes if output in node.output)
+    last = next(node for node in rewritten.found.nodes if output in node.output)
     if len(shape) != 2 and int(np.prod(shape)) == size:
-        normal.output = normal.part((1, size))
-        target = normal.constant(np.array([-1, size], dtype=np.int64))
-        normal.emit(last, "Reshape", [output, target], normal.output)
+        rewritten.output = rewritten.part((1, size))
+        target = rewritten.constant(np.array([-1, size], dtype=np.int64))
+        rewritten.emit(last, "Reshape", [output, target], rewritten.output)
     if size == 1:
-        single, normal.output = normal.output, normal.part((1, 2))
-        normal.emit(last, "MatMul", [single, normal.constant(np.array([[0.0, 1.0]]))], normal.output)
+        single, rewritten.output = rewritten.output, rewritten.part((1, 2))
+        rewritten.emit(last, "MatMul", [single, rewritten.constant(np.array([[0.0, 1.0]]))], rewritten.output)
 
 
-def _rewrite(normal: Normal, node: NodeProto) -> None:
-    found = normal.found
+def _rewrite(rewritten: RewrittenGraph, node: NodeProto) -> None:
+    found = rewritten.found
     data = [value for value in node.input if value in found.values]
     if node.op_type in BATCHED and data and data[0] in found.unbatched:
         raise found.refuse(node, "takes a batch of images, and here a value without a batch axis; export with one")
@@ -98,9 +98,9 @@ def _rewrite(normal: Normal, node: NodeProto) -> None:
             raise found.refuse(node, f"is not supported: it is part of {block}")
     activation = _plain_activation(found, node)
     if activation is not None:
-        _emit_activation(normal, node, activation, node.input[0])
+        _emit_activation(rewritten, node, activation, node.input[0])
     elif node.op_type in REWRITES:
-        REWRITES[node.op_type](normal, node)
+        REWRITES[node.op_type](rewritten, node)
     else:
         raise found.refuse(
             node, "is not supported: an affine operator or an activation of the table is needed; replace the layer"
@@ -184,10 +184,10 @@ def _scalar(found: Interpretation, node: NodeProto, name: str) -> float:
 
 
 def _emit_activation(
-    normal: Normal, node: NodeProto, activation: Activation, argument: str, output: str | None = None
+    rewritten: RewrittenGraph, node: NodeProto, activation: Activation, argument: str, output: str | None = None
 ) -> None:
     row = {"name": activation.name, "parameters": activation.parameters, "deviation": activation.deviation}
-    normal.emit(node, "Activation", [argument], output or node.output[0], DOMAIN, row=json.dumps(row))
+    rewritten.emit(node, "Activation", [argument], output or node.output[0], DOMAIN, row=json.dumps(row))
 
 
 # --- data movement ----------------------------------------------------------------------------------------------
@@ -196,16 +196,16 @@ rewrites(*MOVEMENTS)(move)
 
 
 @rewrites("Dropout")
-def _dropout(normal: Normal, node: NodeProto) -> None:
-    if len(node.output) > 1 and any(node.output[1] in other.input for other in normal.found.nodes):
-        raise normal.found.refuse(node, "gives its mask to other nodes, which is not supported")
-    normal.pass_on(node.input[0], node.output[0])
+def _dropout(rewritten: RewrittenGraph, node: NodeProto) -> None:
+    if len(node.output) > 1 and any(node.output[1] in other.input for other in rewritten.found.nodes):
+        raise rewritten.found.refuse(node, "gives its mask to other nodes, which is not supported")
+    rewritten.pass_on(node.input[0], node.output[0])
 
 
 @rewrites("Cast", "CastLike")
-def _cast(normal: Normal, node: NodeProto) -> None:
+def _cast(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """To a wider float type, or to float32, nothing happens in exact arithmetic; 16 bits round the data."""
-    found = normal.found
+    found = rewritten.found
     if found.values[node.output[0]].dtype != np.float64:
         raise found.refuse(node, "rounds data to another type, which is not supported; drop the cast")
     if not keeps_type(found, node):
@@ -214,48 +214,50 @@ def _cast(normal: Normal, node: NodeProto) -> None:
             "rounds data to 16 bits, a step function of them, which is not supported; export the model in float32, or "
             "with an input of the weights' type",
         )
-    normal.pass_on(node.input[0], node.output[0])
+    rewritten.pass_on(node.input[0], node.output[0])
 
 
 @rewrites("Clip")
-def _clip(normal: Normal, node: NodeProto) -> None:
+def _clip(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """Without bounds: with one it is an activation."""
-    normal.pass_on(node.input[0], node.output[0])
+    rewritten.pass_on(node.input[0], node.output[0])
 
 
 @rewrites("PRelu")
-def _leaky_by_channel(normal: Normal, node: NodeProto) -> None:
+def _leaky_by_channel(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """max(x, 0) + slope min(x, 0), with slopes that differ."""
-    above, below, scaled = (normal.part() for _ in range(3))
-    _emit_activation(normal, node, ACTIVATIONS["relu"](), node.input[0], above)
-    _emit_activation(normal, node, ACTIVATIONS["clip"](high=0.0), node.input[0], below)
-    normal.emit(node, "Mul", [below, node.input[1]], scaled)
-    normal.emit(node, "Add", [above, scaled], node.output[0])
+    above, below, scaled = (rewritten.part() for _ in range(3))
+    _emit_activation(rewritten, node, ACTIVATIONS["relu"](), node.input[0], above)
+    _emit_activation(rewritten, node, ACTIVATIONS["clip"](high=0.0), node.input[0], below)
+    rewritten.emit(node, "Mul", [below, node.input[1]], scaled)
+    rewritten.emit(node, "Add", [above, scaled], node.output[0])
 
 
 @rewrites("Pow")
-def _power(normal: Normal, node: NodeProto) -> None:
-    found = normal.found
+def _power(rewritten: RewrittenGraph, node: NodeProto) -> None:
+    found = rewritten.found
     power = found.constants.get(node.input[1])
     if power is None or not (power == 1).all() or found.shape(node.output[0]) != found.shape(node.input[0]):
         raise found.refuse(
             node, "is not supported: a power of the data is no activation of the table; replace the layer"
         )
-    normal.pass_on(node.input[0], node.output[0])
+    rewritten.pass_on(node.input[0], node.output[0])
 
 
-def to_model(normal: Normal, source: str) -> ModelProto:
+def to_model(rewritten: RewrittenGraph, source: str) -> ModelProto:
     """The rewritten graph as an ONNX model in float64 with a free batch, every value's shape declared."""
 
     def declare(name: str) -> Any:
-        return helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["N", *normal.shapes[name][1:]])
+        return helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["N", *rewritten.shapes[name][1:]])
 
-    output = normal.resolved(normal.output)
-    read = {value for node in normal.nodes for value in node.input}
-    initializers = [numpy_helper.from_array(array, name) for name, array in normal.constants.items() if name in read]
-    made = [node.output[0] for node in normal.nodes if node.output[0] in normal.shapes and node.output[0] != output]
+    output = rewritten.resolved(rewritten.output)
+    read = {value for node in rewritten.nodes for value in node.input}
+    initializers = [numpy_helper.from_array(array, name) for name, array in rewritten.constants.items() if name in read]
+    made = [
+        node.output[0] for node in rewritten.nodes if node.output[0] in rewritten.shapes and node.output[0] != output
+    ]
     graph = helper.make_graph(
-        normal.nodes,
+        rewritten.nodes,
         "curvcert",
         [declare(source)],
         [declare(output)],

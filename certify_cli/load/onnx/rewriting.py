@@ -16,7 +16,7 @@ DOMAIN = "curvcert"
 
 
 @dataclass(frozen=True)
-class Piece:
+class Subgraph:
     """What the nodes of the file `before` compute of the values `inputs` is `value`; it was rewritten as a whole."""
 
     before: tuple[NodeProto, ...]
@@ -25,13 +25,13 @@ class Piece:
 
 
 @dataclass
-class Normal:
+class RewrittenGraph:
     """The rewritten graph: `nodes` in order, each with a batch of samples in front, and the constants they read.
 
     same: values that are others by another name.   shapes: of a batch of one.   origin: name of a rewritten node ->
     name of the file's node.   moved: value -> what it is moved from, and the numbers of its entries there (0 for
     zeros).   pairs: two values -> the value that holds both, sorted.   pieces: what was rewritten, for
-    `pieces.check`.   output: the logits, as a vector.
+    `subgraph_checks.check`.   output: the logits, as a vector.
     """
 
     found: Interpretation
@@ -42,7 +42,7 @@ class Normal:
     origin: dict[str, str] = field(default_factory=dict)
     moved: dict[str, tuple[str, np.ndarray]] = field(default_factory=dict)
     pairs: dict[tuple[str, ...], str] = field(default_factory=dict)
-    pieces: list[Piece] = field(default_factory=list)
+    subgraphs: list[Subgraph] = field(default_factory=list)
     output: str = ""
 
     def emit(
@@ -77,7 +77,7 @@ class Normal:
         return name
 
 
-Rewrite = Callable[[Normal, NodeProto], None]
+Rewrite = Callable[[RewrittenGraph, NodeProto], None]
 REWRITES: dict[str, Rewrite] = {}
 
 
@@ -109,12 +109,12 @@ def data_axis(found: Interpretation, node: NodeProto, value: str, axis: int) -> 
     return axis
 
 
-def move(normal: Normal, node: NodeProto) -> None:
+def move(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """Any movement of the first operand's entries, and constants put between them.
 
     The node itself moves numbered entries, and the index is read off; what it makes of zeros are the constants.
     """
-    found = normal.found
+    found = rewritten.found
     source = node.input[0]
     if source not in found.values or any(value in found.values for value in node.input[1:]):
         raise found.refuse(node, "moves data to places that depend on the data, which is not supported")
@@ -127,11 +127,11 @@ def move(normal: Normal, node: NodeProto) -> None:
             continue
         index = _of_one_sample(found, node, source, found.samples(value, numbered - frame))
         if not frame.any():
-            emit_index(normal, node, source, value, index)
+            emit_index(rewritten, node, source, value, index)
             continue
-        bare = normal.part(index.shape)
-        emit_index(normal, node, source, bare, index)
-        normal.emit(node, "Add", [bare, normal.constant(found.samples(value, frame)[:1])], value)
+        bare = rewritten.part(index.shape)
+        emit_index(rewritten, node, source, bare, index)
+        rewritten.emit(node, "Add", [bare, rewritten.constant(found.samples(value, frame)[:1])], value)
 
 
 def _of_one_sample(found: Interpretation, node: NodeProto, source: str, numbered: np.ndarray) -> np.ndarray:
@@ -148,16 +148,16 @@ def _of_one_sample(found: Interpretation, node: NodeProto, source: str, numbered
     return first
 
 
-def emit_index(normal: Normal, node: NodeProto, source: str, value: str, numbered: np.ndarray) -> None:
+def emit_index(rewritten: RewrittenGraph, node: NodeProto, source: str, value: str, numbered: np.ndarray) -> None:
     """`value` from `source`, both one sample: entry j is entry numbered[j] - 1 of the source, or zero."""
-    before = normal.shapes[source]
-    normal.moved[value] = source, numbered
+    before = rewritten.shapes[source]
+    rewritten.moved[value] = source, numbered
     if np.array_equal(numbered.ravel(), np.arange(1, np.prod(before) + 1)):
         if numbered.shape == before:
-            normal.pass_on(source, value)
+            rewritten.pass_on(source, value)
             return
-        target = normal.constant(np.array([-1, *numbered.shape[1:]], dtype=np.int64))
-        normal.emit(node, "Reshape", [source, target], value)
+        target = rewritten.constant(np.array([-1, *numbered.shape[1:]], dtype=np.int64))
+        rewritten.emit(node, "Reshape", [source, target], value)
         return
-    index = normal.constant(numbered[0].astype(np.int64) - 1)
-    normal.emit(node, "Select", [source, index], value, DOMAIN)
+    index = rewritten.constant(numbered[0].astype(np.int64) - 1)
+    rewritten.emit(node, "Select", [source, index], value, DOMAIN)
