@@ -69,11 +69,11 @@ def load_onnx(
 def _load(path: Path, file: OnnxFile, model_input: ModelInput) -> LoadedModel:
     end = file.graph.named(file.output)
     nodes = leading_to(end, file.graph.nodes)
-    found = interpret(path, file.graph, nodes, file.opset, model_input, parity.images(model_input.shape)[:1])
-    if end not in found.values:
+    trace = interpret(path, file.graph, nodes, file.opset, model_input, parity.images(model_input.shape)[:1])
+    if end not in trace.values:
         raise ModelError(f"{path}: the output does not depend on the input; export the classifier again")
-    logits, tail, notes = logits_of(found, end)
-    rewritten = normalise(found, logits)
+    logits, tail, notes = logits_of(trace, end)
+    rewritten = normalise(trace, logits)
     if not rewritten.nodes:
         raise ModelError(f"{path}: the model computes nothing; export the classifier again")
     try:
@@ -83,13 +83,13 @@ def _load(path: Path, file: OnnxFile, model_input: ModelInput) -> LoadedModel:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     subgraph_checks.check(rewritten, network, {values[at]: index for at, index in holding.items()}, model_input.source)
-    notes = [*file.notes, *notes, *parity.check(path, file, found, network, logits, tail)]
-    if found.size(logits) == 1:
+    notes = [*file.notes, *notes, *parity.check(path, file, trace, network, logits, tail)]
+    if trace.size(logits) == 1:
         notes.append("its one logit z is read as the two logits (0, z): class 1 where z is positive")
     if file.stored_dtype in ("float16", "bfloat16"):
         notes.append(f"the weights are stored in {file.stored_dtype} and upcast exactly to float64")
     info = ModelInfo(str(path), file.sha256, "onnx", file.opset, network.classes)
-    threshold = 0.5 if tail and found.size(logits) == 1 else 0.0
+    threshold = 0.5 if tail and trace.size(logits) == 1 else 0.0
     deployment = Deployment(model_input, file.output, threshold)
     return LoadedModel(network, info, model_input.shape, file.stored_dtype, tuple(notes), deployment)
 
@@ -115,7 +115,7 @@ def _label(module: fx.GraphModule, rewritten: RewrittenGraph) -> tuple[dict[str,
     names, values = {}, {}
     paths = [str(n.target) for n in module.graph.nodes if n.op == "call_module"]
     for path, node in zip(paths, rewritten.nodes, strict=True):
-        origin = rewritten.found.origin[rewritten.origin[node.name]]
+        origin = rewritten.trace.origin[rewritten.origin[node.name]]
         module.get_submodule(path).onnx_type = origin.operator  # type: ignore[assignment]
         names[path], values[path] = origin.name, node.output[0]
     return names, values

@@ -16,14 +16,14 @@ from certify_cli.network.activations import ACTIVATIONS
 @rewrites("Max", "Min")
 def _largest(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """The first half of the sorted pair for Max, the second for Min; the pair is made once for both."""
-    found = rewritten.found
-    data = [value for value in node.input if value in found.values]
+    trace = rewritten.trace
+    data = [value for value in node.input if value in trace.values]
     if len(data) == 1:
         _clipped(rewritten, node, data[0])
         return
     shapes = [rewritten.shapes[value] for value in data]
     if len(node.input) != 2 or len(shapes) != 2 or shapes[0] != shapes[1] or len(shapes[0]) < 2:
-        raise found.refuse(
+        raise trace.refuse(
             node, "is supported of two values of one shape that depend on the input, or of one and constants"
         )
     batch, channels, *space = shapes[0]
@@ -39,12 +39,12 @@ def _largest(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 def _clipped(rewritten: RewrittenGraph, node: NodeProto, value: str) -> None:
     """max(x, c) = c + max(x - c, 0), entry by entry; with one number for all, a clip."""
-    found = rewritten.found
-    constants = [found.constants[name] for name in node.input if name != value]
+    trace = rewritten.trace
+    constants = [trace.constants[name] for name in node.input if name != value]
     largest = node.op_type == "Max"
     bound = (np.maximum if largest else np.minimum).reduce(np.broadcast_arrays(*constants))
     if rewritten.shapes[node.output[0]] != rewritten.shapes[value]:
-        raise found.refuse(node, "spreads a value over more entries, which is not supported; export a clamp")
+        raise trace.refuse(node, "spreads a value over more entries, which is not supported; export a clamp")
     single = np.ptp(bound) == 0
     level = float(bound.flat[0]) if single else 0.0
     if largest and level == 0:

@@ -11,11 +11,11 @@ from certify_cli.load.onnx.rewriting import DOMAIN, RewrittenGraph, rewrites
 
 @rewrites("MaxPool", "GlobalMaxPool")
 def _max_pool(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    found = rewritten.found
-    if len(node.output) > 1 and node.output[1] and any(node.output[1] in other.input for other in found.nodes):
-        raise found.refuse(node, "gives its indices to other nodes, which is not supported")
+    trace = rewritten.trace
+    if len(node.output) > 1 and node.output[1] and any(node.output[1] in other.input for other in trace.nodes):
+        raise trace.refuse(node, "gives its indices to other nodes, which is not supported")
     at = _windows(rewritten, node)
-    pads = _pads(at, found.shape(node.input[0])[2:])
+    pads = _pads(at, trace.shape(node.input[0])[2:])
     rewritten.emit(node, "MaxPool", [node.input[0]], node.output[0], DOMAIN, pads=pads, **_form(at))
 
 
@@ -23,17 +23,17 @@ def _max_pool(rewritten: RewrittenGraph, node: NodeProto) -> None:
 def _average_pool(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """Every window's sum over its number of pixels: inside the image, or inside the image and its padding."""
     at = _windows(rewritten, node)
-    pads = _pads(at, rewritten.found.shape(node.input[0])[2:])
+    pads = _pads(at, rewritten.trace.shape(node.input[0])[2:])
     counted = int(attributes_of(node).get("count_include_pad", 0))
     form = _form(at) | {"padded": list(at.padded), "count": list(at.count), "count_include_pad": counted}
     rewritten.emit(node, "AveragePool", [node.input[0]], node.output[0], DOMAIN, pads=pads, **form)
 
 
 def _windows(rewritten: RewrittenGraph, node: NodeProto) -> Windows:
-    found = rewritten.found
-    if node.input[0] in found.unbatched:
-        raise found.refuse(node, "pools a value without a batch axis, which is not supported")
-    return windows_of(node, found.shape(node.input[0])[2:])
+    trace = rewritten.trace
+    if node.input[0] in trace.unbatched:
+        raise trace.refuse(node, "pools a value without a batch axis, which is not supported")
+    return windows_of(node, trace.shape(node.input[0])[2:])
 
 
 def _pads(at: Windows, sizes: tuple[int, ...]) -> list[int]:

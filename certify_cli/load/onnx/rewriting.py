@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, helper
 
-from certify_cli.load.onnx.interpret import Interpretation, evaluate
+from certify_cli.load.onnx.interpret import Trace, evaluate
 
 DOMAIN = "curvcert"
 """The domain of the operators that are ours: Select, Activation, MaxMin, MaxPool and AveragePool."""
@@ -34,7 +34,7 @@ class RewrittenGraph:
     `subgraph_checks.check`.   output: the logits, as a vector.
     """
 
-    found: Interpretation
+    trace: Trace
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class RewrittenGraph:
         self, node: NodeProto, operator: str, inputs: list[str], output: str, domain: str = "", **attributes: Any
     ) -> str:
         """Append one node in place of (a part of) `node` and return the name of its value."""
-        name = self.found.names.node()
+        name = self.trace.names.node()
         self.origin[name] = node.name
         inputs = [self.resolved(value) for value in inputs]
         self.nodes.append(helper.make_node(operator, inputs, [output], name=name, domain=domain, **attributes))
@@ -65,13 +65,13 @@ class RewrittenGraph:
 
     def constant(self, array: np.ndarray) -> str:
         """The (fresh) name of a new constant."""
-        name = self.found.names.value()
+        name = self.trace.names.value()
         self.constants[name] = array
         return name
 
     def part(self, shape: tuple[int, ...] | None = None) -> str:
         """A fresh name for a value between the nodes that replace one."""
-        name = self.found.names.value()
+        name = self.trace.names.value()
         if shape is not None:
             self.shapes[name] = shape
         return name
@@ -99,13 +99,13 @@ def numbered_entries(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(1.0, np.prod(shape) + 1).reshape(shape)
 
 
-def data_axis(found: Interpretation, node: NodeProto, value: str, axis: int) -> int:
+def data_axis(trace: Trace, node: NodeProto, value: str, axis: int) -> int:
     """An axis of a value of the file, counted with the batch in front. Refused where it is the batch."""
-    axis = axis % found.values[value].ndim
-    if value in found.unbatched:
+    axis = axis % trace.values[value].ndim
+    if value in trace.unbatched:
         return axis + 1
     if axis == 0:
-        raise found.refuse(node, "works along the batch; every value must keep the batch on its first axis")
+        raise trace.refuse(node, "works along the batch; every value must keep the batch on its first axis")
     return axis
 
 
@@ -114,37 +114,37 @@ def move(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
     The node itself moves numbered entries, and the index is read off; what it makes of zeros are the constants.
     """
-    found = rewritten.found
+    trace = rewritten.trace
     source = node.input[0]
-    if source not in found.values or any(value in found.values for value in node.input[1:]):
-        raise found.refuse(node, "moves data to places that depend on the data, which is not supported")
-    constants = [found.constants.get(value) for value in node.input[1:]]
-    own = found.values[source].shape
-    frames = evaluate(found, node, [np.zeros(own), *constants])
-    moved = evaluate(found, node, [numbered_entries(own), *constants])
+    if source not in trace.values or any(value in trace.values for value in node.input[1:]):
+        raise trace.refuse(node, "moves data to places that depend on the data, which is not supported")
+    constants = [trace.constants.get(value) for value in node.input[1:]]
+    own = trace.values[source].shape
+    frames = evaluate(trace, node, [np.zeros(own), *constants])
+    moved = evaluate(trace, node, [numbered_entries(own), *constants])
     for value, frame, numbered in zip(node.output, frames, moved, strict=False):
         if not value:
             continue
-        index = _of_one_sample(found, node, source, found.samples(value, numbered - frame))
+        index = _of_one_sample(trace, node, source, trace.samples(value, numbered - frame))
         if not frame.any():
             emit_index(rewritten, node, source, value, index)
             continue
         bare = rewritten.part(index.shape)
         emit_index(rewritten, node, source, bare, index)
-        rewritten.emit(node, "Add", [bare, rewritten.constant(found.samples(value, frame)[:1])], value)
+        rewritten.emit(node, "Add", [bare, rewritten.constant(trace.samples(value, frame)[:1])], value)
 
 
-def _of_one_sample(found: Interpretation, node: NodeProto, source: str, numbered: np.ndarray) -> np.ndarray:
+def _of_one_sample(trace: Trace, node: NodeProto, source: str, numbered: np.ndarray) -> np.ndarray:
     """The numbers of the first sample's entries (1, ...), the others being the same in their own sample's place."""
-    size, batch = found.size(source), len(found.samples(source, found.values[source]))
+    size, batch = trace.size(source), len(trace.samples(source, trace.values[source]))
     if len(numbered) != batch or not np.array_equal(numbered, np.rint(numbered)):
-        raise found.refuse(node, "mixes the entries that it moves, which is not supported")
+        raise trace.refuse(node, "mixes the entries that it moves, which is not supported")
     first = numbered[:1]
     if first.min() < 0 or first.max() > size:
-        raise found.refuse(node, "mixes the samples of a batch; every value must keep them on its first axis")
+        raise trace.refuse(node, "mixes the samples of a batch; every value must keep them on its first axis")
     for number in range(1, batch):
         if not np.array_equal(numbered[number : number + 1], np.where(first > 0, first + number * size, first)):
-            raise found.refuse(node, "mixes the samples of a batch; every value must keep them on its first axis")
+            raise trace.refuse(node, "mixes the samples of a batch; every value must keep them on its first axis")
     return first
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from certify_cli.errors import ModelError
-from certify_cli.load.onnx.interpret import Interpretation, widened
+from certify_cli.load.onnx.interpret import Trace, widened
 from certify_cli.load.onnx.rewriting import RewrittenGraph, Subgraph
 from certify_cli.load.onnx.subnetwork import OutsideError, needed, value_and_size
 from certify_cli.network.graph import Network, Nonlinear
@@ -40,7 +40,7 @@ def check(rewritten: RewrittenGraph, network: Network, holding: dict[str, int], 
         inputs = [_held(rewritten, holding, source, value) for value in subgraph.inputs]
         if target is None or None in inputs:
             continue  # does not lead to the logits, as a second half of a split may not
-        _check_piece(rewritten.found, subgraph, network, target, [i for i in inputs if i is not None], random)
+        _check_piece(rewritten.trace, subgraph, network, target, [i for i in inputs if i is not None], random)
 
 
 def _held(rewritten: RewrittenGraph, holding: dict[str, int], source: str, value: str) -> int | None:
@@ -49,7 +49,7 @@ def _held(rewritten: RewrittenGraph, holding: dict[str, int], source: str, value
 
 
 def _check_piece(
-    found: Interpretation,
+    trace: Trace,
     subgraph: Subgraph,
     network: Network,
     target: int,
@@ -60,18 +60,18 @@ def _check_piece(
     try:
         after = needed(network, target, set(inputs))
     except OutsideError:
-        raise found.refuse(last, "was rewritten into something that reads other values; please report it") from None
+        raise trace.refuse(last, "was rewritten into something that reads other values; please report it") from None
     kinked = any(isinstance(network.nodes[index].op, Nonlinear) for index in after)
     compared = False
     for scale in _scales(subgraph, kinked):
         drawn = {index: scale * random.normal(size=(1, *network.nodes[index].shape)) for index in inputs}
-        samples = [drawn[i].reshape(found.shape(value)) for i, value in zip(inputs, subgraph.inputs, strict=True)]
-        before = _before(found, subgraph, samples)
+        samples = [drawn[i].reshape(trace.shape(value)) for i, value in zip(inputs, subgraph.inputs, strict=True)]
+        before = _before(trace, subgraph, samples)
         given = {index: torch.from_numpy(sample) for index, sample in drawn.items()}
         with torch.no_grad():
             value, size, deviation = value_and_size(network, target, given)
         if tuple(value.shape) != before.shape:
-            raise found.refuse(
+            raise trace.refuse(
                 last, f"has shape {list(before.shape)} in the file and {list(value.shape)} here; please report it"
             )
         off = np.abs(value.numpy() - before)
@@ -82,13 +82,13 @@ def _check_piece(
         compared = compared or bool(finite.all())
         if not (off <= allowed)[finite].all():
             worst = float((off / allowed)[finite].max()) * TOLERANCE
-            raise found.refuse(
+            raise trace.refuse(
                 last,
                 f"computes something else in the file than what it was read as (off by {worst:.3g} of its size at "
                 f"inputs of size {scale:g}); please report it with the model",
             )
     if not compared:
-        raise found.refuse(last, "gives no finite numbers to compare it by; replace the layer")
+        raise trace.refuse(last, "gives no finite numbers to compare it by; replace the layer")
 
 
 def _scales(subgraph: Subgraph, kinked: bool) -> tuple[float, ...]:
@@ -99,14 +99,14 @@ def _scales(subgraph: Subgraph, kinked: bool) -> tuple[float, ...]:
     return (*LINEAR_SCALES, 0.0)
 
 
-def _before(found: Interpretation, subgraph: Subgraph, samples: list[np.ndarray]) -> np.ndarray:
+def _before(trace: Trace, subgraph: Subgraph, samples: list[np.ndarray]) -> np.ndarray:
     """What the file's nodes make of one sample, in float64."""
-    values = {name: found.to_file_shape(name, sample) for name, sample in zip(subgraph.inputs, samples, strict=True)}
+    values = {name: trace.to_file_shape(name, sample) for name, sample in zip(subgraph.inputs, samples, strict=True)}
     for node in subgraph.before:
         operands = [
-            None if not name else values[name] if name in values else found.constants.get(name) for name in node.input
+            None if not name else values[name] if name in values else trace.constants.get(name) for name in node.input
         ]
         if any(name and operand is None for name, operand in zip(node.input, operands, strict=True)):
-            raise ModelError(f"{found.path}: {found.origin[node.name]} cannot be checked by itself; please report it")
-        values.update(zip(node.output, widened(found, node, operands), strict=False))
-    return found.samples(subgraph.value, values[subgraph.value])[:1]
+            raise ModelError(f"{trace.path}: {trace.origin[node.name]} cannot be checked by itself; please report it")
+        values.update(zip(node.output, widened(trace, node, operands), strict=False))
+    return trace.samples(subgraph.value, values[subgraph.value])[:1]
