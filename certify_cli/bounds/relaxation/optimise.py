@@ -22,7 +22,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import head, nonlinear_nodes, offsets, pull
 from certify_cli.numerics.choose import either
-from certify_cli.numerics.climber import LONGEST, RATE, SLOPE_STEP, Climber, adjoint_sizes
+from certify_cli.numerics.momentum import LONGEST, RATE, SLOPE_STEP, MomentumAscent, adjoint_sizes
 from certify_cli.numerics.rounding import TINY
 
 SHORTER, LONGER = 0.5, 1.4
@@ -56,7 +56,9 @@ def climbed(
     problem = _Problem(network, radius, choice, cotangents.unsqueeze(1), start)
     best = dict(slopes)
     most, gradient, v = problem.at(best)
-    climbers = {k: Climber(s, SLOPE_STEP * choice[k].scale / adjoint_sizes(v[k])) for k, s in best.items() if k in v}
+    climbers = {
+        k: MomentumAscent(s, SLOPE_STEP * choice[k].scale / adjoint_sizes(v[k])) for k, s in best.items() if k in v
+    }
     rate = torch.full_like(most, RATE)
     for count in range(1, steps + 1):
         for k, climber in climbers.items():

@@ -25,7 +25,7 @@ from certify_cli.network.activations.grid_estimates import Grid, SoftMinimiser
 from certify_cli.network.evaluated import Point
 from certify_cli.network.propagate import Slope, head, nonlinear_nodes, offsets, pull
 from certify_cli.numerics.choose import either
-from certify_cli.numerics.climber import LONGEST, RATE, SLOPE_STEP, WEIGHT_STEP, Climber, adjoint_sizes
+from certify_cli.numerics.momentum import LONGEST, RATE, SLOPE_STEP, WEIGHT_STEP, MomentumAscent, adjoint_sizes
 
 SLIP, SHORTER, CALMER, LONGER = 0.03, 0.4, 0.7, 1.3
 """A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
@@ -76,8 +76,8 @@ def ascend(
         w, (steepness, bending, width) = best.choice.weights[k], problem.grids[k].scales()
         v = adjoint_sizes(first.adjoints[k])
         # gradients by slopes are at most about |v| width, by weights about width^2 / 8
-        slopes[k] = Climber(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
-        weights[k] = Climber(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())
+        slopes[k] = MomentumAscent(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
+        weights[k] = MomentumAscent(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())
     state, rate = first, torch.full_like(margin, RATE)
     for count in range(1, steps + 1):
         by_slope, by_weight = problem.gradient(state)

@@ -20,7 +20,7 @@ MOMENTUM = 0.6
 
 
 @dataclass(eq=False)
-class Climber:
+class MomentumAscent:
     """One tensor (..., batch, size), what a step along its gradient is multiplied by (batch, size), and the gradients'
     running mean."""
 
