@@ -1,9 +1,9 @@
-"""Curves: real functions of one variable whose exact range over any interval is known.
+"""Curves: piecewise monotone functions of one variable, whose exact range over any interval is known.
 
-Between two neighbouring turning points a curve is monotone, so its range over an interval is the hull of its values at
-the two ends and at the turning points inside. A jump is a turning point with two values, a limit at infinity one at
-+-inf, and a periodic curve lists one period. That is all there is to know: one routine serves every activation, its
-slope and its curvature (theory section 0, "Activation rows").
+Between two neighbouring critical points a curve is monotone, so its range over an interval is the hull of its values at
+the two ends and at the critical points inside. A jump is a critical point with two values, a limit at infinity one at
++-inf, and a periodic curve lists one period. One routine therefore serves every activation, its slope and its curvature
+(theory section 0, "Activation rows").
 """
 
 from __future__ import annotations
@@ -16,20 +16,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.numerics.rounding import UNIT
-
-TINY = 1e-300
-"""Absorbs every underflow: intermediate results below 2^-1022 may be flushed to zero."""
+from certify_cli.numerics.rounding import TINY, UNIT
 
 ULPS = 4
-"""Stored decimals, scaled by a parameter or not, are taken to be off by this many spacings (2 u, relative)."""
+"""Assumed error, in spacings (2 u, relative), of stored decimals, whether or not a parameter scales them."""
 
 
 @dataclass(frozen=True)
 class CriticalPoint:
-    """A turning point, jump or limit: every value (one-sided limits included) taken there lies in [low, high].
+    """A local extremum, jump or limit of a curve. Its values there, one-sided limits included, lie in [low, high].
 
-    Its true abscissa is within `slack` of `abscissa`.
+    The true abscissa is within `slack` of `abscissa`.
     """
 
     abscissa: float
@@ -39,18 +36,18 @@ class CriticalPoint:
 
     @property
     def jump(self) -> float:
-        """The height of the jump; 0 for a point whose [low, high] is nothing but rounding."""
+        """Height of the jump; 0 where [low, high] is rounding only."""
         height = self.high - self.low
         return height if height > 64 * UNIT * max(abs(self.low), abs(self.high)) else 0.0
 
 
 def exactly(abscissa: float, *values: float) -> CriticalPoint:
-    """A point whose abscissa and values are float64 numbers; two values make a jump."""
+    """A critical point whose abscissa and values are float64 numbers; two values make a jump."""
     return CriticalPoint(abscissa, min(values), max(values))
 
 
 def nearly(abscissa: float, *values: float) -> CriticalPoint:
-    """A point whose abscissa and values are rounded: the values are moved outward, the abscissa is given slack."""
+    """A critical point whose abscissa and values are rounded: values are moved outward, the abscissa has slack."""
     relative = 2 * ULPS * UNIT
     slack = relative * abs(abscissa) if math.isfinite(abscissa) else 0.0
     low, high = min(values), max(values)
@@ -59,12 +56,14 @@ def nearly(abscissa: float, *values: float) -> CriticalPoint:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A function R -> R, its evaluation error and its turns.
+    """A function R -> R with its evaluation error and its critical points.
 
-    `function` maps a tensor of any shape entrywise. In float64 its error at z is at most
-    `u (relative |computed| + absolute)`, u = 2^-53, provided that the library's elementary functions are within 4 ulp
-    (5 for erfc): SLEEF's kernels on the CPU claim 1 (1.5 for erfc), CUDA's guide states at most 2 (5 for erfc).
-    `turns` must hold a point at -inf and one at +inf, unless the curve is periodic.
+    function: maps a tensor of any shape entrywise.
+    critical_points: in any order; one at -inf and one at +inf among them, unless the curve is periodic.
+    relative, absolute: the error in float64 is at most u (relative |computed| + absolute), u = 2^-53, provided that the
+        library's elementary functions are within 4 ulp (5 for erfc): SLEEF's kernels on the CPU claim 1 (1.5 for erfc),
+        CUDA's guide states at most 2 (5 for erfc).
+    period: of a periodic curve, whose critical points are those of one period.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -77,15 +76,15 @@ class Curve:
         return self.function(z)
 
     def error(self, z: Tensor) -> Tensor:
-        """Upper bound of |computed - exact| at the float64 numbers z; entrywise.
+        """Upper bound of |computed - exact| at the float64 numbers z, entrywise.
 
-        Where z cannot be told from a jump whose abscissa is rounded, the whole jump is the error. At a jump whose abscissa is
-        exact, either one-sided limit counts as exact.
+        The height of a jump is added where z may be on either side of it, because its abscissa is rounded. At a jump
+        whose abscissa is exact, either one-sided limit counts as exact.
         """
         return self.error_of(self.function(z), z)
 
     def error_of(self, value: Tensor, z: Tensor) -> Tensor:
-        """`error` where the computed value at z is known already."""
+        """`error`, given the computed value at z."""
         error = UNIT * (self.relative * value.abs() + self.absolute) + TINY
         for point in self.critical_points:
             if point.slack > 0.0 and point.jump > 0.0:
@@ -95,26 +94,26 @@ class Curve:
 
     @cached_property
     def range(self) -> tuple[float, float]:
-        """(least, most) over the whole line, rounded outward."""
+        """(lower, upper) over the real line, rounded outward."""
         return min(point.low for point in self.critical_points), max(point.high for point in self.critical_points)
 
     def on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """(least, most) over the intervals [lo, hi], entrywise, rounded outward.
+        """(lower, upper) over the intervals [lo, hi], entrywise, rounded outward.
 
-        `lo <= hi` of one shape, ends may be infinite. An interval that touches a jump sees both sides of it. NaN gives
+        `lo <= hi` of one shape, ends may be infinite. An interval that touches a jump has both of its sides. NaN gives
         NaN.
         """
         lo, hi = lo.double(), hi.double()
-        least, most = self._hull_of_ends(lo, hi)
+        lower, upper = self._hull_of_ends(lo, hi)
         for point in self.critical_points:
             inside = self.may_contain(lo, hi, point)
-            least = torch.where(inside, least.clamp(max=point.low), least)
-            most = torch.where(inside, most.clamp(min=point.high), most)
-        return least.clamp(*self.range), most.clamp(*self.range)
+            lower = torch.where(inside, lower.clamp(max=point.low), lower)
+            upper = torch.where(inside, upper.clamp(min=point.high), upper)
+        return lower.clamp(*self.range), upper.clamp(*self.range)
 
     def _hull_of_ends(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Hull of the values at the finite ends; [inf, -inf], the empty hull, where both ends are infinite."""
-        least, most = torch.full_like(lo, math.inf), torch.full_like(lo, -math.inf)
+        """Hull of the values at the finite ends; the empty interval [inf, -inf] where both ends are infinite."""
+        lower, upper = torch.full_like(lo, math.inf), torch.full_like(lo, -math.inf)
         for end in (lo, hi):
             finite = ~end.isinf()
             z = torch.where(finite, end, torch.zeros_like(end))
@@ -122,12 +121,12 @@ class Curve:
             error = self.error_of(value, z)
             below = torch.nextafter(value - error, torch.full_like(value, -math.inf))
             above = torch.nextafter(value + error, torch.full_like(value, math.inf))
-            least = torch.where(finite, torch.minimum(least, below), least)
-            most = torch.where(finite, torch.maximum(most, above), most)
-        return least, most
+            lower = torch.where(finite, torch.minimum(lower, below), lower)
+            upper = torch.where(finite, torch.maximum(upper, above), upper)
+        return lower, upper
 
     def may_contain(self, lo: Tensor, hi: Tensor, point: CriticalPoint) -> Tensor:
-        """Whether the point (or one of its repetitions) may lie in [lo, hi]."""
+        """Whether the critical point, or one of its repetitions, may lie in [lo, hi]."""
         if self.period is None:
             return (lo <= point.abscissa + point.slack) & (hi >= point.abscissa - point.slack)
         # Three roundings here and those of abscissa and period, counted in units of z: below 16 u (|z| + |abscissa|).

@@ -1,11 +1,13 @@
-"""Activations: a table of rows, one a function (theory section 0).
+"""The rows of the activation table, one per function (theory section 0).
 
-A row is a rule that returns phi, phi' and phi'' as curves (function, turning points, error in units of u), under the
-names that torch and ONNX know it by; nothing else in the program has to learn of a new one. Turning points were found
-with 50 digits (the tests find them again); `exactly` marks float64 numbers, `nearly` rounded ones.
+A row is a rule that returns phi, phi' and phi'' as curves (function, critical points, error in units of u), decorated
+with the names that torch and ONNX give the function. Critical points were computed with 50 digits, and the tests
+compute them again; `exactly` marks float64 numbers, `nearly` rounded ones.
 
 The stated errors count every operation as u, every library function as 8 u (4 ulp), and a rounded argument by its
 condition number.
+
+The file is long because it is a table: a reader who compares two rows, or adds one, has all of them here.
 """
 
 from __future__ import annotations
@@ -56,12 +58,12 @@ def _limits(left: float, right: float) -> tuple[CriticalPoint, CriticalPoint]:
     return exactly(-INF, left), exactly(INF, right)
 
 
-def _odd(place: float, value: float) -> tuple[CriticalPoint, CriticalPoint]:
-    return nearly(-place, -value), nearly(place, value)
+def _odd(abscissa: float, value: float) -> tuple[CriticalPoint, CriticalPoint]:
+    return nearly(-abscissa, -value), nearly(abscissa, value)
 
 
-def _even(place: float, value: float) -> tuple[CriticalPoint, CriticalPoint]:
-    return nearly(-place, value), nearly(place, value)
+def _even(abscissa: float, value: float) -> tuple[CriticalPoint, CriticalPoint]:
+    return nearly(-abscissa, value), nearly(abscissa, value)
 
 
 def _positive(row_name: str, parameter: str, number: float) -> None:
@@ -100,7 +102,7 @@ def sigmoid() -> Activation:
     )
 
 
-def _softplus_rest(value: Curve, beta: float, deviation: float = 0.0) -> Activation:
+def _with_softplus_derivatives(value: Curve, beta: float, deviation: float = 0.0) -> Activation:
     return Activation(
         value=value,
         slope=Curve(lambda z: logistic(beta * z), _limits(0.0, 1.0), relative=24, absolute=1),
@@ -117,7 +119,7 @@ def _softplus_rest(value: Curve, beta: float, deviation: float = 0.0) -> Activat
 
 @row(modules={nn.Softplus: spelled(beta="beta", threshold="threshold")}, onnx={"Softplus": spelled()})
 def softplus(beta: float = 1.0, threshold: float | None = None) -> Activation:
-    """`threshold`: the deployed operator returns z above beta z > threshold; we follow the exact function."""
+    """softplus(beta z) / beta. The deployed operator returns z where beta z > threshold: `deviation` bounds the difference."""
     _positive("softplus", "beta", beta)
     if threshold is not None and threshold < 20:
         raise ModelError(
@@ -126,7 +128,7 @@ def softplus(beta: float = 1.0, threshold: float | None = None) -> Activation:
         )
     deviation = 0.0 if threshold is None else up(math.log1p(math.exp(-threshold)) / beta, 8)
     value = Curve(lambda z: softplus_value(z, beta), _limits(0.0, INF), relative=20, absolute=1 / beta)
-    return _softplus_rest(value, beta, deviation)
+    return _with_softplus_derivatives(value, beta, deviation)
 
 
 @row()
@@ -137,7 +139,8 @@ def centred_softplus(beta: float = 1.0) -> Activation:
     def value(z: Tensor) -> Tensor:
         return z.clamp(min=0.0) + torch.log1p(torch.expm1(-(beta * z).abs()) / 2) / beta
 
-    return _softplus_rest(Curve(value, (nearly(-INF, -math.log(2) / beta), exactly(INF, INF)), relative=32), beta)
+    limits = nearly(-INF, -math.log(2) / beta), exactly(INF, INF)
+    return _with_softplus_derivatives(Curve(value, limits, relative=32), beta)
 
 
 @row(modules={nn.LogSigmoid: spelled()})
@@ -150,7 +153,7 @@ def log_sigmoid() -> Activation:
     )
 
 
-# Gated: z times a distribution function. Their derivatives vanish (or reach 1) long before the clamps below.
+# Gated: z times a distribution function. Their derivatives reach their limits long before the clamps of the formulas.
 
 
 @row(
@@ -308,7 +311,7 @@ def erf() -> Activation:
 
 @row(onnx={"Sin": spelled()})
 def sin() -> Activation:
-    # A periodic curve allows for rounded places itself.
+    # no slack: a periodic curve itself allows for rounded abscissae
     def wave(function: Callable[[Tensor], Tensor], top: float) -> Curve:
         return Curve(function, (exactly(top, 1.0), exactly(top - math.pi, -1.0)), absolute=8, period=2 * math.pi)
 
@@ -337,29 +340,29 @@ def softsign() -> Activation:
 # Exponential on the left, linear on the right.
 
 
-def _exponential_linear(alpha: float, width: float, gain: float) -> Activation:
-    """gain z for z > 0, gain alpha (exp(z/width) - 1) below; phi' is continuous exactly where alpha = width."""
-    depth, steepness = gain * alpha, gain * alpha / width
+def _exponential_linear(alpha: float, width: float, scale: float) -> Activation:
+    """scale z for z > 0, scale alpha (exp(z/width) - 1) below; phi' is continuous exactly where alpha = width."""
+    depth, steepness = scale * alpha, scale * alpha / width
 
     def value(z: Tensor) -> Tensor:
-        return gain * z.clamp(min=0.0) + depth * torch.expm1(z.clamp(max=0.0) / width)
+        return scale * z.clamp(min=0.0) + depth * torch.expm1(z.clamp(max=0.0) / width)
 
     def slope(z: Tensor) -> Tensor:
-        return torch.where(z > 0, gain, steepness * torch.exp(z.clamp(max=0.0) / width))
+        return torch.where(z > 0, scale, steepness * torch.exp(z.clamp(max=0.0) / width))
 
     def curvature(z: Tensor) -> Tensor:
-        return torch.where(z > 0, 0.0, torch.exp(z.clamp(max=0.0) / width) * (gain / width))
+        return torch.where(z > 0, 0.0, torch.exp(z.clamp(max=0.0) / width) * (scale / width))
 
     smooth = alpha == width
-    corner = exactly(0.0, gain) if smooth else nearly(0.0, gain, steepness)
-    bend = gain / width
+    at_zero = exactly(0.0, scale) if smooth else nearly(0.0, scale, steepness)
+    largest = scale / width
     return Activation(
         value=Curve(value, (nearly(-INF, -depth), exactly(INF, INF)), relative=16, absolute=depth),
-        slope=Curve(slope, (*_limits(0.0, gain), corner), relative=16, absolute=steepness),
-        curvature=Curve(curvature, (*_limits(0.0, 0.0), nearly(0.0, 0.0, bend)), relative=16, absolute=bend)
+        slope=Curve(slope, (*_limits(0.0, scale), at_zero), relative=16, absolute=steepness),
+        curvature=Curve(curvature, (*_limits(0.0, 0.0), nearly(0.0, 0.0, largest)), relative=16, absolute=largest)
         if smooth
         else None,
-        third_sup=up(bend / width, 4) if smooth else None,
+        third_sup=up(largest / width, 4) if smooth else None,
     )
 
 
@@ -398,7 +401,7 @@ def selu(alpha: float = 1.6732632423543772, gamma: float = 1.0507009873554805) -
 def _piecewise(
     value: Curve, kinks: tuple[CriticalPoint, ...], slopes: tuple[float, ...], *, deviation: float = 0.0
 ) -> Activation:
-    """Slope slopes[i] between the kinks i-1 and i. A kink's values are the slopes on its two sides."""
+    """A piecewise linear function of slope slopes[i] between kinks i-1 and i, whose values are the slopes on both sides."""
 
     def slope(z: Tensor) -> Tensor:
         result = torch.where(z.isnan(), z, slopes[0])
@@ -435,13 +438,13 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
     onnx={"Clip": spelled(low="min", high="max")},
 )
 def clip(low: float | None = None, high: float | None = None) -> Activation:
-    """min(max(z, low), high); None leaves that side open."""
+    """min(max(z, low), high); None for no limit on that side."""
     if low is None and high is None:
         raise ModelError("clip without low and high changes nothing: give it one of them")
     floor, ceiling = -INF if low is None else low, INF if high is None else high
     if floor >= ceiling:
         raise ModelError(f"clip from {floor:g} to {ceiling:g} is constant: low must be below high")
-    kinks = tuple(exactly(place, 0.0, 1.0) for place in (low, high) if place is not None)
+    kinks = tuple(exactly(abscissa, 0.0, 1.0) for abscissa in (low, high) if abscissa is not None)
     slopes = ((0.0,) if low is not None else ()) + (1.0,) + ((0.0,) if high is not None else ())
     return _piecewise(Curve(lambda z: z.clamp(low, high), _limits(floor, ceiling)), kinks, slopes)
 
@@ -451,7 +454,7 @@ def clip(low: float | None = None, high: float | None = None) -> Activation:
     onnx={"HardSigmoid": spelled(alpha="alpha", beta="beta", defaults={"alpha": 0.20000000298023224, "beta": 0.5})},
 )
 def hard_sigmoid(alpha: float = 1 / 6, beta: float = 0.5) -> Activation:
-    """alpha z + beta, clipped to [0, 1]; torch's is the default, whose alpha is the rational 1/6."""
+    """alpha z + beta, clipped to [0, 1]. The default is torch's, whose alpha is the rational 1/6."""
     _positive("hard_sigmoid", "alpha", alpha)
     value = Curve(
         lambda z: (alpha * z + beta).clamp(0.0, 1.0), _limits(0.0, 1.0), relative=4, absolute=4 * (1 + abs(beta))
