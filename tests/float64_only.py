@@ -43,9 +43,9 @@ ALLOWED: Mapping[Place, frozenset[str]] = {
 
 ANY = frozenset({"*"})
 PROPOSING: Mapping[Place, frozenset[str]] = {
-    # approximate factors, of which `eigen._factored` measures in float64 what they leave of the matrix
-    ("numerics/eigen.py", "factored"): ANY,
-    ("numerics/eigen.py", "_factored"): ANY,
+    # approximate factors, of which `eigen._shifted_cholesky` measures in float64 what they leave of the matrix
+    ("numerics/eigen.py", "shifted_cholesky"): ANY,
+    ("numerics/eigen.py", "_shifted_cholesky"): ANY,
     # answers of any quality: `trust_region_loss` measures in float64 what they leave
     ("bounds/remainder/trust_region.py", "_Factor._on_side"): ANY,
     # hints for mu and tau, and directions to climb in

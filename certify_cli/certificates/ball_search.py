@@ -30,7 +30,7 @@ from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
 from certify_cli.efforts import BallSearchLimits
 from certify_cli.network.activations import Activation
-from certify_cli.network.activations.grid_estimates import straight
+from certify_cli.network.activations.grid_estimates import is_piecewise_linear
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import nonlinear_nodes, pre_activations
 from certify_cli.numerics.rounding import difference_down
@@ -170,7 +170,7 @@ def _worth_optimising_ranges(point: EvaluatedPoints, limits: BallSearchLimits) -
     if not steps or not has_slopes(point) or optimised_cost(network, steps) > limits.range_slope_operations:
         return False
     ops = [network.nodes[k].op for k in nonlinear_nodes(network)]
-    bent = any(isinstance(op, Activation) and not straight(op) for op in ops)
+    bent = any(isinstance(op, Activation) and not is_piecewise_linear(op) for op in ops)
     depth = sum(reaches(network, target) for target in pre_activations(network)[:-1])
     return (bent or limits.kinks) and depth >= limits.range_slope_depth
 

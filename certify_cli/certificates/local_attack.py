@@ -31,10 +31,10 @@ def certified_local_attack(model_bounds: ModelBounds, point: EvaluatedPoints, ja
     """
     nearest = (point.margin_high / point.gradient_norm_low).masked_fill(point.own, torch.inf)
     nearest = nearest.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    farthest = FARTHEST * nearest.amin(1)
+    largest_change = FARTHEST * nearest.amin(1)
     rival = nearest.argmin(1)
-    found = torch.full_like(farthest, torch.inf)
-    active = (farthest.isfinite() & (farthest > 0) & point.finite).nonzero()[:, 0]
+    found = torch.full_like(largest_change, torch.inf)
+    active = (largest_change.isfinite() & (largest_change > 0) & point.finite).nonzero()[:, 0]
     for _ in range(BALLS):
         if not len(active):
             break
@@ -48,7 +48,7 @@ def certified_local_attack(model_bounds: ModelBounds, point: EvaluatedPoints, ja
         done = wanted.gather(1, target.unsqueeze(1)).squeeze(1) <= radius
         found[active[done]], rival[active[done]] = radius[done], target[done]
         nearest[active] = torch.maximum(nearest[active], AHEAD * wanted)
-        active = active[~done & (nearest[active].amin(1) < farthest[active])]
+        active = active[~done & (nearest[active].amin(1) < largest_change[active])]
     return found, rival
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from certify_cli.data.source import MAX_PIXELS, Floats, Source, Taken
+from certify_cli.data.source import MAX_PIXELS, Floats, Samples, Source
 from certify_cli.errors import DataError, UsageError, quoted, shown
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def _digits(split: str) -> Source:
     part = slice(-DIGITS_TEST, None) if split == "test" else slice(None, -DIGITS_TEST)
     images, labels = bunch.images[part], bunch.target[part].astype(np.int64)
 
-    def take(indices: Sequence[int]) -> Taken:
-        return Taken((images[list(indices), None] / 16).astype(np.float32))
+    def take(indices: Sequence[int]) -> Samples:
+        return Samples((images[list(indices), None] / 16).astype(np.float32))
 
     return Source("digits", len(labels), take, labels, tuple("0123456789"))
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from certify_cli.data.source import CHANNELS, MAX_BYTES, Source, Taken, unit_range
+from certify_cli.data.source import CHANNELS, MAX_BYTES, Samples, Source, unit_range
 from certify_cli.errors import DataError, UsageError, first_line, listed, shown
 
 DEFLATE_RATIO = 1040
@@ -50,11 +50,11 @@ def open_npz(path: Path, layout: str) -> Source:
     elif x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
         notes.append(f"{path.name}: x of shape {x.shape} looks like NHWC; if it is, say --data-layout nhwc")
 
-    def take(indices: Sequence[int]) -> Taken:
+    def take(indices: Sequence[int]) -> Samples:
         chosen = x[list(indices)]
         floats = unit_range(chosen)
         exact = x.dtype.kind != "f" or x.dtype.itemsize <= 4 or np.array_equal(floats, chosen, equal_nan=True)
-        return Taken(floats, () if exact else (f"{path.name}: float64 values of x are rounded to float32",))
+        return Samples(floats, () if exact else (f"{path.name}: float64 values of x are rounded to float32",))
 
     return Source(path.name, len(x), take, _labels(path, y, len(x)), image=x.ndim == 4, notes=tuple(notes))
 

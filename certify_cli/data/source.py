@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
+class Samples:
     """The chosen samples: `x` float32 (n, *shape), images NCHW; `notes` are sentences for the user."""
 
     x: Floats
@@ -39,7 +39,7 @@ class Source:
 
     name: str
     count: int
-    take: Callable[[Sequence[int]], Taken]
+    take: Callable[[Sequence[int]], Samples]
     labels: NDArray[np.int64] | None
     classes: tuple[str, ...] | None = None
     image: bool = True

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from certify_cli.data.source import MAX_PIXELS, Source, Taken, refuse_many, unit_range
+from certify_cli.data.source import MAX_PIXELS, Samples, Source, refuse_many, unit_range
 from certify_cli.errors import DataError, first_line
 
 DIGIT_NAMES = tuple("0123456789")
@@ -92,8 +92,8 @@ def open_set(
     pixels: NDArray[np.uint8] = np.asarray(data.data)
     labels = np.asarray(data.labels if row.kind == "SVHN" else data.targets, dtype=np.int64)
 
-    def take(indices: Sequence[int]) -> Taken:
-        return Taken(_nchw(unit_range(pixels[list(indices)]), row.axes))
+    def take(indices: Sequence[int]) -> Samples:
+        return Samples(_nchw(unit_range(pixels[list(indices)]), row.axes))
 
     return Source(name, len(pixels), take, labels, row.classes or tuple(data.classes), notes=notes)
 
@@ -126,7 +126,7 @@ def open_folder(path: Path, resize: tuple[int, int] | None) -> Source:
     """The images below `path`: a class a subfolder (torchvision's ImageFolder), or unlabelled where it has none."""
     files, labels, classes = _listed(path)
 
-    def take(indices: Sequence[int]) -> Taken:
+    def take(indices: Sequence[int]) -> Samples:
         return _read(path, [files[i] for i in indices], resize)
 
     notes = () if resize is None else (f"{path.name}: images resized to {resize[0]}x{resize[1]} (bilinear)",)
@@ -148,7 +148,7 @@ def _listed(path: Path) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str
     return files, None, None
 
 
-def _read(path: Path, files: Sequence[Path], resize: tuple[int, int] | None) -> Taken:
+def _read(path: Path, files: Sequence[Path], resize: tuple[int, int] | None) -> Samples:
     """Images of one size: one channel if all of them are grey, else RGB."""
     from PIL import Image
 
@@ -179,7 +179,7 @@ def _read(path: Path, files: Sequence[Path], resize: tuple[int, int] | None) -> 
     grey = all(image.mode == "L" for image in images)
     pixels = np.stack([np.asarray(image if grey else image.convert("RGB")) for image in images])
     x = _nchw(unit_range(pixels), "nhw" if grey else "nhwc")
-    return Taken(x, (f"{path.name}: all images are grey and are read with one channel",) if grey else ())
+    return Samples(x, (f"{path.name}: all images are grey and are read with one channel",) if grey else ())
 
 
 def _datasets() -> ModuleType:

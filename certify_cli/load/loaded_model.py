@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from certify_cli.load.onnx.model_input import Entrance
+from certify_cli.load.onnx.model_input import ModelInput
 from certify_cli.network.graph import Network
 from certify_cli.records import ModelInfo
 
@@ -16,7 +16,7 @@ class Deployment:
     threshold: of a model of a single number, above which that means class 1.
     """
 
-    entrance: Entrance
+    model_input: ModelInput
     output: str
     threshold: float = 0.0
 

@@ -1,8 +1,9 @@
-"""The network's values at a sample, with proved bounds of their own rounding error (theory sections 6 and 10).
+"""The network's values at a sample, with proved bounds of their rounding errors (theory sections 6 and 10).
 
-Entrywise, for the float64 arithmetic actually run: an affine node adds gamma_(k+1) (|W| |h| + |b|) to |W| E, an
-activation adds its row's evaluation error to s E. Valid for dot products summed in any order, with or without fused
-multiply-add; `exact_kernels` switches off the kernels for which it is not (TF32, Winograd and FFT convolution).
+The bounds are entrywise, for float64: with E the error of its input, an affine node has |W| E + gamma_(k+1)
+(|W| |h| + |b|), an activation s E plus its row's evaluation error. They hold for dot products summed in any order, with
+or without fused multiply-add; `exact_kernels` switches off the kernels for which they do not (TF32, Winograd and FFT
+convolution).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from certify_cli.network.pooling import GroupMap
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
 
 SAFETY = 1.001
-"""Covers the rounding of the error bounds themselves: sums of non-negative terms, relative error far below 0.1 %."""
+"""Covers the rounding of the error bounds, which are sums of non-negative terms: relative error far below 0.1 %."""
 
 
 @contextmanager
 def exact_kernels() -> Iterator[None]:
-    """Only kernels whose rounding the error bounds cover: plain dot products, no TF32, no cuDNN algorithm choice."""
+    """Context in which torch uses plain dot products only, no TF32 and no cuDNN; without gradients."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -38,7 +39,7 @@ def exact_kernels() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Every node's value (batch, *shape) and the entrywise bound of |computed - exact| (up)."""
+    """Every node's value (batch, *shape), and upper bounds of |computed - exact| of the same shape."""
 
     values: list[Tensor]
     errors: list[Tensor]
@@ -64,8 +65,11 @@ def evaluate(network: Network, x: Tensor) -> Evaluation:
 
 
 def deviation(network: Network) -> Tensor:
-    """Bound (classes,) of |deployed logit - exact logit| at any input, up: how far the network as deployed may be from
-    the functions that the bounds are about (torch's softplus returns z beyond its threshold; theory section 0)."""
+    """Upper bound (classes,) of |deployed logit - exact logit| at any input.
+
+    The bounds concern the exact activations; a deployed operator may differ from them, as torch's softplus returns z
+    beyond its threshold (theory section 0).
+    """
     errors = [torch.zeros(1, *network.input_shape, dtype=torch.float64, device=network.device)]
     for node in network.nodes[1:]:
         inputs = [errors[i] for i in node.inputs]
@@ -86,10 +90,10 @@ def _error(node: Node, inputs: list[Tensor], errors: list[Tensor]) -> Tensor:
         (h,), (e,) = inputs, errors
         rounding = gamma(op.terms + 1)
         bias = op.bias()
-        fresh = op.absolute(h.abs() + e)
+        terms = op.absolute(h.abs() + e)
         if bias is not None:
-            fresh = fresh + bias.abs()
-        return op.absolute(e) + rounding * fresh
+            terms = terms + bias.abs()
+        return op.absolute(e) + rounding * terms
     if isinstance(op, Activation):
         return op.lipschitz * errors[0] + op.value_error(inputs[0])
     joined = _error_of_joins(node, errors)
@@ -100,16 +104,16 @@ def _error(node: Node, inputs: list[Tensor], errors: list[Tensor]) -> Tensor:
 
 
 def _error_of_joins(node: Node, errors: list[Tensor]) -> Tensor:
-    """Errors through a node that moves or adds numbers (exact but for the sum's own rounding)."""
+    """Errors of the inputs, carried through a node that moves, selects or adds numbers; without the sum's rounding."""
     if isinstance(node.op, Add | Concat):
         return node.op.apply(*errors)
     if isinstance(node.op, GroupMap):  # |max a - max b| <= max |a - b|
-        return node.op.farthest(*errors)
+        return node.op.largest_change(*errors)
     raise TypeError(f"no rounding rule for {type(node.op).__name__}")
 
 
 def margins(logits: Tensor, errors: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-    """Margins z_y - z_i (batch, classes) towards every class and a bound of their error (up); 0 at i = y."""
+    """Margins z_y - z_i towards every class i, 0 at i = y, and upper bounds of their errors; both (batch, classes)."""
     top = logits.gather(1, prediction.unsqueeze(1))
     top_error = errors.gather(1, prediction.unsqueeze(1))
     value = top - logits

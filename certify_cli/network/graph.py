@@ -6,7 +6,7 @@ A network is a list of nodes in topological order. Node 0 is the input, the last
 - a join (`Add`, `Concat`) of several earlier nodes, which is affine too, or
 - a nonlinear node: an elementwise `Activation`, or a group map such as `MaxPool`.
 
-Tensors carry the batch in front; shapes in here never mention it.
+The batch is the first axis of every tensor, and no part of any shape in here.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from certify_cli.errors import shown
 
 MAX_VALUES = 2**24
-"""Entries of a sample's value at one node: what would be larger is refused before memory is asked for."""
+"""Largest number of entries of one sample's value at a node; checked before memory is allocated."""
 
 Shape = tuple[int, ...]
 
 
 class Op(Protocol):
-    """What every node's operation can do: say what it is, and map values (batch first) to a value."""
+    """The operation of a node: a map from the values of its inputs (batch first) to its value."""
 
     @property
     def title(self) -> str: ...
@@ -43,13 +43,13 @@ class Nonlinear(ABC):
     """A nonlinear node's operation: an activation, or a group map. Everything else in a network is affine."""
 
     @abstractmethod
-    def gain(self, shape: Shape) -> float:
-        """Upper bound of its Lipschitz constant on values of `shape`."""
+    def lipschitz_constant(self, shape: Shape) -> float:
+        """Upper bound of the Euclidean Lipschitz constant on values of `shape`."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """Node 0."""
+    """The input, node 0; its value is given."""
 
     title: str = "input"
 
@@ -96,13 +96,13 @@ class Concat:
         return torch.cat(values, dim=self.axis + 1)
 
     def split(self, value: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
-        """The parts that belong to the inputs (the transpose of the concatenation)."""
+        """The value cut into one part per input: the transpose of the concatenation."""
         return torch.split(value, [shape[self.axis] for shape in shapes], dim=self.axis + 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One node: `inputs` are indices of earlier nodes, `shape` is its value's shape without the batch."""
+    """One node.   inputs: indices of earlier nodes.   shape: of its value, without the batch."""
 
     name: str
     op: Op
@@ -162,9 +162,9 @@ def refuse_large(shape: Sequence[int], what: str = "its value") -> None:
 
 
 class Builder:
-    """Grows a network node by node; shapes are derived, names made tame and unique.
+    """Builds a network node by node. Shapes are derived from the operations.
 
-    Names come out of files: this is where they enter the network, and from here on they can be printed.
+    Names come from files. They are escaped (`errors.shown`) and made unique here, so that they can be printed anywhere.
     """
 
     def __init__(self, input_shape: Shape, name: str = "input") -> None:
@@ -188,7 +188,7 @@ class Builder:
         return len(self._nodes) - 1
 
     def order(self, output: int) -> dict[int, int]:
-        """The nodes that lead to `output`, and the input: index here -> index in the network."""
+        """Index in the builder -> index in the network that `build(output)` makes, for the input and all nodes it needs."""
         needed = {0, output}
         for index in range(output, 0, -1):
             if index in needed:

@@ -1,4 +1,4 @@
-"""Group maps, largest and smallest ones of groups: they have a Lipschitz constant and no curvature."""
+"""Group maps: maxima and minima of groups of inputs. They have a Lipschitz constant but no curvature."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from certify_cli.numerics.rounding import up
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """A group map's outputs: for each of `signs`, of `lanes` (equal parts of the value) and of the rows of `members`,
-    the largest member (sign 1) or the smallest (-1).
+    """The outputs of a group map, by sign, then channel, then group: the maximum (sign 1) or minimum (-1) of the group.
 
-    members (groups, most): places in a lane, -1 for none.
+    channels: number of equal parts of the value, grouped alike.
+    members: (groups, size of the largest group), int64: indices within a channel, -1 for none.
     """
 
-    lanes: int
+    channels: int
     members: Tensor
     signs: tuple[int, ...]
 
 
 class GroupMap(Nonlinear):
-    """Every output is the largest, or the smallest, of a group of inputs."""
+    """A map each of whose outputs is the maximum, or the minimum, of a group of inputs."""
 
     @abstractmethod
     def groups(self, shape: Shape) -> Groups:
-        """Of values of `shape`, in the order of the outputs."""
+        """The groups of values of `shape`, in the order of the outputs."""
 
     @abstractmethod
-    def farthest(self, moves: Tensor) -> Tensor:
-        """The largest of `moves` (batch, *shape) in every output's group: a bound of what the output moves."""
+    def largest_change(self, changes: Tensor) -> Tensor:
+        """The largest of `changes` (batch, *shape) in every output's group: an upper bound of the output's change."""
 
 
 _POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
@@ -46,8 +46,8 @@ _POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 class MaxPool(GroupMap):
     """Maximum over windows of (channels, *space), torch's conventions; one entry per spatial axis.
 
-    `padding` counts pixels of -inf on both sides, so a padded pixel never wins; `end`, where it is given, those behind
-    the image (negative: pixels cut off), and `padding` those before it.
+    padding: pixels of -inf on both sides, or, where `end` is given, in front of the image only.
+    end: pixels of -inf behind the image; negative where pixels are cut off.
     """
 
     kernel: tuple[int, ...]
@@ -83,18 +83,18 @@ class MaxPool(GroupMap):
         widths = [width for pair in zip(self.padding[::-1], self.end[::-1], strict=True) for width in pair]
         return pool(F.pad(values[0], widths, value=-math.inf), self.kernel, self.stride, 0, self.dilation)
 
-    def gain(self, shape: Shape) -> float:
-        """Root of the largest number of windows that contain one pixel: an upper bound for the l2 norm, rounded up.
+    def lipschitz_constant(self, shape: Shape) -> float:
+        """Square root of the largest number of windows that contain one pixel, rounded up.
 
-        Each output moves by at most the largest change in its window, so the sum of squared changes counts a pixel's
-        at most once per window. A window is a product of intervals: the counts multiply over the axes.
+        Each output changes by at most the largest change in its window, so the sum of squared changes counts each pixel
+        at most once per window. A window is a product of intervals, so the counts multiply over the axes.
         """
         windows = math.prod(self._windows(axis, size) for axis, size in enumerate(shape[1:]))
         root = math.isqrt(windows)
         return float(root) if root * root == windows else up(math.sqrt(windows), 1)
 
     def _outputs(self, axis: int, size: int) -> int:
-        """How many windows one axis holds, by torch's own rule (ceil_mode drops windows that start in the padding)."""
+        """Number of windows along one axis, by torch's own rule (ceil_mode drops windows that start in the padding)."""
         kernel, stride, padding, dilation = (
             part[axis] for part in (self.kernel, self.stride, self.padding, self.dilation)
         )
@@ -110,11 +110,11 @@ class MaxPool(GroupMap):
             raise ValueError(f"max pooling of kernel {self.kernel} does not fit {size} pixels: {error}") from error
         return out.shape[-1]
 
-    def farthest(self, moves: Tensor) -> Tensor:
-        return self.apply(moves)
+    def largest_change(self, changes: Tensor) -> Tensor:
+        return self.apply(changes)
 
     def groups(self, shape: Shape) -> Groups:
-        """Channel by channel the pixels of every window."""
+        """In each channel the pixels of every window."""
         table = torch.zeros(1, 1, dtype=torch.long)
         for axis, size in enumerate(shape[1:]):
             taps = self._taps(axis, size)
@@ -125,7 +125,7 @@ class MaxPool(GroupMap):
         return Groups(shape[0], table, (1,))
 
     def _taps(self, axis: int, size: int) -> Tensor:
-        """The pixels of every window along one axis, (windows, kernel); outside of [0, size) they are padding."""
+        """Pixel indices (windows, kernel) of every window along one axis; outside of [0, size) lies padding."""
         starts = torch.arange(self._outputs(axis, size)) * self.stride[axis] - self.padding[axis]
         return starts[:, None] + torch.arange(self.kernel[axis]) * self.dilation[axis]
 
@@ -138,7 +138,7 @@ class MaxPool(GroupMap):
 
 @dataclass(frozen=True)
 class MaxMin(GroupMap):
-    """GroupSort of two (Anil et al., 2019): the halves of the first axis are paired, the larger ones come first."""
+    """GroupSort of pairs (Anil et al., 2019): entries of the first axis' halves are paired; maxima come first."""
 
     title: str = "max_min"
 
@@ -153,12 +153,12 @@ class MaxMin(GroupMap):
         first, second = values[0].chunk(2, dim=1)
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
 
-    def gain(self, shape: Shape) -> float:
-        """Sorting brings no two points farther apart."""
+    def lipschitz_constant(self, shape: Shape) -> float:
+        """1: sorting does not increase distances."""
         return 1.0
 
-    def farthest(self, moves: Tensor) -> Tensor:
-        first, second = moves.chunk(2, dim=1)
+    def largest_change(self, changes: Tensor) -> Tensor:
+        first, second = changes.chunk(2, dim=1)
         larger = torch.maximum(first, second)
         return torch.cat([larger, larger], dim=1)
 

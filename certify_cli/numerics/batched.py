@@ -9,11 +9,11 @@ SMALL = 128
 """Size of a matrix up to which single precision saves nothing."""
 
 
-def row_times(vectors: Tensor, matrix: Tensor) -> Tensor:
+def vector_times_matrix(vectors: Tensor, matrix: Tensor) -> Tensor:
     """(batch, m) and (batch or 1, m, n) -> (batch, n)."""
     return vectors @ matrix[0] if len(matrix) == 1 else (vectors.unsqueeze(1) @ matrix).squeeze(1)
 
 
-def proposing(size: int) -> torch.dtype:
+def estimate_dtype(size: int) -> torch.dtype:
     """Of matrices that propose and prove nothing: single precision where that saves something."""
     return torch.float64 if size <= SMALL else torch.float32

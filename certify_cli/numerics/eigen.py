@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from certify_cli.numerics.batched import proposing
+from certify_cli.numerics.batched import estimate_dtype
 from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, gamma, powers_of_two, times, up
 
 LANCZOS_STEPS = 40
@@ -128,7 +128,7 @@ def _prove(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return (info == 0) & value.isfinite(), up(value, 8)
 
 
-def factored(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, Tensor]:
+def shifted_cholesky(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, Tensor]:
     """(t, L, bound): factors L of about I - S / t, and the upper bounds of lambda_max(S) that they prove.
 
     Large factors are in single precision, which costs the bound about 1e-6 of itself.
@@ -138,14 +138,14 @@ def factored(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, Tensor, T
     """
     most = up(matrices.shape[-1] * matrices.abs().amax((1, 2)), 2)
     t = torch.where(t.isfinite() & (t > 0), t, most).clamp(min=UNDERFLOW)
-    lower = torch.zeros_like(matrices, dtype=proposing(matrices.shape[-1]))
+    lower = torch.zeros_like(matrices, dtype=estimate_dtype(matrices.shape[-1]))
     bound = torch.where(most.isfinite(), most, torch.full_like(most, math.inf))
     open_, step = most.isfinite().nonzero().squeeze(1), FIRST_STEP
     for _ in range(tries):
         if not len(open_):
             break
         whole = len(open_) == len(matrices)
-        factor, good, value = _factored(matrices if whole else matrices[open_], t[open_])
+        factor, good, value = _shifted_cholesky(matrices if whole else matrices[open_], t[open_])
         lower[open_] = factor
         bound[open_] = torch.where(good, torch.fmin(value, bound[open_]), bound[open_])
         open_ = open_[~good]
@@ -169,7 +169,7 @@ def _distance(matrices: Tensor, lower: Tensor) -> Tensor:
     return total.sqrt()
 
 
-def _factored(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _shifted_cholesky(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factor of I - S / t, whether there is one, and the bound of lambda_max(S) that it proves.
 
     The residual is taken in double precision: with E = (I - S/t) - L L^T,  lambda_max(S) <= t (1 + ||E||_F). What
@@ -178,7 +178,7 @@ def _factored(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = matrices.shape[-1]
     shifted = matrices / -t.reshape(-1, 1, 1)
     shifted.diagonal(dim1=1, dim2=2).add_(1.0)
-    factor, info = torch.linalg.cholesky_ex(shifted.to(proposing(n)))
+    factor, info = torch.linalg.cholesky_ex(shifted.to(estimate_dtype(n)))
     lower = factor.double()
     sizes = lower.square().sum((1, 2)) + torch.linalg.matrix_norm(shifted)
     flaw = _distance(shifted, lower)

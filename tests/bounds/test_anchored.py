@@ -17,7 +17,7 @@ from certify_cli.certificates.dual import refined
 from certify_cli.certificates.methods import METHODS
 from certify_cli.efforts import EFFORTS
 from certify_cli.network.activations import from_name
-from certify_cli.network.activations.anchored_table import UnitTable
+from certify_cli.network.activations.anchored_table import AnchoredTable
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -34,7 +34,7 @@ CURVED = ("tanh", "sigmoid", "softplus:3", "centred_softplus:2", "log_sigmoid", 
 def test_no_offset_leaves_the_tabulated_constants(name: str) -> None:
     """At places inside, at the edges of, and beyond the table; with offsets of every size, towards both sides."""
     activation = from_name(name)
-    table = UnitTable(activation)
+    table = AnchoredTable(activation)
     g = torch.Generator().manual_seed(1)
     z = torch.cat(
         [s * torch.randn(150, dtype=torch.float64, generator=g) for s in (0.01, 1.0, 4.0, 300.0)]
@@ -50,19 +50,25 @@ def test_no_offset_leaves_the_tabulated_constants(name: str) -> None:
             assert (rise / moved <= units.secant_high + slack).all()
             assert (rise / moved >= units.secant_low - slack).all()
             bend = (activation.slope(z_there) - activation.slope(z)) / moved
-            assert (bend.abs() <= units.bend + slack).all()
+            assert (bend.abs() <= units.slope_lipschitz + slack).all()
             quadratic = 2 * (rise - activation.slope(z) * moved) / moved.square()
-            assert (quadratic <= units.rise + 4 * slack / abs(t)).all()
-            assert (-quadratic <= units.sink + 4 * slack / abs(t)).all()
-    assert (units.bend <= activation.curvature_sup).all()
+            assert (quadratic <= units.curvature_above + 4 * slack / abs(t)).all()
+            assert (-quadratic <= units.curvature_below + 4 * slack / abs(t)).all()
+    assert (units.slope_lipschitz <= activation.curvature_sup).all()
     assert (units.secant_high <= activation.slope_range[1]).all()
 
 
 def test_a_pre_activation_that_is_not_known_well_gets_the_constants_of_the_line() -> None:
     activation = from_name("tanh")
     z = torch.full((3,), 3.0, dtype=torch.float64)
-    units = UnitTable(activation)(z, torch.tensor([1e-13, 0.1, math.inf], dtype=torch.float64))
-    assert float(units.bend[0]) < 0.5 < float(units.bend[1]) == float(units.bend[2]) == activation.curvature_sup
+    units = AnchoredTable(activation)(z, torch.tensor([1e-13, 0.1, math.inf], dtype=torch.float64))
+    assert (
+        float(units.slope_lipschitz[0])
+        < 0.5
+        < float(units.slope_lipschitz[1])
+        == float(units.slope_lipschitz[2])
+        == activation.curvature_sup
+    )
 
 
 def test_level_bound_against_the_greedy_optimum() -> None:
@@ -144,10 +150,10 @@ def test_anchoring_both_factors_over_claims() -> None:
         anchors = ModelBounds(network).anchored.around(point)
         zero, one = torch.tensor([0]), torch.tensor([1])
         valid = float(anchors.adjoint_anchored(zero, one)), float(anchors.jacobian_anchored(zero, one))
-    units = UnitTable(from_name("tanh"))
+    units = AnchoredTable(from_name("tanh"))
     z1, z2 = x[0], 3 * torch.tanh(x[0])
     slope1, slope2 = (1 - torch.tanh(z).square() for z in (z1, z2))
-    bend1, bend2 = (units(z, torch.zeros_like(z)).bend for z in (z1, z2))
+    bend1, bend2 = (units(z, torch.zeros_like(z)).slope_lipschitz for z in (z1, z2))
     # per unit of |d|: |S' - S| <= bend |D|, |D_1| = 1, |D_2| <= 3; adjoints and Jacobians both at the sample
     mixed = float(slope2 * 3 * bend1 + bend2 * 3 * (3 * slope1))
     _, here = margins_and_gradients(network, x, point.prediction)

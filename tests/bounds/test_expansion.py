@@ -278,7 +278,9 @@ def test_all_layers_together_count_every_activation(name: str, monkeypatch: pyte
                 after = network.values(point.x + d * (radius * (1 - 1e-14)))
                 total = torch.zeros_like(seen[-1])
                 for layer in nonlinear_nodes(network):
-                    least, most = (end.unsqueeze(1) for end in span(point, layer, known.ranges).quadratics())
+                    least, most = (
+                        end.unsqueeze(1) for end in span(point, layer, known.ranges).quadratic_coefficients()
+                    )
                     v = point.adjoints[layer].value.flatten(2)
                     w = torch.maximum(-v * least, -v * most).clamp(min=0.0)
                     moved = (

@@ -21,7 +21,7 @@ from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bound
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import ACTIVATIONS, from_name
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.affine import Dense, Reshape
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -150,7 +150,7 @@ def test_lines_hold_the_activation(name: str) -> None:
     phi = from_name(ROWS.get(name, name))
     g = torch.Generator().manual_seed(7)
     z, lo, hi = some_ranges(g, 1, 400)
-    found = LinearRelaxation.of(Span(phi, z, 1e-15, lo, hi), (400,))
+    found = LinearRelaxation.of(ActivationOnInterval(phi, z, 1e-15, lo, hi), (400,))
     t = lo + (hi - lo) * torch.linspace(0, 1, 2001, dtype=D).reshape(-1, 1)
     rise = phi.value(z + t) - phi.value(z)
     slack = 1e-12 * (1 + rise.abs() + phi.value(z).abs() + t.abs())
@@ -174,7 +174,7 @@ def test_every_line_of_an_envelope_holds(name: str) -> None:
     phi = from_name(ROWS.get(name, name))
     g = torch.Generator().manual_seed(8)
     z, lo, hi = some_ranges(g, 3, 200)
-    here, item = Span(phi, z, 1e-15, lo, hi), torch.tensor([2, 0, 0, 1])
+    here, item = ActivationOnInterval(phi, z, 1e-15, lo, hi), torch.tensor([2, 0, 0, 1])
     found = SlopeTable.of(here, LinearRelaxation.of(here, (200,))).at(item)
     t = (lo + (hi - lo) * torch.linspace(0, 1, 801, dtype=D).reshape(-1, 1, 1))[:, item]
     rise = phi.value(z[item] + t) - phi.value(z[item])
@@ -217,7 +217,7 @@ def test_groups_are_what_the_operation_takes(op: GroupMap, shape: tuple[int, ...
         parts.append(sign * padded[:, :, groups.members].amax(3))
     assert torch.equal(torch.stack(parts, dim=1).reshape(-1), op.apply(x).reshape(-1))
     moved = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=D)
-    assert bool(((op.apply(moved) - op.apply(x)).abs() <= op.farthest((moved - x).abs()) * (1 + 1e-12)).all())
+    assert bool(((op.apply(moved) - op.apply(x)).abs() <= op.largest_change((moved - x).abs()) * (1 + 1e-12)).all())
     assert float((op.apply(moved) - op.apply(x)).norm()) <= op.gain(shape) * float((moved - x).norm())
 
 
@@ -337,7 +337,7 @@ def test_a_wrong_line_would_be_noticed(mutant: str, line: str, monkeypatch: pyte
     """The sampling above sees a constant left out or a slope of the other side."""
     right = LinearRelaxation.of
 
-    def wrong(here: Span, shape: tuple[int, ...]) -> LinearRelaxation:
+    def wrong(here: ActivationOnInterval, shape: tuple[int, ...]) -> LinearRelaxation:
         found = right(here, shape)
         slope, constant = getattr(found, mutant)
         other = found.above if mutant == "below" else found.below

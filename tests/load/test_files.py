@@ -303,15 +303,15 @@ def test_loads_and_predicts_as_onnxruntime(name: str, tmp_path: Path) -> None:
     if "log-sigmoid" in name:
         x = x / 10  # float32 has nothing left of it further out
         assert any("log(sigmoid(z))" in note for note in loaded.notes)
-    entrance = loaded.deployment.entrance
-    dtype = helper.tensor_dtype_to_np_dtype(entrance.kind)
+    model_input = loaded.deployment.model_input
+    dtype = helper.tensor_dtype_to_np_dtype(model_input.kind)
     x = x.astype(dtype).astype(np.float64)
     ours = loaded.network(torch.from_numpy(x))
     runtime = Runtime(path, None)
     for row, sample in enumerate(x):
-        last = runtime.run(entrance.filed(sample[None]).astype(dtype))
+        last = runtime.run(model_input.to_file_shape(sample[None]).astype(dtype))
         theirs = next(_as_row(value) for value in last if _scores(value))
-        theirs = theirs[: max(1, theirs.size // (entrance.batch or 1))]
+        theirs = theirs[: max(1, theirs.size // (model_input.batch or 1))]
         threshold = 0.5 if "probability" in name else 0.0
         predicted = int(theirs[0] > threshold) if theirs.size == 1 else int(theirs.argmax())
         tied = (theirs == theirs.max()).sum() > 1  # probabilities that round to 1

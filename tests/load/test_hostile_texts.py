@@ -38,10 +38,10 @@ SPEC: dict[str, Any] = {
         {"type": "Linear", "name": "fc"},
     ],
 }
-Place = Callable[[dict[str, Any], dict[str, Any], dict[str, str], str], None]
+LoweringContext = Callable[[dict[str, Any], dict[str, Any], dict[str, str], str], None]
 
 
-def layer(position: int, **fields: Any) -> Place:
+def layer(position: int, **fields: Any) -> LoweringContext:
     """`TEXT` in the fields stands for the text."""
 
     def put(spec: dict[str, Any], held: dict[str, Any], metadata: dict[str, str], text: str) -> None:
@@ -67,7 +67,7 @@ def chained(spec: dict[str, Any], held: dict[str, Any], metadata: dict[str, str]
     spec["layers"][2]["inputs"] = [text]
 
 
-PLACES: dict[str, Place] = {
+PLACES: dict[str, LoweringContext] = {
     "name": layer(1, name="TEXT"),
     "name with tensors": named,
     "tensor": referred,

@@ -11,11 +11,10 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 
 from certify_cli.errors import ModelError
-from certify_cli.load.onnx import interpret, normalise, operators, parity, patterns
+from certify_cli.load.onnx import interpret, normalise, operators, parity, patterns, subgraph_checks
 from certify_cli.load.onnx import max_min_rewrites as sorted_pairs
-from certify_cli.load.onnx import piece_checks as pieces
 from certify_cli.load.onnx.loader import load_onnx
-from certify_cli.load.onnx.rewriting import REWRITES, Normal
+from certify_cli.load.onnx.rewriting import REWRITES, RewrittenGraph
 from certify_cli.network.activations import rows as activations
 from tests.files import save_onnx
 
@@ -69,8 +68,8 @@ def test_the_sleeping_network_loads_untouched(tmp_path: Path) -> None:
 
 
 def test_a_wrong_epsilon_behind_a_sleeping_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(normal: Normal, node: NodeProto) -> None:
-        normal.emit(node, "BatchNormalization", list(node.input), node.output[0], epsilon=0.4999)
+    def wrong(rewritten: RewrittenGraph, node: NodeProto) -> None:
+        rewritten.emit(node, "BatchNormalization", list(node.input), node.output[0], epsilon=0.4999)
 
     monkeypatch.setitem(REWRITES, "BatchNormalization", wrong)
     refused(conv_net(tmp_path), r"'n' \(BatchNormalization\) computes something else")
@@ -141,12 +140,12 @@ def test_pooling_windows_that_are_off_by_one(tmp_path: Path, monkeypatch: pytest
 def test_a_product_by_a_changed_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = network(tmp_path, [helper.make_node("Gemm", ["x", "w"], ["h"], alpha=0.5)], {"w": np.eye(4)})
     load_onnx(path)
-    constant = Normal.constant
+    constant = RewrittenGraph.constant
 
-    def off(self: Normal, array: np.ndarray) -> str:
+    def off(self: RewrittenGraph, array: np.ndarray) -> str:
         return constant(self, array * (1 + 1e-8) if array.dtype == np.float64 else array)
 
-    monkeypatch.setattr(Normal, "constant", off)
+    monkeypatch.setattr(RewrittenGraph, "constant", off)
     refused(path, r"\(Gemm\) computes something else")
 
 
@@ -162,7 +161,7 @@ def leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "check", lambda *arguments: None)
+    monkeypatch.setattr(subgraph_checks, "check", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("far", [3.0, 300.0, 3e4, 3e8])

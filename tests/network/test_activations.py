@@ -63,23 +63,23 @@ def test_stored_turning_points_against_fifty_digits(name: str, numbers: tuple[fl
     """Smooth turns: the derivative changes sign within the stated slack, and the value is in the stated interval."""
     exact, jumps = EXACT[name, numbers]
     for order, curve in curves(ACTIVATIONS[name](*numbers)):
-        for turn in curve.turns:
-            if not math.isfinite(turn.place) or any(abs(turn.place - jump) < 1e-9 for jump in jumps):
+        for point in curve.critical_points:
+            if not math.isfinite(point.abscissa) or any(abs(point.abscissa - jump) < 1e-9 for jump in jumps):
                 continue
-            slack = max(turn.slack, 1e-15 * abs(turn.place), 1e-25)
-            before = derivative(exact, order + 1, mpf(turn.place) - slack)
-            after = derivative(exact, order + 1, mpf(turn.place) + slack)
-            assert before * after < 0, f"order {order}: no turn at {turn.place}"
+            slack = max(point.slack, 1e-15 * abs(point.abscissa), 1e-25)
+            before = derivative(exact, order + 1, mpf(point.abscissa) - slack)
+            after = derivative(exact, order + 1, mpf(point.abscissa) + slack)
+            assert before * after < 0, f"order {order}: no point at {point.abscissa}"
             place = mpmath.findroot(
                 lambda z, order=order: mpmath.diff(exact, z, order + 1),
-                (mpf(turn.place) - slack, mpf(turn.place) + slack),
+                (mpf(point.abscissa) - slack, mpf(point.abscissa) + slack),
                 solver="anderson",
                 tol=1e-40,
                 verify=False,
             )
             value = derivative(exact, order, place)
-            assert turn.low - mpf(10) ** -40 <= value <= turn.high + mpf(10) ** -40
-            assert turn.high - turn.low <= 1e-14 * (1 + abs(turn.high))
+            assert point.low - mpf(10) ** -40 <= value <= point.high + mpf(10) ** -40
+            assert point.high - point.low <= 1e-14 * (1 + abs(point.high))
 
 
 @EVERY_CASE
@@ -100,7 +100,12 @@ def test_jumps_hold_the_one_sided_limits(name: str, numbers: tuple[float, ...]) 
 @EVERY_CASE
 def test_global_ranges_are_attained_and_never_exceeded(name: str, numbers: tuple[float, ...]) -> None:
     activation = ACTIVATIONS[name](*numbers)
-    places = [turn.place for _, curve in curves(activation) for turn in curve.turns if math.isfinite(turn.place)]
+    places = [
+        point.abscissa
+        for _, curve in curves(activation)
+        for point in curve.critical_points
+        if math.isfinite(point.abscissa)
+    ]
     beside = [place + side for place in places for side in (-1e-9, 0.0, 1e-9)]
     z = torch.cat([torch.linspace(-30, 30, 200_001, dtype=torch.float64), double([*beside, -1e6, 1e6])])
     for order, curve in curves(activation):
@@ -209,16 +214,16 @@ def test_devices_agree_within_the_stated_error(name: str, numbers: tuple[float, 
 def test_sup_of_the_third_derivative(name: str, numbers: tuple[float, ...]) -> None:
     activation = ACTIVATIONS[name](*numbers)
     if activation.curvature is None:
-        assert activation.third is None
+        assert activation.third_sup is None
         return
-    assert activation.third is not None
+    assert activation.third_sup is not None
     z = torch.linspace(-9, 9, 360_002, dtype=torch.float64)  # 0 is not among the points
     curvature = activation.curvature(z)
     quotient = (curvature[1:] - curvature[:-1]) / (z[1:] - z[:-1])
     quotient = quotient[~((z[:-1] < 0) & (z[1:] > 0))] if EXACT[name, numbers][1] else quotient
     steepest = float(quotient.abs().max())
-    assert steepest <= activation.third * (1 + 1e-9)
-    assert steepest >= activation.third * (1 - 1e-3)
+    assert steepest <= activation.third_sup * (1 + 1e-9)
+    assert steepest >= activation.third_sup * (1 - 1e-3)
 
 
 @EVERY_CASE
@@ -382,7 +387,7 @@ def test_theory_table_ranges() -> None:
         activation = ACTIVATIONS[name]()
         assert activation.slope_range == pytest.approx(slopes, abs=2e-8)
         assert activation.curvature_sup == pytest.approx(curvature, abs=2e-8)
-        assert activation.third == pytest.approx(third, abs=2e-7)
+        assert activation.third_sup == pytest.approx(third, abs=2e-7)
 
 
 def test_importing_the_table_loads_no_model_library() -> None:

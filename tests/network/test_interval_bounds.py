@@ -11,22 +11,45 @@ from mpmath import mpf
 from torch import Tensor
 
 from certify_cli.network.activations import ACTIVATIONS, Activation
-from certify_cli.network.activations.interval_bounds import Span
-from tests.oracles import EVERY_CASE, EXACT, Exact, chords, double, hard_places, length, random_spans
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
+from tests.network.test_activations import EVERY_CASE, EXACT, Exact, double
 
 D = torch.float64
 SMALL = 1e-4
 """Below this offset samples in float64 are worth nothing: 50 digits look there."""
 
 
-def answers(span: Span, slope: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def length(activation: Activation) -> float:
+    sup = activation.curvature_sup
+    return 3.0 if math.isinf(sup) else activation.lipschitz / sup
+
+
+def random_spans(activation: Activation, count: int, longest: float) -> ActivationOnInterval:
+    """z over all features, ends from a thousandth of `longest` to `longest`, in units of the activation's length."""
+    generator = torch.Generator().manual_seed(7)
+    uniform = torch.rand(3, count, generator=generator, dtype=D)
+    unit = length(activation)
+    low, high = (longest * unit * 10 ** (3 * row - 3) for row in uniform[1:])
+    return ActivationOnInterval(activation, (2 * uniform[0] - 1) * 4 * unit, 0.0, -low, high)
+
+
+def chords(span: ActivationOnInterval) -> Tensor:
+    phi = span.activation.value
+    return (phi(span.z + span.hi) - phi(span.z + span.lo)) / (span.hi - span.lo)
+
+
+def answers(span: ActivationOnInterval, slope: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     found = {"slopes": span.slopes(), "secants": span.secants(), "remainders": span.remainders(slope)}
     if span.activation.curvature is not None:
-        found |= {"curvatures": span.curvatures(), "bends": span.bends(), "quadratics": span.quadratics()}
+        found |= {
+            "curvatures": span.curvatures(),
+            "bends": span.slope_secants(),
+            "quadratics": span.quadratic_coefficients(),
+        }
     return found
 
 
-def sampled(span: Span, slope: Tensor, count: int = 600) -> dict[str, tuple[Tensor, Tensor]]:
+def sampled(span: ActivationOnInterval, slope: Tensor, count: int = 600) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (samples, bound of their error), (samples, entries); nothing where SMALL hides it."""
     activation, z = span.activation, span.z
     fractions = torch.linspace(0, 1, count + 1, dtype=D)[1:].square().unsqueeze(1)
@@ -81,6 +104,15 @@ def test_samples_stay_inside_and_come_near(name: str, numbers: tuple[float, ...]
         assert float(gap[worst]) <= allowed, f"{key}: z={span.z[worst]}, [{span.lo[worst]}, {span.hi[worst]}]"
 
 
+def hard_places(activation: Activation) -> list[float]:
+    """Turns, jumps and their neighbours; saturated, far, ordinary and at 0."""
+    curves = [activation.slope] + ([activation.curvature] if activation.curvature is not None else [])
+    turns = {point.abscissa for curve in curves for point in curve.critical_points if math.isfinite(point.abscissa)}
+    return sorted(
+        {side + place for place in turns for side in (-1e-13, 0.0, 1e-3)} | {-31.0, -1e4, 0.0, -1.7, 0.6, 25.0}
+    )
+
+
 @EVERY_CASE
 def test_hard_spans_against_fifty_digits(name: str, numbers: tuple[float, ...]) -> None:
     """Offsets from 1e-12 to 1e12, the ends themselves, true pre-activations within the stated error."""
@@ -92,7 +124,7 @@ def test_hard_spans_against_fifty_digits(name: str, numbers: tuple[float, ...]) 
     for error in places_in_turn:
         places = [(z, lo, hi) for z in hard_places(activation) for lo, hi in ends]
         z, lo, hi = double([list(place) for place in places]).T
-        span = Span(activation, z, error, lo, hi)
+        span = ActivationOnInterval(activation, z, error, lo, hi)
         slope = activation.slope(z) * 0.9 + 0.01
         found = {key: [end.tolist() for end in ends_] for key, ends_ in answers(span, slope).items()}
         generator = torch.Generator().manual_seed(3)
@@ -148,8 +180,8 @@ def test_nothing_exceeds_the_derivatives_ranges(name: str, numbers: tuple[float,
 @pytest.mark.parametrize("name", ["tanh", "atan", "erf", "sin", "softsign"])
 def test_odd_activations_give_mirrored_answers(name: str) -> None:
     span = random_spans(ACTIVATIONS[name](), 500, 10.0)
-    mirror = Span(span.activation, -span.z, 1e-12, -span.hi, -span.lo)
-    span = Span(span.activation, span.z, 1e-12, span.lo, span.hi)
+    mirror = ActivationOnInterval(span.activation, -span.z, 1e-12, -span.hi, -span.lo)
+    span = ActivationOnInterval(span.activation, span.z, 1e-12, span.lo, span.hi)
     slope = chords(span)
     here, there = answers(span, slope), answers(mirror, slope)
     for key in ("slopes", "secants"):
@@ -160,9 +192,9 @@ def test_odd_activations_give_mirrored_answers(name: str) -> None:
         torch.testing.assert_close(here[key][1], -there[key][0], rtol=1e-9, atol=1e-9)
 
 
-def whole(activation: Activation, places: list[float]) -> Span:
+def whole(activation: Activation, places: list[float]) -> ActivationOnInterval:
     z = double(places)
-    return Span(activation, z, 0.0, torch.full_like(z, -math.inf), torch.full_like(z, math.inf))
+    return ActivationOnInterval(activation, z, 0.0, torch.full_like(z, -math.inf), torch.full_like(z, math.inf))
 
 
 @EVERY_CASE
@@ -171,11 +203,11 @@ def test_anchored_constants_never_exceed_the_global_ones(name: str, numbers: tup
     span = whole(activation, [-40.0, -3.0, -0.7, 0.0, 0.2, 1.1, 8.0])
     assert bool((torch.stack(span.secants()).abs() <= activation.lipschitz).all())
     if activation.curvature is not None:
-        assert bool((torch.stack(span.bends()).abs() <= activation.curvature_sup).all())
-        assert bool((torch.stack(span.quadratics()).abs() <= activation.curvature_sup).all())
+        assert bool((torch.stack(span.slope_secants()).abs() <= activation.curvature_sup).all())
+        assert bool((torch.stack(span.quadratic_coefficients()).abs() <= activation.curvature_sup).all())
     else:
         with pytest.raises(ValueError, match="no curvature"):
-            span.quadratics()
+            span.quadratic_coefficients()
 
 
 def test_anchored_constants_that_are_known() -> None:
@@ -184,7 +216,7 @@ def test_anchored_constants_that_are_known() -> None:
     # |tanh'(t) - 1| / t = tanh(t)^2 / t is largest where 2 t sech(t)^2 = tanh(t)
     place = mpmath.findroot(lambda t: 2 * t * mpmath.sech(t) ** 2 - mpmath.tanh(t), 1)
     known = float(mpmath.tanh(place) ** 2 / place)
-    least, most = (float(end) for end in whole(tanh, [0.0]).bends())
+    least, most = (float(end) for end in whole(tanh, [0.0]).slope_secants())
     assert known <= most <= known * 1.001
     assert -known * 1.001 <= least <= -known
     # the tangent from z = 2 to tanh on the left: tanh'(s) = (tanh(2) - tanh(s)) / (2 - s)
@@ -193,13 +225,13 @@ def test_anchored_constants_that_are_known() -> None:
     assert known <= float(whole(tanh, [2.0]).secants()[1]) <= known * 1.001
     softplus = whole(ACTIVATIONS["softplus"](2.0), [0.0])
     assert [float(end) for end in softplus.secants()] == pytest.approx([0.0, 1.0], abs=1e-12)
-    assert [float(end) for end in softplus.bends()] == pytest.approx([0.0, 0.5], abs=1e-12)
+    assert [float(end) for end in softplus.slope_secants()] == pytest.approx([0.0, 0.5], abs=1e-12)
     relu = whole(ACTIVATIONS["relu"](), [-1.0, 1.0])
     torch.testing.assert_close(torch.stack(relu.secants()), double([[0.0, 0.0], [1.0, 1.0]]), rtol=0, atol=1e-12)
 
 
 def test_piecewise_linear_rows_are_exact() -> None:
-    clip = Span(
+    clip = ActivationOnInterval(
         ACTIVATIONS["clip"](0.0, 6.0), double([1.0, -2.0, 7.0]), 0.0, double([-5, -1, -9]), double([1000, 10, 3])
     )
     least, most = clip.secants()
@@ -215,9 +247,9 @@ def test_a_stated_error_covers_every_place_within_it(name: str, numbers: tuple[f
     activation = ACTIVATIONS[name](*numbers)
     span = random_spans(activation, 300, 3.0)
     slope, error = chords(span), 10 ** torch.linspace(-9, -1, 300, dtype=D)
-    wide = answers(Span(activation, span.z, error, span.lo, span.hi), slope)
+    wide = answers(ActivationOnInterval(activation, span.z, error, span.lo, span.hi), slope)
     for shift in (-0.99, -0.3, 0.6, 0.99):
-        moved = Span(activation, span.z + shift * error, 0.0, span.lo, span.hi)
+        moved = ActivationOnInterval(activation, span.z + shift * error, 0.0, span.lo, span.hi)
         for key, (samples, doubt) in sampled(moved, slope, 60).items():
             assert not bool((samples + doubt < wide[key][0]).any()), key
             assert not bool((samples - doubt > wide[key][1]).any()), key
@@ -228,12 +260,12 @@ def test_shapes_points_and_nan(name: str, numbers: tuple[float, ...]) -> None:
     activation = ACTIVATIONS[name](*numbers)
     z = torch.linspace(-2, 2, 6, dtype=D).reshape(2, 3) + 0.01
     nothing = torch.zeros_like(z)
-    for least, most in answers(Span(activation, z, 0.0, nothing, nothing), nothing).values():
+    for least, most in answers(ActivationOnInterval(activation, z, 0.0, nothing, nothing), nothing).values():
         assert least.shape == most.shape == (2, 3)
         assert float((most - least).abs().max()) < 1e-12
-    empty = Span(activation, z[:0], 0.0, z[:0], z[:0])
+    empty = ActivationOnInterval(activation, z[:0], 0.0, z[:0], z[:0])
     assert all(least.shape == (0, 3) for least, _ in answers(empty, z[:0]).values())
     unknown = double([math.nan, 0.0, 0.0]), double([-1.0, math.nan, -1.0]), double([1.0, 1.0, math.nan])
-    span = Span(activation, unknown[0], 0.0, *unknown[1:])
+    span = ActivationOnInterval(activation, unknown[0], 0.0, *unknown[1:])
     for least, most in answers(span, nothing.reshape(-1)[:3]).values():
         assert bool((least.isnan() | most.isnan()).all()), "NaN must not pass for a bound"

@@ -225,7 +225,7 @@ def test_max_pool_constant_is_the_largest_count_and_is_reached(pool: MaxPool) ->
         x[0, 0, row, column] = 1.0
         counts.append(int((pool.apply(x) != pool.apply(torch.zeros_like(x))).sum()))
     assert pool.output_shape(shape) == tuple(pool.apply(torch.zeros(1, *shape)).shape[1:])
-    bound = pool.gain(shape)
+    bound = pool.lipschitz_constant(shape)
     assert max(counts) <= bound**2 <= max(counts) * (1 + 1e-12)
 
 

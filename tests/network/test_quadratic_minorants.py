@@ -13,9 +13,10 @@ from torch import Tensor
 
 from certify_cli.network.activations import ACTIVATIONS, Activation
 from certify_cli.network.activations import quadratic_minorants as minorants
-from certify_cli.network.activations.interval_bounds import Span
-from certify_cli.network.activations.quadratic_minorants import depths
-from tests.oracles import EVERY_CASE, EXACT, chords, double, hard_places, length, random_spans
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
+from certify_cli.network.activations.quadratic_minorants import minorant_offsets
+from tests.network.test_activations import EVERY_CASE, EXACT, double
+from tests.network.test_interval_bounds import chords, hard_places, length, random_spans
 
 D = torch.float64
 
@@ -26,7 +27,7 @@ def bounded(activation: Activation) -> float:
     return activation.lipschitz / length(activation) if math.isinf(sup) else sup
 
 
-def minorant_choices(span: Span, seed: int = 5) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def minorant_choices(span: ActivationOnInterval, seed: int = 5) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(sign, slope, bend): tangents, chords, slopes beside them and wild ones; no bend, little, and far too much."""
     g = torch.Generator().manual_seed(seed)
     shape, phi = span.z.shape, span.activation
@@ -42,7 +43,7 @@ def minorant_choices(span: Span, seed: int = 5) -> Iterator[tuple[Tensor, Tensor
         yield -sign, slope, bend
 
 
-def psi(span: Span, sign: Tensor, slope: Tensor, bend: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def psi(span: ActivationOnInterval, sign: Tensor, slope: Tensor, bend: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """What the minorant's constant bounds from below, at `count` offsets, and the samples' own rounding."""
     phi, z = span.activation, span.z
     t = span.lo + (span.hi - span.lo) * torch.linspace(0, 1, count, dtype=D).reshape(-1, *[1] * z.dim())
@@ -53,11 +54,11 @@ def psi(span: Span, sign: Tensor, slope: Tensor, bend: Tensor, count: int) -> tu
     return value, phi.value.error(x) + phi.value.error(z) + moved + rounding
 
 
-def one_sided(span: Span) -> Span:
+def one_sided(span: ActivationOnInterval) -> ActivationOnInterval:
     """Every third span looks right only, every third left only, the rest both ways."""
     kind = torch.arange(span.z.numel()).reshape(span.z.shape) % 3
     lo, hi = torch.where(kind == 0, 0.0, span.lo), torch.where(kind == 1, 0.0, span.hi)
-    return Span(span.activation, span.z, span.error, lo, hi)
+    return ActivationOnInterval(span.activation, span.z, span.error, lo, hi)
 
 
 @pytest.mark.parametrize("longest", [0.03, 1.0, 6.0, 100.0])
@@ -65,7 +66,7 @@ def one_sided(span: Span) -> Span:
 def test_no_sample_lies_below(name: str, numbers: tuple[float, ...], longest: float) -> None:
     span = one_sided(random_spans(ACTIVATIONS[name](*numbers), 60, longest))
     for sign, slope, bend in minorant_choices(span):
-        depth = depths(span, sign, slope, bend)
+        depth = minorant_offsets(span, sign, slope, bend)
         value, rounding = psi(span, sign, slope, bend, 160)
         assert bool((depth >= 0).all())
         assert not bool((value + rounding < -depth).any())
@@ -76,18 +77,18 @@ def test_no_sample_lies_below(name: str, numbers: tuple[float, ...], longest: fl
 def test_what_is_lost_is_of_third_order(name: str, numbers: tuple[float, ...], longest: float) -> None:
     """On half a cell of width w the parabola is off by the change of phi'' over the cell, third w, times w^2/8."""
     activation = ACTIVATIONS[name](*numbers)
-    if activation.curvature is None or any(turn.jump for turn in activation.curvature.turns):
+    if activation.curvature is None or any(point.jump for point in activation.curvature.critical_points):
         pytest.skip("phi'' jumps or is none: no third order")
-    assert activation.third is not None
+    assert activation.third_sup is not None
     span, count = random_spans(activation, 50, longest), 600
     width = span.hi - span.lo
     for sign, slope, bend in minorant_choices(span):
         value, rounding = psi(span, sign, slope, bend, count)
         needed = (-value).amax(0).clamp(min=0.0)
         between = (activation.curvature_sup + bend) * (width / (count - 1)).square() / 8  # the samples may miss it
-        lost = activation.third * (width / minorants.CELLS) ** 3 / 8
+        lost = activation.third_sup * (width / minorants.CELLS) ** 3 / 8
         numeric = 8 * rounding.amax(0) + 1e-13 * (activation.lipschitz + slope.abs() + bend * width) * width
-        assert bool((depths(span, sign, slope, bend) <= needed + 1.01 * lost + between + numeric).all())
+        assert bool((minorant_offsets(span, sign, slope, bend) <= needed + 1.01 * lost + between + numeric).all())
 
 
 @EVERY_CASE
@@ -100,9 +101,9 @@ def test_where_nothing_is_needed_nothing_is_taken(name: str, numbers: tuple[floa
     least, most = span.curvatures()
     tangent = activation.slope(span.z)
     for sign, bend in ((1.0, (-least).clamp(min=0.0)), (-1.0, most.clamp(min=0.0))):
-        depth = depths(span, torch.full_like(bend, sign), tangent, bend)
-        lost = (activation.third or 0.0) * ((span.hi - span.lo) / minorants.CELLS) ** 3 / 8
-        jumps = any(turn.jump for turn in activation.curvature.turns)
+        depth = minorant_offsets(span, torch.full_like(bend, sign), tangent, bend)
+        lost = (activation.third_sup or 0.0) * ((span.hi - span.lo) / minorants.CELLS) ** 3 / 8
+        jumps = any(point.jump for point in activation.curvature.critical_points)
         cell = activation.curvature_sup * ((span.hi - span.lo) / minorants.CELLS).square() / 4 if jumps else 0.0
         assert bool((depth <= 1.01 * lost + cell + 1e-12 * (1 + span.z.abs())).all())
 
@@ -116,13 +117,13 @@ def test_hard_places_against_fifty_digits(name: str, numbers: tuple[float, ...])
     places = [(z, lo, hi) for z in hard_places(activation) for lo, hi in ends]
     z, lo, hi = double([list(place) for place in places]).T
     errors = (0.0, 1e-13, 1e-4)
-    for turn, error in enumerate(errors):
-        span = Span(activation, z, torch.full_like(z, error), lo, hi)
-        g = torch.Generator().manual_seed(turn)
+    for point, error in enumerate(errors):
+        span = ActivationOnInterval(activation, z, torch.full_like(z, error), lo, hi)
+        g = torch.Generator().manual_seed(point)
         for number, (sign, slope, bend) in enumerate(minorant_choices(span, 11)):
-            if number % 4 != turn:
+            if number % 4 != point:
                 continue
-            depth = depths(span, sign, slope, bend).tolist()
+            depth = minorant_offsets(span, sign, slope, bend).tolist()
             picks = torch.rand(len(places), 3, generator=g, dtype=D).tolist()
             for i, (place, least, most) in enumerate(places):
                 if i % 5 != number % 5:
@@ -141,11 +142,11 @@ def test_a_stated_error_covers_every_place_within_it(name: str, numbers: tuple[f
     activation = ACTIVATIONS[name](*numbers)
     span = random_spans(activation, 60, 3.0)
     error = 10 ** torch.linspace(-9, -1, 60, dtype=D)
-    wide = Span(activation, span.z, error, span.lo, span.hi)
+    wide = ActivationOnInterval(activation, span.z, error, span.lo, span.hi)
     for sign, slope, bend in minorant_choices(span):
-        depth = depths(wide, sign, slope, bend)
+        depth = minorant_offsets(wide, sign, slope, bend)
         for shift in (-0.99, -0.4, 0.7, 0.99):
-            moved = Span(activation, span.z + shift * error, 0.0, span.lo, span.hi)
+            moved = ActivationOnInterval(activation, span.z + shift * error, 0.0, span.lo, span.hi)
             value, rounding = psi(moved, sign, slope, bend, 60)
             assert not bool((value + rounding < -depth).any())
 
@@ -156,24 +157,34 @@ def test_shapes_errors_as_numbers_nan_and_no_end(name: str) -> None:
     z = torch.linspace(-2, 2, 6, dtype=D).reshape(2, 3) + 0.01
     one, reach = torch.ones_like(z), torch.full_like(z, 0.7)
     slope = activation.slope(z)
-    plain = depths(Span(activation, z, 1e-9, -reach, reach), one, slope, one)
+    plain = minorant_offsets(ActivationOnInterval(activation, z, 1e-9, -reach, reach), one, slope, one)
     assert plain.shape == (2, 3)
-    assert torch.equal(plain, depths(Span(activation, z, torch.full_like(z, 1e-9), -reach, reach), one, slope, one))
     assert torch.equal(
-        plain[1:], depths(Span(activation, z[1:], 1e-9, -reach[1:], reach[1:]), one[1:], slope[1:], one[1:])
+        plain,
+        minorant_offsets(ActivationOnInterval(activation, z, torch.full_like(z, 1e-9), -reach, reach), one, slope, one),
     )
-    empty = depths(Span(activation, z[:0], 0.0, z[:0], z[:0]), z[:0], z[:0], z[:0])
+    assert torch.equal(
+        plain[1:],
+        minorant_offsets(
+            ActivationOnInterval(activation, z[1:], 1e-9, -reach[1:], reach[1:]), one[1:], slope[1:], one[1:]
+        ),
+    )
+    empty = minorant_offsets(ActivationOnInterval(activation, z[:0], 0.0, z[:0], z[:0]), z[:0], z[:0], z[:0])
     assert empty.shape == (0, 3)
-    point = depths(Span(activation, z, 0.0, 0 * z, 0 * z), one, slope, one)
+    point = minorant_offsets(ActivationOnInterval(activation, z, 0.0, 0 * z, 0 * z), one, slope, one)
     assert bool((point < 1e-13).all())
-    endless = depths(Span(activation, z, 0.0, -reach, torch.full_like(z, math.inf)), one, slope + 1, one)
+    endless = minorant_offsets(
+        ActivationOnInterval(activation, z, 0.0, -reach, torch.full_like(z, math.inf)), one, slope + 1, one
+    )
     assert bool(endless.isinf().all())
     for spoilt in range(5):
         parts = [z.clone(), -reach, reach.clone(), slope.clone(), one.clone()]
         parts[spoilt][0, 1] = math.nan
         if spoilt == 4 and activation.curvature is None:
             continue  # no bend is given there
-        found = depths(Span(activation, parts[0], 0.0, parts[1], parts[2]), one, parts[3], parts[4])
+        found = minorant_offsets(
+            ActivationOnInterval(activation, parts[0], 0.0, parts[1], parts[2]), one, parts[3], parts[4]
+        )
         assert bool(found[0, 1].isnan()), "NaN must not pass for a constant"
         assert not bool(found[1].isnan().any())
 
@@ -184,29 +195,33 @@ def test_an_error_given_as_a_number_is_not_rounded_down() -> None:
     z = double([0.3])
     for error in (1e-3, 1e-50, 3e-7):
         ends = double([-1.0]), double([2.0])
-        as_number = depths(Span(activation, z, error, *ends), double([-1.0]), double([0.9]), double([0.1]))
-        as_tensor = depths(Span(activation, z, double([error]), *ends), double([-1.0]), double([0.9]), double([0.1]))
+        as_number = minorant_offsets(
+            ActivationOnInterval(activation, z, error, *ends), double([-1.0]), double([0.9]), double([0.1])
+        )
+        as_tensor = minorant_offsets(
+            ActivationOnInterval(activation, z, double([error]), *ends), double([-1.0]), double([0.9]), double([0.1])
+        )
         assert torch.equal(as_number, as_tensor)
 
 
 def test_chunks_do_not_matter() -> None:
     span = random_spans(ACTIVATIONS["gelu"](), minorants.CHUNK + 17, 4.0)
     sign, slope, bend = next(minorant_choices(span))
-    whole = depths(span, sign, slope, bend)
+    whole = minorant_offsets(span, sign, slope, bend)
     part = slice(minorants.CHUNK - 3, None)
-    tail = Span(span.activation, span.z[part], 0.0, span.lo[part], span.hi[part])
-    assert torch.equal(whole[part], depths(tail, sign[part], slope[part], bend[part]))
+    tail = ActivationOnInterval(span.activation, span.z[part], 0.0, span.lo[part], span.hi[part])
+    assert torch.equal(whole[part], minorant_offsets(tail, sign[part], slope[part], bend[part]))
 
 
 def test_constants_that_are_known() -> None:
     """The chord of softplus over [-a, a] is touched from below at 0: the depth is softplus(a)'s mean less log 2."""
     a = 2.0
-    span = Span(ACTIVATIONS["softplus"](), double([0.0]), 0.0, double([-a]), double([a]))
+    span = ActivationOnInterval(ACTIVATIONS["softplus"](), double([0.0]), 0.0, double([-a]), double([a]))
     phi = span.activation.value
     chord = chords(span)
     # phi - phi(0) - t/2 is even, convex and least at 0, where it is 0; mirrored it is deepest at the ends
     ends = float(phi(double([a])) - phi(double([0.0]))) - a / 2
-    assert float(depths(span, double([1.0]), chord, double([0.0]))) == pytest.approx(0.0, abs=1e-4)
-    assert float(depths(span, double([-1.0]), chord, double([0.0]))) == pytest.approx(ends, rel=1e-12)
+    assert float(minorant_offsets(span, double([1.0]), chord, double([0.0]))) == pytest.approx(0.0, abs=1e-4)
+    assert float(minorant_offsets(span, double([-1.0]), chord, double([0.0]))) == pytest.approx(ends, rel=1e-12)
     # and with a bend k < 1/4 at the ends it is k a^2/2 less
-    assert float(depths(span, double([-1.0]), chord, double([0.1]))) == pytest.approx(ends - 0.2, rel=1e-12)
+    assert float(minorant_offsets(span, double([-1.0]), chord, double([0.1]))) == pytest.approx(ends - 0.2, rel=1e-12)

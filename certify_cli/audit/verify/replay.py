@@ -93,12 +93,14 @@ class Deployed:
     def logits(self, x: Tensor) -> Tensor:
         """What the file ends in for x (batch, *shape) in data units, in its own type, a column a class: logits, or
         probabilities in the same order."""
-        entrance = self._deployment.entrance
-        taken = self._prefix(x).reshape(-1, *entrance.shape).numpy().astype(tensor_dtype_to_np_dtype(entrance.kind))
+        model_input = self._deployment.model_input
+        taken = (
+            self._prefix(x).reshape(-1, *model_input.shape).numpy().astype(tensor_dtype_to_np_dtype(model_input.kind))
+        )
         rows = []
-        for feed in entrance.feeds(taken):
+        for feed in model_input.feeds(taken):
             (array,) = self._runtime.run(feed)
-            rows.append(array.astype(np.float64).reshape(1 if entrance.batch == 0 else len(feed), -1))
+            rows.append(array.astype(np.float64).reshape(1 if model_input.batch == 0 else len(feed), -1))
         joined = np.concatenate(rows)[: len(x)]
         if joined.shape[1] == 1:  # class 1, where it is above the threshold
             joined = np.concatenate([np.full_like(joined, self._deployment.threshold), joined], axis=1)

@@ -30,7 +30,7 @@ from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
 from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
-from certify_cli.network.activations.anchored_table import Units, UnitTable, unit_table
+from certify_cli.network.activations.anchored_table import AnchoredConstants, AnchoredTable, anchored_table
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import nonlinear_nodes, pre_activation
@@ -99,12 +99,12 @@ class AnchoredBounds:
     def layers(self) -> tuple[int, ...]:
         return nonlinear_nodes(self.network)
 
-    def table(self, layer: int) -> UnitTable:
+    def table(self, layer: int) -> AnchoredTable:
         """The layer's activation, tabulated."""
         op = self.network.nodes[layer].op
         if not isinstance(op, Activation):
             raise TypeError(f"{op.title} has no anchored constants")
-        return unit_table(op)
+        return anchored_table(op)
 
     @cached_property
     def _pairs(self) -> Tensor:
@@ -256,7 +256,7 @@ class Anchored:
         terms = []
         for k, target in self._pre_activations.items():
             value, error = self._adjoint(k, index, rival)
-            bend = self._units[k].bend[index]
+            bend = self._units[k].slope_lipschitz[index]
             reach, rows = self._reach.norm[target][index], self._reach.rows[target][index]
             everywhere = self._bounds.lipschitz.to_pre_activation(target)
             weights = up(value.abs() * bend)
@@ -279,11 +279,15 @@ class Anchored:
 
     def lower(self, index: Tensor, rival: Tensor) -> Tensor:
         """M_x:  f(x+d) >= f(x) + <g, d> - M_x ||d||^2 / 2. A bound of f alone, not of its gradient or Hessian."""
-        return self._remainder(index, rival, {k: (units.sink, units.rise) for k, units in self._units.items()})
+        return self._remainder(
+            index, rival, {k: (units.curvature_below, units.curvature_above) for k, units in self._units.items()}
+        )
 
     def upper(self, index: Tensor, rival: Tensor) -> Tensor:
         """M+_x:  f(x+d) <= f(x) + <g, d> + M+_x ||d||^2 / 2."""
-        return self._remainder(index, rival, {k: (units.rise, units.sink) for k, units in self._units.items()})
+        return self._remainder(
+            index, rival, {k: (units.curvature_above, units.curvature_below) for k, units in self._units.items()}
+        )
 
     def _remainder(self, index: Tensor, rival: Tensor, bends: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
         """sum_l sum_i w_li D_li^2 / ||d||^2, w >= 0 at least -v times the mean second derivative, which is at least
@@ -310,7 +314,7 @@ class Anchored:
         return value, torch.as_tensor(slope.error, dtype=torch.float64).flatten(1)
 
     @cached_property
-    def _units(self) -> dict[int, Units]:
+    def _units(self) -> dict[int, AnchoredConstants]:
         evaluation = self._samples.evaluation
         return {
             k: self._bounds.table(k)(evaluation.values[target].flatten(1), evaluation.errors[target].flatten(1))
@@ -359,7 +363,7 @@ class Anchored:
         versa."""
         found, here, moved = {}, self._jacobian, self._reach
         for k, target in self._pre_activations.items():
-            bend = self._units[k].bend
+            bend = self._units[k].slope_lipschitz
             by_offset = times(times(bend, moved.rows[target]).amax(1), here.norm[target])
             by_jacobian = times(times(bend, here.rows[target]).amax(1), moved.norm[target])
             found[k] = torch.minimum(by_offset, by_jacobian)

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, gain
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, node_lipschitz
 from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
 from certify_cli.efforts import Budget
@@ -282,6 +282,6 @@ class Curvature:
             for k in (
                 k for k in nonlinear_nodes(self.network) if pre_activation(self.network, k) == target and k > layer
             ):
-                here = up(here + times(adjoints.norms[k], gain(self.network, k)))
+                here = up(here + times(adjoints.norms[k], node_lipschitz(self.network, k)))
             found.append(here)
         return vector_norm_up(torch.stack(found, dim=1))

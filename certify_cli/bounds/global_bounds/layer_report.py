@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from certify_cli.bounds.global_bounds.curvature import why_no_curvature
-from certify_cli.bounds.global_bounds.lipschitz import gain
+from certify_cli.bounds.global_bounds.lipschitz import node_lipschitz
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.efforts import EFFORTS
 from certify_cli.load.loaded_model import LoadedModel
@@ -63,7 +63,7 @@ def _rows(network: Network, model_bounds: ModelBounds) -> list[LayerRow]:
     rows = []
     for position, k in enumerate(layers):
         node, target = network.nodes[k], pre_activation(network, k)
-        slope = gain(network, k)
+        slope = node_lipschitz(network, k)
         curvature = parts[position] if parts else None
         share = curvature / parts[-1] if parts and curvature is not None and parts[-1] > 0 else None
         rows.append(

@@ -26,12 +26,12 @@ from certify_cli.network.propagate import Slope, Slopes, Vectors, nonlinear_node
 from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
 
 
-def gain(network: Network, index: int) -> float:
+def node_lipschitz(network: Network, index: int) -> float:
     """Upper bound of the Lipschitz constant of nonlinear node `index` alone."""
     op = network.nodes[index].op
     if not isinstance(op, Nonlinear):
         raise TypeError(f"{op.title} is affine")
-    return op.gain(network.nodes[pre_activation(network, index)].shape)
+    return op.lipschitz_constant(network.nodes[pre_activation(network, index)].shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ class Expansion:
 
 def product_expansion(network: Network, weights: Mapping[tuple[int, int], Block]) -> Expansion:
     """The product of norms: every nonlinear node cut, its whole slope left over. `weights`: the blocks W_lk."""
-    return Expansion(network, {}, {k: gain(network, k) for k in nonlinear_nodes(network)}, weights)
+    return Expansion(network, {}, {k: node_lipschitz(network, k) for k in nonlinear_nodes(network)}, weights)
 
 
 def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
@@ -131,7 +131,7 @@ def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
             middle = 0.5 * (low + high)
             centres[k], radii[k] = Slope(middle), up(max(high - middle, middle - low), 1)
         else:
-            radii[k] = gain(network, k)
+            radii[k] = node_lipschitz(network, k)
     return Expansion(network, centres, radii, blocks(network, centres, budget))
 
 
@@ -155,7 +155,7 @@ class Lipschitz:
         return (
             1.0
             if source == 0
-            else up(gain(self.network, source) * self.to_pre_activation(pre_activation(self.network, source)))
+            else up(node_lipschitz(self.network, source) * self.to_pre_activation(pre_activation(self.network, source)))
         )
 
     def rows(self, target: int) -> float:

@@ -19,7 +19,7 @@ from certify_cli.bounds.linear_maps.row_operators import Operator, Whole, operat
 from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import NodeVjp, Vectors, vjp
-from certify_cli.numerics.batched import proposing
+from certify_cli.numerics.batched import estimate_dtype
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, power_of_two, up
 from certify_cli.numerics.trees import Batched
 
@@ -47,7 +47,7 @@ class Rows(Batched, shared=("blocks", "errors", "gram"), constant=("sparsity",))
     def of(cls, blocks: tuple[Tensor, ...], errors: tuple[Tensor, ...]) -> Rows:
         count, inputs = sum(block.shape[1] for block in blocks), blocks[0].shape[2]
         unit = max(power_of_two(block) for block in blocks)
-        dtype = proposing(min(count, inputs))
+        dtype = estimate_dtype(min(count, inputs))
         if count <= inputs:
             gram = _stacked_gram(blocks)
             dense = tuple(RowSparsity(None) for _ in blocks)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
-from certify_cli.numerics.batched import row_times
+from certify_cli.numerics.batched import vector_times_matrix
 from certify_cli.numerics.trees import Batched
 
 
@@ -27,11 +27,11 @@ class Whole(Batched, shared=("values",)):
 
     def times(self, d: Tensor) -> Tensor:
         """A d: (batch, n) -> (batch, m)."""
-        return row_times(d, self.values.mT)
+        return vector_times_matrix(d, self.values.mT)
 
     def transposed(self, p: Tensor) -> Tensor:
         """A^T p: (batch, m) -> (batch, n)."""
-        return row_times(p, self.values)
+        return vector_times_matrix(p, self.values)
 
     def over(self, unit: float, dtype: torch.dtype) -> Whole:
         """A / unit, in another precision."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.network.activations import Activation
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network, Nonlinear
 from certify_cli.network.pooling import GroupMap
@@ -159,7 +159,10 @@ def _through_nonlinear(point: EvaluatedPoints, index: int, before: Change) -> Ch
 def _gained(point: EvaluatedPoints, index: int, before: Change) -> Tensor:
     op = point.network.nodes[index].op
     assert isinstance(op, Nonlinear)
-    return up(op.gain(point.network.nodes[pre_activation(point.network, index)].shape) * before.norm) + UNDERFLOW
+    return (
+        up(op.lipschitz_constant(point.network.nodes[pre_activation(point.network, index)].shape) * before.norm)
+        + UNDERFLOW
+    )
 
 
 def pre_activation_bounds(point: EvaluatedPoints, ranges: Ranges, index: int) -> tuple[Tensor, Tensor]:
@@ -201,12 +204,14 @@ def _pooled(point: EvaluatedPoints, index: int, op: GroupMap, before: Change) ->
     shape = (-1, *point.network.nodes[pre_activation(point.network, index)].shape)
     low, high = before.low.reshape(shape), before.high.reshape(shape)
     # where -inf pads the groups, the least move is found as the largest of the negated ones
-    return Change.of(-op.farthest(-low).flatten(1), op.farthest(high).flatten(1), _gained(point, index, before))
+    return Change.of(
+        -op.largest_change(-low).flatten(1), op.largest_change(high).flatten(1), _gained(point, index, before)
+    )
 
 
-def span(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Span:
+def span(point: EvaluatedPoints, layer: int, ranges: Ranges) -> ActivationOnInterval:
     """Nonlinear node `layer` on its range, (batch, size)."""
     op, target = point.network.nodes[layer].op, pre_activation(point.network, layer)
     assert isinstance(op, Activation)
     z, error = point.evaluation.values[target].flatten(1), point.evaluation.errors[target].flatten(1)
-    return Span(op, z, error, ranges.low[target], ranges.high[target])
+    return ActivationOnInterval(op, z, error, ranges.low[target], ranges.high[target])

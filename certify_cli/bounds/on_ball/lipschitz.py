@@ -102,12 +102,12 @@ class _Sources:
         if isinstance(op, GroupMap):
             e, shape = self.point.evaluation, network.nodes[target].shape
             relaxation = MaxPoolRelaxation.of(op, shape, e.values[target], e.errors[target], low, high)
-            reach = op.farthest(torch.maximum(-low, high).reshape(-1, *shape)).flatten(1)
+            reach = op.largest_change(torch.maximum(-low, high).reshape(-1, *shape)).flatten(1)
             self.node_vjps[layer] = DecidedGroups(relaxation)
             none = torch.zeros_like(reach)
             self.left[layer] = (
                 torch.where(relaxation.open, reach, none),
-                torch.where(relaxation.open, op.gain(shape), none),
+                torch.where(relaxation.open, op.lipschitz_constant(shape), none),
             )
             return
         if not isinstance(op, Activation):

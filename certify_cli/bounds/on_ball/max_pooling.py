@@ -101,18 +101,18 @@ class MaxPoolRelaxation:
     def of(cls, op: GroupMap, shape: Shape, z: Tensor, error: Tensor, low: Tensor, high: Tensor) -> MaxPoolRelaxation:
         """Pre-activations z (batch, ...) within `error` of the exact ones, whose offsets are in [low, high]."""
         found = op.groups(shape)
-        groups = Groups(found.lanes, found.members.to(z.device), found.signs)
-        z, error, low, high = (t.reshape(len(z), groups.lanes, -1) for t in (z, error, low, high))
+        groups = Groups(found.channels, found.members.to(z.device), found.signs)
+        z, error, low, high = (t.reshape(len(z), groups.channels, -1) for t in (z, error, low, high))
         sides = {1: (z, low, high), -1: (-z, -high, -low)}
         parts = [
             Side.of(groups.members, values, error, least, most)
             for values, least, most in (sides[sign] for sign in groups.signs)
         ]
-        return cls(shape, groups, op.gain(shape), tuple(parts))
+        return cls(shape, groups, op.lipschitz_constant(shape), tuple(parts))
 
     def _parts(self, v: Tensor) -> tuple[Tensor, ...]:
         """The rows (batch, rows, *shape of the output) side by side, (batch, rows, lanes, groups) each."""
-        return v.reshape(*v.shape[:2], len(self.sides), self.groups.lanes, -1).unbind(2)
+        return v.reshape(*v.shape[:2], len(self.sides), self.groups.channels, -1).unbind(2)
 
     @property
     def open(self) -> Tensor:
@@ -123,7 +123,7 @@ class MaxPoolRelaxation:
         return self._sent(vectors, Side.relaxation)
 
     def _sent(self, vectors: Vectors, through: Callable[[Side, Tensor], Tensor]) -> Vectors:
-        members, lanes = self.groups.members, self.groups.lanes
+        members, lanes = self.groups.members, self.groups.channels
         entries = torch.Size(self.shape).numel() // lanes
         v = vectors.value
         image = v.new_zeros(len(self.sides[0].winner), v.shape[1], lanes, entries + 1)  # the last one takes the padding

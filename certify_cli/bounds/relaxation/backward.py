@@ -1,13 +1,14 @@
-"""Linear relaxation over the ball: every nonlinear node between two lines, substituted backward (theory section 7).
+"""Linear relaxation on a ball, substituted backward: CROWN with the remainder identity (theory section 7).
 
 The remainder identity (theory section 4) holds for slopes chosen row by row: with any slopes s, q(t) = phi(z+t) -
 phi(z) - s t, and v, g the row's adjoints and gradient in the network linearised with them,
 
     <row, D> = <g, d> + sum over nonlinear nodes of <v, q> .
 
-Where an entry of v is positive the slope is that of a line below phi, and q >= its constant; where it is negative, that
-of a line above. So <row, D> falls by at most ||g|| e plus the constants. Lines below and above come from the range of
-the pre-activation on the same ball: any slope will do, its constant being the proved extreme of q (`Span.remainders`).
+Where an entry of v is positive the slope is that of a line below phi, and q is at least its constant; where it is
+negative, that of a line above. So <row, D> is at least -||g|| e less the constants. The lines come from the range of the
+pre-activation on the same ball. Any slope will do: its constant is the proved extreme of q on the range
+(`ActivationOnInterval.remainders`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
 from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation, offset_loss
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.grid_estimates import Grid
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network, Shape
 from certify_cli.network.pooling import GroupMap
@@ -61,7 +62,7 @@ class LinearRelaxation(Batched):
     far: Tensor
 
     @classmethod
-    def of(cls, here: Span, shape: Shape) -> LinearRelaxation:
+    def of(cls, here: ActivationOnInterval, shape: Shape) -> LinearRelaxation:
         """On a span (batch, size) of a node of the given shape."""
         slopes = supporting_slopes(here)
         reach = torch.maximum(-here.lo, here.hi)
@@ -99,7 +100,7 @@ def chosen(vectors: Vectors, below: Tensor, above: Tensor) -> Vectors:
     return Vectors(value, up(largest * (vectors.error + 8 * UNIT * vectors.size), 4) + UNDERFLOW)
 
 
-def supporting_slopes(here: Span) -> tuple[Tensor, Tensor]:
+def supporting_slopes(here: ActivationOnInterval) -> tuple[Tensor, Tensor]:
     """Slopes (batch, size) of a line below and one above phi, each as near to phi as can be in the middle of its range.
 
     That leaves the least area between line and range. The tangent there where it does not cross phi, else the chord
@@ -109,20 +110,20 @@ def supporting_slopes(here: Span) -> tuple[Tensor, Tensor]:
     middle = (0.5 * (here.lo + here.hi)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     tangent = phi.slope(here.z + middle)
     rise = phi.value(here.z + middle) - phi.value(here.z)
-    (first, last), (start, end) = grid.ends, grid.end_rises
+    (first, last), (start, end) = grid.ends, grid.end_increments
     chord = ((end - start) / (last - first)).nan_to_num(nan=0.0)
-    close = TIGHT * (grid.rises.amax(0) - grid.rises.amin(0))
+    close = TIGHT * (grid.increments.amax(0) - grid.increments.amin(0))
     close = close + 16 * UNIT * (phi.value(here.z).abs() + phi.lipschitz * here.z.abs())  # the rises' own rounding
     slopes = []
     for side in (1.0, -1.0):
         sign = torch.full_like(tangent, side)
-        touches = (side * (grid.rises - rise - tangent * (grid.places - middle))).amin(0) >= -close
+        touches = (side * (grid.increments - rise - tangent * (grid.offsets - middle))).amin(0) >= -close
         at_ends = torch.minimum(side * (start - chord * first), side * (end - chord * last))
-        crosses = -grid.depth(sign, chord) < at_ends - close
+        crosses = -grid.line_offset(sign, chord) < at_ends - close
         slope = torch.where(touches, tangent, chord)
         rest = crosses & ~touches
         if bool(rest.any()):
-            slope = torch.where(rest, grid.envelope(middle, sign)[0], slope)
+            slope = torch.where(rest, grid.supporting_line(middle, sign)[0], slope)
         slopes.append(torch.where(slope.isfinite(), slope, phi.slope(here.z)))
     return slopes[0], slopes[1]
 

@@ -1,8 +1,9 @@
-"""All lines that support an activation on its range, by a few of them: what an ascent chooses from (theory section 7).
+"""A table of supporting lines of an activation on its range, from which an optimiser chooses (theory section 7).
 
-A line below phi is given by its slope and the constant that it needs, the proved extreme of what it leaves
-(`Span.remainders`). Of two lines below, every mean is a line below, with the mean of the constants; and a slope further
-out needs at most its distance times the range's reach more. So a table of a few slopes proves them all.
+A line below phi is given by its slope and the constant that it needs, the proved extreme of phi less the line
+(`ActivationOnInterval.remainders`). Every mean of two lines below is a line below, with the mean of the constants; a
+slope beyond the table needs at most its distance times the largest |t| of the range more. So a few proved slopes prove
+all others.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, chosen
-from certify_cli.network.activations.grid_estimates import Grid, kinks, straight
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.grid_estimates import Grid, is_piecewise_linear, kinks
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.graph import Shape
 from certify_cli.network.propagate import Vectors
 from certify_cli.numerics.choose import either
@@ -48,10 +49,10 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
     far: Tensor
 
     @classmethod
-    def of(cls, here: Span, lines: LinearRelaxation) -> SlopeTable:
+    def of(cls, here: ActivationOnInterval, lines: LinearRelaxation) -> SlopeTable:
         """On a span (samples, size), every sample an item. `lines` there are all there is where phi has no more."""
         grid, (samples, size) = Grid.of(here), here.z.shape
-        one_kink = straight(here.activation) and len(kinks(here.activation)) == 1
+        one_kink = is_piecewise_linear(here.activation) and len(kinks(here.activation)) == 1
         count = OF_ONE_KINK if one_kink else LINES
         slopes, constants = [], []
         for side, (given, needed) in enumerate((lines.below, lines.above)):
@@ -60,7 +61,7 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
             slope, constant = (t.reshape(samples, size).repeat(count, 1, 1) for t in (given, needed))
             part, chosen_slopes = here.at(several), spread[:, several]
             error = torch.as_tensor(part.error, dtype=torch.float64, device=part.z.device)
-            wide = Span(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
+            wide = ActivationOnInterval(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
             least, most = wide.remainders(chosen_slopes.reshape(-1))
             slope[:, several] = chosen_slopes
             constant[:, several] = (most if side else -least).reshape(count, -1)
@@ -128,11 +129,11 @@ class OptimisableRelaxation:
 
 def _spread(grid: Grid, side: float, lines: int) -> Tensor:
     """Slopes (lines, samples, size), evenly between those of the envelope of side * phi at the ends of the range."""
-    (first, last), (start, end) = grid.ends, grid.end_rises
+    (first, last), (start, end) = grid.ends, grid.end_increments
     outer = []
     for place, rise, sign in ((first, start, side), (last, end, -side)):  # below: the least from the left end
-        away = grid.places - place
-        secants = sign * (grid.rises - rise) / away
+        away = grid.offsets - place
+        secants = sign * (grid.increments - rise) / away
         outer.append(sign * secants.masked_fill(away.abs() <= CLOSE * (last - first), torch.inf).amin(0))
     ends = torch.stack(outer)
     steps = torch.linspace(0, 1, lines, dtype=ends.dtype, device=ends.device).reshape(-1, 1, 1)

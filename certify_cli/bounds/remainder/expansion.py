@@ -19,10 +19,10 @@ from certify_cli.bounds.linear_maps.jacobians import Jacobians, pulled_rows
 from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
 from certify_cli.bounds.remainder.weighted_squares import RemainderSum, together
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import Slope, Vectors, consumers, nonlinear_nodes, pre_activation
-from certify_cli.numerics.batched import row_times
+from certify_cli.numerics.batched import vector_times_matrix
 from certify_cli.numerics.rounding import UNDERFLOW, positive_up, up, vector_norm_up
 from certify_cli.numerics.trees import Batched
 
@@ -161,10 +161,10 @@ def expand_on_ball(
     return BallExpansion(given, Ranges(radius, low, high, start.norm), residual)
 
 
-def chosen_slopes(point: EvaluatedPoints, layer: int, here: Span) -> tuple[Slope, Tensor]:
+def chosen_slopes(point: EvaluatedPoints, layer: int, here: ActivationOnInterval) -> tuple[Slope, Tensor]:
     """A slope for every neuron, and where (batch, size) it is the chord's."""
     tangent = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
-    bottom, top = here.quadratics()
+    bottom, top = here.quadratic_coefficients()
     chord, least, most = chords(here, tangent)
     half_square = 0.5 * torch.maximum(-here.lo, here.hi).square()
     flat = torch.maximum(-least, most) < MIXED * torch.maximum(-bottom, top) * half_square
@@ -173,7 +173,13 @@ def chosen_slopes(point: EvaluatedPoints, layer: int, here: Span) -> tuple[Slope
 
 
 def range_of_remainder(
-    point: EvaluatedPoints, layer: int, here: Span, slope: Slope, flat: Tensor, beyond: Tensor, squared: Tensor
+    point: EvaluatedPoints,
+    layer: int,
+    here: ActivationOnInterval,
+    slope: Slope,
+    flat: Tensor,
+    beyond: Tensor,
+    squared: Tensor,
 ) -> RemainderRange:
     """Tangents leave quadratics, and what their own error makes of the offset; `flat` neurons leave an interval."""
     error = point.slopes[layer].error.flatten(1)  # type: ignore[union-attr]
@@ -183,12 +189,12 @@ def range_of_remainder(
     if bool(flat.any()):
         least[flat], most[flat] = here.at(flat).remainders(slope.value.flatten(1)[flat])  # type: ignore[union-attr]
     if not bool(flat.all()):
-        low, high = here.at(~flat).quadratics()
+        low, high = here.at(~flat).quadratic_coefficients()
         bottom[~flat], top[~flat] = low.clamp(max=0.0), high.clamp(min=0.0)
     return RemainderRange(bottom, top, least, most, up(0.5 * reach.square(), 2), beyond, squared)
 
 
-def chords(here: Span, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def chords(here: ActivationOnInterval, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slopes of the chords over the spans, and the range of what they leave; slope `otherwise` on an empty span."""
     phi = here.activation.value
     slope = (phi(here.z + here.hi) - phi(here.z + here.lo)) / (here.hi - here.lo)
@@ -209,9 +215,9 @@ def remainder_sums(
         return RemainderSum(
             largest=up((up(sparsity.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt(), 2),
             along=up(sparsity.sums(u, crossed), terms) + UNDERFLOW,
-            rest=up(row_times(positive_up(q.beyond.square()), u.mT), terms) + UNDERFLOW,
-            whole=up(row_times(q.half_square, u.mT), terms),
-            flat=up(up(row_times(q.most, plus.mT) + row_times(-q.least, minus.mT), terms) + slack),
+            rest=up(vector_times_matrix(positive_up(q.beyond.square()), u.mT), terms) + UNDERFLOW,
+            whole=up(vector_times_matrix(q.half_square, u.mT), terms),
+            flat=up(up(vector_times_matrix(q.most, plus.mT) + vector_times_matrix(-q.least, minus.mT), terms) + slack),
         )
 
     return swing(positive, negative), swing(negative, positive)

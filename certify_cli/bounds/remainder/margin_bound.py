@@ -23,7 +23,7 @@ from torch import Tensor
 from certify_cli.bounds.on_ball.interval_ranges import span
 from certify_cli.bounds.remainder.expansion import BallExpansion
 from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
-from certify_cli.network.activations.quadratic_minorants import depths
+from certify_cli.network.activations.quadratic_minorants import minorant_offsets
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import Slope, nonlinear_nodes, pre_activation, vjp
 from certify_cli.numerics.choose import either
@@ -66,7 +66,7 @@ def lower_bound(
         weight = choice.weights[layer]
         bend = (weight / v.abs()).nan_to_num(nan=0.0).clamp(min=0.0, max=LARGEST_BEND)
         bend = torch.where(bend * v.abs() > LEAST_WEIGHT, bend, torch.zeros_like(bend))
-        depth = depths(here, either(v < 0, -1.0, 1.0), slope, bend)
+        depth = minorant_offsets(here, either(v < 0, -1.0, 1.0), slope, bend)
         reach = torch.maximum(-here.lo, here.hi)
         far = vector_norm_up(up((here.activation.lipschitz + slope.abs()) * reach, 3))
         loss = up(loss + up((v.abs() * depth).sum(1), v.shape[1] + 1) + error * far, 4) + UNDERFLOW

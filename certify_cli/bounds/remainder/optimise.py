@@ -27,7 +27,7 @@ from certify_cli.bounds.remainder.trust_region_estimate import (
     estimated_minimiser,
     largest_eigenvalue_estimate,
 )
-from certify_cli.network.activations.grid_estimates import Grid, Touch
+from certify_cli.network.activations.grid_estimates import Grid, SoftMinimiser
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import Slope, nonlinear_nodes, offsets, pre_activation, vjp
 from certify_cli.numerics.choose import either
@@ -135,7 +135,7 @@ class _State(Batched):
 
     optimised: Optimised
     adjoints: Mapping[int, Tensor]
-    touch: Mapping[int, Touch]
+    touch: Mapping[int, SoftMinimiser]
     solution: Solution
 
 
@@ -170,8 +170,8 @@ class Problem:
         for k, grid in self.grids.items():
             sign = either(v[k] < 0, -1.0, 1.0)
             zero = torch.zeros_like(sign)
-            tangent, bend = grid.about(zero, sign)
-            line, depth = grid.envelope(zero, sign)
+            tangent, bend = grid.expansion_at(zero, sign)
+            line, depth = grid.supporting_line(zero, sign)
             reach = torch.maximum(-grid.ends[0], grid.ends[1])
             flat = depth < MIXED * 0.5 * bend * reach.square()
             pairs = (
@@ -202,11 +202,11 @@ class Problem:
         value = self.margin + _total(touch) - g.norm(dim=1) * self.radius - bent
         return value.nan_to_num(nan=-torch.inf)
 
-    def _parts(self, choice: Choice) -> tuple[dict[int, Tensor], Tensor, dict[int, Touch], Quadratic]:
+    def _parts(self, choice: Choice) -> tuple[dict[int, Tensor], Tensor, dict[int, SoftMinimiser], Quadratic]:
         """Adjoints, gradient, touching points, and what is quadratic."""
         s, w = choice.slopes, choice.weights
         v, g = self._pulled(s)
-        touch = {k: self.grids[k].least(v[k], s[k], w[k]) for k in self.layers}
+        touch = {k: self.grids[k].soft_minimum(v[k], s[k], w[k]) for k in self.layers}
         return v, g, touch, self.quadratic(w)
 
     def straight(self, d: Tensor) -> dict[int, Tensor]:
@@ -252,7 +252,7 @@ class Problem:
         slopes, bends = {}, {}
         for k in self.layers:
             sign = either(state.adjoints[k] < 0, -1.0, 1.0)
-            slopes[k], bends[k] = self.grids[k].about(moved[pre_activation(self.network, k)], sign)
+            slopes[k], bends[k] = self.grids[k].expansion_at(moved[pre_activation(self.network, k)], sign)
         v, _ = self._pulled(slopes)
         none = torch.zeros_like(self.margin)
         return Choice(slopes, {k: v[k].abs() * bends[k] for k in self.layers}, none, none)
@@ -260,7 +260,7 @@ class Problem:
     def _moved(self, state: _State) -> dict[int, Tensor]:
         """Where the trust region's minimiser takes every head, with the sources at the touching points."""
         choice, touch = state.optimised.choice, state.touch
-        sources = {k: touch[k].rise - choice.slopes[k] * touch[k].place for k in self.layers}
+        sources = {k: touch[k].increment - choice.slopes[k] * touch[k].offset for k in self.layers}
         return offsets(self.network, -state.solution.y, choice.slopes, sources)
 
     def gradient(self, state: _State) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -271,7 +271,7 @@ class Problem:
         moved = self._moved(state)
         by_slope, by_weight = {}, {}
         for k in self.layers:
-            t, target = touch[k].place, pre_activation(self.network, k)
+            t, target = touch[k].offset, pre_activation(self.network, k)
             by_slope[k] = state.adjoints[k] * (moved[target] - t)
             second = (1 + choice.tau).unsqueeze(1) * (straight[target].square() + ridge[target])
             second = second + (1 + 1 / choice.tau).unsqueeze(1) * self.ball.residual[target].square()
@@ -279,5 +279,5 @@ class Problem:
         return by_slope, by_weight
 
 
-def _total(touch: Mapping[int, Touch]) -> Tensor:
+def _total(touch: Mapping[int, SoftMinimiser]) -> Tensor:
     return torch.stack([t.value.sum(1) for t in touch.values()]).sum(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
 from certify_cli.bounds.remainder.expansion import MIXED, BallExpansion
 from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import Slope, Vectors, nonlinear_nodes, pre_activation
 from certify_cli.numerics.rounding import UNDERFLOW, positive_up, powers_of_two, up, vector_norm_up
@@ -83,7 +83,7 @@ def node_remainders(
     parts = []
     for layer in (k for k in nonlinear_nodes(point.network) if k in adjoints):
         here = span(point, layer, ranges)
-        bottom, top = (end.unsqueeze(1) for end in (here.quadratics() if sharp else here.curvatures()))
+        bottom, top = (end.unsqueeze(1) for end in (here.quadratic_coefficients() if sharp else here.curvatures()))
         low, high = (end.unsqueeze(1) for end in _tangents(here, point.slopes[layer], sharp))
         v, error = adjoints[layer].value.flatten(2), adjoints[layer].error
         weights = torch.maximum(-v * bottom, -v * top).clamp(min=0.0)
@@ -160,7 +160,7 @@ def joint_quadratic(ball: BallExpansion, weights: Mapping[int, Tensor]) -> Tenso
     return up(unit * up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12))
 
 
-def _tangents(here: Span, slope: Slope, sharp: bool) -> tuple[Tensor, Tensor]:
+def _tangents(here: ActivationOnInterval, slope: Slope, sharp: bool) -> tuple[Tensor, Tensor]:
     """What the tangents at the samples leave over the ranges, (batch, size) each."""
     value, error = slope.value.flatten(1), slope.error.flatten(1)  # type: ignore[union-attr]
     if sharp:

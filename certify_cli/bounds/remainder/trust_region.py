@@ -8,8 +8,8 @@ H = mu I - (1+tau) A^T diag(w) A >= lam I, lam > 0, and every y,
                                             g^T H^-1 g        <=  g^T y + y^T r + ||r||^2 / lam ,      r = g - H y.
 
 mu, tau and y decide how sharp it is, never whether it holds; lam comes from a proved eigenvalue. One Cholesky factor,
-in single precision, gives both: what it leaves of the matrix is measured in double precision (`eigen.factored`), and
-conjugate gradients preconditioned by it find y.
+in single precision, gives both: its residual is measured in double precision (`eigen.shifted_cholesky`), and conjugate
+gradients preconditioned by it find y.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.jacobians import Rows
-from certify_cli.numerics.eigen import factored
+from certify_cli.numerics.eigen import shifted_cholesky
 from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, down, gamma, powers_of_two, times, up, vector_norm_up
 from certify_cli.numerics.trees import Batched
 
@@ -102,7 +102,7 @@ def trust_region_loss(
     of_rest = quadratic.residual_sum
     bare = quadratic.without_residual & of_rest.isfinite()
     tau = torch.where(bare, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9))
-    t, lower, proved = factored(matrix, mu / (1 + tau) * (1 - 2 * NEAREST), TRIES)
+    t, lower, proved = shifted_cholesky(matrix, mu / (1 + tau) * (1 - 2 * NEAREST), TRIES)
     largest = times(up(proved + slack, 2), up(1 + tau, 2))
     mu = torch.fmax(mu, largest * (1 + NEAREST) + UNDERFLOW)
     least = down(mu - largest, 1)  # both are float64 numbers: one subtraction

@@ -8,245 +8,245 @@ import numpy as np
 from onnx import NodeProto
 
 from certify_cli.load.onnx.operators import attributes_of, padding_of
-from certify_cli.load.onnx.rewriting import Normal, data_axis, emit_index, numbered_entries, rewrites
+from certify_cli.load.onnx.rewriting import RewrittenGraph, data_axis, emit_index, numbered_entries, rewrites
 
 
 @rewrites("Add", "Sub", "Mul", "Div", "Neg", "Sum")
-def _as_it_is(normal: Normal, node: NodeProto) -> None:
-    normal.emit(node, node.op_type, list(node.input), node.output[0])
+def _as_it_is(rewritten: RewrittenGraph, node: NodeProto) -> None:
+    rewritten.emit(node, node.op_type, list(node.input), node.output[0])
 
 
 @rewrites("Where")
-def _where(normal: Normal, node: NodeProto) -> None:
+def _where(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """By a constant condition: each operand times ones and zeros, and their sum."""
-    found = normal.found
+    trace = rewritten.trace
     condition, *operands = node.input
-    if condition not in found.constants:
-        raise found.refuse(node, "chooses by a condition that depends on the data, which is not supported")
-    chosen = found.constants[condition].astype(np.float64)
+    if condition not in trace.constants:
+        raise trace.refuse(node, "chooses by a condition that depends on the data, which is not supported")
+    chosen = trace.constants[condition].astype(np.float64)
     terms = []
     for operand, mask in zip(operands, (chosen, 1 - chosen), strict=True):
-        if operand in found.values:
-            terms.append(normal.part())
-            normal.emit(node, "Mul", [operand, normal.constant(mask)], terms[-1])
+        if operand in trace.values:
+            terms.append(rewritten.part())
+            rewritten.emit(node, "Mul", [operand, rewritten.constant(mask)], terms[-1])
         else:
-            terms.append(normal.constant(np.where(mask > 0, found.constants[operand], 0.0)))
-    normal.emit(node, "Add", terms, node.output[0])
+            terms.append(rewritten.constant(np.where(mask > 0, trace.constants[operand], 0.0)))
+    rewritten.emit(node, "Add", terms, node.output[0])
 
 
 @rewrites("MatMul")
-def _product(normal: Normal, node: NodeProto) -> None:
+def _product(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """A matrix times a sample of one axis is that sample times the transposed matrix."""
-    found, (left, right) = normal.found, node.input
-    if right in found.values and left in found.constants and found.values[right].ndim == 1:
-        turned = normal.constant(np.ascontiguousarray(found.constants[left].T))
-        normal.emit(node, "MatMul", [right, turned], node.output[0])
+    trace, (left, right) = rewritten.trace, node.input
+    if right in trace.values and left in trace.constants and trace.values[right].ndim == 1:
+        turned = rewritten.constant(np.ascontiguousarray(trace.constants[left].T))
+        rewritten.emit(node, "MatMul", [right, turned], node.output[0])
         return
-    normal.emit(node, "MatMul", [left, right], node.output[0])
+    rewritten.emit(node, "MatMul", [left, right], node.output[0])
 
 
 @rewrites("Concat")
-def _concat(normal: Normal, node: NodeProto) -> None:
-    found = normal.found
+def _concat(rewritten: RewrittenGraph, node: NodeProto) -> None:
+    trace = rewritten.trace
     output = node.output[0]
-    data = [value for value in node.input if value in found.values]
-    if any((value in found.unbatched) != (output in found.unbatched) for value in data):
-        raise found.refuse(node, "joins values with and without a batch axis, which is not supported")
-    axis = data_axis(found, node, output, int(attributes_of(node)["axis"]))
+    data = [value for value in node.input if value in trace.values]
+    if any((value in trace.unbatched) != (output in trace.unbatched) for value in data):
+        raise trace.refuse(node, "joins values with and without a batch axis, which is not supported")
+    axis = data_axis(trace, node, output, int(attributes_of(node)["axis"]))
     if len(data) == len(node.input):
-        join(normal, node, data, output, axis)
+        join(rewritten, node, data, output, axis)
         return
-    _join_constants(normal, node, data, axis)
+    _join_constants(rewritten, node, data, axis)
 
 
-def _join_constants(normal: Normal, node: NodeProto, data: list[str], axis: int) -> None:
+def _join_constants(rewritten: RewrittenGraph, node: NodeProto, data: list[str], axis: int) -> None:
     """Constants between data: the data are moved to their places, and the constants added to the zeros between."""
-    found = normal.found
-    widths = [normal.shapes[value][axis] for value in data]
-    shape = list(normal.shapes[data[0]])
+    trace = rewritten.trace
+    widths = [rewritten.shapes[value][axis] for value in data]
+    shape = list(rewritten.shapes[data[0]])
     shape[axis] = sum(widths)
     joined = data[0]
     if len(data) > 1:
-        joined = normal.part(tuple(shape))
-        join(normal, node, data, joined, axis)
+        joined = rewritten.part(tuple(shape))
+        join(rewritten, node, data, joined, axis)
     numbers = iter(np.split(numbered_entries(tuple(shape)), np.cumsum(widths)[:-1], axis=axis))
     moved, frame = [], []
     for value in node.input:
-        if value in found.values:
+        if value in trace.values:
             moved.append(next(numbers))
             frame.append(np.zeros_like(moved[-1]))
         else:
-            constant = normal.constants[value]
-            frame.append(constant[None] if node.output[0] in found.unbatched else constant)
+            constant = rewritten.constants[value]
+            frame.append(constant[None] if node.output[0] in trace.unbatched else constant)
             moved.append(np.zeros_like(frame[-1]))
             if len(frame[-1]) != 1:
-                raise found.refuse(
+                raise trace.refuse(
                     node, "joins another constant to every sample of its batch; export with a free batch"
                 )
-    bare = normal.part(normal.shapes[node.output[0]])
-    emit_index(normal, node, joined, bare, np.concatenate(moved, axis=axis))
-    normal.emit(node, "Add", [bare, normal.constant(np.concatenate(frame, axis=axis))], node.output[0])
+    bare = rewritten.part(rewritten.shapes[node.output[0]])
+    emit_index(rewritten, node, joined, bare, np.concatenate(moved, axis=axis))
+    rewritten.emit(node, "Add", [bare, rewritten.constant(np.concatenate(frame, axis=axis))], node.output[0])
 
 
-def join(normal: Normal, node: NodeProto, parts: list[str], value: str, axis: int) -> None:
+def join(rewritten: RewrittenGraph, node: NodeProto, parts: list[str], value: str, axis: int) -> None:
     """`value`: the parts one behind the other. What was cut from one value is put together as movement again."""
-    origins = [normal.moved.get(part) for part in parts]
+    origins = [rewritten.moved.get(part) for part in parts]
     sources = {origin[0] if origin else None for origin in origins}
     if len(sources) == 1 and None not in sources:
         numbered = np.concatenate([origin[1] for origin in origins if origin], axis=axis)
-        emit_index(normal, node, next(source for source in sources if source), value, numbered)
+        emit_index(rewritten, node, next(source for source in sources if source), value, numbered)
         return
-    normal.emit(node, "Concat", parts, value, axis=axis)
+    rewritten.emit(node, "Concat", parts, value, axis=axis)
 
 
 @rewrites("Gemm")
-def _gemm(normal: Normal, node: NodeProto) -> None:
+def _gemm(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """alpha A B + beta C as a product (with C as its bias where alpha is 1) and, otherwise, a scale and a sum."""
-    found, attributes = normal.found, attributes_of(node)
+    trace, attributes = rewritten.trace, attributes_of(node)
     a, b, *rest = node.input
-    if a not in found.values or b not in found.constants or attributes.get("transA", 0):
-        raise found.refuse(node, "must multiply the data by a constant matrix from the right; export a Linear layer")
+    if a not in trace.values or b not in trace.constants or attributes.get("transA", 0):
+        raise trace.refuse(node, "must multiply the data by a constant matrix from the right; export a Linear layer")
     alpha, beta = (float(attributes.get(key, 1.0)) for key in ("alpha", "beta"))
-    if a in found.unbatched:
-        _product_and_sum(normal, node, alpha, beta)
+    if a in trace.unbatched:
+        _product_and_sum(rewritten, node, alpha, beta)
         return
     inputs = [a, b]
     bias = None
     if rest and rest[0]:
         bias = rest[0]
-        if bias in found.constants:
+        if bias in trace.constants:
             # float32 numbers times a float32 beta: exact in float64
-            rows = np.broadcast_to(found.constants[bias] * beta, found.values[node.output[0]].shape)
+            rows = np.broadcast_to(trace.constants[bias] * beta, trace.values[node.output[0]].shape)
             if not (rows == rows[:1]).all():
-                raise found.refuse(node, "adds another bias to every sample of its batch; export with a free batch")
-            bias = normal.constant(np.ascontiguousarray(rows[0]))
+                raise trace.refuse(node, "adds another bias to every sample of its batch; export with a free batch")
+            bias = rewritten.constant(np.ascontiguousarray(rows[0]))
         elif beta != 1:
-            raise found.refuse(node, "adds a multiple of a value that depends on the input; use beta = 1")
-    if alpha == 1 and bias in normal.constants:
-        normal.emit(node, "Gemm", [*inputs, str(bias)], node.output[0], transB=int(attributes.get("transB", 0)))
+            raise trace.refuse(node, "adds a multiple of a value that depends on the input; use beta = 1")
+    if alpha == 1 and bias in rewritten.constants:
+        rewritten.emit(node, "Gemm", [*inputs, str(bias)], node.output[0], transB=int(attributes.get("transB", 0)))
         return
-    product = normal.part() if alpha != 1 or bias else node.output[0]
-    normal.emit(node, "Gemm", inputs, product, transB=int(attributes.get("transB", 0)))
+    product = rewritten.part() if alpha != 1 or bias else node.output[0]
+    rewritten.emit(node, "Gemm", inputs, product, transB=int(attributes.get("transB", 0)))
     if alpha != 1:
-        scaled = normal.part() if bias else node.output[0]
-        normal.emit(node, "Mul", [product, normal.constant(np.array(alpha))], scaled)
+        scaled = rewritten.part() if bias else node.output[0]
+        rewritten.emit(node, "Mul", [product, rewritten.constant(np.array(alpha))], scaled)
         product = scaled
     if bias:
-        normal.emit(node, "Add", [product, bias], node.output[0])
+        rewritten.emit(node, "Add", [product, bias], node.output[0])
 
 
-def _product_and_sum(normal: Normal, node: NodeProto, alpha: float, beta: float) -> None:
+def _product_and_sum(rewritten: RewrittenGraph, node: NodeProto, alpha: float, beta: float) -> None:
     """A Gemm of a sample that is one matrix, without a batch axis."""
-    found = normal.found
+    trace = rewritten.trace
     a, b, *rest = node.input
-    matrix = found.constants[b].T if attributes_of(node).get("transB", 0) else found.constants[b]
+    matrix = trace.constants[b].T if attributes_of(node).get("transB", 0) else trace.constants[b]
     bias = rest[0] if rest and rest[0] else None
     value = node.output[0]
     steps = [("MatMul", np.ascontiguousarray(matrix))]
     if alpha != 1:
         steps.append(("Mul", np.array(alpha)))
     if bias is not None:
-        if bias not in found.constants:
-            raise found.refuse(node, "adds a value that depends on the input to a single matrix; export a Linear layer")
-        steps.append(("Add", found.constants[bias] * beta))
+        if bias not in trace.constants:
+            raise trace.refuse(node, "adds a value that depends on the input to a single matrix; export a Linear layer")
+        steps.append(("Add", trace.constants[bias] * beta))
     for number, (operator, constant) in enumerate(steps, start=1):
-        after = value if number == len(steps) else normal.part()
-        normal.emit(node, operator, [a, normal.constant(constant)], after)
+        after = value if number == len(steps) else rewritten.part()
+        rewritten.emit(node, operator, [a, rewritten.constant(constant)], after)
         a = after
 
 
-def spatial_pad(normal: Normal, node: NodeProto, source: str, pads: list[tuple[int, int]]) -> str:
+def spatial_pad(rewritten: RewrittenGraph, node: NodeProto, source: str, pads: list[tuple[int, int]]) -> str:
     """A value with zeros around its pixels; negative widths cut pixels off."""
-    shape = normal.shapes[source]
+    shape = rewritten.shapes[source]
     cut = [slice(max(-begin, 0), n - max(-end, 0)) for n, (begin, end) in zip(shape[2:], pads, strict=True)]
     added = [(max(begin, 0), max(end, 0)) for begin, end in pads]
     moved = np.pad(numbered_entries(shape)[(slice(None), slice(None), *cut)], [(0, 0), (0, 0), *added])
-    padded = normal.part(moved.shape)
-    emit_index(normal, node, source, padded, moved)
+    padded = rewritten.part(moved.shape)
+    emit_index(rewritten, node, source, padded, moved)
     return padded
 
 
 @rewrites("Conv")
-def _conv(normal: Normal, node: NodeProto) -> None:
+def _conv(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """Unequal padding is a step of its own."""
-    kernel, kept = _convolution(normal, node)
-    pads = padding_of(attributes_of(node), normal.found.shape(node.input[0])[2:], kernel)
+    kernel, kept = _convolution(rewritten, node)
+    pads = padding_of(attributes_of(node), rewritten.trace.shape(node.input[0])[2:], kernel)
     source = node.input[0]
     if any(begin != end or begin < 0 for begin, end in pads):
-        source, pads = spatial_pad(normal, node, source, pads), [(0, 0)] * len(pads)
+        source, pads = spatial_pad(rewritten, node, source, pads), [(0, 0)] * len(pads)
     inputs = [source, *(value for value in node.input[1:] if value)]
     flat = [begin for begin, _ in pads] * 2
-    normal.emit(node, "Conv", inputs, node.output[0], pads=flat, kernel_shape=kernel, **kept)
+    rewritten.emit(node, "Conv", inputs, node.output[0], pads=flat, kernel_shape=kernel, **kept)
 
 
 @rewrites("ConvTranspose")
-def _conv_transpose(normal: Normal, node: NodeProto) -> None:
+def _conv_transpose(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """Whose padding is cut off its output: as a step of its own where it is unequal."""
-    found, attributes = normal.found, attributes_of(node)
-    kernel, kept = _convolution(normal, node)
+    trace, attributes = rewritten.trace, attributes_of(node)
+    kernel, kept = _convolution(rewritten, node)
     if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "") or attributes.get("output_shape"):
-        raise found.refuse(node, "leaves its padding to be worked out; export explicit pads")
+        raise trace.refuse(node, "leaves its padding to be worked out; export explicit pads")
     pads = padding_of(attributes, [0] * len(kernel), kernel)
     inputs = [value for value in node.input if value]
     kept |= {"output_padding": attributes["output_padding"]} if "output_padding" in attributes else {}
     if all(begin == end and begin >= 0 for begin, end in pads):
         flat = [begin for begin, _ in pads] * 2
-        normal.emit(node, "ConvTranspose", inputs, node.output[0], pads=flat, kernel_shape=kernel, **kept)
+        rewritten.emit(node, "ConvTranspose", inputs, node.output[0], pads=flat, kernel_shape=kernel, **kept)
         return
-    batch, channels, *space = found.shape(node.output[0])
-    whole = normal.part((batch, channels, *(n + sum(pair) for n, pair in zip(space, pads, strict=True))))
-    normal.emit(node, "ConvTranspose", inputs, whole, pads=[0] * 2 * len(kernel), kernel_shape=kernel, **kept)
-    normal.pass_on(spatial_pad(normal, node, whole, [(-begin, -end) for begin, end in pads]), node.output[0])
+    batch, channels, *space = trace.shape(node.output[0])
+    whole = rewritten.part((batch, channels, *(n + sum(pair) for n, pair in zip(space, pads, strict=True))))
+    rewritten.emit(node, "ConvTranspose", inputs, whole, pads=[0] * 2 * len(kernel), kernel_shape=kernel, **kept)
+    rewritten.pass_on(spatial_pad(rewritten, node, whole, [(-begin, -end) for begin, end in pads]), node.output[0])
 
 
-def _convolution(normal: Normal, node: NodeProto) -> tuple[list[int], dict[str, Any]]:
+def _convolution(rewritten: RewrittenGraph, node: NodeProto) -> tuple[list[int], dict[str, Any]]:
     """The kernel, and the attributes that are kept."""
-    found, attributes = normal.found, attributes_of(node)
-    if any(value and value not in found.constants for value in node.input[1:]):
-        raise found.refuse(node, "has weights that are computed from the input, which is not supported")
-    kernel = list(found.constants[node.input[1]].shape[2:])
+    trace, attributes = rewritten.trace, attributes_of(node)
+    if any(value and value not in trace.constants for value in node.input[1:]):
+        raise trace.refuse(node, "has weights that are computed from the input, which is not supported")
+    kernel = list(trace.constants[node.input[1]].shape[2:])
     return kernel, {key: attributes[key] for key in ("strides", "dilations", "group") if key in attributes}
 
 
 @rewrites("BatchNormalization")
-def _batch_norm(normal: Normal, node: NodeProto) -> None:
-    found, attributes = normal.found, attributes_of(node)
+def _batch_norm(rewritten: RewrittenGraph, node: NodeProto) -> None:
+    trace, attributes = rewritten.trace, attributes_of(node)
     if attributes.get("spatial", 1) != 1:
-        raise found.refuse(
+        raise trace.refuse(
             node, "normalises every pixel by itself, which is not supported; export with opset 9 or newer"
         )
-    if any(value not in found.constants for value in node.input[1:]):
-        raise found.refuse(node, "has statistics that are computed from the input, which is not supported")
+    if any(value not in trace.constants for value in node.input[1:]):
+        raise trace.refuse(node, "has statistics that are computed from the input, which is not supported")
     epsilon = float(attributes.get("epsilon", np.float32(1e-5)))
-    normal.emit(node, "BatchNormalization", list(node.input), node.output[0], epsilon=epsilon)
+    rewritten.emit(node, "BatchNormalization", list(node.input), node.output[0], epsilon=epsilon)
 
 
 @rewrites("GlobalAveragePool", "ReduceMean", "ReduceSum")
-def _reduce(normal: Normal, node: NodeProto) -> None:
-    found, attributes = normal.found, attributes_of(node)
+def _reduce(rewritten: RewrittenGraph, node: NodeProto) -> None:
+    trace, attributes = rewritten.trace, attributes_of(node)
     source = node.input[0]
-    rank = found.values[source].ndim
+    rank = trace.values[source].ndim
     axes, keep, operator = attributes.get("axes"), int(attributes.get("keepdims", 1)), node.op_type
     if operator == "GlobalAveragePool":
         axes, operator = list(range(2, rank)), "ReduceMean"
     elif len(node.input) > 1 and node.input[1]:
-        axes = found.constants[node.input[1]].ravel().tolist()
+        axes = trace.constants[node.input[1]].ravel().tolist()
     if not axes and attributes.get("noop_with_empty_axes", 0):
-        normal.pass_on(source, node.output[0])
+        rewritten.pass_on(source, node.output[0])
         return
     counted = sorted({int(axis) % rank for axis in axes or range(rank)})
-    if 0 in counted and source not in found.unbatched:
-        raise found.refuse(node, "reduces over the batch; every value must keep the batch on its first axis")
-    axes = [data_axis(found, node, source, axis) for axis in counted]
+    if 0 in counted and source not in trace.unbatched:
+        raise trace.refuse(node, "reduces over the batch; every value must keep the batch on its first axis")
+    axes = [data_axis(trace, node, source, axis) for axis in counted]
     output = node.output[0]
-    if not keep and len(axes) == len(normal.shapes[source]) - 1:
+    if not keep and len(axes) == len(rewritten.shapes[source]) - 1:
         # a number a sample keeps one axis
-        keep, output = 1, normal.part()
-        target = normal.constant(np.array([-1, 1], dtype=np.int64))
+        keep, output = 1, rewritten.part()
+        target = rewritten.constant(np.array([-1, 1], dtype=np.int64))
     if operator == "ReduceMean":
-        normal.emit(node, operator, [source], output, axes=axes, keepdims=keep)
+        rewritten.emit(node, operator, [source], output, axes=axes, keepdims=keep)
     else:
-        where = normal.constant(np.array(axes, dtype=np.int64))
-        normal.emit(node, operator, [source, where], output, keepdims=keep)
+        where = rewritten.constant(np.array(axes, dtype=np.int64))
+        rewritten.emit(node, operator, [source, where], output, keepdims=keep)
     if output != node.output[0]:
-        normal.emit(node, "Reshape", [output, target], node.output[0])
+        rewritten.emit(node, "Reshape", [output, target], node.output[0])

@@ -21,7 +21,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from onnx.reference import ReferenceEvaluator
 
 from certify_cli.errors import ModelError, first_line, shown
-from certify_cli.load.onnx.model_input import Entrance
+from certify_cli.load.onnx.model_input import ModelInput
 from certify_cli.load.onnx.neutral_names import Graph, Names, Origin
 from certify_cli.load.onnx.operators import OPERATORS, attributes_of
 from certify_cli.load.onnx.outputs import FLOATS
@@ -37,7 +37,7 @@ WIDE = (TensorProto.FLOAT, TensorProto.DOUBLE)
 
 
 @dataclass(eq=False)
-class Interpretation:
+class Trace:
     """What one run shows. `constants` do not depend on the input, `values` do; both in float64, of the file's shapes.
 
     native: constants as the file's own types have them, where these could be computed.   kinds: the element type of
@@ -46,7 +46,7 @@ class Interpretation:
 
     path: Path
     opset: int
-    entrance: Entrance
+    model_input: ModelInput
     origin: Mapping[str, Origin]
     names: Names
     constants: dict[str, np.ndarray] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Interpretation:
             return array[None]
         return array[:, None] if array.ndim == 1 else array
 
-    def filed(self, name: str, sample: np.ndarray) -> np.ndarray:
+    def to_file_shape(self, name: str, sample: np.ndarray) -> np.ndarray:
         """One sample (1, ...) in the file's own shape: repeated where its batch is fixed."""
         if name in self.unbatched:
             return sample[0]
@@ -83,156 +83,156 @@ class Interpretation:
 
 
 def interpret(
-    path: Path, graph: Graph, nodes: Sequence[NodeProto], opset: int, entrance: Entrance, sample: np.ndarray
-) -> Interpretation:
+    path: Path, graph: Graph, nodes: Sequence[NodeProto], opset: int, model_input: ModelInput, sample: np.ndarray
+) -> Trace:
     """Run `nodes` of the graph on one sample (1, ...).
 
     ModelError where a node cannot be computed, or gives up the batch axis. Nodes whose value is constant are dropped
     from `nodes`.
     """
-    found = Interpretation(path, opset, entrance, graph.origin, graph.names)
-    found.native = dict(graph.constants)
-    found.constants = {name: widen(array) for name, array in graph.constants.items()}
-    found.values[entrance.source] = entrance.filed(sample.astype(np.float64))
-    found.kinds[entrance.source] = entrance.kind
-    if entrance.batch == 0:
-        found.unbatched.add(entrance.source)
+    trace = Trace(path, opset, model_input, graph.origin, graph.names)
+    trace.native = dict(graph.constants)
+    trace.constants = {name: widen(array) for name, array in graph.constants.items()}
+    trace.values[model_input.source] = model_input.to_file_shape(sample.astype(np.float64))
+    trace.kinds[model_input.source] = model_input.kind
+    if model_input.batch == 0:
+        trace.unbatched.add(model_input.source)
     for node in nodes:
-        data = [value for value in node.input if value in found.values]
-        _refuse_training(found, node)
+        data = [value for value in node.input if value in trace.values]
+        _refuse_training(trace, node)
         if node.op_type in ("Shape", "Size") and data:
-            _measure(found, node, found.values[data[0]].shape)
+            _measure(trace, node, trace.values[data[0]].shape)
         elif data:
-            _run(found, node)
+            _run(trace, node)
         else:
-            _fold(found, node)
-    return found
+            _fold(trace, node)
+    return trace
 
 
-def _measure(found: Interpretation, node: NodeProto, shape: tuple[int, ...]) -> None:
+def _measure(trace: Trace, node: NodeProto, shape: tuple[int, ...]) -> None:
     """Shape and Size of data are constants."""
     attributes = attributes_of(node)
     sizes = shape[attributes.get("start") : attributes.get("end")] if node.op_type == "Shape" else math.prod(shape)
-    found.constants[node.output[0]] = found.native[node.output[0]] = np.array(sizes, dtype=np.int64)
+    trace.constants[node.output[0]] = trace.native[node.output[0]] = np.array(sizes, dtype=np.int64)
 
 
-def _run(found: Interpretation, node: NodeProto) -> None:
-    outputs = evaluate(found, node, [found.values.get(v, found.constants.get(v)) if v else None for v in node.input])
+def _run(trace: Trace, node: NodeProto) -> None:
+    outputs = evaluate(trace, node, [trace.values.get(v, trace.constants.get(v)) if v else None for v in node.input])
     for value, array in zip(node.output, outputs, strict=False):
         if not value:
             continue
-        if array.size > MAX_VALUES * (found.entrance.batch or 1):
-            raise found.refuse(node, f"makes a value of shape {list(array.shape)}, which is too large to certify")
+        if array.size > MAX_VALUES * (trace.model_input.batch or 1):
+            raise trace.refuse(node, f"makes a value of shape {list(array.shape)}, which is too large to certify")
         if array.size == 0:
-            raise found.refuse(node, f"gives an empty value, of shape {list(array.shape)}; the shapes do not fit")
-        if not found.entrance.keeps_batch(array.shape):
-            if array.ndim == 0 or not found.entrance.whole:
-                raise found.refuse(
+            raise trace.refuse(node, f"gives an empty value, of shape {list(array.shape)}; the shapes do not fit")
+        if not trace.model_input.keeps_batch(array.shape):
+            if array.ndim == 0 or not trace.model_input.whole:
+                raise trace.refuse(
                     node,
                     f"turns one sample into a value of shape {list(array.shape)}; "
                     "every value must keep the batch on its first axis",
                 )
-            found.unbatched.add(value)
-        found.values[value] = array
-        found.kinds[value] = kind_behind(found, node)
-    found.nodes.append(node)
+            trace.unbatched.add(value)
+        trace.values[value] = array
+        trace.kinds[value] = kind_behind(trace, node)
+    trace.nodes.append(node)
 
 
-def _fold(found: Interpretation, node: NodeProto) -> None:
+def _fold(trace: Trace, node: NodeProto) -> None:
     """A node of constants: in float64, and as the file's own types have it."""
-    outputs = evaluate(found, node, [found.constants.get(v) if v else None for v in node.input])
+    outputs = evaluate(trace, node, [trace.constants.get(v) if v else None for v in node.input])
     native: list[np.ndarray | None] = [None] * len(outputs)
-    if all(not value or value in found.native for value in node.input):
-        native = list(compute(found, node, [found.native.get(v) if v else None for v in node.input]))
+    if all(not value or value in trace.native for value in node.input):
+        native = list(compute(trace, node, [trace.native.get(v) if v else None for v in node.input]))
     for value, wide, own in zip(node.output, outputs, native, strict=False):
         if not value:
             continue
         if own is not None:
-            found.native[value] = own
-        exact = all(found.constants[v].dtype.kind != "f" for v in node.input if v)
+            trace.native[value] = own
+        exact = all(trace.constants[v].dtype.kind != "f" for v in node.input if v)
         if wide.dtype.kind != "f" and own is not None:
             wide = own
         elif wide.dtype.kind != "f" and not exact:
-            raise found.refuse(node, "computes an index from numbers whose type cannot be evaluated here")
+            raise trace.refuse(node, "computes an index from numbers whose type cannot be evaluated here")
         elif own is not None and own.shape != wide.shape:
             wide = widen(own)  # a length that was computed: a decision as well
-        found.constants[value] = wide
+        trace.constants[value] = wide
 
 
-def _refuse_training(found: Interpretation, node: NodeProto) -> None:
+def _refuse_training(trace: Trace, node: NodeProto) -> None:
     """ModelError for a dropout that draws: also of a constant it is no fixed number."""
     if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
-        training = found.constants.get(node.input[2])
+        training = trace.constants.get(node.input[2])
         if training is None or bool(np.any(training)):
-            raise found.refuse(node, "is in training mode and draws random numbers; call model.eval() before exporting")
+            raise trace.refuse(node, "is in training mode and draws random numbers; call model.eval() before exporting")
 
 
-def kind_behind(found: Interpretation, node: NodeProto) -> int:
+def kind_behind(trace: Trace, node: NodeProto) -> int:
     """The element type that a node gives its value in the file."""
     if node.op_type == "Cast":
         return int(attributes_of(node)["to"])
     if node.op_type == "CastLike":
         like = node.input[1]
-        return found.kinds.get(like) or int(helper.np_dtype_to_tensor_dtype(found.native[like].dtype))
-    return next(found.kinds[value] for value in node.input if value in found.kinds)
+        return trace.kinds.get(like) or int(helper.np_dtype_to_tensor_dtype(trace.native[like].dtype))
+    return next(trace.kinds[value] for value in node.input if value in trace.kinds)
 
 
-def keeps_type(found: Interpretation, node: NodeProto) -> bool:
+def keeps_type(trace: Trace, node: NodeProto) -> bool:
     """Whether a node is a cast of data that changes nothing in exact arithmetic: to the type they have, or to one that
     evaluations are rounded to anyway."""
-    if node.op_type not in ("Cast", "CastLike") or node.input[0] not in found.kinds:
+    if node.op_type not in ("Cast", "CastLike") or node.input[0] not in trace.kinds:
         return False
-    kind, before = kind_behind(found, node), found.kinds[node.input[0]]
+    kind, before = kind_behind(trace, node), trace.kinds[node.input[0]]
     return kind == before or (kind in WIDE and before in FLOATS)
 
 
-def evaluate(found: Interpretation, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
+def evaluate(trace: Trace, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
     """The outputs of one node, floats in float64 and finite."""
-    arrays = widened(found, node, inputs)
+    arrays = widened(trace, node, inputs)
     for array in arrays:
         if array.dtype == np.float64 and not np.isfinite(array).all():
-            raise found.refuse(node, "gives NaN or infinite numbers; a network with them cannot be certified")
+            raise trace.refuse(node, "gives NaN or infinite numbers; a network with them cannot be certified")
     return arrays
 
 
-def widened(found: Interpretation, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
+def widened(trace: Trace, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
     """The outputs of one node, floats in float64; casts of data that change nothing in exact arithmetic left out."""
-    if keeps_type(found, node):
+    if keeps_type(trace, node):
         return [inputs[0]]
-    return [widen(array) for array in compute(found, node, inputs)]
+    return [widen(array) for array in compute(trace, node, inputs)]
 
 
-def compute(found: Interpretation, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
+def compute(trace: Trace, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
     """The outputs of one node on operands of any type: by `OPERATORS`, else by onnx.reference."""
     feeds = {value: array for value, array in zip(node.input, inputs, strict=True) if value}
     if node.op_type not in OPERATORS:
-        _check_size(found, node, feeds)
+        _check_size(trace, node, feeds)
     try:
         with np.errstate(all="ignore"):
             if node.op_type in OPERATORS:
-                outputs = OPERATORS[node.op_type](node, inputs, found.opset)
+                outputs = OPERATORS[node.op_type](node, inputs, trace.opset)
             else:
-                outputs = ReferenceEvaluator(_alone(node, feeds, found.opset)).run(None, feeds)  # type: ignore[assignment]
+                outputs = ReferenceEvaluator(_alone(node, feeds, trace.opset)).run(None, feeds)  # type: ignore[assignment]
     except NotImplementedError as error:
-        raise found.refuse(node, f"is not supported at opset {found.opset}; use a standard operator") from error
+        raise trace.refuse(node, f"is not supported at opset {trace.opset}; use a standard operator") from error
     except Exception as error:  # the evaluator reports ill-fitting shapes by whatever numpy happens to raise
         if node.op_type in OPERATORS and type(error) is ValueError:
-            raise found.refuse(node, str(error)) from error
+            raise trace.refuse(node, str(error)) from error
         shapes = ", ".join(str(list(np.shape(array))) for array in inputs if array is not None)
         text = shown(first_line(error), 200)
-        raise found.refuse(
+        raise trace.refuse(
             node, f"cannot be computed on operands of shapes {shapes} ({text}); the shapes do not fit"
         ) from error
     arrays = [np.asarray(array) for array in outputs]
     if any(array.dtype.kind not in "biufV" and array.dtype.name != "bfloat16" for array in arrays):
-        raise found.refuse(node, "gives something other than numbers, which is not supported")
+        raise trace.refuse(node, "gives something other than numbers, which is not supported")
     return arrays
 
 
-def _check_size(found: Interpretation, node: NodeProto, feeds: dict[str, np.ndarray]) -> None:
+def _check_size(trace: Trace, node: NodeProto, feeds: dict[str, np.ndarray]) -> None:
     """ModelError, before any memory is asked for, where a value would be far larger than any that is certified: by
     ONNX's own shape inference, small operands known."""
-    model = _alone(node, feeds, found.opset)
+    model = _alone(node, feeds, trace.opset)
     small = [(name, array) for name, array in feeds.items() if array.size <= FEW and array.dtype.kind in "biuf"]
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in small)
     try:
@@ -242,7 +242,7 @@ def _check_size(found: Interpretation, node: NodeProto, feeds: dict[str, np.ndar
     for value in inferred:
         sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         if math.prod(sizes) > MAX_ENTRIES:
-            raise found.refuse(node, f"makes a value of shape {sizes}, which is too large to certify")
+            raise trace.refuse(node, f"makes a value of shape {sizes}, which is too large to certify")
 
 
 def _alone(node: NodeProto, feeds: dict[str, np.ndarray], opset: int) -> ModelProto:

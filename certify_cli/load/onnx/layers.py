@@ -21,7 +21,7 @@ from onnx2torch.node_converters.sum import OnnxSum
 from certify_cli.load.onnx.converters import ActivationLayer, AveragePoolLayer, MaxMinLayer, MaxPoolLayer, SelectLayer
 from certify_cli.network.affine import Dense, Reshape, Select
 from certify_cli.network.lowering import torch_layers as layers
-from certify_cli.network.lowering.context import Data, Place, lowers
+from certify_cli.network.lowering.context import Data, LoweringContext, lowers
 from certify_cli.network.pooling import MaxMin
 
 _ARITHMETIC = {torch.add: layers.add, torch.sub: layers.subtract, torch.mul: layers.multiply}
@@ -29,103 +29,103 @@ _ARITHMETIC = {torch.add: layers.add, torch.sub: layers.subtract, torch.mul: lay
 
 
 @lowers(OnnxBinaryMathOperation)
-def _binary(place: Place, layer: OnnxBinaryMathOperation, first: Any, second: Any) -> Data:
+def _binary(context: LoweringContext, layer: OnnxBinaryMathOperation, first: Any, second: Any) -> Data:
     if layer.broadcast is not None or layer.axis is not None:
-        place.refuse("it broadcasts by an attribute, as before opset 7; export with a newer opset")
-    return _ARITHMETIC.get(layer.math_op_function, layers.divide)(place, first, second)
+        context.refuse("it broadcasts by an attribute, as before opset 7; export with a newer opset")
+    return _ARITHMETIC.get(layer.math_op_function, layers.divide)(context, first, second)
 
 
 @lowers(OnnxSum)
-def _sum(place: Place, layer: OnnxSum, *values: Any) -> Data:
-    return layers.add(place, *values)
+def _sum(context: LoweringContext, layer: OnnxSum, *values: Any) -> Data:
+    return layers.add(context, *values)
 
 
 @lowers(OnnxNeg)
-def _neg(place: Place, layer: OnnxNeg, x: Any) -> Data:
-    return layers.negative(place, place.data(x))
+def _neg(context: LoweringContext, layer: OnnxNeg, x: Any) -> Data:
+    return layers.negative(context, context.data(x))
 
 
 @lowers(OnnxMatMul)
-def _matmul(place: Place, layer: OnnxMatMul, left: Any, right: Any) -> Data:
-    return layers.matmul(place, left, right)
+def _matmul(context: LoweringContext, layer: OnnxMatMul, left: Any, right: Any) -> Data:
+    return layers.matmul(context, left, right)
 
 
 @lowers(OnnxGemm)
-def _gemm(place: Place, layer: OnnxGemm, a: Any, b: Any, c: Any = None) -> Data:
+def _gemm(context: LoweringContext, layer: OnnxGemm, a: Any, b: Any, c: Any = None) -> Data:
     """Only met without a bias of its own: with one, the converter makes a Linear layer."""
     if layer.alpha != 1 or layer.beta != 1 or layer.trans_a or c is not None:
-        place.refuse("it is not of the form x W + b; export a Linear layer")
-    return layers.matmul(place, a, b.T if layer.trans_b and not isinstance(b, Data) else b)
+        context.refuse("it is not of the form x W + b; export a Linear layer")
+    return layers.matmul(context, a, b.T if layer.trans_b and not isinstance(b, Data) else b)
 
 
 @lowers(OnnxConcat)
-def _concat(place: Place, layer: OnnxConcat, *values: Any) -> Data:
-    return layers.concatenate(place, values, layer.axis)
+def _concat(context: LoweringContext, layer: OnnxConcat, *values: Any) -> Data:
+    return layers.concatenate(context, values, layer.axis)
 
 
 @lowers(OnnxReshape)
-def _reshape(place: Place, layer: OnnxReshape, x: Any, shape: Any) -> Data:
-    return layers.move_by_layer(place, layer, x, shape)
+def _reshape(context: LoweringContext, layer: OnnxReshape, x: Any, shape: Any) -> Data:
+    return layers.move_by_layer(context, layer, x, shape)
 
 
 @lowers(OnnxReduceStaticAxes)
-def _reduce(place: Place, layer: OnnxReduceStaticAxes, x: Any) -> Data:
+def _reduce(context: LoweringContext, layer: OnnxReduceStaticAxes, x: Any) -> Data:
     if layer.operation_type != "ReduceMean":
-        place.refuse("this reduction is not affine; use a mean or a sum")
-    return _along(place, place.data(x), layer.axes, layer.keepdims, mean=True)
+        context.refuse("this reduction is not affine; use a mean or a sum")
+    return _along(context, context.data(x), layer.axes, layer.keepdims, mean=True)
 
 
 @lowers(OnnxReduceSumStaticAxes)
-def _reduce_sum(place: Place, layer: OnnxReduceSumStaticAxes, x: Any) -> Data:
-    return _along(place, place.data(x), layer._axes, bool(layer._keepdims), mean=False)
+def _reduce_sum(context: LoweringContext, layer: OnnxReduceSumStaticAxes, x: Any) -> Data:
+    return _along(context, context.data(x), layer._axes, bool(layer._keepdims), mean=False)
 
 
-def _along(place: Place, x: Data, axes: list[int], keep: bool, mean: bool) -> Data:
+def _along(context: LoweringContext, x: Data, axes: list[int], keep: bool, mean: bool) -> Data:
     """Sum or mean over `axes` (the batch is axis 0): the axes moved to the end, and one row of weights."""
-    shape = place.shape(x)
+    shape = context.shape(x)
     rank = len(shape) + 1
     reduced = sorted(axis % rank for axis in axes)
     if 0 in reduced:
-        place.refuse("it reduces over the batch")
+        context.refuse("it reduces over the batch")
     kept = [axis for axis in range(rank) if axis not in reduced]
     count = math.prod(shape[axis - 1] for axis in reduced)
-    x = place.move(lambda t: t.permute(*kept, *reduced).reshape(*(t.shape[axis] for axis in kept), count), x)
+    x = context.move(lambda t: t.permute(*kept, *reduced).reshape(*(t.shape[axis] for axis in kept), count), x)
     weight = torch.full((1, count), 1.0 / count if mean else 1.0, dtype=torch.float64)
-    x = place.add(Dense(weight, None, weight_error=1 if mean else 0, title="mean" if mean else "sum"), x)
+    x = context.add(Dense(weight, None, weight_error=1 if mean else 0, title="mean" if mean else "sum"), x)
     final = tuple(1 if axis in reduced else shape[axis - 1] for axis in range(1, rank) if keep or axis not in reduced)
-    return x if place.shape(x) == final else place.add(Reshape(final), x)
+    return x if context.shape(x) == final else context.add(Reshape(final), x)
 
 
 @lowers(ActivationLayer)
-def _activation(place: Place, layer: ActivationLayer, x: Any) -> Data:
-    return place.add(layer.activation, place.data(x))
+def _activation(context: LoweringContext, layer: ActivationLayer, x: Any) -> Data:
+    return context.add(layer.activation, context.data(x))
 
 
 @lowers(MaxMinLayer)
-def _max_min(place: Place, layer: MaxMinLayer, x: Any) -> Data:
-    return place.add(MaxMin(), place.data(x))
+def _max_min(context: LoweringContext, layer: MaxMinLayer, x: Any) -> Data:
+    return context.add(MaxMin(), context.data(x))
 
 
 @lowers(MaxPoolLayer)
-def _max_pool(place: Place, layer: MaxPoolLayer, x: Any) -> Data:
-    return place.add(layer.pool, place.data(x))
+def _max_pool(context: LoweringContext, layer: MaxPoolLayer, x: Any) -> Data:
+    return context.add(layer.pool, context.data(x))
 
 
 @lowers(AveragePoolLayer)
-def _average_pool(place: Place, layer: AveragePoolLayer, x: Any) -> Data:
+def _average_pool(context: LoweringContext, layer: AveragePoolLayer, x: Any) -> Data:
     """One divisor throughout: a convolution of the padded image; else a matrix of the pixels."""
-    value, at = place.data(x), layer.at
-    divisors = layer.divisors(place.shape(value)[1:])
+    value, at = context.data(x), layer.at
+    divisors = layer.divisors(context.shape(value)[1:])
     if bool((divisors != divisors.flatten()[0]).any()):
-        return layers.spatial_matrix(place, layer, value)
+        return layers.spatial_matrix(context, layer, value)
     padding = tuple(begin for begin, _ in layer.pads)
     if any(begin != end for begin, end in layer.pads):
-        value, padding = place.move(layer.padded, value), (0,) * len(padding)
+        value, padding = context.move(layer.padded, value), (0,) * len(padding)
     divisor = int(divisors.flatten()[0])
-    return layers.depthwise_mean(place, value, at.kernel, at.stride, padding, divisor, at.dilation)
+    return layers.depthwise_mean(context, value, at.kernel, at.stride, padding, divisor, at.dilation)
 
 
 @lowers(SelectLayer)
-def _select(place: Place, layer: SelectLayer, x: Any) -> Data:
-    value = place.data(x)
-    return place.add(Select(layer.index, math.prod(place.shape(value)), title=place.kind.lower()), value)
+def _select(context: LoweringContext, layer: SelectLayer, x: Any) -> Data:
+    value = context.data(x)
+    return context.add(Select(layer.index, math.prod(context.shape(value)), title=context.kind.lower()), value)

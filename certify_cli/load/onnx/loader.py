@@ -17,15 +17,14 @@ from torch import fx
 
 from certify_cli.errors import ModelError, first_line
 from certify_cli.load.loaded_model import Deployment, LoadedModel
-from certify_cli.load.onnx import parity
-from certify_cli.load.onnx import piece_checks as pieces
+from certify_cli.load.onnx import parity, subgraph_checks
 from certify_cli.load.onnx.file import OnnxFile, read_onnx
 from certify_cli.load.onnx.interpret import interpret
 from certify_cli.load.onnx.logits import logits as logits_of
-from certify_cli.load.onnx.model_input import Entrance, Shape, readings
+from certify_cli.load.onnx.model_input import ModelInput, Shape, readings
 from certify_cli.load.onnx.normalise import normalise, to_model
 from certify_cli.load.onnx.outputs import leading_to
-from certify_cli.load.onnx.rewriting import Normal
+from certify_cli.load.onnx.rewriting import RewrittenGraph
 from certify_cli.network.lowering.fx_graph import lower_traced
 from certify_cli.records import ModelInfo
 
@@ -51,11 +50,11 @@ def load_onnx(
     """
     file = read_onnx(path, output)
     refusal: ModelError | None = None
-    for entrance in readings(path, file.inputs, file.graph.named, sample_shape, layout):
+    for model_input in readings(path, file.inputs, file.graph.named, sample_shape, layout):
         if refusal is not None and file.rows == file.inputs[0].type.tensor_type.shape.dim[0].dim_value:
             break  # a row of the output for each of the input: a batch, whatever else is wrong
         try:
-            return _load(path, file, entrance)
+            return _load(path, file, model_input)
         except ModelError as error:
             # a reading in which some value has no batch axis was not the right one
             refusal = error if refusal is None or "keep the batch" in str(refusal) else refusal
@@ -67,32 +66,32 @@ def load_onnx(
     raise refusal
 
 
-def _load(path: Path, file: OnnxFile, entrance: Entrance) -> LoadedModel:
+def _load(path: Path, file: OnnxFile, model_input: ModelInput) -> LoadedModel:
     end = file.graph.named(file.output)
     nodes = leading_to(end, file.graph.nodes)
-    found = interpret(path, file.graph, nodes, file.opset, entrance, parity.images(entrance.shape)[:1])
-    if end not in found.values:
+    trace = interpret(path, file.graph, nodes, file.opset, model_input, parity.images(model_input.shape)[:1])
+    if end not in trace.values:
         raise ModelError(f"{path}: the output does not depend on the input; export the classifier again")
-    logits, tail, notes = logits_of(found, end)
-    normal = normalise(found, logits)
-    if not normal.nodes:
+    logits, tail, notes = logits_of(trace, end)
+    rewritten = normalise(trace, logits)
+    if not rewritten.nodes:
         raise ModelError(f"{path}: the model computes nothing; export the classifier again")
     try:
-        module = _convert(to_model(normal, entrance.source))
-        names, values = _label(module, normal)
-        network, holding = lower_traced(module, entrance.shape, names)
+        module = _convert(to_model(rewritten, model_input.source))
+        names, values = _label(module, rewritten)
+        network, holding = lower_traced(module, model_input.shape, names)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    pieces.check(normal, network, {values[at]: index for at, index in holding.items()}, entrance.source)
-    notes = [*file.notes, *notes, *parity.check(path, file, found, network, logits, tail)]
-    if found.size(logits) == 1:
+    subgraph_checks.check(rewritten, network, {values[at]: index for at, index in holding.items()}, model_input.source)
+    notes = [*file.notes, *notes, *parity.check(path, file, trace, network, logits, tail)]
+    if trace.size(logits) == 1:
         notes.append("its one logit z is read as the two logits (0, z): class 1 where z is positive")
     if file.stored_dtype in ("float16", "bfloat16"):
         notes.append(f"the weights are stored in {file.stored_dtype} and upcast exactly to float64")
     info = ModelInfo(str(path), file.sha256, "onnx", file.opset, network.classes)
-    threshold = 0.5 if tail and found.size(logits) == 1 else 0.0
-    deployment = Deployment(entrance, file.output, threshold)
-    return LoadedModel(network, info, entrance.shape, file.stored_dtype, tuple(notes), deployment)
+    threshold = 0.5 if tail and trace.size(logits) == 1 else 0.0
+    deployment = Deployment(model_input, file.output, threshold)
+    return LoadedModel(network, info, model_input.shape, file.stored_dtype, tuple(notes), deployment)
 
 
 def _convert(model: ModelProto) -> fx.GraphModule:
@@ -110,13 +109,13 @@ def _convert(model: ModelProto) -> fx.GraphModule:
         raise ModelError(f"cannot be converted: {first_line(error)}; replace the layer") from error
 
 
-def _label(module: fx.GraphModule, normal: Normal) -> tuple[dict[str, str], dict[str, str]]:
+def _label(module: fx.GraphModule, rewritten: RewrittenGraph) -> tuple[dict[str, str], dict[str, str]]:
     """Tell each converted layer which operator of the file it stands for; by module path, the file's name for it and
     the value that it gives."""
     names, values = {}, {}
     paths = [str(n.target) for n in module.graph.nodes if n.op == "call_module"]
-    for path, node in zip(paths, normal.nodes, strict=True):
-        origin = normal.found.origin[normal.origin[node.name]]
+    for path, node in zip(paths, rewritten.nodes, strict=True):
+        origin = rewritten.trace.origin[rewritten.origin[node.name]]
         module.get_submodule(path).onnx_type = origin.operator  # type: ignore[assignment]
         names[path], values[path] = origin.name, node.output[0]
     return names, values

@@ -5,30 +5,30 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto
 
-from certify_cli.load.onnx.interpret import Interpretation, evaluate
+from certify_cli.load.onnx.interpret import Trace, evaluate
 from certify_cli.load.onnx.operators import attributes_of
 from certify_cli.load.onnx.outputs import CLASSIFIERS, RESHAPING, SOFTMAX
 
 
-def logits(found: Interpretation, output: str) -> tuple[str, list[NodeProto], list[str]]:
+def logits(trace: Trace, output: str) -> tuple[str, list[NodeProto], list[str]]:
     """The value that holds the logits, the nodes between it and `output` in order, and a note on what is left out.
 
     A softmax over all entries of a sample changes no prediction, nor does anything behind it that keeps every entry in
     its place; likewise the logistic function that ends a linear classifier, or a model of one logit.
     """
-    makers = {value: node for node in found.nodes for value in node.output if value}
+    producers = {value: node for node in trace.nodes for value in node.output if value}
     tail: list[NodeProto] = []
     name = output
-    while (maker := makers.get(name)) is not None and maker.input[0] in found.values:
-        if maker.op_type in SOFTMAX and _over_the_sample(found, maker):
-            return maker.input[0], [maker, *tail], [_left_out(maker)]
-        single = found.size(name) == 1
-        if maker.op_type == "Sigmoid" and (single or found.origin[maker.name].operator in CLASSIFIERS):
-            return maker.input[0], [maker, *tail], [_left_out(maker)]
-        if maker.op_type not in RESHAPING or not _keeps_order(found, maker):
+    while (producer := producers.get(name)) is not None and producer.input[0] in trace.values:
+        if producer.op_type in SOFTMAX and _over_the_sample(trace, producer):
+            return producer.input[0], [producer, *tail], [_left_out(producer)]
+        single = trace.size(name) == 1
+        if producer.op_type == "Sigmoid" and (single or trace.origin[producer.name].operator in CLASSIFIERS):
+            return producer.input[0], [producer, *tail], [_left_out(producer)]
+        if producer.op_type not in RESHAPING or not _keeps_order(trace, producer):
             break
-        tail.insert(0, maker)
-        name = maker.input[0]
+        tail.insert(0, producer)
+        name = producer.input[0]
     return output, [], []
 
 
@@ -36,19 +36,19 @@ def _left_out(node: NodeProto) -> str:
     return f"the final {node.op_type} is left out: it changes no prediction, and margins are of logits"
 
 
-def _over_the_sample(found: Interpretation, node: NodeProto) -> bool:
+def _over_the_sample(trace: Trace, node: NodeProto) -> bool:
     """Whether a softmax's axis holds every entry of a sample; below opset 13 it flattens what follows its axis."""
-    shape = found.values[node.input[0]].shape
-    old = found.opset < 13
+    shape = trace.values[node.input[0]].shape
+    old = trace.opset < 13
     axis = int(attributes_of(node).get("axis", 1 if old else -1)) % len(shape)
-    if axis == 0 and not old and node.input[0] not in found.unbatched:
+    if axis == 0 and not old and node.input[0] not in trace.unbatched:
         return False  # along the batch, which may be as long as there are classes
     width = int(np.prod(shape[axis:])) if old else shape[axis]
-    return width == found.size(node.input[0])
+    return width == trace.size(node.input[0])
 
 
-def _keeps_order(found: Interpretation, node: NodeProto) -> bool:
-    shape = found.values[node.input[0]].shape
+def _keeps_order(trace: Trace, node: NodeProto) -> bool:
+    shape = trace.values[node.input[0]].shape
     numbered = np.arange(1.0, np.prod(shape) + 1).reshape(shape)
-    moved = evaluate(found, node, [numbered, *(found.constants.get(value) for value in node.input[1:])])[0]
+    moved = evaluate(trace, node, [numbered, *(trace.constants.get(value) for value in node.input[1:])])[0]
     return np.array_equal(moved.ravel(), numbered.ravel())

@@ -9,42 +9,42 @@ import numpy as np
 from onnx import NodeProto
 
 from certify_cli.load.onnx.affine_rewrites import join
-from certify_cli.load.onnx.rewriting import DOMAIN, Normal, emit_index, numbered_entries, rewrites
+from certify_cli.load.onnx.rewriting import DOMAIN, RewrittenGraph, emit_index, numbered_entries, rewrites
 from certify_cli.network.activations import ACTIVATIONS
 
 
 @rewrites("Max", "Min")
-def _largest(normal: Normal, node: NodeProto) -> None:
+def _largest(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """The first half of the sorted pair for Max, the second for Min; the pair is made once for both."""
-    found = normal.found
-    data = [value for value in node.input if value in found.values]
+    trace = rewritten.trace
+    data = [value for value in node.input if value in trace.values]
     if len(data) == 1:
-        _clipped(normal, node, data[0])
+        _clipped(rewritten, node, data[0])
         return
-    shapes = [normal.shapes[value] for value in data]
+    shapes = [rewritten.shapes[value] for value in data]
     if len(node.input) != 2 or len(shapes) != 2 or shapes[0] != shapes[1] or len(shapes[0]) < 2:
-        raise found.refuse(
+        raise trace.refuse(
             node, "is supported of two values of one shape that depend on the input, or of one and constants"
         )
     batch, channels, *space = shapes[0]
     both = (batch, 2 * channels, *space)
-    key = tuple(sorted(normal.resolved(value) for value in data))
-    if key not in normal.pairs:
-        joined, normal.pairs[key] = normal.part(both), normal.part(both)
-        join(normal, node, data, joined, axis=1)
-        normal.emit(node, "MaxMin", [joined], normal.pairs[key], DOMAIN)
+    key = tuple(sorted(rewritten.resolved(value) for value in data))
+    if key not in rewritten.pairs:
+        joined, rewritten.pairs[key] = rewritten.part(both), rewritten.part(both)
+        join(rewritten, node, data, joined, axis=1)
+        rewritten.emit(node, "MaxMin", [joined], rewritten.pairs[key], DOMAIN)
     half = np.split(numbered_entries(both), 2, axis=1)[node.op_type == "Min"]
-    emit_index(normal, node, normal.pairs[key], node.output[0], half)
+    emit_index(rewritten, node, rewritten.pairs[key], node.output[0], half)
 
 
-def _clipped(normal: Normal, node: NodeProto, value: str) -> None:
+def _clipped(rewritten: RewrittenGraph, node: NodeProto, value: str) -> None:
     """max(x, c) = c + max(x - c, 0), entry by entry; with one number for all, a clip."""
-    found = normal.found
-    constants = [found.constants[name] for name in node.input if name != value]
+    trace = rewritten.trace
+    constants = [trace.constants[name] for name in node.input if name != value]
     largest = node.op_type == "Max"
     bound = (np.maximum if largest else np.minimum).reduce(np.broadcast_arrays(*constants))
-    if normal.shapes[node.output[0]] != normal.shapes[value]:
-        raise found.refuse(node, "spreads a value over more entries, which is not supported; export a clamp")
+    if rewritten.shapes[node.output[0]] != rewritten.shapes[value]:
+        raise trace.refuse(node, "spreads a value over more entries, which is not supported; export a clamp")
     single = np.ptp(bound) == 0
     level = float(bound.flat[0]) if single else 0.0
     if largest and level == 0:
@@ -53,9 +53,9 @@ def _clipped(normal: Normal, node: NodeProto, value: str) -> None:
         clip = ACTIVATIONS["clip"](**{"low" if largest else "high": level})
     row = json.dumps({"name": clip.name, "parameters": clip.parameters, "deviation": clip.deviation})
     if single:
-        normal.emit(node, "Activation", [value], node.output[0], DOMAIN, row=row)
+        rewritten.emit(node, "Activation", [value], node.output[0], DOMAIN, row=row)
         return
-    offset, above, cut = normal.constant(bound), normal.part(), normal.part()
-    normal.emit(node, "Sub", [value, offset], above)
-    normal.emit(node, "Activation", [above], cut, DOMAIN, row=row)
-    normal.emit(node, "Add", [cut, offset], node.output[0])
+    offset, above, cut = rewritten.constant(bound), rewritten.part(), rewritten.part()
+    rewritten.emit(node, "Sub", [value, offset], above)
+    rewritten.emit(node, "Activation", [above], cut, DOMAIN, row=row)
+    rewritten.emit(node, "Add", [cut, offset], node.output[0])

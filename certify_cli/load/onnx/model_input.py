@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Entrance:
+class ModelInput:
     """source: the input's (neutral) name.   shape: one sample's, without the batch.   kind: its element type in ONNX.
 
     batch: how many samples the file takes at once; None for any number, 0 where it has no batch axis at all.
@@ -40,7 +40,7 @@ class Entrance:
         """Whether the first axis of a value of this shape (of a run on one sample) is the batch."""
         return len(shape) > 0 and shape[0] == (self.batch or 1)
 
-    def filed(self, sample: np.ndarray) -> np.ndarray:
+    def to_file_shape(self, sample: np.ndarray) -> np.ndarray:
         """One sample (1, *shape) in the file's own shape: repeated where its batch is fixed."""
         return sample[0] if self.batch == 0 else np.repeat(sample, self.batch or 1, axis=0)
 
@@ -62,7 +62,7 @@ def readings(
     named: Callable[[str], str],
     sample_shape: Callable[[], Shape | None],
     layout: str | None,
-) -> list[Entrance]:
+) -> list[ModelInput]:
     """The ways to read the model's input, the likelier one first: a first axis of more than one entry may be a fixed
     batch, or an axis of a sample.
 
@@ -91,7 +91,7 @@ def readings(
         shape = _resolved(path, called, sample, sample_shape, layout)
         if math.prod(shape) * (batch or 1) > MAX_ENTRIES:
             raise ModelError(f"{path}: the input '{called}' of shape {list(shape)} is too large to certify")
-        found.append(Entrance(named(value.name), shape, tensor.elem_type, batch))
+        found.append(ModelInput(named(value.name), shape, tensor.elem_type, batch))
     return found
 
 

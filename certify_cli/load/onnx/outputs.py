@@ -22,16 +22,16 @@ CLASSIFIERS = {"LinearClassifier"}
 
 def leading_to(output: str, nodes: Sequence[NodeProto]) -> list[NodeProto]:
     """The nodes that the value `output` needs, in order."""
-    makers: dict[str, list[NodeProto]] = {}
+    producers: dict[str, list[NodeProto]] = {}
     for node in nodes:
         for name in node.output:
-            makers.setdefault(name, []).append(node)
+            producers.setdefault(name, []).append(node)
     needed, stack = {""}, [output]
     while stack:
         name = stack.pop()
         if name not in needed:
             needed.add(name)
-            stack.extend(operand for node in makers.get(name, ()) for operand in node.input)
+            stack.extend(operand for node in producers.get(name, ()) for operand in node.input)
     needed.remove("")
     return [node for node in nodes if needed.intersection(node.output)]
 
@@ -42,7 +42,7 @@ def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[st
     `wanted`: the user's choice. ModelError, naming the outputs, where it is none of them or no choice is plain.
     """
     outputs = list(graph.output)
-    makers = {name: node for node in graph.node for name in node.output if name}
+    producers = {name: node for node in graph.node for name in node.output if name}
     listed = ", ".join(f"'{shown(value.name)}'" for value in outputs)
     if wanted is not None:
         found = [value for value in outputs if value.name == wanted]
@@ -53,7 +53,7 @@ def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[st
     elif len(outputs) == 1:
         found = outputs
     else:
-        found = [value for value in outputs if _holds_floats(value) and _all_derive(value, graph, makers)]
+        found = [value for value in outputs if _holds_floats(value) and _all_derive(value, graph, producers)]
         if not found:
             raise ModelError(
                 f"{path}: the model has {len(outputs)} outputs ({listed}), and not all derive from one; "
@@ -65,7 +65,7 @@ def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[st
         )
     name = found[0].name
     notes = () if len(outputs) == 1 else (f"of its outputs {listed} '{shown(name)}' is certified",)
-    return _unwrapped(name, makers), notes
+    return _unwrapped(name, producers), notes
 
 
 def _holds_floats(value: ValueInfoProto) -> bool:
@@ -74,36 +74,36 @@ def _holds_floats(value: ValueInfoProto) -> bool:
     return kind != "tensor_type" or value.type.tensor_type.elem_type in (*FLOATS, TensorProto.UNDEFINED)
 
 
-def _all_derive(value: ValueInfoProto, graph: GraphProto, makers: dict[str, NodeProto]) -> bool:
+def _all_derive(value: ValueInfoProto, graph: GraphProto, producers: dict[str, NodeProto]) -> bool:
     """Whether every output depends on the input only through what stands at the base of `value`'s end."""
-    base = _base(value.name, makers)
-    maker = makers.get(base)
-    seen = {base} | (set(maker.output) if maker is not None and maker.op_type in CLASSIFIERS else set())
+    base = _base(value.name, producers)
+    producer = producers.get(base)
+    seen = {base} | (set(producer.output) if producer is not None and producer.op_type in CLASSIFIERS else set())
     seen.update(tensor.name for tensor in graph.initializer)
     stack = [other.name for other in graph.output]
     while stack:
         name = stack.pop()
         if name in seen:
             continue
-        if name not in makers:
+        if name not in producers:
             return False  # the input itself
         seen.add(name)
-        stack.extend(operand for operand in makers[name].input if operand)
+        stack.extend(operand for operand in producers[name].input if operand)
     return True
 
 
-def _base(name: str, makers: dict[str, NodeProto]) -> str:
+def _base(name: str, producers: dict[str, NodeProto]) -> str:
     """Up from an output through everything that may end a model behind its logits."""
-    while (maker := makers.get(name)) is not None and maker.op_type in RESHAPING | WRAPPING | SOFTMAX:
-        name = maker.input[0]
+    while (producer := producers.get(name)) is not None and producer.op_type in RESHAPING | WRAPPING | SOFTMAX:
+        name = producer.input[0]
     return name
 
 
-def _unwrapped(name: str, makers: dict[str, NodeProto]) -> str:
+def _unwrapped(name: str, producers: dict[str, NodeProto]) -> str:
     """The tensor behind ZipMap and Normalizer, where one of them ends the model."""
     at = last = name
-    while (maker := makers.get(at)) is not None and maker.op_type in WRAPPING | {"Identity", "Cast"}:
-        at = maker.input[0]
-        if maker.op_type in WRAPPING:
+    while (producer := producers.get(at)) is not None and producer.op_type in WRAPPING | {"Identity", "Cast"}:
+        at = producer.input[0]
+        if producer.op_type in WRAPPING:
             last = at
     return last

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from certify_cli.errors import ModelError, shown
 from certify_cli.load.onnx.file import OnnxFile
-from certify_cli.load.onnx.interpret import Interpretation, compute, widen, widened
-from certify_cli.load.onnx.model_input import Entrance
+from certify_cli.load.onnx.interpret import Trace, compute, widen, widened
+from certify_cli.load.onnx.model_input import ModelInput
 from certify_cli.load.onnx.runtime import NotRunnableError, Runtime
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
@@ -61,7 +61,7 @@ def images(shape: tuple[int, ...]) -> np.ndarray:
 def check(
     path: Path,
     file: OnnxFile,
-    found: Interpretation,
+    trace: Trace,
     network: Network,
     logits: str,
     tail: Sequence[NodeProto],
@@ -70,12 +70,12 @@ def check(
 
     logits: the value that the network computes, by its neutral name; tail: the nodes between it and the output.
     """
-    entrance, samples = found.entrance, images(found.entrance.shape)
+    model_input, samples = trace.model_input, images(trace.model_input.shape)
     with torch.no_grad():
         together = network(torch.from_numpy(samples))
         singly = torch.cat([network(torch.from_numpy(sample[None])) for sample in samples])
     _compare(path, "a batch of samples differs from the same samples one by one", together, singly)
-    first = torch.from_numpy(as_logits(found.samples(logits, found.values[logits])[:1].reshape(1, -1)))
+    first = torch.from_numpy(as_logits(trace.samples(logits, trace.values[logits])[:1].reshape(1, -1)))
     _compare(path, "the loaded network differs from the file evaluated in float64", together[:1], first)
 
     points = probes(network, samples)
@@ -84,11 +84,11 @@ def check(
         points = points.astype(stored).astype(np.float64)
     points = points[np.abs(points).reshape(len(points), -1).max(1) <= FAR][: rows_at_once(network)]
     try:
-        _check_folds(path, file, found)
-        run, name, notes = _by_runtime(path, file, logits, entrance), "onnxruntime", []
+        _check_folds(path, file, trace)
+        run, name, notes = _by_runtime(path, file, logits, model_input), "onnxruntime", []
         answers = run(points)
     except NotRunnableError as error:
-        run, name = _by_reference(file, found, logits), "onnx.reference"
+        run, name = _by_reference(file, trace, logits), "onnx.reference"
         notes = [f"onnxruntime does not run the file ({error}); it was compared with onnx.reference"]
         points = points[: IMAGES + 2]
         answers = run(points)
@@ -99,7 +99,7 @@ def check(
         )
     kept = ~unstable(network, points)
     points, answers = points[kept], answers.at(kept)
-    _compare_stored(path, file.stored_dtype, network, points, answers, name, lambda z: _ended(found, logits, tail, z))
+    _compare_stored(path, file.stored_dtype, network, points, answers, name, lambda z: _ended(trace, logits, tail, z))
     return notes
 
 
@@ -132,7 +132,7 @@ class Answers:
 Run = Callable[[np.ndarray], Answers]
 
 
-def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> Run:
+def _by_runtime(path: Path, file: OnnxFile, logits: str, model_input: ModelInput) -> Run:
     """The file as it is, with the logits as another output where they have a name in it."""
     model = ModelProto()
     model.CopyFrom(file.model)
@@ -142,13 +142,13 @@ def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> 
     if called is not None and called != file.output and called in inside:
         model.graph.output.append(ValueInfoProto(name=called))
         names.append(called)
-    dtype = helper.tensor_dtype_to_np_dtype(entrance.kind)
+    dtype = helper.tensor_dtype_to_np_dtype(model_input.kind)
     if dtype.kind != "f":
         raise NotRunnableError(f"its input is of type {dtype}")
     runtime = Runtime(model, names)
 
     def answered(feed: np.ndarray) -> list[np.ndarray]:
-        samples = len(feed) if entrance.batch != 0 else 1
+        samples = len(feed) if model_input.batch != 0 else 1
         arrays = [array.astype(np.float64) for array in runtime.run(feed.astype(dtype))]
         if any(array.size % samples for array in arrays):
             raise ModelError(
@@ -160,11 +160,11 @@ def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> 
     def run(points: np.ndarray) -> Answers:
         rows: list[list[np.ndarray]] = [[] for _ in names]
         with np.errstate(over="ignore"):
-            feeds = entrance.feeds(points)
+            feeds = model_input.feeds(points)
             try:
                 found = [answered(feed) for feed in feeds]
             except NotRunnableError:
-                if entrance.batch is not None:
+                if model_input.batch is not None:
                     raise
                 found = [answered(point[None]) for point in points]  # its batch is free in name only
         for arrays in found:
@@ -177,11 +177,11 @@ def _by_runtime(path: Path, file: OnnxFile, logits: str, entrance: Entrance) -> 
     return run
 
 
-def _check_folds(path: Path, file: OnnxFile, found: Interpretation) -> None:
+def _check_folds(path: Path, file: OnnxFile, trace: Trace) -> None:
     """What was computed of constants alone, and is read by data, against what onnxruntime makes of it: by itself, since
     a constant in front of a sleeping unit shows nowhere else."""
     inside = {name for node in file.model.graph.node for name in node.output}
-    read = dict.fromkeys(value for node in found.nodes for value in node.input if value in found.constants)
+    read = dict.fromkeys(value for node in trace.nodes for value in node.input if value in trace.constants)
     folded = {name: called for name in read if (called := file.graph.called.get(name, "")) in inside}
     if not folded:
         return
@@ -189,16 +189,16 @@ def _check_folds(path: Path, file: OnnxFile, found: Interpretation) -> None:
     model.CopyFrom(file.model)
     del model.graph.output[:]
     model.graph.output.extend(ValueInfoProto(name=called) for called in folded.values())
-    dtype = helper.tensor_dtype_to_np_dtype(found.entrance.kind)
-    feed = found.entrance.filed(images(found.entrance.shape)[:1]).astype(dtype)
+    dtype = helper.tensor_dtype_to_np_dtype(trace.model_input.kind)
+    feed = trace.model_input.to_file_shape(images(trace.model_input.shape)[:1]).astype(dtype)
     for (name, called), array in zip(folded.items(), Runtime(model, list(folded.values())).run(feed), strict=True):
-        ours, theirs = found.constants[name], widen(array)
+        ours, theirs = trace.constants[name], widen(array)
         if ours.shape != theirs.shape:
             raise ModelError(
                 f"{path}: the constant '{shown(called)}' was computed in the shape {list(ours.shape)}, onnxruntime "
                 f"gives {list(theirs.shape)}; please report it with the model"
             )
-        noise = np.abs(widen(found.native[name]) - ours) if name in found.native else 0.1 * np.abs(ours)
+        noise = np.abs(widen(trace.native[name]) - ours) if name in trace.native else 0.1 * np.abs(ours)
         allowed = 0.0 if ours.dtype.kind != "f" else STORED_PARITY["float32"] * np.abs(ours) + NOISE * noise + 1e-30
         if not (np.abs(ours - theirs.astype(ours.dtype if ours.dtype.kind == "f" else np.float64)) <= allowed).all():
             raise ModelError(
@@ -207,19 +207,19 @@ def _check_folds(path: Path, file: OnnxFile, found: Interpretation) -> None:
             )
 
 
-def _by_reference(file: OnnxFile, found: Interpretation, logits: str) -> Run:
+def _by_reference(file: OnnxFile, trace: Trace, logits: str) -> Run:
     """Node by node in the file's own types; sample by sample."""
-    entrance = found.entrance
-    dtype = helper.tensor_dtype_to_np_dtype(entrance.kind)
+    model_input = trace.model_input
+    dtype = helper.tensor_dtype_to_np_dtype(model_input.kind)
 
     def one(sample: np.ndarray) -> np.ndarray:
-        values: dict[str, Any] = {entrance.source: entrance.filed(sample.astype(dtype))}
-        for node in found.nodes:
-            operands = [values.get(v, found.native.get(v, found.constants.get(v))) if v else None for v in node.input]
-            values.update(zip(node.output, compute(found, node, operands), strict=False))
+        values: dict[str, Any] = {model_input.source: model_input.to_file_shape(sample.astype(dtype))}
+        for node in trace.nodes:
+            operands = [values.get(v, trace.native.get(v, trace.constants.get(v))) if v else None for v in node.input]
+            values.update(zip(node.output, compute(trace, node, operands), strict=False))
             if logits in values:
                 break
-        return widen(found.samples(logits, np.asarray(values[logits])))[:1].reshape(1, -1)
+        return widen(trace.samples(logits, np.asarray(values[logits])))[:1].reshape(1, -1)
 
     def run(points: np.ndarray) -> Answers:
         rows = as_logits(np.concatenate([one(point[None]) for point in points]))
@@ -228,15 +228,15 @@ def _by_reference(file: OnnxFile, found: Interpretation, logits: str) -> Run:
     return run
 
 
-def _ended(found: Interpretation, logits: str, tail: Sequence[NodeProto], z: np.ndarray) -> np.ndarray:
+def _ended(trace: Trace, logits: str, tail: Sequence[NodeProto], z: np.ndarray) -> np.ndarray:
     """What the end of the model makes of logits, row by row."""
     rows = []
     for row in z:
-        array = found.filed(logits, row[-found.size(logits) :].reshape(found.shape(logits)))
+        array = trace.to_file_shape(logits, row[-trace.size(logits) :].reshape(trace.shape(logits)))
         for node in tail:
-            operands = [array, *(found.constants.get(value) for value in node.input[1:])]
-            array = widened(found, node, operands)[0]
-        rows.append(array.ravel()[: found.size(logits)])
+            operands = [array, *(trace.constants.get(value) for value in node.input[1:])]
+            array = widened(trace, node, operands)[0]
+        rows.append(array.ravel()[: trace.size(logits)])
     return np.stack(rows)
 
 
@@ -399,7 +399,9 @@ def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
 
 def _kinks(op: Activation) -> list[float]:
     """Where the slope of an activation jumps; 0 for a smooth one."""
-    return [turn.place for turn in op.slope.turns if math.isfinite(turn.place) and turn.jump] or [0.0]
+    return [point.abscissa for point in op.slope.critical_points if math.isfinite(point.abscissa) and point.jump] or [
+        0.0
+    ]
 
 
 def _newton(network: Network, goals: list[tuple[int, int, float]], start: np.ndarray) -> np.ndarray | None:

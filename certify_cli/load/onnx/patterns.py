@@ -136,13 +136,13 @@ ROWS: tuple[Row, ...] = (
 
 
 def fuse(
-    node: NodeProto, makers: Mapping[str, NodeProto], constants: Mapping[str, Any]
+    node: NodeProto, producers: Mapping[str, NodeProto], constants: Mapping[str, Any]
 ) -> tuple[Activation, str] | None:
     """The activation that ends in `node`, and the name of its argument; None where no row matches.
 
-    `makers` maps each value to the node that computes it, `constants` each constant to its array.
+    `producers` maps each value to the node that computes it, `constants` each constant to its array.
     """
-    graph = _Graph(makers, constants)
+    graph = _Graph(producers, constants)
     rows = [row for row in ROWS if _last_operators(row.formula) & {node.op_type}]
     if not rows:
         return None
@@ -166,7 +166,7 @@ def _last_operators(formula: Pattern) -> set[str]:
 
 @dataclass(frozen=True)
 class _Graph:
-    makers: Mapping[str, NodeProto]
+    producers: Mapping[str, NodeProto]
     constants: Mapping[str, Any]
 
     def scalar(self, name: str) -> float | None:
@@ -181,8 +181,8 @@ class _Graph:
         seen: dict[str, None] = {}
         layer = [node]
         for _ in range(DEPTH):
-            names = [name for maker in layer for name in maker.input if name and name not in self.constants]
-            layer = [self.makers[name] for name in names if name in self.makers and name not in seen]
+            names = [name for producer in layer for name in producer.input if name and name not in self.constants]
+            layer = [self.producers[name] for name in names if name in self.producers and name not in seen]
             seen.update(dict.fromkeys(names))
         return list(seen)
 
@@ -226,14 +226,14 @@ class _Match:
         return self.parameters.setdefault(name, value) == value
 
     def _call(self, pattern: Call, name: str) -> bool:
-        maker = self.graph.makers.get(name)
-        if name == self.argument or maker is None or maker.op_type != pattern.operator:
+        producer = self.graph.producers.get(name)
+        if name == self.argument or producer is None or producer.op_type != pattern.operator:
             return False
-        attributes = {a.name: helper.get_attribute_value(a) for a in maker.attribute}
+        attributes = {a.name: helper.get_attribute_value(a) for a in producer.attribute}
         return (
-            len(maker.input) == len(pattern.operands)
+            len(producer.input) == len(pattern.operands)
             and all(self._number(n, attributes.get(key, usual), 1.0) for key, n, usual in pattern.attributes)
-            and all(self.matches(p, value) for p, value in zip(pattern.operands, maker.input, strict=True))
+            and all(self.matches(p, value) for p, value in zip(pattern.operands, producer.input, strict=True))
         )
 
     def _parts(self, patterns: tuple[Pattern, ...], names: list[str]) -> bool:
@@ -255,17 +255,17 @@ class _Match:
         scalar = self.graph.scalar(name)
         if scalar is not None:
             return scalar, 1.0, []
-        maker = None if name == self.argument else self.graph.makers.get(name)
-        if maker is not None and maker.op_type == "Mul":
-            left, right = (self._factors(value) for value in maker.input)
+        producer = None if name == self.argument else self.graph.producers.get(name)
+        if producer is not None and producer.op_type == "Mul":
+            left, right = (self._factors(value) for value in producer.input)
             return left[0] * right[0], left[1] * right[1], left[2] + right[2]
-        if maker is not None and maker.op_type == "Div" and (divisor := self.graph.scalar(maker.input[1])):
-            above, below, factors = self._factors(maker.input[0])
+        if producer is not None and producer.op_type == "Div" and (divisor := self.graph.scalar(producer.input[1])):
+            above, below, factors = self._factors(producer.input[0])
             return above, below * divisor, factors
-        if maker is not None and maker.op_type == "Pow":
-            power = self.graph.scalar(maker.input[1])
+        if producer is not None and producer.op_type == "Pow":
+            power = self.graph.scalar(producer.input[1])
             if power in (2.0, 3.0):
-                above, below, factors = self._factors(maker.input[0])
+                above, below, factors = self._factors(producer.input[0])
                 return above ** int(power), below ** int(power), factors * int(power)
         return 1.0, 1.0, [name]
 
@@ -274,11 +274,15 @@ class _Match:
         scalar = self.graph.scalar(name)
         if scalar is not None:
             return scalar, []
-        maker = None if name == self.argument else self.graph.makers.get(name)
-        if maker is not None and maker.op_type == "Add":
-            left, right = (self._terms(value) for value in maker.input)
+        producer = None if name == self.argument else self.graph.producers.get(name)
+        if producer is not None and producer.op_type == "Add":
+            left, right = (self._terms(value) for value in producer.input)
             return left[0] + right[0], left[1] + right[1]
-        if maker is not None and maker.op_type == "Sub" and (taken := self.graph.scalar(maker.input[1])) is not None:
-            constant, terms = self._terms(maker.input[0])
+        if (
+            producer is not None
+            and producer.op_type == "Sub"
+            and (taken := self.graph.scalar(producer.input[1])) is not None
+        ):
+            constant, terms = self._terms(producer.input[0])
             return constant - taken, terms
         return 0.0, [name]

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, helper
 
-from certify_cli.load.onnx.interpret import Interpretation, evaluate
+from certify_cli.load.onnx.interpret import Trace, evaluate
 
 DOMAIN = "curvcert"
 """The domain of the operators that are ours: Select, Activation, MaxMin, MaxPool and AveragePool."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Subgraph:
     """What the nodes of the file `before` compute of the values `inputs` is `value`; it was rewritten as a whole."""
 
     before: tuple[NodeProto, ...]
@@ -25,16 +25,16 @@ class Piece:
 
 
 @dataclass
-class Normal:
+class RewrittenGraph:
     """The rewritten graph: `nodes` in order, each with a batch of samples in front, and the constants they read.
 
     same: values that are others by another name.   shapes: of a batch of one.   origin: name of a rewritten node ->
     name of the file's node.   moved: value -> what it is moved from, and the numbers of its entries there (0 for
     zeros).   pairs: two values -> the value that holds both, sorted.   pieces: what was rewritten, for
-    `pieces.check`.   output: the logits, as a vector.
+    `subgraph_checks.check`.   output: the logits, as a vector.
     """
 
-    found: Interpretation
+    trace: Trace
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -42,14 +42,14 @@ class Normal:
     origin: dict[str, str] = field(default_factory=dict)
     moved: dict[str, tuple[str, np.ndarray]] = field(default_factory=dict)
     pairs: dict[tuple[str, ...], str] = field(default_factory=dict)
-    pieces: list[Piece] = field(default_factory=list)
+    subgraphs: list[Subgraph] = field(default_factory=list)
     output: str = ""
 
     def emit(
         self, node: NodeProto, operator: str, inputs: list[str], output: str, domain: str = "", **attributes: Any
     ) -> str:
         """Append one node in place of (a part of) `node` and return the name of its value."""
-        name = self.found.names.node()
+        name = self.trace.names.node()
         self.origin[name] = node.name
         inputs = [self.resolved(value) for value in inputs]
         self.nodes.append(helper.make_node(operator, inputs, [output], name=name, domain=domain, **attributes))
@@ -65,19 +65,19 @@ class Normal:
 
     def constant(self, array: np.ndarray) -> str:
         """The (fresh) name of a new constant."""
-        name = self.found.names.value()
+        name = self.trace.names.value()
         self.constants[name] = array
         return name
 
     def part(self, shape: tuple[int, ...] | None = None) -> str:
         """A fresh name for a value between the nodes that replace one."""
-        name = self.found.names.value()
+        name = self.trace.names.value()
         if shape is not None:
             self.shapes[name] = shape
         return name
 
 
-Rewrite = Callable[[Normal, NodeProto], None]
+Rewrite = Callable[[RewrittenGraph, NodeProto], None]
 REWRITES: dict[str, Rewrite] = {}
 
 
@@ -99,65 +99,65 @@ def numbered_entries(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(1.0, np.prod(shape) + 1).reshape(shape)
 
 
-def data_axis(found: Interpretation, node: NodeProto, value: str, axis: int) -> int:
+def data_axis(trace: Trace, node: NodeProto, value: str, axis: int) -> int:
     """An axis of a value of the file, counted with the batch in front. Refused where it is the batch."""
-    axis = axis % found.values[value].ndim
-    if value in found.unbatched:
+    axis = axis % trace.values[value].ndim
+    if value in trace.unbatched:
         return axis + 1
     if axis == 0:
-        raise found.refuse(node, "works along the batch; every value must keep the batch on its first axis")
+        raise trace.refuse(node, "works along the batch; every value must keep the batch on its first axis")
     return axis
 
 
-def move(normal: Normal, node: NodeProto) -> None:
+def move(rewritten: RewrittenGraph, node: NodeProto) -> None:
     """Any movement of the first operand's entries, and constants put between them.
 
     The node itself moves numbered entries, and the index is read off; what it makes of zeros are the constants.
     """
-    found = normal.found
+    trace = rewritten.trace
     source = node.input[0]
-    if source not in found.values or any(value in found.values for value in node.input[1:]):
-        raise found.refuse(node, "moves data to places that depend on the data, which is not supported")
-    constants = [found.constants.get(value) for value in node.input[1:]]
-    own = found.values[source].shape
-    frames = evaluate(found, node, [np.zeros(own), *constants])
-    moved = evaluate(found, node, [numbered_entries(own), *constants])
+    if source not in trace.values or any(value in trace.values for value in node.input[1:]):
+        raise trace.refuse(node, "moves data to places that depend on the data, which is not supported")
+    constants = [trace.constants.get(value) for value in node.input[1:]]
+    own = trace.values[source].shape
+    frames = evaluate(trace, node, [np.zeros(own), *constants])
+    moved = evaluate(trace, node, [numbered_entries(own), *constants])
     for value, frame, numbered in zip(node.output, frames, moved, strict=False):
         if not value:
             continue
-        index = _of_one_sample(found, node, source, found.samples(value, numbered - frame))
+        index = _of_one_sample(trace, node, source, trace.samples(value, numbered - frame))
         if not frame.any():
-            emit_index(normal, node, source, value, index)
+            emit_index(rewritten, node, source, value, index)
             continue
-        bare = normal.part(index.shape)
-        emit_index(normal, node, source, bare, index)
-        normal.emit(node, "Add", [bare, normal.constant(found.samples(value, frame)[:1])], value)
+        bare = rewritten.part(index.shape)
+        emit_index(rewritten, node, source, bare, index)
+        rewritten.emit(node, "Add", [bare, rewritten.constant(trace.samples(value, frame)[:1])], value)
 
 
-def _of_one_sample(found: Interpretation, node: NodeProto, source: str, numbered: np.ndarray) -> np.ndarray:
+def _of_one_sample(trace: Trace, node: NodeProto, source: str, numbered: np.ndarray) -> np.ndarray:
     """The numbers of the first sample's entries (1, ...), the others being the same in their own sample's place."""
-    size, batch = found.size(source), len(found.samples(source, found.values[source]))
+    size, batch = trace.size(source), len(trace.samples(source, trace.values[source]))
     if len(numbered) != batch or not np.array_equal(numbered, np.rint(numbered)):
-        raise found.refuse(node, "mixes the entries that it moves, which is not supported")
+        raise trace.refuse(node, "mixes the entries that it moves, which is not supported")
     first = numbered[:1]
     if first.min() < 0 or first.max() > size:
-        raise found.refuse(node, "mixes the samples of a batch; every value must keep them on its first axis")
+        raise trace.refuse(node, "mixes the samples of a batch; every value must keep them on its first axis")
     for number in range(1, batch):
         if not np.array_equal(numbered[number : number + 1], np.where(first > 0, first + number * size, first)):
-            raise found.refuse(node, "mixes the samples of a batch; every value must keep them on its first axis")
+            raise trace.refuse(node, "mixes the samples of a batch; every value must keep them on its first axis")
     return first
 
 
-def emit_index(normal: Normal, node: NodeProto, source: str, value: str, numbered: np.ndarray) -> None:
+def emit_index(rewritten: RewrittenGraph, node: NodeProto, source: str, value: str, numbered: np.ndarray) -> None:
     """`value` from `source`, both one sample: entry j is entry numbered[j] - 1 of the source, or zero."""
-    before = normal.shapes[source]
-    normal.moved[value] = source, numbered
+    before = rewritten.shapes[source]
+    rewritten.moved[value] = source, numbered
     if np.array_equal(numbered.ravel(), np.arange(1, np.prod(before) + 1)):
         if numbered.shape == before:
-            normal.pass_on(source, value)
+            rewritten.pass_on(source, value)
             return
-        target = normal.constant(np.array([-1, *numbered.shape[1:]], dtype=np.int64))
-        normal.emit(node, "Reshape", [source, target], value)
+        target = rewritten.constant(np.array([-1, *numbered.shape[1:]], dtype=np.int64))
+        rewritten.emit(node, "Reshape", [source, target], value)
         return
-    index = normal.constant(numbered[0].astype(np.int64) - 1)
-    normal.emit(node, "Select", [source, index], value, DOMAIN)
+    index = rewritten.constant(numbered[0].astype(np.int64) - 1)
+    rewritten.emit(node, "Select", [source, index], value, DOMAIN)

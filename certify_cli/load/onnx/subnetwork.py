@@ -43,8 +43,8 @@ def value_and_size(network: Network, target: int, given: Mapping[int, Tensor]) -
             sizes[index] = node.op.absolute(incoming[0]) + (0.0 if bias is None else bias.abs())
         elif isinstance(node.op, Nonlinear):
             shape = network.nodes[node.inputs[0]].shape
-            moved = getattr(node.op, "farthest", lambda size: size)(incoming[0])
-            sizes[index] = values[index].abs() + node.op.gain(shape) * moved
+            moved = getattr(node.op, "largest_change", lambda size: size)(incoming[0])
+            sizes[index] = values[index].abs() + node.op.lipschitz_constant(shape) * moved
             deviation += getattr(node.op, "deviation", 0.0)
         else:
             sizes[index] = node.op.apply(*incoming)

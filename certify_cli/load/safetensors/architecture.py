@@ -25,7 +25,7 @@ from certify_cli.errors import LayerError, ModelError, first_line, listed, quote
 from certify_cli.load.safetensors.declared_layers import DECLARED, declaration
 from certify_cli.load.safetensors.fields import Entry, Tensors
 from certify_cli.network.graph import MAX_VALUES, Builder, Network, Shape
-from certify_cli.network.lowering.context import Data, Place
+from certify_cli.network.lowering.context import Data, LoweringContext
 from certify_cli.network.lowering.fx_graph import classifier
 
 FORMAT = "curvcert-architecture/1"
@@ -114,7 +114,7 @@ def _add(entry: Entry, builder: Builder, inputs: list[Data]) -> Data:
     if row is None:
         entry.fail(f"unknown type; known are {', '.join(DECLARED)}")
     try:
-        value = row(entry, Place(builder, entry.name, entry.type), inputs)
+        value = row(entry, LoweringContext(builder, entry.name, entry.type), inputs)
     except _MISFIT as error:
         entry.fail(first_line(error))
     except LayerError:

@@ -22,14 +22,14 @@ from certify_cli.load.safetensors.fields import Entry
 from certify_cli.network.activations import ACTIVATIONS, Activation
 from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scale, Select, Shift
 from certify_cli.network.graph import Add, Concat, Node, refuse_large
-from certify_cli.network.lowering.context import MODULES, Data, Place
+from certify_cli.network.lowering.context import MODULES, Data, LoweringContext
 from certify_cli.network.lowering.torch_layers import pad_with, padded_shape
 from certify_cli.network.pooling import MaxMin, MaxPool
 
-Row = Callable[[Entry, Place, Sequence[Data]], Data]
+Row = Callable[[Entry, LoweringContext, Sequence[Data]], Data]
 
 DECLARED: dict[str, Row] = {}
-"""Type in the spec -> row(entry, place, inputs) -> the value it adds."""
+"""Type in the spec -> row(entry, context, inputs) -> the value it adds."""
 
 _AXES = {"1d": 1, "2d": 2, "3d": 3}
 
@@ -49,9 +49,9 @@ def _module_row(*types: str) -> Callable[[Callable[[Entry], nn.Module]], Callabl
     """Enter a rule that makes the torch.nn module of these types; it is lowered as any other module."""
 
     def enter(make: Callable[[Entry], nn.Module]) -> Callable[[Entry], nn.Module]:
-        def row(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+        def row(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
             module = make(entry).eval()
-            return MODULES[type(module)](place, module, _only(entry, inputs))
+            return MODULES[type(module)](context, module, _only(entry, inputs))
 
         _row(*types)(row)
         return make
@@ -81,7 +81,7 @@ def _weight(entry: Entry, dimensions: int) -> Tensor:
 
 
 def _filled(module: nn.Module, entry: Entry, **tensors: Tensor | None) -> nn.Module:
-    """The module, made on the meta device, with these tensors in place of its own; their shapes must fit."""
+    """The module, made on the meta device, with these tensors in context of its own; their shapes must fit."""
     for name, tensor in tensors.items():
         slot = getattr(module, name)
         if tensor is None:
@@ -173,68 +173,70 @@ def _no_fields(entry: Entry) -> nn.Module:
 
 
 @_row("Pad")
-def _pad(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+def _pad(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
     """`padding` in torch's order: before and after, the last axis first."""
     x = _only(entry, inputs)
     widths = entry.integers("padding", None)
     mode = entry.choice("mode", ("constant", "reflect", "replicate", "circular"), "constant")
-    if len(widths) % 2 or len(widths) > 2 * len(place.shape(x)):
-        entry.fail(f"padding takes two numbers an axis, and its input has shape {place.shape(x)}")
-    refuse_large(padded_shape(place.shape(x), widths))
+    if len(widths) % 2 or len(widths) > 2 * len(context.shape(x)):
+        entry.fail(f"padding takes two numbers an axis, and its input has shape {context.shape(x)}")
+    refuse_large(padded_shape(context.shape(x), widths))
     if mode == "constant":
-        return pad_with(place, x, widths, entry.number("value", 0.0))
-    return place.move(lambda t: F.pad(t, widths, mode=mode), x)
+        return pad_with(context, x, widths, entry.number("value", 0.0))
+    return context.move(lambda t: F.pad(t, widths, mode=mode), x)
 
 
 @_row("Normalise")
-def _normalise(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+def _normalise(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
     x = _only(entry, inputs)
     try:
-        steps = normalisation(place.shape(x), entry.numbers("mean", None), entry.numbers("std", None))
+        steps = normalisation(context.shape(x), entry.numbers("mean", None), entry.numbers("std", None))
     except UsageError as error:
         entry.fail(str(error).replace("--", ""))
     for _, op in steps:
-        x = place.add(op, x)
+        x = context.add(op, x)
     return x
 
 
 @_row("MaxMin")
-def _max_min(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+def _max_min(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
     """Pairs the two halves of the channels; the larger ones come first."""
-    return place.add(MaxMin(), _only(entry, inputs))
+    return context.add(MaxMin(), _only(entry, inputs))
 
 
 @_row("GroupSort")
-def _group_sort(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+def _group_sort(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
     """Sorts neighbouring channels, two by two, in ascending order."""
     x = _only(entry, inputs)
     if entry.integer("group_size", 2, least=1) != 2:
         entry.fail("group_size must be 2; larger groups are not supported")
-    halves = place.move(lambda t: torch.cat([t[:, 0::2], t[:, 1::2]], dim=1), x)
-    return place.move(lambda t: torch.stack(t.chunk(2, dim=1)[::-1], dim=2).flatten(1, 2), place.add(MaxMin(), halves))
+    halves = context.move(lambda t: torch.cat([t[:, 0::2], t[:, 1::2]], dim=1), x)
+    return context.move(
+        lambda t: torch.stack(t.chunk(2, dim=1)[::-1], dim=2).flatten(1, 2), context.add(MaxMin(), halves)
+    )
 
 
 @_row(Add.title)
-def _add(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
-    return place.add(Add(), *inputs)
+def _add(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
+    return context.add(Add(), *inputs)
 
 
 @_row("concat")
-def _concat(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+def _concat(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
     """`axis` counts without the batch."""
     axis = entry.integer("axis")
-    if any(axis >= len(place.shape(x)) for x in inputs):
-        entry.fail(f"axis {axis} does not exist in {', '.join(str(place.shape(x)) for x in inputs)}")
-    return place.add(Concat(axis), *inputs)
+    if any(axis >= len(context.shape(x)) for x in inputs):
+        entry.fail(f"axis {axis} does not exist in {', '.join(str(context.shape(x)) for x in inputs)}")
+    return context.add(Concat(axis), *inputs)
 
 
 # --- activations and primitives, both ways ----------------------------------------------------------------------
 
 
-def _activation(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+def _activation(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
     x = _only(entry, inputs)
     build = ACTIVATIONS[entry.type]
-    return place.add(build(**entry.parameters(inspect.signature(build).parameters)), x)
+    return context.add(build(**entry.parameters(inspect.signature(build).parameters)), x)
 
 
 PRIMITIVES = {kind.title: kind for kind in (Dense, Conv, ConvTranspose, Scale, Shift, Reshape, Select, MaxPool, MaxMin)}
@@ -247,7 +249,7 @@ def _declared_fields(kind: Any) -> dict[str, str]:
     return {item.name: str(item.type) for item in fields(kind) if item.init and item.name not in ("title", "_cache")}
 
 
-def _primitive(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
+def _primitive(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
     x = _only(entry, inputs)
     kind = PRIMITIVES[entry.type]
     values: dict[str, Any] = {}
@@ -271,17 +273,17 @@ def _primitive(entry: Entry, place: Place, inputs: Sequence[Data]) -> Data:
     if entry.title:
         values["title"] = entry.title
     op = kind(**values)
-    _check_primitive(entry, op, place)
-    value = place.add(op, x)
+    _check_primitive(entry, op, context)
+    value = context.add(op, x)
     offset = values.get("offset")
     if entry.type in _BIAS_AXIS and offset is not None:
-        wanted = (place.shape(value)[_BIAS_AXIS[entry.type]],)
+        wanted = (context.shape(value)[_BIAS_AXIS[entry.type]],)
         if tuple(offset.shape) != wanted:
             entry.fail(f"offset of shape {tuple(offset.shape)} does not fit; {wanted} is expected")
     return value
 
 
-def _check_primitive(entry: Entry, op: Any, place: Place) -> None:
+def _check_primitive(entry: Entry, op: Any, context: LoweringContext) -> None:
     """What the primitives' own shape rules take for granted."""
     if isinstance(op, Dense) and op.weight.dim() != 2:
         entry.fail(f"its weight has shape {tuple(op.weight.shape)}; 2 dimensions are expected")

@@ -1,9 +1,11 @@
-"""Activations: elementwise nonlinear functions, and everything that the bounds ask of them on an interval.
+"""Activations: elementwise nonlinear functions, and bounds of them on an interval.
 
-`rows` holds one row a function, entered in the `table` that is looked up by torch module, ONNX operator or name. A row
-gives phi, phi' and phi'' as monotone pieces; from these alone `interval_bounds` derives proved remainders on any
-interval, `quadratic_minorants` the constants of quadratic lower bounds, `anchored_table` constants around a point, and
-`grid_estimates` unproved guesses for what an optimiser chooses. Import the table from here: it is filled by `rows`.
+An activation is one row of a table (`rows`, entered in `table`, looked up by torch module, ONNX operator or name), so
+that a new function needs no code elsewhere. A row gives phi, phi' and phi'' as piecewise monotone curves
+(`monotone_pieces`, `formulas`). Everything else is derived from these alone: bounds of slopes, secants and remainders
+on any interval (`interval_bounds`, by `cells`), offsets of quadratic minorants (`quadratic_minorants`), constants
+around a point (`anchored_table`), and estimates for optimisers (`grid_estimates`). Import the table from here: `rows`
+fills it.
 """
 
 from certify_cli.network.activations.rows import ACTIVATIONS, Activation, from_module, from_name, from_onnx

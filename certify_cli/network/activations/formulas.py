@@ -1,8 +1,8 @@
 """Formulas of the smooth activations, safe in floating point; plain functions of a tensor, entrywise.
 
-They use w = exp(-|z|) <= 1, so that nothing overflows and nothing cancels beyond the errors stated with the rows of
-`activations.py`. Where a product of a huge z and a vanished factor threatens, z is clamped far beyond the place where
-the derivative has reached its limit in float64.
+They use w = exp(-|z|) <= 1, so that nothing overflows and cancellation stays within the errors stated in `rows`. Where
+a huge z would meet a factor that has underflowed, z is clamped far beyond the point where the derivative has reached
+its limit in float64.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TANH_GELU = 2 * math.sqrt(2 / math.pi)
 
 
 def tanh_gelu_gate(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z kept within +-30, p, p' and p''."""
+    """z clamped to +-30, p, p' and p''."""
     z = z.clamp(-30.0, 30.0)
     cube = 0.044715 * z.square()
     return z, TANH_GELU * z * (1 + cube), TANH_GELU * (1 + 3 * cube), 6 * TANH_GELU * 0.044715 * z

@@ -1,9 +1,9 @@
-"""Curves: real functions of one variable whose exact range over any interval is known.
+"""Curves: piecewise monotone functions of one variable, whose exact range over any interval is known.
 
-Between two neighbouring turning points a curve is monotone, so its range over an interval is the hull of its values at
-the two ends and at the turning points inside. A jump is a turning point with two values, a limit at infinity one at
-+-inf, and a periodic curve lists one period. That is all there is to know: one routine serves every activation, its
-slope and its curvature (theory section 0, "Activation rows").
+Between two neighbouring critical points a curve is monotone, so its range over an interval is the hull of its values at
+the two ends and at the critical points inside. A jump is a critical point with two values, a limit at infinity one at
++-inf, and a periodic curve lists one period. One routine therefore serves every activation, its slope and its curvature
+(theory section 0, "Activation rows").
 """
 
 from __future__ import annotations
@@ -16,59 +16,58 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.numerics.rounding import UNIT
-
-TINY = 1e-300
-"""Absorbs every underflow: intermediate results below 2^-1022 may be flushed to zero."""
+from certify_cli.numerics.rounding import TINY, UNIT
 
 ULPS = 4
-"""Stored decimals, scaled by a parameter or not, are taken to be off by this many spacings (2 u, relative)."""
+"""Assumed error, in spacings (2 u, relative), of stored decimals, whether or not a parameter scales them."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A turning point, jump or limit: every value (one-sided limits included) taken there lies in [low, high].
+class CriticalPoint:
+    """A local extremum, jump or limit of a curve. Its values there, one-sided limits included, lie in [low, high].
 
-    Its true place is within `slack` of `place`.
+    The true abscissa is within `slack` of `abscissa`.
     """
 
-    place: float
+    abscissa: float
     low: float
     high: float
     slack: float = 0.0
 
     @property
     def jump(self) -> float:
-        """The height of the jump; 0 for a turn whose [low, high] is nothing but rounding."""
+        """Height of the jump; 0 where [low, high] is rounding only."""
         height = self.high - self.low
         return height if height > 64 * UNIT * max(abs(self.low), abs(self.high)) else 0.0
 
 
-def exactly(place: float, *values: float) -> Turn:
-    """A turn whose place and values are float64 numbers; two values make a jump."""
-    return Turn(place, min(values), max(values))
+def exactly(abscissa: float, *values: float) -> CriticalPoint:
+    """A critical point whose abscissa and values are float64 numbers; two values make a jump."""
+    return CriticalPoint(abscissa, min(values), max(values))
 
 
-def nearly(place: float, *values: float) -> Turn:
-    """A turn whose place and values are rounded: the values are moved outward, the place is given slack."""
+def nearly(abscissa: float, *values: float) -> CriticalPoint:
+    """A critical point whose abscissa and values are rounded: values are moved outward, the abscissa has slack."""
     relative = 2 * ULPS * UNIT
-    slack = relative * abs(place) if math.isfinite(place) else 0.0
+    slack = relative * abs(abscissa) if math.isfinite(abscissa) else 0.0
     low, high = min(values), max(values)
-    return Turn(place, low - relative * abs(low), high + relative * abs(high), slack)
+    return CriticalPoint(abscissa, low - relative * abs(low), high + relative * abs(high), slack)
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A function R -> R, its evaluation error and its turns.
+    """A function R -> R with its evaluation error and its critical points.
 
-    `function` maps a tensor of any shape entrywise. In float64 its error at z is at most
-    `u (relative |computed| + absolute)`, u = 2^-53, provided that the library's elementary functions are within 4 ulp
-    (5 for erfc): SLEEF's kernels on the CPU claim 1 (1.5 for erfc), CUDA's guide states at most 2 (5 for erfc).
-    `turns` must hold a turn at -inf and one at +inf, unless the curve is periodic.
+    function: maps a tensor of any shape entrywise.
+    critical_points: in any order; one at -inf and one at +inf among them, unless the curve is periodic.
+    relative, absolute: the error in float64 is at most u (relative |computed| + absolute), u = 2^-53, provided that the
+        library's elementary functions are within 4 ulp (5 for erfc): SLEEF's kernels on the CPU claim 1 (1.5 for erfc),
+        CUDA's guide states at most 2 (5 for erfc).
+    period: of a periodic curve, whose critical points are those of one period.
     """
 
     function: Callable[[Tensor], Tensor]
-    turns: tuple[Turn, ...]
+    critical_points: tuple[CriticalPoint, ...]
     relative: float = 0.0
     absolute: float = 0.0
     period: float | None = None
@@ -77,44 +76,44 @@ class Curve:
         return self.function(z)
 
     def error(self, z: Tensor) -> Tensor:
-        """Upper bound of |computed - exact| at the float64 numbers z; entrywise.
+        """Upper bound of |computed - exact| at the float64 numbers z, entrywise.
 
-        Where z cannot be told from a jump whose place is rounded, the whole jump is the error. At a jump whose place is
-        exact, either one-sided limit counts as exact.
+        The height of a jump is added where z may be on either side of it, because its abscissa is rounded. At a jump
+        whose abscissa is exact, either one-sided limit counts as exact.
         """
         return self.error_of(self.function(z), z)
 
     def error_of(self, value: Tensor, z: Tensor) -> Tensor:
-        """`error` where the computed value at z is known already."""
+        """`error`, given the computed value at z."""
         error = UNIT * (self.relative * value.abs() + self.absolute) + TINY
-        for turn in self.turns:
-            if turn.slack > 0.0 and turn.jump > 0.0:
-                at_jump = (z >= turn.place - turn.slack) & (z <= turn.place + turn.slack)
-                error = torch.where(at_jump, error + turn.jump, error)
+        for point in self.critical_points:
+            if point.slack > 0.0 and point.jump > 0.0:
+                at_jump = (z >= point.abscissa - point.slack) & (z <= point.abscissa + point.slack)
+                error = torch.where(at_jump, error + point.jump, error)
         return error
 
     @cached_property
     def range(self) -> tuple[float, float]:
-        """(least, most) over the whole line, rounded outward."""
-        return min(turn.low for turn in self.turns), max(turn.high for turn in self.turns)
+        """(lower, upper) over the real line, rounded outward."""
+        return min(point.low for point in self.critical_points), max(point.high for point in self.critical_points)
 
     def on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """(least, most) over the intervals [lo, hi], entrywise, rounded outward.
+        """(lower, upper) over the intervals [lo, hi], entrywise, rounded outward.
 
-        `lo <= hi` of one shape, ends may be infinite. An interval that touches a jump sees both sides of it. NaN gives
+        `lo <= hi` of one shape, ends may be infinite. An interval that touches a jump has both of its sides. NaN gives
         NaN.
         """
         lo, hi = lo.double(), hi.double()
-        least, most = self._hull_of_ends(lo, hi)
-        for turn in self.turns:
-            inside = self.may_turn_in(lo, hi, turn)
-            least = torch.where(inside, least.clamp(max=turn.low), least)
-            most = torch.where(inside, most.clamp(min=turn.high), most)
-        return least.clamp(*self.range), most.clamp(*self.range)
+        lower, upper = self._hull_of_ends(lo, hi)
+        for point in self.critical_points:
+            inside = self.may_contain(lo, hi, point)
+            lower = torch.where(inside, lower.clamp(max=point.low), lower)
+            upper = torch.where(inside, upper.clamp(min=point.high), upper)
+        return lower.clamp(*self.range), upper.clamp(*self.range)
 
     def _hull_of_ends(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Hull of the values at the finite ends; [inf, -inf], the empty hull, where both ends are infinite."""
-        least, most = torch.full_like(lo, math.inf), torch.full_like(lo, -math.inf)
+        """Hull of the values at the finite ends; the empty interval [inf, -inf] where both ends are infinite."""
+        lower, upper = torch.full_like(lo, math.inf), torch.full_like(lo, -math.inf)
         for end in (lo, hi):
             finite = ~end.isinf()
             z = torch.where(finite, end, torch.zeros_like(end))
@@ -122,16 +121,16 @@ class Curve:
             error = self.error_of(value, z)
             below = torch.nextafter(value - error, torch.full_like(value, -math.inf))
             above = torch.nextafter(value + error, torch.full_like(value, math.inf))
-            least = torch.where(finite, torch.minimum(least, below), least)
-            most = torch.where(finite, torch.maximum(most, above), most)
-        return least, most
+            lower = torch.where(finite, torch.minimum(lower, below), lower)
+            upper = torch.where(finite, torch.maximum(upper, above), upper)
+        return lower, upper
 
-    def may_turn_in(self, lo: Tensor, hi: Tensor, turn: Turn) -> Tensor:
-        """Whether the turn (or one of its repetitions) may lie in [lo, hi]."""
+    def may_contain(self, lo: Tensor, hi: Tensor, point: CriticalPoint) -> Tensor:
+        """Whether the critical point, or one of its repetitions, may lie in [lo, hi]."""
         if self.period is None:
-            return (lo <= turn.place + turn.slack) & (hi >= turn.place - turn.slack)
-        # Three roundings here and those of place and period, counted in units of z: below 16 u (|z| + |place|).
-        width = abs(turn.place) + self.period
-        first = (lo - 16 * UNIT * (lo.abs() + width) - turn.place) / self.period
-        last = (hi + 16 * UNIT * (hi.abs() + width) - turn.place) / self.period
+            return (lo <= point.abscissa + point.slack) & (hi >= point.abscissa - point.slack)
+        # Three roundings here and those of abscissa and period, counted in units of z: below 16 u (|z| + |abscissa|).
+        width = abs(point.abscissa) + self.period
+        first = (lo - 16 * UNIT * (lo.abs() + width) - point.abscissa) / self.period
+        last = (hi + 16 * UNIT * (hi.abs() + width) - point.abscissa) / self.period
         return first.ceil() <= last.floor()

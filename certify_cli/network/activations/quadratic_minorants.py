@@ -1,10 +1,10 @@
-"""How deep a neuron falls below a quadratic minorant: the constant c of `bounds.remainder.expansion`'s (3).
+"""Offsets of quadratic minorants: the constant c of `bounds.remainder.expansion`'s (3), from above.
 
-    c = - min over the span of  psi(t) = sign (phi(z+t) - phi(z) - slope t) + bend t^2 / 2
+    c = - min over the interval of  psi(t) = sign (phi(z+t) - phi(z) - slope t) + quadratic t^2 / 2
 
-for any slope and bend >= 0, from above. The span is cut by knots; on a cell psi'' >= m, so psi is above the parabolas
-psi_k + psi'_k tau + m tau^2/2 of both its knots, and each counts on its half. What is lost is of third order in the
-cell's width. A jump of phi'' is no obstacle: phi' is its integral.
+for any slope and quadratic coefficient >= 0. The interval is cut by knots. On a cell psi'' >= m, so psi is above the
+parabolas psi_k + psi'_k tau + m tau^2/2 of both its knots, each of which is used on its half. The loss is of third
+order in the cell's width. phi'' may jump: phi' is its integral all the same.
 """
 
 from __future__ import annotations
@@ -14,80 +14,81 @@ import math
 import torch
 from torch import Tensor
 
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT
 
 CELLS = 24
 CHUNK = 2**13
-"""Entries treated at once, so that all knots stay in the cache."""
+"""Entries per step, so that all knots stay in the cache."""
 SLACK = 64 * UNIT
-"""All roundings of one parabola in units of its terms: fewer than thirty operations."""
+"""Bounds all roundings of one parabola, relative to its terms: fewer than thirty operations."""
 
 
-def depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+def minorant_offsets(interval: ActivationOnInterval, sign: Tensor, slope: Tensor, quadratic: Tensor) -> Tensor:
     """Upper bounds (shape of z), >= 0, of the constants c; sign is 1 or -1. inf where an end is infinite, NaN for NaN.
 
-    Activations without curvature are given no bend: their minorant is lower still, and piecewise linear.
+    For activations without curvature the quadratic coefficient is ignored: the bound is that of the straight line.
     """
-    if span.activation.curvature is None:
-        least, most = span.remainders(slope)
-        return torch.where(sign > 0, -least, most).clamp(min=0.0)
-    shape = span.z.shape
-    error = torch.as_tensor(span.error, dtype=torch.float64, device=span.z.device)  # not float32, which rounds down
-    parts = [p.expand(shape).reshape(-1) for p in (span.z, error, span.lo, span.hi)]
-    parts += [p.expand(shape).reshape(-1) for p in (sign, slope, bend)]
-    found = [
-        _depths(Span(span.activation, z, error, lo, hi), *rest)
-        for z, error, lo, hi, *rest in zip(*(p.split(CHUNK) for p in parts), strict=True)
+    if interval.activation.curvature is None:
+        lower, upper = interval.remainders(slope)
+        return torch.where(sign > 0, -lower, upper).clamp(min=0.0)
+    shape = interval.z.shape
+    error = torch.as_tensor(interval.error, dtype=torch.float64, device=interval.z.device)  # float32 would round down
+    parts = [p.expand(shape).reshape(-1) for p in (interval.z, error, interval.lo, interval.hi)]
+    parts += [p.expand(shape).reshape(-1) for p in (sign, slope, quadratic)]
+    offsets = [
+        _offsets(ActivationOnInterval(interval.activation, z, error, lo, hi), *minorant)
+        for z, error, lo, hi, *minorant in zip(*(p.split(CHUNK) for p in parts), strict=True)
     ]
-    return torch.cat(found).reshape(shape).clamp(min=0.0)
+    return torch.cat(offsets).reshape(shape).clamp(min=0.0)
 
 
-def _depths(span: Span, sign: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-    phi, z, error = span.activation, span.z, torch.as_tensor(span.error, dtype=torch.float64, device=span.z.device)
+def _offsets(interval: ActivationOnInterval, sign: Tensor, slope: Tensor, quadratic: Tensor) -> Tensor:
+    phi, z = interval.activation, interval.z
+    error = torch.as_tensor(interval.error, dtype=torch.float64, device=z.device)
     curvature = phi.curvature
     assert curvature is not None
-    knots = _knots(span, error)
+    knots = _knots(interval, error)
     t = knots - z
     value, base, slopes = phi.value(knots), phi.value(z), phi.slope(knots)
     # the true z is within `error` of z: it moves phi(z), and t against the true offset, whose difference rounds as well
-    off = 2 * error + 4 * UNIT * (z.abs() + knots.abs())
-    size = phi.lipschitz + slope.abs() + bend * t.abs()
-    height = sign * (value - base - slope * t) + 0.5 * bend * t.square()
-    height = height - (phi.value.error(knots) + phi.value.error(z) + size * (off + SLACK * t.abs()))
-    height = height - SLACK * (value.abs() + base.abs())
-    tilt = sign * (slopes - slope) + bend * t
-    flaw = phi.slope.error(knots) + bend * off + SLACK * size
-    least, most = curvature.on(knots[:-1], knots[1:])
-    low = torch.where(sign > 0, least, -most) + bend
-    low = low - SLACK * (low.abs() + bend)
+    shift = 2 * error + 4 * UNIT * (z.abs() + knots.abs())
+    size = phi.lipschitz + slope.abs() + quadratic * t.abs()
+    psi = sign * (value - base - slope * t) + 0.5 * quadratic * t.square()
+    psi = psi - (phi.value.error(knots) + phi.value.error(z) + size * (shift + SLACK * t.abs()))
+    psi = psi - SLACK * (value.abs() + base.abs())
+    psi_slope = sign * (slopes - slope) + quadratic * t
+    slope_error = phi.slope.error(knots) + quadratic * shift + SLACK * size
+    lower, upper = curvature.on(knots[:-1], knots[1:])
+    m = torch.where(sign > 0, lower, -upper) + quadratic
+    m = m - SLACK * (m.abs() + quadratic)
     half = (0.5 + 2.0**-40) * (knots[1:] - knots[:-1])
-    left = _least(height[:-1], tilt[:-1] - flaw[:-1], low, half)
-    right = _least(height[1:], -tilt[1:] - flaw[1:], low, half)
-    terms = height.abs().amax(0) + half.amax(0) * (size.amax(0) + half.amax(0) * low.abs().amax(0))
-    floor = torch.minimum(left, right).amin(0) - SLACK * terms - UNDERFLOW
-    endless = span.lo.isinf() | span.hi.isinf()
-    return torch.where(endless, torch.full_like(floor, math.inf), -floor)
+    left = _parabola_minimum(psi[:-1], psi_slope[:-1] - slope_error[:-1], m, half)
+    right = _parabola_minimum(psi[1:], -psi_slope[1:] - slope_error[1:], m, half)
+    terms = psi.abs().amax(0) + half.amax(0) * (size.amax(0) + half.amax(0) * m.abs().amax(0))
+    minimum = torch.minimum(left, right).amin(0) - SLACK * terms - UNDERFLOW
+    unbounded = interval.lo.isinf() | interval.hi.isinf()
+    return torch.where(unbounded, torch.full_like(minimum, math.inf), -minimum)
 
 
-def _knots(span: Span, error: Tensor) -> Tensor:
+def _knots(interval: ActivationOnInterval, error: Tensor) -> Tensor:
     """(CELLS + 1, entries), never decreasing, from z - error + lo to z + error + hi, outward; finite."""
-    z = span.z
-    lo, hi = (torch.where(end.isinf(), torch.zeros_like(end), end) for end in (span.lo, span.hi))
-    far = torch.full_like(z, math.inf)
+    z = interval.z
+    lo, hi = (torch.where(end.isinf(), torch.zeros_like(end), end) for end in (interval.lo, interval.hi))
+    infinity = torch.full_like(z, math.inf)
     pad = 4 * UNIT * (z.abs() + error)
-    first = torch.nextafter(z - (error + pad - lo * (1 + 4 * UNIT)), -far)
-    last = torch.nextafter(z + (error + pad + hi * (1 + 4 * UNIT)), far)
+    first = torch.nextafter(z - (error + pad - lo * (1 + 4 * UNIT)), -infinity)
+    last = torch.nextafter(z + (error + pad + hi * (1 + 4 * UNIT)), infinity)
     steps = torch.linspace(0, 1, CELLS + 1, dtype=z.dtype, device=z.device).unsqueeze(1)
     inner = torch.minimum(torch.maximum(first + (last - first) * steps, first), last)
     inner[0], inner[-1] = first, last
     return inner.cummax(0).values
 
 
-def _least(height: Tensor, tilt: Tensor, bend: Tensor, width: Tensor) -> Tensor:
-    """The least of height + tilt tau + bend tau^2 / 2 over 0 <= tau <= width."""
-    vertex = torch.where(bend > 0, -tilt / bend.clamp(min=TINY), width)
-    place = torch.minimum(vertex.clamp(min=0.0), width)
-    inner = height + place * (tilt + 0.5 * bend * place)
-    end = height + width * (tilt + 0.5 * bend * width)
-    return torch.minimum(torch.minimum(height, inner), end)
+def _parabola_minimum(value: Tensor, slope: Tensor, curvature: Tensor, width: Tensor) -> Tensor:
+    """Minimum of value + slope tau + curvature tau^2 / 2 over 0 <= tau <= width; rounding is the caller's concern."""
+    vertex = torch.where(curvature > 0, -slope / curvature.clamp(min=TINY), width)
+    tau = torch.minimum(vertex.clamp(min=0.0), width)
+    inner = value + tau * (slope + 0.5 * curvature * tau)
+    end = value + width * (slope + 0.5 * curvature * width)
+    return torch.minimum(torch.minimum(value, inner), end)

@@ -1,11 +1,13 @@
-"""Activations: a table of rows, one a function (theory section 0).
+"""The rows of the activation table, one per function (theory section 0).
 
-A row is a rule that returns phi, phi' and phi'' as curves (function, turning points, error in units of u), under the
-names that torch and ONNX know it by; nothing else in the program has to learn of a new one. Turning points were found
-with 50 digits (the tests find them again); `exactly` marks float64 numbers, `nearly` rounded ones.
+A row is a rule that returns phi, phi' and phi'' as curves (function, critical points, error in units of u), decorated
+with the names that torch and ONNX give the function. Critical points were computed with 50 digits, and the tests
+compute them again; `exactly` marks float64 numbers, `nearly` rounded ones.
 
 The stated errors count every operation as u, every library function as 8 u (4 ulp), and a rounded argument by its
 condition number.
+
+The file is long because it is a table: a reader who compares two rows, or adds one, has all of them here.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from certify_cli.network.activations.formulas import (
     tanh_gelu_gate,
     tanh_gelu_slope,
 )
-from certify_cli.network.activations.monotone_pieces import Curve, Turn, exactly, nearly
+from certify_cli.network.activations.monotone_pieces import CriticalPoint, Curve, exactly, nearly
 from certify_cli.network.activations.table import (
     ACTIVATIONS,
     Activation,
@@ -51,17 +53,17 @@ __all__ = ["ACTIVATIONS", "Activation", "from_module", "from_name", "from_onnx"]
 INF = math.inf
 
 
-def _limits(left: float, right: float) -> tuple[Turn, Turn]:
+def _limits(left: float, right: float) -> tuple[CriticalPoint, CriticalPoint]:
     """Exact limits at -inf and +inf."""
     return exactly(-INF, left), exactly(INF, right)
 
 
-def _odd(place: float, value: float) -> tuple[Turn, Turn]:
-    return nearly(-place, -value), nearly(place, value)
+def _odd(abscissa: float, value: float) -> tuple[CriticalPoint, CriticalPoint]:
+    return nearly(-abscissa, -value), nearly(abscissa, value)
 
 
-def _even(place: float, value: float) -> tuple[Turn, Turn]:
-    return nearly(-place, value), nearly(place, value)
+def _even(abscissa: float, value: float) -> tuple[CriticalPoint, CriticalPoint]:
+    return nearly(-abscissa, value), nearly(abscissa, value)
 
 
 def _positive(row_name: str, parameter: str, number: float) -> None:
@@ -82,7 +84,7 @@ def tanh() -> Activation:
             (*_limits(0.0, 0.0), *_odd(0.6584789484624084, -0.769800358919501)),
             relative=48,
         ),
-        third=2.0,
+        third_sup=2.0,
     )
 
 
@@ -96,11 +98,11 @@ def sigmoid() -> Activation:
             (*_limits(0.0, 0.0), *_odd(1.3169578969248168, -0.09622504486493763)),
             relative=48,
         ),
-        third=0.125,
+        third_sup=0.125,
     )
 
 
-def _softplus_rest(value: Curve, beta: float, deviation: float = 0.0) -> Activation:
+def _with_softplus_derivatives(value: Curve, beta: float, deviation: float = 0.0) -> Activation:
     return Activation(
         value=value,
         slope=Curve(lambda z: logistic(beta * z), _limits(0.0, 1.0), relative=24, absolute=1),
@@ -110,14 +112,14 @@ def _softplus_rest(value: Curve, beta: float, deviation: float = 0.0) -> Activat
             relative=34,
             absolute=beta,
         ),
-        third=up(beta * beta / (6 * math.sqrt(3)), 5),
+        third_sup=up(beta * beta / (6 * math.sqrt(3)), 5),
         deviation=deviation,
     )
 
 
 @row(modules={nn.Softplus: spelled(beta="beta", threshold="threshold")}, onnx={"Softplus": spelled()})
 def softplus(beta: float = 1.0, threshold: float | None = None) -> Activation:
-    """`threshold`: the deployed operator returns z above beta z > threshold; we follow the exact function."""
+    """softplus(beta z) / beta. The deployed operator returns z where beta z > threshold: `deviation` bounds the difference."""
     _positive("softplus", "beta", beta)
     if threshold is not None and threshold < 20:
         raise ModelError(
@@ -126,7 +128,7 @@ def softplus(beta: float = 1.0, threshold: float | None = None) -> Activation:
         )
     deviation = 0.0 if threshold is None else up(math.log1p(math.exp(-threshold)) / beta, 8)
     value = Curve(lambda z: softplus_value(z, beta), _limits(0.0, INF), relative=20, absolute=1 / beta)
-    return _softplus_rest(value, beta, deviation)
+    return _with_softplus_derivatives(value, beta, deviation)
 
 
 @row()
@@ -137,7 +139,8 @@ def centred_softplus(beta: float = 1.0) -> Activation:
     def value(z: Tensor) -> Tensor:
         return z.clamp(min=0.0) + torch.log1p(torch.expm1(-(beta * z).abs()) / 2) / beta
 
-    return _softplus_rest(Curve(value, (nearly(-INF, -math.log(2) / beta), exactly(INF, INF)), relative=32), beta)
+    limits = nearly(-INF, -math.log(2) / beta), exactly(INF, INF)
+    return _with_softplus_derivatives(Curve(value, limits, relative=32), beta)
 
 
 @row(modules={nn.LogSigmoid: spelled()})
@@ -146,11 +149,11 @@ def log_sigmoid() -> Activation:
         value=Curve(lambda z: -softplus_value(-z, 1.0), _limits(-INF, 0.0), relative=20),
         slope=Curve(lambda z: logistic(-z), _limits(1.0, 0.0), relative=24),
         curvature=Curve(lambda z: -logistic_slope(z), (*_limits(0.0, 0.0), exactly(0.0, -0.25)), relative=32),
-        third=up(0.09622504486493763, 4),
+        third_sup=up(0.09622504486493763, 4),
     )
 
 
-# Gated: z times a distribution function. Their derivatives vanish (or reach 1) long before the clamps below.
+# Gated: z times a distribution function. Their derivatives reach their limits long before the clamps of the formulas.
 
 
 @row(
@@ -179,7 +182,7 @@ def gelu() -> Activation:
             (*_limits(0.0, 0.0), nearly(0.0, 0.7978845608028654), *_even(2.0, -0.1079819330263761)),
             absolute=32,
         ),
-        third=up(0.7787696350557323, 4),
+        third_sup=up(0.7787696350557323, 4),
     )
 
 
@@ -213,7 +216,7 @@ def gelu_tanh() -> Activation:
             ),
             absolute=128,
         ),
-        third=up(0.7766914503985405, 4),
+        third_sup=up(0.7766914503985405, 4),
     )
 
 
@@ -239,7 +242,7 @@ def silu() -> Activation:
             (*_limits(0.0, 0.0), exactly(0.0, 0.5), *_even(3.435840993535111, -0.036914373199893186)),
             absolute=48,
         ),
-        third=up(0.3081815157964791, 4),
+        third_sup=up(0.3081815157964791, 4),
     )
 
 
@@ -270,7 +273,7 @@ def mish() -> Activation:
             ),
             absolute=160,
         ),
-        third=up(0.5884120448690197, 4),
+        third_sup=up(0.5884120448690197, 4),
     )
 
 
@@ -287,7 +290,7 @@ def atan() -> Activation:
             (*_limits(0.0, 0.0), *_odd(0.5773502691896257, -0.649519052838329)),
             relative=12,
         ),
-        third=2.0,
+        third_sup=2.0,
     )
 
 
@@ -302,13 +305,13 @@ def erf() -> Activation:
             relative=14,
             absolute=2,
         ),
-        third=up(2.256758334191025, 4),
+        third_sup=up(2.256758334191025, 4),
     )
 
 
 @row(onnx={"Sin": spelled()})
 def sin() -> Activation:
-    # A periodic curve allows for rounded places itself.
+    # no slack: a periodic curve itself allows for rounded abscissae
     def wave(function: Callable[[Tensor], Tensor], top: float) -> Curve:
         return Curve(function, (exactly(top, 1.0), exactly(top - math.pi, -1.0)), absolute=8, period=2 * math.pi)
 
@@ -316,7 +319,7 @@ def sin() -> Activation:
         value=wave(torch.sin, math.pi / 2),
         slope=wave(torch.cos, 0.0),
         curvature=wave(lambda z: -torch.sin(z), -math.pi / 2),
-        third=1.0,
+        third_sup=1.0,
     )
 
 
@@ -330,36 +333,36 @@ def softsign() -> Activation:
             (*_limits(0.0, 0.0), exactly(0.0, -2.0, 2.0)),
             relative=12,
         ),
-        third=6.0,
+        third_sup=6.0,
     )
 
 
 # Exponential on the left, linear on the right.
 
 
-def _exponential_linear(alpha: float, width: float, gain: float) -> Activation:
-    """gain z for z > 0, gain alpha (exp(z/width) - 1) below; phi' is continuous exactly where alpha = width."""
-    depth, steepness = gain * alpha, gain * alpha / width
+def _exponential_linear(alpha: float, width: float, scale: float) -> Activation:
+    """scale z for z > 0, scale alpha (exp(z/width) - 1) below; phi' is continuous exactly where alpha = width."""
+    depth, steepness = scale * alpha, scale * alpha / width
 
     def value(z: Tensor) -> Tensor:
-        return gain * z.clamp(min=0.0) + depth * torch.expm1(z.clamp(max=0.0) / width)
+        return scale * z.clamp(min=0.0) + depth * torch.expm1(z.clamp(max=0.0) / width)
 
     def slope(z: Tensor) -> Tensor:
-        return torch.where(z > 0, gain, steepness * torch.exp(z.clamp(max=0.0) / width))
+        return torch.where(z > 0, scale, steepness * torch.exp(z.clamp(max=0.0) / width))
 
     def curvature(z: Tensor) -> Tensor:
-        return torch.where(z > 0, 0.0, torch.exp(z.clamp(max=0.0) / width) * (gain / width))
+        return torch.where(z > 0, 0.0, torch.exp(z.clamp(max=0.0) / width) * (scale / width))
 
     smooth = alpha == width
-    corner = exactly(0.0, gain) if smooth else nearly(0.0, gain, steepness)
-    bend = gain / width
+    at_zero = exactly(0.0, scale) if smooth else nearly(0.0, scale, steepness)
+    largest = scale / width
     return Activation(
         value=Curve(value, (nearly(-INF, -depth), exactly(INF, INF)), relative=16, absolute=depth),
-        slope=Curve(slope, (*_limits(0.0, gain), corner), relative=16, absolute=steepness),
-        curvature=Curve(curvature, (*_limits(0.0, 0.0), nearly(0.0, 0.0, bend)), relative=16, absolute=bend)
+        slope=Curve(slope, (*_limits(0.0, scale), at_zero), relative=16, absolute=steepness),
+        curvature=Curve(curvature, (*_limits(0.0, 0.0), nearly(0.0, 0.0, largest)), relative=16, absolute=largest)
         if smooth
         else None,
-        third=up(bend / width, 4) if smooth else None,
+        third_sup=up(largest / width, 4) if smooth else None,
     )
 
 
@@ -396,14 +399,14 @@ def selu(alpha: float = 1.6732632423543772, gamma: float = 1.0507009873554805) -
 
 
 def _piecewise(
-    value: Curve, kinks: tuple[Turn, ...], slopes: tuple[float, ...], *, deviation: float = 0.0
+    value: Curve, kinks: tuple[CriticalPoint, ...], slopes: tuple[float, ...], *, deviation: float = 0.0
 ) -> Activation:
-    """Slope slopes[i] between the kinks i-1 and i. A kink's values are the slopes on its two sides."""
+    """A piecewise linear function of slope slopes[i] between kinks i-1 and i, whose values are the slopes on both sides."""
 
     def slope(z: Tensor) -> Tensor:
         result = torch.where(z.isnan(), z, slopes[0])
         for kink, after in zip(kinks, slopes[1:], strict=True):
-            result = torch.where(z > kink.place, after, result)
+            result = torch.where(z > kink.abscissa, after, result)
         return result
 
     return Activation(value, Curve(slope, (*_limits(slopes[0], slopes[-1]), *kinks)), deviation=deviation)
@@ -435,13 +438,13 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
     onnx={"Clip": spelled(low="min", high="max")},
 )
 def clip(low: float | None = None, high: float | None = None) -> Activation:
-    """min(max(z, low), high); None leaves that side open."""
+    """min(max(z, low), high); None for no limit on that side."""
     if low is None and high is None:
         raise ModelError("clip without low and high changes nothing: give it one of them")
     floor, ceiling = -INF if low is None else low, INF if high is None else high
     if floor >= ceiling:
         raise ModelError(f"clip from {floor:g} to {ceiling:g} is constant: low must be below high")
-    kinks = tuple(exactly(place, 0.0, 1.0) for place in (low, high) if place is not None)
+    kinks = tuple(exactly(abscissa, 0.0, 1.0) for abscissa in (low, high) if abscissa is not None)
     slopes = ((0.0,) if low is not None else ()) + (1.0,) + ((0.0,) if high is not None else ())
     return _piecewise(Curve(lambda z: z.clamp(low, high), _limits(floor, ceiling)), kinks, slopes)
 
@@ -451,13 +454,13 @@ def clip(low: float | None = None, high: float | None = None) -> Activation:
     onnx={"HardSigmoid": spelled(alpha="alpha", beta="beta", defaults={"alpha": 0.20000000298023224, "beta": 0.5})},
 )
 def hard_sigmoid(alpha: float = 1 / 6, beta: float = 0.5) -> Activation:
-    """alpha z + beta, clipped to [0, 1]; torch's is the default, whose alpha is the rational 1/6."""
+    """alpha z + beta, clipped to [0, 1]. The default is torch's, whose alpha is the rational 1/6."""
     _positive("hard_sigmoid", "alpha", alpha)
     value = Curve(
         lambda z: (alpha * z + beta).clamp(0.0, 1.0), _limits(0.0, 1.0), relative=4, absolute=4 * (1 + abs(beta))
     )
     slack = 8 * UNIT * (1 + abs(beta)) / alpha
-    kinks = tuple(Turn((level - beta) / alpha, 0.0, alpha, slack) for level in (0.0, 1.0))
+    kinks = tuple(CriticalPoint((level - beta) / alpha, 0.0, alpha, slack) for level in (0.0, 1.0))
     return _piecewise(value, kinks, (0.0, alpha, 0.0), deviation=UNIT if alpha == 1 / 6 else 0.0)
 
 

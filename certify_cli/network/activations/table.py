@@ -1,6 +1,6 @@
-"""What an activation is, and the table that the rows of `rows.py` are entered in.
+"""The type of an activation, and the table in which `rows` enters its rows.
 
-Import from the room, not from here: without the rows the table is empty.
+Import from `certify_cli.network.activations`, not from here: without `rows` the table is empty.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from certify_cli.plain import decimal
 
 @dataclass(frozen=True, eq=False)
 class Activation(Nonlinear):
-    """An elementwise function phi with everything the bounds need of it. Ranges are rounded outward.
+    """An elementwise function phi with its derivatives and their ranges, rounded outward.
 
-    `value`, `slope` and `curvature` are phi, phi' and phi''; each maps a tensor entrywise, in any float dtype (errors
-    are stated for float64). Take derivatives from `slope`: autograd through the |z| of the safe formulas goes wrong at
-    z = 0. `curvature` is None where phi' jumps (ReLU and its kin): such a node has a Lipschitz constant but no
-    curvature. Where only phi'' jumps (ELU, softsign) its ranges hold both sides.
+    value, slope, curvature: phi, phi' and phi'', which map a tensor entrywise, in any float dtype (errors are stated
+        for float64). `curvature` is None where phi' jumps, as in ReLU; where only phi'' jumps (ELU, softsign), its
+        ranges contain both sides.
+    third_sup: upper bound of sup |phi'''| on the open pieces between jumps.
+    deviation: upper bound of sup |deployed - phi|, where the deployed operator is known to differ from phi.
 
-    `third` is at least sup |phi'''| on the open pieces between jumps. `deviation` is at least sup |deployed - phi|,
-    where the deployed operator is known to differ from phi.
+    Take derivatives from `slope`: autograd through the |z| of the safe formulas goes wrong at z = 0.
     """
 
     value: Curve
     slope: Curve
     curvature: Curve | None = None
-    third: float | None = None
+    third_sup: float | None = None
     deviation: float = 0.0
     name: str = ""
     parameters: dict[str, float | None] = field(default_factory=dict)
@@ -54,12 +54,12 @@ class Activation(Nonlinear):
 
     @property
     def slope_range(self) -> tuple[float, float]:
-        """Range of phi' on the line."""
+        """Range of phi' on the real line."""
         return self.slope.range
 
     @property
     def curvature_range(self) -> tuple[float, float] | None:
-        """Range of phi'' on the line, or None where phi' jumps."""
+        """Range of phi'' on the real line, or None where phi' jumps."""
         return None if self.curvature is None else self.curvature.range
 
     @property
@@ -67,7 +67,7 @@ class Activation(Nonlinear):
         """sup |phi'|, rounded up."""
         return max(map(abs, self.slope_range))
 
-    def gain(self, shape: Shape) -> float:
+    def lipschitz_constant(self, shape: Shape) -> float:
         return self.lipschitz
 
     @property
@@ -83,31 +83,28 @@ class Activation(Nonlinear):
         """Upper bound of |slope(z) - phi'(z)|; at a jump either side counts as exact."""
         return self.slope.error(z)
 
-    def curvature_error(self, z: Tensor) -> Tensor:
-        """Upper bound of |curvature(z) - phi''(z)|; at a jump either side counts as exact."""
-        return self._curvature().error(z)
-
     def value_on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and most of phi over [lo, hi], entrywise, rounded outward (see `Curve.on`)."""
+        """Lower and upper bounds of phi over [lo, hi], entrywise, rounded outward (see `Curve.on`)."""
         return self.value.on(lo, hi)
 
     def slope_on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and most of phi' over [lo, hi], entrywise, rounded outward."""
+        """Lower and upper bounds of phi' over [lo, hi], entrywise, rounded outward."""
         return self.slope.on(lo, hi)
 
     def curvature_on(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and most of phi'' over [lo, hi], entrywise, rounded outward."""
-        return self._curvature().on(lo, hi)
-
-    def _curvature(self) -> Curve:
+        """Lower and upper bounds of phi'' over [lo, hi], entrywise, rounded outward; ValueError where phi' jumps."""
         if self.curvature is None:
             raise ValueError(f"the slope of {self.title} jumps: it has no curvature (test `curvature_range` first)")
-        return self.curvature
+        return self.curvature.on(lo, hi)
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a module or an ONNX operator writes a row: parameter -> attribute, and attributes that must have a value."""
+    """How a torch module or an ONNX operator spells a row.
+
+    parameters: the row's parameter -> the attribute that holds it.   requires: attributes that must have these values.
+    defaults: values of attributes that are absent.
+    """
 
     parameters: dict[str, str]
     requires: dict[str, Any]
@@ -115,10 +112,10 @@ class Spelling:
 
     def read(self, attributes: Mapping[str, Any]) -> dict[str, Any] | None:
         """The row's parameters, or None if a required attribute has another value."""
-        known = {**self.defaults, **attributes}
-        if any(known.get(key) != value for key, value in self.requires.items()):
+        given = {**self.defaults, **attributes}
+        if any(given.get(key) != value for key, value in self.requires.items()):
             return None
-        return {parameter: known[key] for parameter, key in self.parameters.items() if key in known}
+        return {parameter: given[key] for parameter, key in self.parameters.items() if key in given}
 
 
 def spelled(
@@ -138,7 +135,7 @@ _OPERATORS: dict[str, list[tuple[str, Spelling]]] = {}
 def row(
     *, modules: Mapping[type[nn.Module], Spelling] | None = None, onnx: Mapping[str, Spelling] | None = None
 ) -> Callable[[Callable[..., Activation]], Callable[..., Activation]]:
-    """Enter the decorated rule under its own name, with the spellings it is known by; a second entry is refused."""
+    """Enter the decorated rule under its own name, with its spellings; ValueError for a second entry."""
 
     def enter(rule: Callable[..., Activation]) -> Callable[..., Activation]:
         name, signature = rule.__name__, inspect.signature(rule)
@@ -166,9 +163,9 @@ def row(
 
 
 def from_module(module: nn.Module) -> Activation | None:
-    """The row of a torch.nn module of exactly a known type; None for any other (a subclass may compute anything).
+    """The row of a torch.nn module; None unless its type is exactly a known one (a subclass may compute anything).
 
-    ModelError where the type is known and its parameters are not usable.
+    ModelError where the type is known and its parameters cannot be used.
     """
     spellings = _MODULES.get(type(module), [])
     keys = {key for _, s in spellings for key in (*s.parameters.values(), *s.requires)}
@@ -176,8 +173,10 @@ def from_module(module: nn.Module) -> Activation | None:
 
 
 def from_onnx(operator: str, attributes: Mapping[str, Any]) -> Activation | None:
-    """The row of an ONNX operator of the default domain, or None. `attributes` as Python numbers and text; Clip's
-    optional inputs count as attributes `min` and `max`. ModelError as in `from_module`."""
+    """The row of an ONNX operator of the default domain, or None. ModelError as in `from_module`.
+
+    attributes: as Python numbers and text; Clip's optional inputs count as attributes `min` and `max`.
+    """
     return _build(_OPERATORS.get(operator, []), attributes)
 
 

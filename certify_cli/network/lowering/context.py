@@ -1,4 +1,4 @@
-"""What a lowering rule works with: the values of a graph, the place it stands at, and the table it is entered in.
+"""What a lowering rule works with: the values of a graph, the context it stands at, and the table it is entered in.
 
 A layer is looked up by its exact type, never by its bases: a subclass that overrides `forward` may compute anything,
 and must not inherit its parent's bound. Values in a graph are `Data` (a network node), constants (tensors and Python
@@ -26,7 +26,7 @@ class Data:
     index: int
 
 
-class Place:
+class LoweringContext:
     """Where the lowering stands: adds nodes under the name of the layer at hand and refuses in its name."""
 
     def __init__(self, builder: Builder, name: str, kind: str) -> None:
@@ -96,9 +96,9 @@ class Place:
 
 Rule = Callable[..., Any]
 MODULES: dict[type[nn.Module], Rule] = {}
-"""Exact module type -> rule(place, module, *args, **kwargs)."""
+"""Exact module type -> rule(context, module, *args, **kwargs)."""
 FUNCTIONS: dict[Callable[..., Any], Rule] = {}
-"""Function in a `call_function` node -> rule(place, *args, **kwargs)."""
+"""Function in a `call_function` node -> rule(context, *args, **kwargs)."""
 
 
 def lowers(*keys: Any) -> Callable[[Rule], Rule]:

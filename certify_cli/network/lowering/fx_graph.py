@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from certify_cli.errors import LayerError, ModelError
+from certify_cli.errors import ModelError
 from certify_cli.network.activations import from_module
 from certify_cli.network.graph import Builder, Network, Shape
 from certify_cli.network.lowering import torch_layers as _layers  # noqa: F401  (enters the rules)
-from certify_cli.network.lowering.context import FUNCTIONS, MODULES, Data, Place
+from certify_cli.network.lowering.context import FUNCTIONS, MODULES, Data, LoweringContext
 
 SUPPORTED = (
     "dense, convolution, batch norm, average and max pooling, padding, reshaping, slicing, adding and concatenating "
@@ -90,36 +90,36 @@ def _lower_call(
 ) -> Any:
     layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     kind = type(layer).__name__ if layer is not None else getattr(node.target, "__name__", str(node.target))
-    place = Place(builder, name, getattr(layer, "onnx_type", kind))
+    context = LoweringContext(builder, name, getattr(layer, "onnx_type", kind))
     if layer is not None:
-        _check_untouched(place, layer)
+        _check_untouched(context, layer)
     if not _holds_data((args, kwargs)):
         call = layer if layer is not None else node.target
         if not callable(call):
-            place.refuse("a method call on a constant is not supported; use a function or a layer")
+            context.refuse("a method call on a constant is not supported; use a function or a layer")
         return call(*args, **kwargs)
     rule = MODULES.get(type(layer)) if layer is not None else FUNCTIONS.get(node.target)  # type: ignore[arg-type]
     try:
         if rule is not None:
-            return rule(place, layer, *args, **kwargs) if layer is not None else rule(place, *args, **kwargs)
+            return rule(context, layer, *args, **kwargs) if layer is not None else rule(context, *args, **kwargs)
         activation = from_module(layer) if layer is not None else None
     except ValueError as error:
-        place.refuse(str(error))
-    except LayerError:
-        raise
+        context.refuse(str(error))
     except ModelError as error:
-        place.refuse(str(error))
+        if str(error).startswith("layer "):
+            raise
+        context.refuse(str(error))
     if activation is None:
-        place.refuse(f"this operator is not supported; supported are {SUPPORTED}")
-    return place.add(activation, place.data(args[0]))
+        context.refuse(f"this operator is not supported; supported are {SUPPORTED}")
+    return context.add(activation, context.data(args[0]))
 
 
-def _check_untouched(place: Place, layer: nn.Module) -> None:
+def _check_untouched(context: LoweringContext, layer: nn.Module) -> None:
     """A layer computes what its type says only without hooks, without a replaced forward, and in evaluation mode."""
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-        place.refuse("it carries a hook or a replaced forward, which could compute anything; remove it")
+        context.refuse("it carries a hook or a replaced forward, which could compute anything; remove it")
     if layer.training and isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
-        place.refuse("it is in training mode; call model.eval() before exporting")
+        context.refuse("it is in training mode; call model.eval() before exporting")
 
 
 def _holds_data(value: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scale, Shift
 from certify_cli.network.graph import MAX_VALUES, Add, Concat, refuse_large
-from certify_cli.network.lowering.context import Data, Place, lowers
+from certify_cli.network.lowering.context import Data, LoweringContext, lowers
 from certify_cli.network.pooling import MaxPool
 
 SPATIAL_MATRIX_ENTRIES, SPATIAL_MATRIX_PIXELS = MAX_VALUES, 2**16
@@ -28,83 +28,89 @@ the work."""
 
 
 @lowers(nn.Linear)
-def _linear(place: Place, layer: nn.Linear, x: Any) -> Data:
-    return place.add(Dense(layer.weight.detach(), _detached(layer.bias)), place.data(x))
+def _linear(context: LoweringContext, layer: nn.Linear, x: Any) -> Data:
+    return context.add(Dense(layer.weight.detach(), _detached(layer.bias)), context.data(x))
 
 
 @lowers(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def _conv(place: Place, layer: nn.Conv2d, x: Any) -> Data:
-    value = place.data(x)
+def _conv(context: LoweringContext, layer: nn.Conv2d, x: Any) -> Data:
+    value = context.data(x)
     pads = list(layer._reversed_padding_repeated_twice)  # last axis first, (low, high): resolves padding="same" too
     padding = tuple(pads[::-2])
     if layer.padding_mode != "zeros" or pads[0::2] != pads[1::2]:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        refuse_large(padded_shape(place.shape(value), pads), "its padded input")
-        value = place.move(lambda t: F.pad(t, pads, mode=mode), value)
+        refuse_large(padded_shape(context.shape(value), pads), "its padded input")
+        value = context.move(lambda t: F.pad(t, pads, mode=mode), value)
         padding = (0,) * len(padding)
     weight, offset = layer.weight.detach(), _detached(layer.bias)
-    return place.add(Conv(weight, offset, layer.stride, padding, layer.dilation, layer.groups), value)
+    return context.add(Conv(weight, offset, layer.stride, padding, layer.dilation, layer.groups), value)
 
 
 @lowers(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def _conv_transpose(place: Place, layer: nn.ConvTranspose2d, x: Any) -> Data:
+def _conv_transpose(context: LoweringContext, layer: nn.ConvTranspose2d, x: Any) -> Data:
     weight, offset = layer.weight.detach(), _detached(layer.bias)
     padding = _tuple(layer.padding, weight.dim() - 2)  # type: ignore[arg-type]
     op = ConvTranspose(weight, offset, layer.stride, padding, layer.output_padding, layer.dilation, layer.groups)
-    return place.add(op, place.data(x))
+    return context.add(op, context.data(x))
 
 
 @lowers(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def _batch_norm(place: Place, layer: nn.BatchNorm2d, x: Any) -> Data:
+def _batch_norm(context: LoweringContext, layer: nn.BatchNorm2d, x: Any) -> Data:
     if layer.running_mean is None or layer.running_var is None:
-        place.refuse("it keeps no running statistics and mixes the samples of a batch; export one that does")
-    value = place.data(x)
-    return normalise(place, value, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)
+        context.refuse("it keeps no running statistics and mixes the samples of a batch; export one that does")
+    value = context.data(x)
+    return normalise(context, value, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)
 
 
 def normalise(
-    place: Place, x: Data, mean: Tensor, variance: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float
+    context: LoweringContext,
+    x: Data,
+    mean: Tensor,
+    variance: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
 ) -> Data:
     """Evaluation-mode batch norm of (channels, *space) as three nodes: -mean, gain/sqrt(variance + eps), +shift."""
-    axes = (-1, *[1] * (len(place.shape(x)) - 1))
+    axes = (-1, *[1] * (len(context.shape(x)) - 1))
     factor = (torch.ones_like(variance) if gain is None else gain.detach()) / (variance + eps).sqrt()
     if not bool(factor.isfinite().all()):
-        place.refuse("its variance plus epsilon is not positive")
-    x = place.add(Shift((-mean).reshape(axes)), x)
+        context.refuse("its variance plus epsilon is not positive")
+    x = context.add(Shift((-mean).reshape(axes)), x)
     # roundings: the sum (halved by the root), the root, the quotient
-    x = place.add(Scale(factor.reshape(axes), weight_error=3, title="batch_norm"), x)
-    return x if shift is None else place.add(Shift(shift.detach().reshape(axes)), x)
+    x = context.add(Scale(factor.reshape(axes), weight_error=3, title="batch_norm"), x)
+    return x if shift is None else context.add(Shift(shift.detach().reshape(axes)), x)
 
 
 @lowers(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-def _average_pool(place: Place, layer: nn.AvgPool2d, x: Any) -> Data:
-    value = place.data(x)
-    shape = place.shape(value)
+def _average_pool(context: LoweringContext, layer: nn.AvgPool2d, x: Any) -> Data:
+    value = context.data(x)
+    shape = context.shape(value)
     n = len(shape) - 1
     kernel, stride, padding = (_tuple(v, n) for v in (layer.kernel_size, layer.stride, layer.padding))
     regular = [(size + 2 * p - k) % s == 0 for size, p, k, s in zip(shape[1:], padding, kernel, stride, strict=True)]
     if (not layer.ceil_mode or all(regular)) and (layer.count_include_pad or not any(padding)):
         taps = getattr(layer, "divisor_override", None) or torch.Size(kernel).numel()
-        return depthwise_mean(place, value, kernel, stride, padding, taps)
-    return spatial_matrix(place, layer, value)
+        return depthwise_mean(context, value, kernel, stride, padding, taps)
+    return spatial_matrix(context, layer, value)
 
 
 @lowers(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-def _adaptive_average_pool(place: Place, layer: nn.AdaptiveAvgPool2d, x: Any) -> Data:
-    value = place.data(x)
-    space = place.shape(value)[1:]
+def _adaptive_average_pool(context: LoweringContext, layer: nn.AdaptiveAvgPool2d, x: Any) -> Data:
+    value = context.data(x)
+    space = context.shape(value)[1:]
     size = layer.output_size
     wanted = _tuple(size, len(space)) if isinstance(size, int) else tuple(size or ())
     target = tuple(n if t is None else int(t) for t, n in zip(wanted, space, strict=True))
-    refuse_large((place.shape(value)[0], *target))
+    refuse_large((context.shape(value)[0], *target))
     if all(n % t == 0 for n, t in zip(space, target, strict=True)):
         kernel = tuple(n // t for n, t in zip(space, target, strict=True))
-        return depthwise_mean(place, value, kernel, kernel, (0,) * len(space), torch.Size(kernel).numel())
-    return spatial_matrix(place, layer, value)
+        return depthwise_mean(context, value, kernel, kernel, (0,) * len(space), torch.Size(kernel).numel())
+    return spatial_matrix(context, layer, value)
 
 
 def depthwise_mean(
-    place: Place,
+    context: LoweringContext,
     x: Data,
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
@@ -113,32 +119,32 @@ def depthwise_mean(
     dilation: tuple[int, ...] | None = None,
 ) -> Data:
     """Average pooling with one divisor throughout: a depthwise convolution whose weights are all 1/divisor."""
-    channels = place.shape(x)[0]
+    channels = context.shape(x)[0]
     refuse_large((channels, *kernel), "its window")
     weight = torch.full((channels, 1, *kernel), 1.0 / divisor, dtype=torch.float64)
     dilation = dilation or (1,) * len(kernel)
-    return place.add(Conv(weight, None, stride, padding, dilation, channels, weight_error=1, title="average_pool"), x)
+    return context.add(Conv(weight, None, stride, padding, dilation, channels, weight_error=1, title="average_pool"), x)
 
 
-def spatial_matrix(place: Place, pool: Callable[[Tensor], Tensor], x: Data) -> Data:
+def spatial_matrix(context: LoweringContext, pool: Callable[[Tensor], Tensor], x: Data) -> Data:
     """A linear map of the pixels, the same in every channel, written out as a matrix: Reshape, Dense, Reshape.
 
     Each entry is 1/divisor or a sum of zeros and one such number, hence off by one rounding.
     """
-    shape = place.shape(x)
+    shape = context.shape(x)
     pixels = math.prod(shape[1:])
     outputs = pool(torch.zeros(1, 1, *shape[1:], dtype=torch.float64)).shape[2:]
     if pixels * outputs.numel() > SPATIAL_MATRIX_ENTRIES or pixels > SPATIAL_MATRIX_PIXELS:
-        place.refuse(
+        context.refuse(
             f"pooling {shape[1:]} to {tuple(outputs)} with unequal windows needs too large a matrix; "
             "use windows that divide the image"
         )
     step = max(1, MAX_VALUES // pixels)  # the basis has pixels x pixels entries, the matrix may have far fewer
     columns = [pool(_basis(start, min(start + step, pixels), shape[1:])).flatten(1) for start in range(0, pixels, step)]
     matrix = torch.cat(columns).T.contiguous()
-    x = place.add(Reshape((shape[0], pixels)), x)
-    x = place.add(Dense(matrix, None, weight_error=1, title="average_pool"), x)
-    return place.add(Reshape((shape[0], *outputs)), x)
+    x = context.add(Reshape((shape[0], pixels)), x)
+    x = context.add(Dense(matrix, None, weight_error=1, title="average_pool"), x)
+    return context.add(Reshape((shape[0], *outputs)), x)
 
 
 def _basis(start: int, stop: int, space: tuple[int, ...]) -> Tensor:
@@ -166,14 +172,14 @@ def _tuple(value: int | Iterable[int], dimensions: int) -> tuple[int, ...]:
     nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
     nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
 )  # fmt: skip
-def move_by_layer(place: Place, layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Data:
+def move_by_layer(context: LoweringContext, layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Data:
     """The layer itself moves the numbered entries."""
-    return place.move(lambda t: layer(t, *args, **kwargs), place.data(x))
+    return context.move(lambda t: layer(t, *args, **kwargs), context.data(x))
 
 
 @lowers(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
-def _constant_pad(place: Place, layer: nn.ConstantPad2d, x: Any) -> Data:
-    return pad_with(place, place.data(x), tuple(layer.padding), float(layer.value))
+def _constant_pad(context: LoweringContext, layer: nn.ConstantPad2d, x: Any) -> Data:
+    return pad_with(context, context.data(x), tuple(layer.padding), float(layer.value))
 
 
 def padded_shape(shape: Sequence[int], pads: Sequence[int]) -> tuple[int, ...]:
@@ -184,144 +190,144 @@ def padded_shape(shape: Sequence[int], pads: Sequence[int]) -> tuple[int, ...]:
     return tuple(n + w for n, w in zip(shape, widths, strict=True))
 
 
-def pad_with(place: Place, x: Data, pads: tuple[int, ...], value: float) -> Data:
+def pad_with(context: LoweringContext, x: Data, pads: tuple[int, ...], value: float) -> Data:
     """Constant padding, torch's order of `pads`: zeros moved in, and the constant added where they stand."""
-    shape = place.shape(x)
+    shape = context.shape(x)
     refuse_large(padded_shape(shape, pads))
-    padded = place.move(lambda t: F.pad(t, pads), x)
+    padded = context.move(lambda t: F.pad(t, pads), x)
     if value == 0:
         return padded
     frame = F.pad(torch.zeros(1, *shape, dtype=torch.float64), pads, value=value)
-    return place.add(Shift(frame[0]), padded)
+    return context.add(Shift(frame[0]), padded)
 
 
 @lowers(nn.Upsample, nn.UpsamplingNearest2d)
-def _upsample(place: Place, layer: nn.Upsample, x: Any) -> Data:
+def _upsample(context: LoweringContext, layer: nn.Upsample, x: Any) -> Data:
     if layer.mode not in ("nearest", "nearest-exact"):
-        place.refuse(f"resizing by {layer.mode!r} is not supported: use mode='nearest'")
-    return move_by_layer(place, layer, x)
+        context.refuse(f"resizing by {layer.mode!r} is not supported: use mode='nearest'")
+    return move_by_layer(context, layer, x)
 
 
 @lowers(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-def _same(place: Place, layer: nn.Module, x: Any, *unused: Any) -> Data:
-    return place.data(x)
+def _same(context: LoweringContext, layer: nn.Module, x: Any, *unused: Any) -> Data:
+    return context.data(x)
 
 
 @lowers(torch.flatten)
-def _flatten(place: Place, x: Any, start_dim: int = 0, end_dim: int = -1) -> Data:
-    return place.move(lambda t: torch.flatten(t, start_dim, end_dim), place.data(x))
+def _flatten(context: LoweringContext, x: Any, start_dim: int = 0, end_dim: int = -1) -> Data:
+    return context.move(lambda t: torch.flatten(t, start_dim, end_dim), context.data(x))
 
 
 @lowers(operator.getitem)
-def _item(place: Place, value: Any, index: Any) -> Any:
-    return value[index] if isinstance(value, tuple) else place.move(lambda t: t[index], place.data(value))
+def _item(context: LoweringContext, value: Any, index: Any) -> Any:
+    return value[index] if isinstance(value, tuple) else context.move(lambda t: t[index], context.data(value))
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------
 
 
-def scale(place: Place, x: Data, factor: Tensor, weight_error: int = 0) -> Data:
+def scale(context: LoweringContext, x: Data, factor: Tensor, weight_error: int = 0) -> Data:
     """x * factor, the constant broadcast both ways; `factor` as it stands in the model (batch axis included)."""
-    constant = place.per_sample(factor, len(place.shape(x)))
-    x = place.broadcast(x, tuple(torch.broadcast_shapes(place.shape(x), constant.shape)))
-    return place.add(Scale(constant, weight_error=weight_error), x)
+    constant = context.per_sample(factor, len(context.shape(x)))
+    x = context.broadcast(x, tuple(torch.broadcast_shapes(context.shape(x), constant.shape)))
+    return context.add(Scale(constant, weight_error=weight_error), x)
 
 
-def shift(place: Place, x: Data, offset: Tensor) -> Data:
+def shift(context: LoweringContext, x: Data, offset: Tensor) -> Data:
     """x + offset, broadcast both ways."""
-    constant = place.per_sample(offset, len(place.shape(x)))
-    x = place.broadcast(x, tuple(torch.broadcast_shapes(place.shape(x), constant.shape)))
-    return place.add(Shift(constant), x)
+    constant = context.per_sample(offset, len(context.shape(x)))
+    x = context.broadcast(x, tuple(torch.broadcast_shapes(context.shape(x), constant.shape)))
+    return context.add(Shift(constant), x)
 
 
-def negative(place: Place, x: Data) -> Data:
-    return place.add(Scale(torch.tensor(-1.0, dtype=torch.float64)), x)
+def negative(context: LoweringContext, x: Data) -> Data:
+    return context.add(Scale(torch.tensor(-1.0, dtype=torch.float64)), x)
 
 
 @lowers(operator.add, operator.iadd, torch.add)
-def add(place: Place, *values: Any) -> Data:
+def add(context: LoweringContext, *values: Any) -> Data:
     """Sum of data and constants."""
     branches = [value for value in values if isinstance(value, Data)]
     constants = [value for value in values if not isinstance(value, Data)]
-    ranks = {len(place.shape(branch)) for branch in branches}
+    ranks = {len(context.shape(branch)) for branch in branches}
     if len(ranks) > 1:
-        place.refuse("its operands have different numbers of axes, which would line the batch up with another axis")
+        context.refuse("its operands have different numbers of axes, which would line the batch up with another axis")
     total = branches[0]
     for branch in branches[1:]:
-        target = tuple(torch.broadcast_shapes(place.shape(total), place.shape(branch)))
-        total = place.add(Add(), place.broadcast(total, target), place.broadcast(branch, target))
+        target = tuple(torch.broadcast_shapes(context.shape(total), context.shape(branch)))
+        total = context.add(Add(), context.broadcast(total, target), context.broadcast(branch, target))
     for constant in constants:
-        total = shift(place, total, place.constant(constant))
+        total = shift(context, total, context.constant(constant))
     return total
 
 
 @lowers(operator.sub, operator.isub, torch.sub)
-def subtract(place: Place, left: Any, right: Any) -> Data:
+def subtract(context: LoweringContext, left: Any, right: Any) -> Data:
     if isinstance(right, Data):
-        return add(place, left, negative(place, right))
-    return add(place, left, -place.constant(right))
+        return add(context, left, negative(context, right))
+    return add(context, left, -context.constant(right))
 
 
 @lowers(operator.mul, operator.imul, torch.mul)
-def multiply(place: Place, left: Any, right: Any) -> Data:
+def multiply(context: LoweringContext, left: Any, right: Any) -> Data:
     if isinstance(left, Data) and isinstance(right, Data):
-        place.refuse(
+        context.refuse(
             "a product of two values that both depend on the input is not supported unless it belongs to an activation "
             "of the table: multiply by constants only"
         )
     x, constant = (left, right) if isinstance(left, Data) else (right, left)
-    return scale(place, x, place.constant(constant))
+    return scale(context, x, context.constant(constant))
 
 
 @lowers(operator.truediv, operator.itruediv, torch.div)
-def divide(place: Place, left: Any, right: Any) -> Data:
+def divide(context: LoweringContext, left: Any, right: Any) -> Data:
     if isinstance(right, Data):
-        place.refuse("division by a value that depends on the input is not supported: divide by constants only")
-    reciprocal = 1.0 / place.constant(right)
+        context.refuse("division by a value that depends on the input is not supported: divide by constants only")
+    reciprocal = 1.0 / context.constant(right)
     if not bool(reciprocal.isfinite().all()):
-        place.refuse("it divides by zero")
-    return scale(place, place.data(left), reciprocal, weight_error=1)
+        context.refuse("it divides by zero")
+    return scale(context, context.data(left), reciprocal, weight_error=1)
 
 
 @lowers(operator.neg, torch.neg)
-def _neg(place: Place, x: Any) -> Data:
-    return negative(place, place.data(x))
+def _neg(context: LoweringContext, x: Any) -> Data:
+    return negative(context, context.data(x))
 
 
 @lowers(torch.cat, torch.concat)
-def concatenate(place: Place, values: Iterable[Any], dim: int = 0) -> Data:
+def concatenate(context: LoweringContext, values: Iterable[Any], dim: int = 0) -> Data:
     """Concatenation of data along an axis other than the batch; `dim` counts the batch."""
-    branches = [place.data(value) for value in values]
-    rank = len(place.shape(branches[0])) + 1
+    branches = [context.data(value) for value in values]
+    rank = len(context.shape(branches[0])) + 1
     axis = dim + rank if dim < 0 else dim
     if not 1 <= axis < rank:
-        place.refuse(f"it concatenates along axis {dim}, the batch; concatenate features instead")
-    return branches[0] if len(branches) == 1 else place.add(Concat(axis - 1), *branches)
+        context.refuse(f"it concatenates along axis {dim}, the batch; concatenate features instead")
+    return branches[0] if len(branches) == 1 else context.add(Concat(axis - 1), *branches)
 
 
 @lowers(operator.matmul, torch.matmul)
-def matmul(place: Place, left: Any, right: Any) -> Data:
+def matmul(context: LoweringContext, left: Any, right: Any) -> Data:
     """Matrix product with one constant factor."""
     if isinstance(left, Data) and isinstance(right, Data):
-        place.refuse(
+        context.refuse(
             "a product of two values that both depend on the input (as in attention) is not supported: "
             "one factor must be constant"
         )
     if isinstance(left, Data):
-        weight = _matrix(place, right)
-        return place.add(Dense(weight.T.contiguous()), left)
-    if len(place.shape(right)) < 2:
-        place.refuse("it multiplies across the batch")
-    swapped = place.move(lambda t: t.transpose(-1, -2), right)
-    return place.move(lambda t: t.transpose(-1, -2), place.add(Dense(_matrix(place, left)), swapped))
+        weight = _matrix(context, right)
+        return context.add(Dense(weight.T.contiguous()), left)
+    if len(context.shape(right)) < 2:
+        context.refuse("it multiplies across the batch")
+    swapped = context.move(lambda t: t.transpose(-1, -2), right)
+    return context.move(lambda t: t.transpose(-1, -2), context.add(Dense(_matrix(context, left)), swapped))
 
 
-def _matrix(place: Place, constant: Any) -> Tensor:
-    weight = place.constant(constant)
+def _matrix(context: LoweringContext, constant: Any) -> Tensor:
+    weight = context.constant(constant)
     while weight.dim() > 2 and weight.shape[0] == 1:
         weight = weight[0]
     if weight.dim() != 2:
-        place.refuse(f"its constant factor of shape {tuple(weight.shape)} is not one matrix")
+        context.refuse(f"its constant factor of shape {tuple(weight.shape)} is not one matrix")
     return weight
 
 
@@ -329,11 +335,11 @@ def _matrix(place: Place, constant: Any) -> Tensor:
 
 
 @lowers(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-def _max_pool(place: Place, layer: nn.MaxPool2d, x: Any) -> Data:
-    value = place.data(x)
+def _max_pool(context: LoweringContext, layer: nn.MaxPool2d, x: Any) -> Data:
+    value = context.data(x)
     if layer.return_indices:
-        place.refuse("it returns indices too; export it without")
-    n = len(place.shape(value)) - 1
+        context.refuse("it returns indices too; export it without")
+    n = len(context.shape(value)) - 1
     kernel, stride = _tuple(layer.kernel_size, n), _tuple(layer.stride, n)
     padding, dilation = _tuple(layer.padding, n), _tuple(layer.dilation, n)
-    return place.add(MaxPool(kernel, stride, padding, dilation, bool(layer.ceil_mode)), value)
+    return context.add(MaxPool(kernel, stride, padding, dilation, bool(layer.ceil_mode)), value)
