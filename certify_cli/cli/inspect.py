@@ -12,6 +12,7 @@ from certify_cli.names import SUMMARIES
 from certify_cli.output.console import Column, grid, pairs
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
+from certify_cli.output.layers import shape_text
 from certify_cli.records import SCHEMA
 
 if TYPE_CHECKING:
@@ -80,10 +81,6 @@ def parameter_count(op: Op) -> int:
         return 0
     values = (getattr(op, item.name) for item in fields(op))
     return sum(value.numel() for value in values if isinstance(value, Tensor) and value.is_floating_point())
-
-
-def shape_text(shape: list[int] | tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
 
 
 NODE_COLUMNS = (
