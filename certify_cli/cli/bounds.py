@@ -65,7 +65,7 @@ def bounds(
 
         @cache
         def chosen() -> Dataset:
-            """The sample, loaded once: before the model is understood where it leaves its sizes to it, else after."""
+            """The sample, loaded once: before the model is lowered where its input sizes are the data's, else after."""
             return load_data(
                 str(data),
                 root=data_root,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from certify_cli.audit.compare import Comparison, SampleChange, compare, unlike
 from certify_cli.cli import options as opt
+from certify_cli.cli import record_options as rec
 from certify_cli.cli.exit_codes import DONE, NOT_MET
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
@@ -27,10 +28,10 @@ SAMPLES = (
 
 
 def diff(
-    old: opt.OldRecords,
-    new: opt.NewRecords,
-    tolerance: opt.Tolerance = 0.01,
-    format: opt.DiffFormat = None,
+    old: rec.OldRecords,
+    new: rec.NewRecords,
+    tolerance: rec.Tolerance = 0.01,
+    format: rec.ReportFormat = None,
     output: opt.OutputFile = None,
     all_rows: opt.AllRows = False,
     quiet: opt.Quiet = False,

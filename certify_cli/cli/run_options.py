@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from certify_cli.cli import options as opt
@@ -70,20 +71,18 @@ class RunOptions:
         from certify_cli.data.datasets import named_shape
 
         opt.one_of("--method", self.method, opt.METHODS)
-        chosen: list[Dataset] = []
 
-        def taken() -> Dataset:
-            """The data, loaded once: before the model is understood where it leaves its sizes to them, else after."""
-            if not chosen:
-                chosen.append(self._data(reporter))
-            return chosen[0]
+        @cache
+        def chosen() -> Dataset:
+            """The data, loaded once: before the model is lowered where its input sizes are the data's, else after."""
+            return self._data(reporter)
 
         shape = named_shape(self.data)
         loaded = load_model(
             self.model,
             activation=self.activation,
             output=self.output,
-            input_shape=shape or (lambda: tuple(taken().x.shape[1:])),
+            input_shape=shape or (lambda: tuple(chosen().x.shape[1:])),
             layout=self.layout,
         )
         reporter.notes(loaded.notes)
@@ -92,7 +91,7 @@ class RunOptions:
 
             # a set that does not fit is refused before it is downloaded
             fit(loaded.network, shape, mean=settings.mean or None, std=settings.std or None, layout=self.layout)
-        return loaded, taken()
+        return loaded, chosen()
 
     def _data(self, reporter: Reporter) -> Dataset:
         from certify_cli import load_data
