@@ -102,7 +102,7 @@ def says(finding: Finding) -> str:
 
 
 def asked(finding: Finding) -> str:
-    return f"at {'least' if finding.requirement.figure.least else 'most'} {finding.requirement.asked:.6g}"
+    return f"at {'least' if finding.requirement.figure.at_least else 'most'} {finding.requirement.threshold:.6g}"
 
 
 def found(finding: Finding) -> str:
@@ -112,8 +112,8 @@ def found(finding: Finding) -> str:
     def text(value: float, way: str) -> str:
         return f"{value:.6g}" if figure.share else number(value, UP if figure.of_model else way)
 
-    if finding.least == finding.largest:
-        return text(finding.least, DOWN)
-    if finding.largest == float("inf"):
-        return f"{text(finding.least, DOWN)} or more"
-    return f"{text(finding.least, DOWN)} to {text(finding.largest, UP)}"
+    if finding.lower == finding.upper:
+        return text(finding.lower, DOWN)
+    if finding.upper == float("inf"):
+        return f"{text(finding.lower, DOWN)} or more"
+    return f"{text(finding.lower, DOWN)} to {text(finding.upper, UP)}"

@@ -174,22 +174,22 @@ def _of_closed_form(sample: Sample, logits: Tensor, slack: float) -> Iterator[st
         )
 
 
-def _of_figures(sample: Sample, gradient: float, second: float, scale: float) -> Iterator[str]:
+def _of_figures(sample: Sample, gradient: float, along: float, scale: float) -> Iterator[str]:
     """Gradient, curvature and Lipschitz figures are upper bounds for the rival's margin.
 
-    gradient, second, scale: of that margin, the gradient's norm, the second derivative along it, and what rounding is
+    gradient, along, scale: of that margin, the gradient's norm, the second derivative along it, and what rounding is
     relative to.
     """
     slack = 1e-6 * gradient + 1e-11 * scale
-    second_slack = 1e-6 * abs(second) + 1e-9 * scale + 1e-12 * scale * scale
+    along_slack = 1e-6 * abs(along) + 1e-9 * scale + 1e-12 * scale * scale
     if sample.gradient_norm is not None and sample.gradient_norm < gradient - slack:
         yield f"the gradient's norm is {gradient:.9g}, the record says {sample.gradient_norm:.9g}"
     if sample.lipschitz is not None and sample.lipschitz < gradient - slack:
         yield f"the Lipschitz constant {sample.lipschitz:.6g} is below the gradient's norm {gradient:.6g}"
-    if sample.curvature_lower is not None and sample.curvature_lower < -second - second_slack:
-        yield f"the curvature bound {sample.curvature_lower:.6g} is below the curvature {-second:.6g} along the gradient"
-    if sample.curvature_upper is not None and sample.curvature_upper < second - second_slack:
-        yield f"the curvature bound {sample.curvature_upper:.6g} is below the curvature {second:.6g} along the gradient"
+    if sample.curvature_lower is not None and sample.curvature_lower < -along - along_slack:
+        yield f"the curvature bound {sample.curvature_lower:.6g} is below the curvature {-along:.6g} along the gradient"
+    if sample.curvature_upper is not None and sample.curvature_upper < along - along_slack:
+        yield f"the curvature bound {sample.curvature_upper:.6g} is below the curvature {along:.6g} along the gradient"
 
 
 def _of_verdicts(sample: Sample, run_method: str, attack: str) -> Iterator[str]:

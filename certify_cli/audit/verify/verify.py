@@ -178,7 +178,7 @@ class Verifier:
             yield Checked(sample.index, sample.method, sample.certified_radius, ended, tuple(found[n]))
 
     def _outcomes(self, samples: list[Sample], x: Tensor, certified: list[int], found: list[list[str]]) -> list[str]:
-        """The outcome of each record. A radius that the proofs contradict is added to `found`, contradictions by row."""
+        """The outcome of each record. `found`, contradictions by row, gains radii that proofs contradict."""
         outcome = [ATTACKED if sample.certified_radius is not None else NOTHING for sample in samples]
         if self._prover is None or self._reference is None:
             return outcome
@@ -209,7 +209,7 @@ class Verifier:
         return outcome
 
     def _refute(self, rows: list[int], samples: list[Sample], flat: Tensor, found: list[list[str]]) -> None:
-        """Add a contradiction for every record of `rows` of whose radius no proof reaches even the part PROOF_REACHES."""
+        """Add a contradiction for every record of `rows` of whose radius no proof reaches PROOF_REACHES."""
         if self._prover is None or not self._prover.tight or not rows:
             return
         predictions = torch.tensor([samples[n].prediction for n in rows], dtype=torch.int64)
@@ -230,7 +230,7 @@ class Verifier:
                 )
 
     def _is_resolved(self, sample: Sample, margin: float) -> bool:
-        """Whether the rounding that a proof counts is small against the margin and the constant that it is divided by."""
+        """Whether the rounding that a proof counts is small against the margin and the constant it is divided by."""
         claimed, radius = sample.margin, sample.certified_radius
         if claimed is None or radius is None or self._prover is None or not margin > 0.99 * claimed:
             return False
