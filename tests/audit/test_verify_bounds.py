@@ -214,11 +214,11 @@ def test_adjoints_lie_in_their_ranges_everywhere(name: str) -> None:
     x = x * 10 ** torch.linspace(-2, 1.5, 300, dtype=torch.float64).reshape(-1, *[1] * (x.dim() - 1))
     found = prover.adjoints(prover.values(x.flatten(1)), prover.margin_rows(torch.zeros(300, dtype=torch.long)))
     for rival in range(1, network.classes):
-        low, high = prover._adjoint_ranges(0, rival)
+        low, high = prover.adjoint_ranges(0, rival)
         for k in low:
             v = found[k].value[:, rival]
             assert bool((v >= low[k] - 1e-9).all() and (v <= high[k] + 1e-9).all())
-            middle, spread = prover._adjoint_about(k, 0, rival)
+            middle, spread = prover.linearised_adjoint(k, 0, rival)
             assert bool(((v - middle).abs() <= spread + 1e-9).all())
 
 
@@ -350,9 +350,9 @@ def test_what_the_reference_accepts_rests_on_no_estimate(monkeypatch: pytest.Mon
     prediction = network(x).argmax(1)
     reference = Reference(Prover(read(network)))
     exact = [largest_held(reference, row, int(y)) for row, y in zip(x, prediction, strict=True)]
-    estimate = reference_module._largest
+    estimate = reference_module.largest_eigenvalue
     monkeypatch.setattr(
-        reference_module, "_largest", lambda b, w, exact: estimate(b, w, exact) * (1.0 if exact else 1e-6)
+        reference_module, "largest_eigenvalue", lambda b, w, exact: estimate(b, w, exact) * (1.0 if exact else 1e-6)
     )
     for row, y, radius in zip(x, prediction, exact, strict=True):
         assert not reference.holds(row, int(y), 1.3 * radius)

@@ -225,7 +225,7 @@ class Prover:
         """
         if (top, rival) not in self._curvatures:
             lipschitz = [min(ways) for ways in zip(*self._lipschitz_constants, strict=True)]
-            low, high = self._adjoint_ranges(top, rival)
+            low, high = self.adjoint_ranges(top, rival)
             total = 0.0
             for k in range(self.last):
                 lower, upper = self.functions[k].curvatures
@@ -244,7 +244,7 @@ class Prover:
             self._curvatures[top, rival] = total * UP
         return self._curvatures[top, rival]
 
-    def _adjoint_ranges(self, top: int, rival: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def adjoint_ranges(self, top: int, rival: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Lower and upper bounds, by layer and entrywise, of the margin's v_k whatever the slopes: by interval
         arithmetic backward, and within those of the linearised network."""
         row = torch.zeros(self.classes, dtype=torch.float64)
@@ -260,7 +260,7 @@ class Prover:
                     spread = w.abs() @ radius + 1e-13 * len(middle) * (w.abs() @ middle.abs())
                     spread = (spread + layer.weights[k].error * (upper_norm(middle) + upper_norm(radius))) * UP
                     lower, upper = lower + w @ middle - spread, upper + w @ middle + spread
-            centre, spread = self._linearised_adjoint(k, top, rival)
+            centre, spread = self.linearised_adjoint(k, top, rival)
             lower, upper = torch.maximum(lower, centre - spread), torch.minimum(upper, centre + spread)
             low[k], high[k] = lower, upper
             shallow, steep = self.functions[k].slopes
@@ -269,7 +269,7 @@ class Prover:
             at_preactivation[k] = corners.amin(0) - slack, corners.amax(0) + slack
         return low, high
 
-    def _linearised_adjoint(self, k: int, top: int, rival: int) -> tuple[Tensor, Tensor]:
+    def linearised_adjoint(self, k: int, top: int, rival: int) -> tuple[Tensor, Tensor]:
         """v_k in the network linearised at the middle slopes, and an upper bound of the distance of the true v_k from
         it, entrywise: the sum over later j of ||B_jk e|| r_j ||v_j||."""
         blocks, radius = self._expansions[0], self._radii[0]

@@ -220,7 +220,7 @@ class Reference:
         g = self._pulled_back(at_preactivation, INPUT).norm(dim=1)
         if ball is None:
             return f - radius * g + minima
-        largest = _largest(ball, weights, exact)
+        largest = largest_eigenvalue(ball, weights, exact)
         spread = torch.stack([(w * ball.residual[k][0] ** 2).sum(1) for k, w in weights.items()]).sum(0)
         quadratic = (radius * largest.clamp(min=1e-30).sqrt() + spread.clamp(min=1e-30).sqrt()) ** 2 / 2
         return f - radius * g + minima - quadratic
@@ -235,7 +235,7 @@ def _grid(f: Function, z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Te
     return points, f.largest_curvature * ((high - low) / (GRID - 2)).square() / 8
 
 
-def _largest(ball: Balls, weights: dict[int, Tensor], exact: bool) -> Tensor:
+def largest_eigenvalue(ball: Balls, weights: dict[int, Tensor], exact: bool) -> Tensor:
     """lambda_max (rivals,) of sum A^T diag(w) A; not exact: a lower bound, by power iteration."""
     order = sorted(weights)
     full = torch.cat(
