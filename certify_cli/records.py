@@ -1,8 +1,8 @@
-"""What a run says: frozen records, their dictionaries, and the name of their schema.
+"""The records of a run: frozen dataclasses, their dictionaries, and the name of their schema.
 
-`Sample` is one certified sample, `Run` says how it came about, `Summary` adds the samples up. They are plain
-data: no tensor, no device, nothing to import but the standard library. The JSON schema that describes the
-dictionaries is `certify_cli/schema/curvcert-1.json`.
+`Sample` is one certified sample, `Run` the settings, model and data, `Summary` the figures of all samples. They are
+plain data: no tensor, no device, nothing to import but the standard library. The JSON schema of the dictionaries is
+`certify_cli/schema/curvcert-1.json`. What counts as certified or attacked at a radius is defined here, once.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class Run:
-    """How the samples came about; enough to repeat the run."""
+    """The settings, model and data of a run: enough to repeat it."""
 
     tool: str
     version: str
@@ -176,15 +176,15 @@ ARGUMENTS = {
     "shuffle": bool | None,
     "split": str | None,
 }
-"""What is read back of a run's arguments, whether the command line or Python asked for it."""
+"""Types of the arguments that are read back from a run, which the command line or a call from Python wrote."""
 PREPROCESSING = {"mean": list[float] | None, "std": list[float] | None, "layout": str | None}
 
 HINTS: dict[type, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Run, ModelInfo, DataInfo, Sample, Summary)}
-"""What each field of a record is declared to be."""
+"""The declared type of each field of a record."""
 
 
 def checked(record: Record) -> Record:
-    """The record. TypeError, naming the field, where a value that was read is of another kind than is declared."""
+    """The record, unchanged. Raises TypeError, naming the field, for a value of another type than is declared."""
     for name, hint in HINTS[type(record)].items():
         _check(name, getattr(record, name), hint)
     if isinstance(record, Run):
@@ -205,8 +205,8 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value that JSON can hold is of the kind; an int may stand for a float, and numbers are no others than
-    float64 and int64 hold."""
+    """Whether a value out of JSON has the type `hint`. An int may stand for a float; numbers must fit into float64 and
+    int64."""
     origin, of = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_is(value, part) for part in of)
@@ -321,8 +321,10 @@ def seal(run: Run, samples: Iterable[Sample], summary: Summary) -> str:
 
 
 def linked(chain: str, sample: Sample) -> str:
-    """The link of a sample's line to all lines of samples before it, whose last link is `chain` ("" at the beginning):
-    a run that is gone on with is told by it whether what it has was changed since."""
+    """The link of a sample's line to all samples' lines before it; chain: the last link, "" in front of the first.
+
+    A run that is resumed finds by the links whether its earlier lines were changed.
+    """
     content = json.dumps(sample.to_dict(), sort_keys=True, allow_nan=False)
     return hashlib.sha256(f"{chain}{content}".encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""`curvcert diff`: what became of every figure and every sample between two runs."""
+"""`curvcert diff`: the figures and samples of two runs side by side; exit 1 where a figure regressed."""
 
 from __future__ import annotations
 

@@ -36,14 +36,14 @@ LIBRARIES = {
     "rich": "rich",
     "typer": "typer",
 }
-"""Distribution and module of everything that the package stands on."""
+"""Distribution and module of every library that the package needs."""
 
 NEED_TORCHVISION = {"torchvision", "onnx2torch"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried; `detail` says what was found, or what is wrong and what to do."""
+    """One check. detail: the finding, or the fault and its remedy."""
 
     name: str
     ok: bool
@@ -83,7 +83,7 @@ def doctor(
 
 
 def check_library(name: str, module: str) -> Check:
-    """Import it for real: an installed library may still fail to load."""
+    """Import the library: one that is installed may still fail to load."""
     try:
         if module in NEED_TORCHVISION:
             from certify_cli.torchvision_schemas import import_torchvision
@@ -98,7 +98,7 @@ def check_library(name: str, module: str) -> Check:
 
 
 def machine() -> dict[str, Any]:
-    """Devices and threads as torch sees them; empty where torch cannot be imported."""
+    """Devices and threads as torch reports them; none where torch cannot be imported."""
     if not check_library("torch", "torch").ok:
         return {"devices": [], "threads": None, "cores": os.cpu_count()}
     import torch

@@ -1,4 +1,4 @@
-"""`curvcert inspect`: what was loaded, and which methods apply to it."""
+"""`curvcert inspect`: the nodes of a loaded model, and the methods that apply to it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def parameter_count(op: Op) -> int:
-    """Real numbers that the operation holds; index maps are data movement, not parameters."""
+    """The number of real numbers that the operation holds; index maps are data movement, not parameters."""
     from torch import Tensor
 
     if not is_dataclass(op):
@@ -107,13 +107,13 @@ def as_text(found: dict[str, Any], view: View) -> str:
             ("parameters", str(found["parameters"])),
         ]
     )
-    place = {node["name"]: str(position) for position, node in enumerate(found["nodes"])}
+    number_of = {node["name"]: str(position) for position, node in enumerate(found["nodes"])}
     nodes = [
         (
-            place[node["name"]],
+            number_of[node["name"]],
             node["name"],
             node["operation"],
-            ", ".join(place[name] for name in node["inputs"]),
+            ", ".join(number_of[name] for name in node["inputs"]),
             shape_text(node["shape"]),
             str(node["parameters"] or "-"),
         )

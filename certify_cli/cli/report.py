@@ -1,4 +1,4 @@
-"""`curvcert report`: finished runs as one page, or its plots as files."""
+"""`curvcert report`: finished runs as one page, or the plots of that page as files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _pictures(result: Result, path: str) -> list[html.Witnessed]:
 
 
 def _layers(results: Sequence[Result], reporter: Reporter) -> list[html.Layers]:
-    """Of every model that lies where its run found it, once."""
+    """The layers of every model, once, that is still where its run found it."""
     found = []
     seen = set()
     for name, result in zip(plots.names(results), results, strict=True):

@@ -1,4 +1,4 @@
-"""The options of a run, which `certify` and `check` share: declared once, and what they load."""
+"""The options of a run, declared once for `certify` and `check`, and the model and data that they name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """As typed, or defaulted."""
+    """The options as typed, or their defaults."""
 
     model: opt.ModelFile
     data: opt.DataSource
@@ -47,7 +47,7 @@ class RunOptions:
     memory: opt.Memory = "auto"
 
     def settings(self) -> Settings:
-        """Checked; raises UsageError, naming the option."""
+        """The options as checked settings. Raises UsageError, naming the option."""
         opt.one_of("--split", self.split, opt.SPLITS)
         opt.one_of("--data-layout", self.data_layout, opt.DATA_LAYOUTS)
         return Settings(
@@ -112,16 +112,16 @@ class RunOptions:
         return chosen
 
     def arguments(self) -> dict[str, Any]:
-        """By name, for the run line."""
+        """The options by name, for the run line."""
         return {item.name: getattr(self, item.name) for item in sorted(fields(self), key=lambda f: f.name)}
 
 
 SETTABLE = frozenset(item.name for item in fields(RunOptions)) - {"model"}
-"""What a settings file and CURVCERT_* variables may set."""
+"""Parameters that a settings file and CURVCERT_* variables may set."""
 
 
 def spread(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with the fields of RunOptions in place of its parameter `run`, as the command line needs them."""
+    """The command with the fields of RunOptions as parameters in place of `run`: Typer reads a signature."""
     own, hints = inspect.signature(command).parameters, get_type_hints(command, include_extras=True)
     run_hints = get_type_hints(RunOptions, include_extras=True)
     parameters = []

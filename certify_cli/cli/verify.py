@@ -1,4 +1,4 @@
-"""`curvcert verify`: a finished run checked anew, by other code than made it; exit 1 where something is not so."""
+"""`curvcert verify`: a finished run checked by other code than made it; exit 1 where a record is contradicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every format is given: the records of a run in order, and how wide and colourful the reader's view is."""
+"""The arguments of every format: the records of a run in order, and the reader's view."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Record = Run | Sample | Summary
 
 @dataclass(frozen=True)
 class View:
-    """How text meant for a person is shown; data formats ignore it, but for `chain`.
+    """How text for people is shown; data formats ignore all but `chain`.
 
-    `width` is in columns, None for as wide as the content (a file or a pipe); `all_rows` shows every sample, `plot`
-    draws the accuracy curve. `chain` is what the first sample's line is linked to, where lines are appended.
+    width: in columns; None for as wide as the content (a file or a pipe).   all_rows: show every sample.
+    plot: draw the accuracy curve.   chain: the link before the first sample's line, where lines are appended.
     """
 
     width: int | None = None
@@ -27,7 +27,7 @@ class View:
 
 
 def collect(records: Iterable[Record]) -> Result:
-    """Wait for all records. ValueError unless they are one run, its samples and one summary, in this order."""
+    """All records of a run. Raises ValueError unless they are a run, its samples and its summary, in this order."""
     first, *samples, last = records
     if not (isinstance(first, Run) and isinstance(last, Summary)):
         raise ValueError("the records of a run begin with its run line and end with its summary")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from certify_cli.audit.judge import Finding, Verdict
 from certify_cli.output import blocks, github, junit, sarif
 from certify_cli.output.blocks import Block, Table
-from certify_cli.output.cases import MOST_SAMPLES, asked, found, of_verdict
+from certify_cli.output.cases import MOST_SAMPLES, of_verdict, threshold_text, value_text
 from certify_cli.output.console import Column, class_name
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
@@ -52,7 +52,7 @@ RENDERED: dict[str, Renderer] = {
 
 
 def sentence(verdict: Verdict, run: Run) -> str:
-    """Whether it is met, of what, and after how many samples that was certain."""
+    """One sentence: whether the policy is met, by which model on which data, after how many samples."""
     met = sum(bool(finding.met) for finding in verdict.findings)
     known = "met" if verdict.met else f"not met: {met} of {len(verdict.findings)} requirements hold"
     where = f"{run.model.path} on {run.data.name}"
@@ -71,8 +71,8 @@ def _blocks(verdict: Verdict, run: Run, view: View) -> list[Block]:
 def _requirement(finding: Finding) -> tuple[str, ...]:
     return (
         finding.requirement.title,
-        asked(finding),
-        found(finding),
+        threshold_text(finding),
+        value_text(finding),
         {True: "met", False: "not met", None: "open"}[finding.met],
         finding.requirement.because,
     )

@@ -1,4 +1,4 @@
-"""What became of the records of a run that was verified: as a table, JSON or Markdown."""
+"""The result of `verify`, as a table, JSON or Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from certify_cli.records import SCHEMA, Run
 
 @dataclass(frozen=True)
 class Row:
-    """A record: `outcome` is how far its radius was confirmed."""
+    """One record. outcome: a key of `Verified.outcomes`.   contradictions: a sentence each."""
 
     index: int
     method: str | None
@@ -27,7 +27,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Verified:
-    """outcomes: what each means. of_run: contradictions of the whole run, in words. `notes`: what was not looked at."""
+    """A verified run. records, model: paths.   outcomes: meaning of each.   of_run: contradictions of the whole run.
+    notes: sentences on what was not checked."""
 
     run: Run
     records: str
@@ -39,7 +40,7 @@ class Verified:
 
     @property
     def contradictions(self) -> list[tuple[str, str]]:
-        """Where, and what."""
+        """(where, sentence): where is "run", or the index of a sample."""
         return [("run", text) for text in self.of_run] + [
             (str(row.index), text) for row in self.rows for text in row.contradictions
         ]
