@@ -1,4 +1,4 @@
-"""The commands of `curvcert`: a module each, with what they share beside them.
+"""The commands of `curvcert`: a module each, and the modules that they share.
 
 A command reads options, calls the library, and writes text to a sink; it computes nothing itself. Options are declared
 once (`options`, `record_options`, `run_options`). Data goes to stdout or the output file, all else to stderr

@@ -88,7 +88,7 @@ def _figures(found: Comparison) -> Table:
 
 
 def _samples(found: Comparison, view: View) -> list[Block]:
-    """The samples that lost most come first."""
+    """The samples that changed, the largest fall first."""
     every = Table(SAMPLES, [_sample_cells(sample) for sample in found.samples])
     return first_rows(every, "{} more samples changed (--all shows every row)", view)
 

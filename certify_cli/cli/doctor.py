@@ -91,7 +91,7 @@ def check_library(name: str, module: str) -> Check:
             import_torchvision()
         importlib.import_module(module)
         return Check(name, True, importlib.metadata.version(name))
-    except Exception as error:  # whatever a broken library raises is its fault, and is told
+    except Exception as error:  # a broken library may raise anything; its error is the finding
         return Check(
             name, False, f"cannot be imported ({first_line(error)}); install curvcert again in a fresh environment"
         )
@@ -119,7 +119,7 @@ def self_test(known: Known, device: str) -> Check:
         (sample,) = prepare(*known.problem(), Settings(device=device), {}).samples()
     except UsageError:
         raise  # the device asked for does not exist: no fault of the installation
-    except (CurvcertError, RuntimeError) as error:  # torch tells of broken kernels by RuntimeError
+    except (CurvcertError, RuntimeError) as error:  # torch raises RuntimeError for broken kernels
         return Check(name, False, first_line(error))
     fault = known.fault(sample)
     figures = f"certified {sample.certified_radius!r}, attacked {sample.attack_radius!r}, exact {float(known.exact)}"

@@ -1,4 +1,4 @@
-"""`curvcert bounds MODEL --sample I --data SOURCE`: what the local bound loses of one sample's margin, term by term."""
+"""`curvcert bounds MODEL --sample I --data SOURCE`: the terms by which the local bound lowers one sample's margin."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLUMNS = (
 )
 """For every layer: half the mean width of the pre-activation bounds on the ball, and which part of it the linearisation
 does not explain; then the three parts of the layer's loss: how far below the activation its quadratic minorants begin,
-their quadratic terms at the linearised pre-activations, and what the pre-activations' residuals add to these."""
+their quadratic terms at the linearised pre-activations, and the increase of these by the residuals."""
 
 
 def sample_losses(

@@ -17,7 +17,7 @@ from certify_cli.output.document import View
 
 @contextmanager
 def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary file beside `path` that replaces it when the block ends well, and is removed when it does not.
 
     A device or pipe such as /dev/null is written to directly: it must not be replaced by a file. UsageError, naming
     `option`, if the file cannot be written; it is opened at once, so that a wrong path is refused before the work.
@@ -25,7 +25,7 @@ def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
     target = Path(path)
     device = target.exists() and not target.is_file()
     if not device:
-        target = target.resolve()  # a link stays a link: what it points to is replaced
+        target = target.resolve()  # a link stays a link: its target is replaced
     written = target if device else target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with ExitStack() as undo:
@@ -46,7 +46,7 @@ def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def _discard(stream: IO[Any], written: Path | None) -> None:
-    with suppress(OSError):  # what ended the block is told; that the rest cannot be flushed either is no news
+    with suppress(OSError):  # the error that ended the block is reported; this one would only repeat it
         stream.close()
     if written is not None:
         written.unlink(missing_ok=True)

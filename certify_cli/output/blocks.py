@@ -1,6 +1,6 @@
 """A report for people as blocks, paragraphs and tables, of which each of the two text formats is made.
 
-`diff`, `verify` and `check` say the same in a terminal and in Markdown; what they say is composed once.
+`diff`, `verify` and `check` compose their report once, for a terminal and for Markdown.
 """
 
 from __future__ import annotations

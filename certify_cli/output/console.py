@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FIRST_ROWS = 20
-"""Samples shown unless every row is asked for."""
+"""Rows shown without --all."""
 
 GAP = "  "
 """Between two columns."""
@@ -166,8 +166,8 @@ def _widths(
     for position, column in enumerate(columns):
         if fit is not None and column.wraps and _total(widths) > fit:
             words = {word for row in cells for word in row[position].split()}
-            least = max(widest(titles[position].split("\n")), widest(words))
-            widths[position] = max(least, widths[position] - (_total(widths) - fit))
+            narrowest = max(widest(titles[position].split("\n")), widest(words))
+            widths[position] = max(narrowest, widths[position] - (_total(widths) - fit))
     return widths
 
 

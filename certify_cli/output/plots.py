@@ -60,7 +60,7 @@ POINTS = 400
 @dataclass(frozen=True)
 class Plot:
     """One plot. name: of its file.   says: its caption, which also describes it to screen readers.   fits: whether the
-    runs hold what it draws."""
+    runs hold the figures that it draws."""
 
     name: str
     title: str

@@ -28,7 +28,7 @@ class Row:
 @dataclass(frozen=True)
 class Verified:
     """A verified run. records, model: paths.   outcomes: meaning of each.   of_run: contradictions of the whole run.
-    notes: sentences on what was not checked."""
+    notes: sentences on checks that could not be made."""
 
     run: Run
     records: str

@@ -177,8 +177,7 @@ def _of_closed_form(sample: Sample, logits: Tensor, slack: float) -> Iterator[st
 def _of_figures(sample: Sample, gradient: float, along: float, scale: float) -> Iterator[str]:
     """Gradient, curvature and Lipschitz figures are upper bounds for the rival's margin.
 
-    gradient, along, scale: of that margin, the gradient's norm, the second derivative along it, and what rounding is
-    relative to.
+    gradient, along, scale: `gradient`, `curvature` and `gradient_scale` of the sample's Evaluation.
     """
     slack = 1e-6 * gradient + 1e-11 * scale
     along_slack = 1e-6 * abs(along) + 1e-9 * scale + 1e-12 * scale * scale

@@ -60,7 +60,7 @@ class Function:
         """Range, outward, of the quotient  k(t) = 2 (phi(z + t) - phi(z) - phi'(z) t) / t^2  for t in [low, high].
 
         All tensors have the same shape, and 0 lies in [low, high]. k is a weighted mean of phi'', so that its own slope
-        is at most third / 3 (theory section 4): a grid bounds what lies between its points.
+        is at most third / 3 (theory section 4), which bounds k between the points of a grid.
         """
         value, slope, curvature = self.value(z), self.slope(z), self.curvature(z)
         lower, upper = curvature, curvature

@@ -56,7 +56,7 @@ class Values:
 
 
 class Prover:
-    """Bounds of one network for all rivals at once; what is global is computed once, when it is first used.
+    """Bounds of one network for all rivals at once; global bounds are computed once, at their first use.
 
     Where a result has a column a class, that of the prediction itself is no rival's: inf as a margin, 0 as a constant.
     """
@@ -295,7 +295,7 @@ class Prover:
     @cached_property
     def input_weights(self) -> dict[int, Matrix]:
         """The weights on the input in an orthonormal basis of the space that their rows span, where that is smaller:
-        norms and inner products of rows stay what they are but for ORTHONORMAL and the flaws."""
+        norms and inner products of rows stay the same up to ORTHONORMAL and the errors."""
         weights = {k: layer.weights[INPUT] for k, layer in enumerate(self.layers) if INPUT in layer.weights}
         stacked = torch.cat([matrix.value for matrix in weights.values()])
         if len(stacked) >= stacked.shape[1]:

@@ -111,7 +111,7 @@ class Reference:
     def _relaxation(f: Function, z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Slope and offset of a line above phi(z + t) - phi(z) for t in [low, high], then those of a line below.
 
-        The slope is one at the sample, in the middle, at an end, or the chord's: whichever is tightest in the middle.
+        The slope is that of phi at the sample, in the middle or at an end, or the chord's: the tightest in the middle.
         """
         t, between = _grid(f, z, low, high)
         change = f.value(z + t) - f.value(z)

@@ -1,4 +1,4 @@
-"""A seeded attack inside every certified ball: what it finds contradicts the record."""
+"""A seeded attack inside every certified ball. An adversarial example that it finds contradicts the record."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ TO_PROVE = 1 - 1e-6
 PROOF_REACHES = {"lipschitz": 0.9, "curvature": 0.4, "dual": 0.4}
 """Methods with a proof rule of their own (`proof`): their radii are proved anew. A proof that falls short even of this
 part of a radius contradicts it: on honest runs the proofs reach far more (tests/audit/test_verify_bounds.py). Radii of
-all other methods, whichever there are, are recomputed for a share and attacked."""
+every other method are recomputed for a share, and attacked."""
 TO_RECOMPUTE = 0.9
 """Part of a radius that the reference must reach: it optimises less than the bounds do."""
 FEWEST_RECOMPUTED = 4
@@ -69,7 +69,7 @@ class Verifier:
 
     witnesses, points: the arrays that the run wrote with --witnesses and --certificate, or None.
     share: part of the records without a proof rule that is recomputed, drawn by `seed`, which also seeds the attacks.
-    notes: sentences on what cannot be checked.
+    notes: sentences on checks that cannot be made.
     """
 
     def __init__(
