@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of an index and their data, a process for each measurement, Markdown rows."""
+"""Shared by the benchmarks: models of an index and their data, a process for each measurement, Markdown rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Entry = dict[str, Any]
 
 
 def parser(description: str | None, models_required: bool = True) -> argparse.ArgumentParser:
-    """With the options that every benchmark has."""
+    """A parser with the options that every benchmark has."""
     found = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     found.add_argument("--models", type=Path, required=models_required, help="folder of ONNX files and an index.json")
     found.add_argument("--data-root", default=None, help="where the named data sets lie")
@@ -32,7 +32,7 @@ def parser(description: str | None, models_required: bool = True) -> argparse.Ar
 
 
 def read_index(models: Path, data: Sequence[str]) -> dict[str, Entry]:
-    """The models of the folder by name, each with its `data`: its data set's name, or what NAME=SOURCE says."""
+    """The models of the folder by name, each with its `data`: the source of NAME=SOURCE, else its data set's name."""
     index: dict[str, Entry] = json.loads((models / "index.json").read_text())
     sources = dict(item.split("=", 1) for item in data)
     for entry in index.values():
@@ -52,23 +52,23 @@ def load(path: Path, entry: Entry, root: str | None, samples: int) -> tuple[Netw
 
 
 def in_process(script: str, arguments: Sequence[str]) -> Any:
-    """What `script` with these arguments prints last, as JSON; None, and its last word on stderr, where it fails."""
+    """The last line that `script` prints with these arguments, as JSON; None, with its error on stderr, if it fails."""
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        print(f"{' '.join(arguments[-4:])}: {words[-1]}", file=sys.stderr)
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        print(f"{' '.join(arguments[-4:])}: {lines[-1]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held, with Python and its libraries: some 350 MiB at least."""
+    """The peak memory of this process in MiB, of which Python and the libraries take some 350."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def cell(value: Any) -> str:
-    """Three figures of a number; a dash for what there is not."""
+    """A value as text: three digits of a number, a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, float):

@@ -46,11 +46,11 @@ def main() -> None:
                     print(f"{name:<22} left out: more than {options.largest:.3g} parameters", flush=True)
                     continue
                 for exporter in EXPORTERS:
-                    print(f"{name:<22} {exporter:<8} {tried(name, exporter, options.size, folder)}", flush=True)
+                    print(f"{name:<22} {exporter:<8} {outcome(name, exporter, options.size, folder)}", flush=True)
 
 
-def tried(name: str, exporter: str, size: int, folder: Path) -> str:
-    """What becomes of one model by one exporter."""
+def outcome(name: str, exporter: str, size: int, folder: Path) -> str:
+    """The outcome of one model and exporter, a sentence."""
     import torchvision.models as zoo
 
     from certify_cli import load_model

@@ -70,7 +70,7 @@ class Subject:
 
     @property
     def point(self) -> EvaluatedPoints:
-        """Nothing known of the samples yet."""
+        """The samples, with nothing computed yet: a method that is timed must not find another's work."""
         from certify_cli.network.evaluated import EvaluatedPoints
 
         return EvaluatedPoints(self.network, self.x)
@@ -111,7 +111,7 @@ def by_method(name: str) -> Callable[[Subject], Tensor]:
 
 
 def cheapest(subject: Subject, attack: bool = False) -> tuple[EvaluatedPoints, Certificates]:
-    """By the cheapest method that can promise attacks, or else the cheapest."""
+    """The samples and their certificates by the cheapest method, of those with attacks where one applies."""
     from certify_cli.bounds.global_bounds.curvature import why_no_curvature
     from certify_cli.certificates.methods import METHODS
 
@@ -140,7 +140,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Subject], Tensor]]] = {
     **{name: ("normal", by_method(name)) for name in ("linear", "local-lipschitz", "auto")},
     "attack": ("normal", by_attack),
 }
-"""What is measured: its effort and how."""
+"""By column: the effort, and the radii (count,) that are measured."""
 USUAL = "lipschitz,curvature,dual,local,linear,local-lipschitz,auto,attack"
 OF_CURVATURE = ("composition", "curvature", "dual", "fast", "local", "max")
 
@@ -174,7 +174,7 @@ def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[st
         subject = subjects[effort]
         if column == "composition":
             _ = subject.composition
-        radius(subject.first(each[:1]))  # what a first call prepares
+        radius(subject.first(each[:1]))  # a first call prepares more than later ones
         found, seconds = _timed(lambda radius=radius, subject=subject: radius(subject))  # type: ignore[misc]
         radii[column], ms[column] = found.tolist(), 1000 * seconds / len(right)
     return {"right": right.tolist(), "count": len(x), "radii": radii, "ms": ms, "bounds": bounds}
@@ -211,16 +211,18 @@ def mean(values: list[float]) -> float | None:
 
 
 def check_sound(name: str, radii: dict[str, list[float]], rival: list[float] | None) -> int:
-    """No certificate above an attack. How many of CROWN's are: they are computed in float32 without care for rounding,
-    and of some convolutional networks they are wrong altogether."""
+    """The number of CROWN's radii above an attack: they are computed in float32 without bounds of its rounding, and for
+    some convolutional networks they are plainly wrong. Ends the benchmark where a certificate of ours is above one.
+    """
     for column, values in radii.items():
-        beyond = above(values, radii["attack"])
-        if beyond:
-            raise SystemExit(f"{name}: {column} certifies more than an attack allows, on correct samples {beyond}")
+        refuted = above(values, radii["attack"])
+        if refuted:
+            raise SystemExit(f"{name}: {column} certifies more than an attack allows, on correct samples {refuted}")
     return len(above(rival or [], radii["attack"]))
 
 
 def above(values: list[float], attack: list[float]) -> list[int]:
+    """Positions of the radii above the attack's."""
     return [k for k, (radius, found) in enumerate(zip(values, attack, strict=bool(values))) if radius > found]
 
 
@@ -232,7 +234,7 @@ def table_row(name: str, ours: dict[str, Any], theirs: dict[str, Any] | None, co
     means = {column: mean(values) for column, values in radii.items()}
     attacked = [k for k, found in enumerate(radii["attack"]) if math.isfinite(found)]
     means["attack"] = mean([radii["attack"][k] for k in attacked])
-    crowned = None if rival is None else mean(rival)
+    crown_mean = None if rival is None else mean(rival)
     note = f" ({theirs['note']})" if theirs is not None and theirs["note"] else ""
     if wrong:
         note += f" ({wrong} above an attack)"
@@ -245,9 +247,9 @@ def table_row(name: str, ours: dict[str, Any], theirs: dict[str, Any] | None, co
     return [
         name, f"{len(ours['right'])}/{ours['count']}",
         *(means.get(c) for c in columns if c != "attack"),
-        crowned if not note or crowned is None else f"{crowned:.3g}{note}",
+        crown_mean if not note or crown_mean is None else f"{crown_mean:.3g}{note}",
         means["attack"],
-        None if wrong else ratio(means.get(best), crowned),
+        None if wrong else ratio(means.get(best), crown_mean),
         None if wrong or rival is None else ratio(*(mean([r[k] for k in early]) for r in (radii[best], rival))),
         *([ratio(means.get(best), means.get("composition"))] if "composition" in columns else []),
         ratio(mean([radii[best][k] for k in attacked]), means["attack"]) if best in radii else None,
@@ -297,8 +299,8 @@ def table(options: argparse.Namespace) -> None:
         if name in peers:
             stored = stored_crown(peers[name])
             if theirs is not None and not theirs["note"]:
-                apart = max(abs(r - stored["radii"].get(k, r)) for k, r in theirs["radii"].items())
-                print(f"{name}: CROWN as measured is within {apart:.2g} of --peers", file=sys.stderr)
+                distance = max(abs(r - stored["radii"].get(k, r)) for k, r in theirs["radii"].items())
+                print(f"{name}: CROWN as measured is within {distance:.2g} of --peers", file=sys.stderr)
             theirs = theirs or stored
         print(row(table_row(name, ours, theirs, columns)), flush=True)
 

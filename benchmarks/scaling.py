@@ -1,7 +1,7 @@
 """How the local bound's and CROWN's time and memory grow with a network's width and depth (methods.py --scaling).
 
-Random tanh networks 784-...-10 on random images: weights N(0, 1/fan-in), so that pre-activations stay about 1 from
-layer to layer and every activation bends. Each figure is taken in a process of its own.
+Random tanh networks 784-...-10 on random images: weights N(0, 1/fan-in), so that pre-activations stay near 1 from
+layer to layer and every activation is curved there. Each figure is taken in a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDTHS: dict[str, tuple[int, ...]] = {f"{width}x2": (width,) * 2 for width in (6
 DEPTHS: dict[str, tuple[int, ...]] = {f"128x{depth}": (128,) * depth for depth in (1, 2, 3, 4, 6, 8)}
 SAMPLES = 10
 CURVES = {"fast": "fast", "local": "normal", "CROWN": "CROWN"}
-"""The columns of methods.py that are measured, and how the plot calls them."""
+"""Columns of methods.py that are measured, and their names in the plot."""
 
 Figures = dict[str, dict[str, dict[str, Any]]]
 """Network, then column: its radii, `ms` a sample and `peak` MiB."""
@@ -50,7 +50,7 @@ def write_networks(folder: Path, samples: int) -> None:
 
 
 def measured(script: str, threads: int, samples: int) -> Figures:
-    """Every curve on every network; what fails, or is not importable, is missing."""
+    """Every curve on every network; one that fails or is not importable is missing."""
     found: Figures = {}
     columns = [c for c in CURVES if c != "CROWN" or crown.importable()]
     with tempfile.TemporaryDirectory() as name:
@@ -97,12 +97,12 @@ def plot(figures: Figures, file: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), sharey="row", layout="constrained")
     sides: tuple[tuple[str, dict[str, tuple[int, ...]], Callable[[tuple[int, ...]], int]], ...]
     sides = (("width, two layers", WIDTHS, lambda w: w[0]), ("layers of 128", DEPTHS, len))
-    for right, (label, networks, place) in enumerate(sides):
+    for right, (label, networks, abscissa) in enumerate(sides):
         for below, (kind, unit) in enumerate((("ms", "milliseconds a sample"), ("peak", "peak MiB"))):
             axis = axes[below][right]
             for column, title in CURVES.items():
                 points = [
-                    (place(widths), figures[name][column][kind])
+                    (abscissa(widths), figures[name][column][kind])
                     for name, widths in networks.items()
                     if column in figures[name]
                 ]
@@ -110,8 +110,8 @@ def plot(figures: Figures, file: Path) -> None:
                     axis.plot(*zip(*points, strict=True), marker="o", label=title)
             axis.set_xscale("log")
             axis.set_yscale("log" if kind == "ms" else "linear")
-            places = [place(widths) for widths in networks.values()]
-            axis.set_xticks(places, [str(p) for p in places])
+            ticks = [abscissa(widths) for widths in networks.values()]
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
             if below:
                 axis.set_ylim(bottom=0)

@@ -1,6 +1,7 @@
-"""The names of methods and efforts, in one place that loads nothing: help and completion must answer at once.
+"""The names of methods and efforts, declared once.
 
-`certificates.methods` gives every method its function, and a test holds its table against METHOD_NAMES.
+`certificates.methods` gives every method its function; a test compares its table with METHOD_NAMES. This module imports
+nothing: help and completion read it and must answer at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a run says: frozen records, their dictionaries, and the name of their schema.
+"""The records of a run: frozen dataclasses, their dictionaries, and the name of their schema.
 
-`Sample` is one certified sample, `Run` says how it came about, `Summary` adds the samples up. They are plain
-data: no tensor, no device, nothing to import but the standard library. The JSON schema that describes the
-dictionaries is `certify_cli/schema/curvcert-1.json`.
+`Sample` is one certified sample, `Run` the settings, model and data, `Summary` the figures of all samples. They are
+plain data: no tensor, no device, nothing to import but the standard library. The JSON schema of the dictionaries is
+`certify_cli/schema/curvcert-1.json`. "Certified at eps" and "attacked at eps" are defined here, once.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ ERROR = "error"
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample. Radii are Euclidean norms in data units.
+    """One sample. Radii are Euclidean norms in data units; numbers are finite.
 
-    `certified_radius` is rounded down and positive, or None with a `reason`; `attack_radius` is rounded up, or
-    None. `rival` is the class that decides the certified radius: `gradient_norm`, `curvature_lower` (a bound of
-    -lambda_min of the margin's Hessian), `curvature_upper` (of lambda_max) and `lipschitz` belong to its margin.
+    certified_radius: positive, rounded down; or None, with a `reason`.   attack_radius: rounded up, or None.
+    margin: to the class `runner_up`.   rival: the class that decides the certified radius. Upper bounds for its margin
+    are gradient_norm, curvature_lower (of -lambda_min of the Hessian), curvature_upper (of lambda_max) and lipschitz;
+    None where the method has none.
     """
 
     index: int
@@ -70,14 +71,14 @@ class Sample:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
-        """TypeError or ValueError where the data is no record; so it is with `Run` and `Summary`."""
+        """The record in a dictionary. Here and in `Run` and `Summary`: TypeError or ValueError where it holds none."""
         known = {item.name for item in fields(cls)}
         return checked(cls(**{key: value for key, value in data.items() if key in known}))
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Where the model came from: `sha256` runs over the file and its external data."""
+    """The model. sha256: over the file and its external data."""
 
     path: str
     sha256: str
@@ -88,7 +89,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Which samples: `sha256` runs over them as float32 NCHW before mean and std, then the labels."""
+    """The samples. sha256: over them as float32 NCHW before mean and std, then the labels."""
 
     name: str
     samples: int
@@ -97,7 +98,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class Run:
-    """How the samples came about; enough to repeat the run."""
+    """The settings, model and data of a run: enough to repeat it."""
 
     tool: str
     version: str
@@ -133,14 +134,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """The samples added up; fractions lie in [0, 1].
+    """The figures of all samples; fractions lie in [0, 1].
 
     Mean and median radius run over all samples, misclassified and uncertified ones as 0 (without labels: over the
     radii as they are); `mean_certified_radius_correct` runs over the correct samples only (the papers' figure).
-    `certified_accuracy` and `attack_accuracy` are keyed by the text of each `--eps`; without labels
-    `certified_share` takes the place of `certified_accuracy`. `seconds` is the whole run; `search_seconds` the part of
-    it that the search for attacks took, null without one. `seal` is a hash of the whole run as it was written: it tells
-    a slip of an editor, not a forger.
+    certified_accuracy, attack_accuracy: by the text of each `--eps`.   certified_share: replaces certified_accuracy
+    where there are no labels.   seconds: of the whole run.   search_seconds: of them, those of the search for attacks,
+    None without one.   seal: a hash of the run as it was written; it reveals an accidental change, not a forgery.
     """
 
     samples: int
@@ -176,15 +176,15 @@ ARGUMENTS = {
     "shuffle": bool | None,
     "split": str | None,
 }
-"""What is read back of a run's arguments, whether the command line or Python asked for it."""
+"""Types of the arguments that are read back from a run, which the command line or a call from Python wrote."""
 PREPROCESSING = {"mean": list[float] | None, "std": list[float] | None, "layout": str | None}
 
 HINTS: dict[type, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Run, ModelInfo, DataInfo, Sample, Summary)}
-"""What each field of a record is declared to be."""
+"""The declared type of each field of a record."""
 
 
 def checked(record: Kind) -> Kind:
-    """The record. TypeError, naming the field, where a value that was read is of another kind than is declared."""
+    """The record, unchanged. Raises TypeError, naming the field, for a value of another type than is declared."""
     for name, hint in HINTS[type(record)].items():
         _check(name, getattr(record, name), hint)
     if isinstance(record, Run):
@@ -205,8 +205,8 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value that JSON can hold is of the kind; an int may stand for a float, and numbers are no others than
-    float64 and int64 hold."""
+    """Whether a value out of JSON has the type `hint`. An int may stand for a float; numbers must fit into float64 and
+    int64."""
     origin, of = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_is(value, part) for part in of)
@@ -238,7 +238,7 @@ class Result:
 
 
 def collect(records: Iterable[Record]) -> Result:
-    """Wait for all records. ValueError unless they are one run, its samples and one summary, in this order."""
+    """All records of a run. Raises ValueError unless they are a run, its samples and its summary, in this order."""
     first, *samples, last = records
     if not (isinstance(first, Run) and isinstance(last, Summary)):
         raise ValueError("the records of a run begin with its run line and end with its summary")
@@ -300,7 +300,7 @@ def parse_eps(text: str) -> float:
 def summarise(
     samples: Iterable[Sample], eps: Sequence[str], seconds: float, search_seconds: float | None = None
 ) -> Summary:
-    """Add the samples up; `eps` are the texts typed, in order."""
+    """The summary of the samples. eps: radii as typed, in order; raises UsageError for one that is none."""
     rows = list(samples)
     labelled = bool(rows) and all(row.label is not None for row in rows)
     radii = [counted_radius(row) for row in rows]
@@ -335,8 +335,10 @@ def seal(run: Run, samples: Iterable[Sample], summary: Summary) -> str:
 
 
 def linked(chain: str, sample: Sample) -> str:
-    """The link of a sample's line to all lines of samples before it, whose last link is `chain` ("" at the beginning):
-    a run that is gone on with is told by it whether what it has was changed since."""
+    """The link of a sample's line to all samples' lines before it; chain: the last link, "" in front of the first.
+
+    A run that is resumed finds by the links whether its earlier lines were changed.
+    """
     content = json.dumps(sample.to_dict(), sort_keys=True, allow_nan=False)
     return hashlib.sha256(f"{chain}{content}".encode()).hexdigest()[:32]
 

@@ -1,7 +1,7 @@
-"""Two runs on the same samples: what each figure and each sample's radius became.
+"""The comparison of two runs on the same samples: every figure and every sample's radius before and after.
 
-A figure regresses where it falls by more than the tolerance: shares and accuracies by so much of themselves in points
-(0.01 is one percent of the samples), radii by that part of the old value.
+A figure regresses where it falls by more than the tolerance: shares and accuracies in points (0.01 is one percent of
+the samples), radii by that part of the old value.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from certify_cli.audit.figures import FIGURES, reached
+from certify_cli.audit.figures import FIGURES, values_of
 from certify_cli.errors import RecordsError
 from certify_cli.records import Result, Run, certified_at, parse_eps
 
 
 @dataclass(frozen=True)
 class FigureChange:
-    """A figure of the summary before and after; None where a run has none. `regressed`: beyond the tolerance."""
+    """A figure of the summary before and after; None where a run has none. regressed: it fell beyond the tolerance."""
 
     name: str
     old: float | None
@@ -30,9 +30,9 @@ class FigureChange:
 
 @dataclass(frozen=True)
 class SampleChange:
-    """A sample whose prediction or certified radius changed; a radius that there is not counts as 0.
+    """A sample whose prediction or certified radius changed; where it has no radius, that is 0.
 
-    `lost`, `gained`: the radii of --eps, as typed, at which it is no longer certified, or newly.
+    lost, gained: the radii of --eps, as typed, at which it is no longer certified, or newly is.
     """
 
     index: int
@@ -51,7 +51,8 @@ class SampleChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`samples`: those that changed, the worst first."""
+    """Two runs side by side. old, new: the models' names.   count: of all samples.   samples: those that changed, the
+    largest fall first."""
 
     old: str
     new: str
@@ -66,11 +67,12 @@ class Comparison:
 
     @property
     def fallen(self) -> tuple[SampleChange, ...]:
-        """Samples whose radius fell by more than the tolerance's part of it."""
+        """Samples whose radius fell by more than the part `tolerance` of it."""
         return tuple(s for s in self.samples if s.new_radius < s.old_radius * (1 - self.tolerance))
 
     @property
     def risen(self) -> tuple[SampleChange, ...]:
+        """Samples whose radius rose by more than the part `tolerance` of the new one."""
         return tuple(s for s in self.samples if s.new_radius * (1 - self.tolerance) > s.old_radius)
 
     @property
@@ -94,7 +96,7 @@ class Comparison:
 
 
 def compare(old: Result, new: Result, tolerance: float) -> Comparison:
-    """Raises RecordsError where the runs are not about the same samples."""
+    """Both runs side by side. Raises RecordsError where they are not about the same samples."""
     same_samples(old.run, new.run)
     if [sample.index for sample in old.samples] != [sample.index for sample in new.samples]:
         raise RecordsError("the two runs are about the same data, but do not have the same samples in the same order")
@@ -122,26 +124,26 @@ def same_samples(old: Run, new: Run) -> None:
 
 
 def unlike(old: Run, new: Run) -> list[str]:
-    """What was asked differently of two runs, so that a change need not be the model's: a clause each."""
+    """Settings that differ between two runs, a clause each: a change of figures need not be the model's then."""
     pairs = [(f"--{name}", getattr(old, name), getattr(new, name)) for name in ("method", "effort", "attack")]
     pairs += [(f"--{name}", old.preprocessing.get(name), new.preprocessing.get(name)) for name in ("mean", "std")]
     return [f"{name} {before} there, {after} here" for name, before, after in pairs if before != after]
 
 
 def _figures(old: Result, new: Result, tolerance: float) -> tuple[FigureChange, ...]:
-    before, after = (reached(result.summary) for result in (old, new))
+    before, after = (values_of(result.summary) for result in (old, new))
     found = []
     for key, row in FIGURES.items():
         for eps in dict.fromkeys(e for k, e in (*before, *after) if k == key):
             a, b = before.get((key, eps)), after.get((key, eps))
-            by = tolerance * (a or 0.0) if row.radius else tolerance
-            found.append(FigureChange(row.at(eps), a, b, _fell(a, b, by)))
+            allowed = tolerance * (a or 0.0) if row.radius else tolerance
+            found.append(FigureChange(row.at(eps), a, b, _fell(a, b, allowed)))
     return tuple(found)
 
 
-def _fell(old: float | None, new: float | None, by: float) -> bool:
-    """Whether a figure fell by more than `by`, a rounding of the subtraction allowed for, or is not there any more."""
-    return old is not None and (new is None or old - new > by + 1e-12)
+def _fell(old: float | None, new: float | None, tolerance: float) -> bool:
+    """Whether a figure fell by more than the tolerance and the rounding of a subtraction, or is missing now."""
+    return old is not None and (new is None or old - new > tolerance + 1e-12)
 
 
 def _samples(old: Result, new: Result) -> tuple[SampleChange, ...]:

@@ -1,7 +1,7 @@
-"""The figures that a policy can ask for: what they are of the samples so far, and what they can still become.
+"""The table of figures that a policy can bound, and their values after part of the samples.
 
-A figure of part of the samples lies between two bounds, whatever the rest will be; where both are on one side of what
-is asked for the verdict is certain. They agree once every sample is there.
+After part of the samples a figure has a lower and an upper bound, whatever the others turn out to be. Where both are on
+one side of a policy's threshold the verdict is certain; after all samples they are equal.
 """
 
 from __future__ import annotations
@@ -13,37 +13,38 @@ from statistics import median
 
 from certify_cli.records import Sample, Summary, attacked_at, certified_at, counted_radius, counts, withstands
 
-Span = tuple[float, float]
-Spans = Callable[[Sequence[Sample], int, float], Span]
-"""(samples so far, samples in all, radius asked at or 0) -> the figure's least and largest value at the end."""
-Order = Callable[[Sample, float], float | None]
-"""(sample, radius) -> None where the sample does not count against the figure; those with the least decide it."""
+Bounds = tuple[float, float]
+BoundsOf = Callable[[Sequence[Sample], int, float], Bounds]
+"""(samples so far, number of all samples, radius or 0) -> lower and upper bound of the figure over all samples."""
+Rank = Callable[[Sample, float], float | None]
+"""(sample, radius) -> None for a sample that does not count against the figure; lower ranks decide it first."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """One row of the table.
 
-    least: asked for at least so much, else at most. by_radius: asked at radii. radius: a radius itself, which falls by
-    parts of itself and not by points. labelled: needs labels. of_model: a bound of the model, known before any sample.
+    at_least: a policy's threshold is a lower bound of it, else an upper bound.   by_radius: one value a radius.
+    radius: a radius itself; it falls by a part of its value, others by points.   labelled: needs labels.
+    of_model: a bound of the model, known before any sample.
     """
 
     title: str
-    span: Spans
-    against: Order
-    least: bool = True
+    bounds: BoundsOf
+    rank: Rank
+    at_least: bool = True
     by_radius: bool = False
     radius: bool = False
     labelled: bool = False
     of_model: bool = False
 
     def at(self, eps: str | None) -> str:
-        """Its title, at a radius (as typed) where it has one."""
+        """Its title, with the radius (as typed) that it is taken at, if any."""
         return self.title + ("" if eps is None else f" at {eps}")
 
     @property
     def share(self) -> bool:
-        """Whether it lies between 0 and 1."""
+        """Whether it is a share of the samples, from 0 to 1."""
         return not self.radius and not self.of_model
 
 
@@ -52,31 +53,31 @@ def unknown(sample: Sample, level: float) -> bool:
     return counts(sample) and not certified_at(sample, level) and not attacked_at(sample, level)
 
 
-def _share(has: Callable[[Sample, float], bool]) -> Spans:
-    def span(samples: Sequence[Sample], total: int, level: float) -> Span:
-        found = sum(has(sample, level) for sample in samples)
+def _share(holds: Callable[[Sample, float], bool]) -> BoundsOf:
+    def bounds(samples: Sequence[Sample], total: int, level: float) -> Bounds:
+        found = sum(holds(sample, level) for sample in samples)
         return found / total, (found + total - len(samples)) / total
 
-    return span
+    return bounds
 
 
-def _mean(samples: Sequence[Sample], total: int, level: float) -> Span:
+def _mean(samples: Sequence[Sample], total: int, level: float) -> Bounds:
     found = math.fsum(map(counted_radius, samples)) / total
     return found, found if len(samples) == total else math.inf
 
 
-def _median(samples: Sequence[Sample], total: int, level: float) -> Span:
+def _median(samples: Sequence[Sample], total: int, level: float) -> Bounds:
     radii, missing = [counted_radius(sample) for sample in samples], total - len(samples)
     return median([*radii, *[0.0] * missing]), median([*radii, *[math.inf] * missing])
 
 
-def _mean_correct(samples: Sequence[Sample], total: int, level: float) -> Span:
+def _mean_correct(samples: Sequence[Sample], total: int, level: float) -> Bounds:
     radii, missing = [counted_radius(sample) for sample in samples if sample.correct], total - len(samples)
     found = math.fsum(radii) / max(1, len(radii) + missing)
     return found, math.inf if missing else found
 
 
-def _nobody(samples: Sequence[Sample], total: int, level: float) -> Span:
+def _not_of_samples(samples: Sequence[Sample], total: int, level: float) -> Bounds:
     raise ValueError("a bound of the model is no figure of samples")
 
 
@@ -85,7 +86,7 @@ def _misclassified(sample: Sample, level: float) -> float | None:
 
 
 def _uncertified(sample: Sample, level: float) -> float | None:
-    """The nearest to the radius first, misclassified ones last."""
+    """Samples nearest to the radius first, misclassified ones last."""
     if certified_at(sample, level):
         return None
     return level - counted_radius(sample) if counts(sample) else math.inf
@@ -97,7 +98,7 @@ def _broken(sample: Sample, level: float) -> float | None:
     return level - (sample.attack_radius or 0.0) if attacked_at(sample, level) else None
 
 
-def _open(sample: Sample, level: float) -> float | None:
+def _undecided(sample: Sample, level: float) -> float | None:
     return level - counted_radius(sample) if unknown(sample, level) else None
 
 
@@ -126,21 +127,26 @@ FIGURES: dict[str, Figure] = {
         labelled=True,
     ),
     "largest_unknown": Figure(
-        "share neither certified nor attacked", _share(unknown), _open, least=False, by_radius=True, labelled=True
+        "share neither certified nor attacked",
+        _share(unknown),
+        _undecided,
+        at_least=False,
+        by_radius=True,
+        labelled=True,
     ),
     "mean_certified_radius": Figure("mean certified radius", _mean, _smallest, radius=True),
     "median_certified_radius": Figure("median certified radius", _median, _smallest, radius=True),
     "mean_certified_radius_correct": Figure(
         "mean certified radius, correct samples", _mean_correct, _smallest_correct, radius=True, labelled=True
     ),
-    "largest_lipschitz": Figure("Lipschitz bound of the model", _nobody, _none, least=False, of_model=True),
-    "largest_curvature": Figure("curvature bound of the model", _nobody, _none, least=False, of_model=True),
+    "largest_lipschitz": Figure("Lipschitz bound of the model", _not_of_samples, _none, at_least=False, of_model=True),
+    "largest_curvature": Figure("curvature bound of the model", _not_of_samples, _none, at_least=False, of_model=True),
 }
-"""By key in a policy."""
+"""Figure by its key in a policy."""
 
 
-def reached(summary: Summary) -> dict[tuple[str, str | None], float]:
-    """Every figure that a summary has, by key and radius (as typed)."""
+def values_of(summary: Summary) -> dict[tuple[str, str | None], float]:
+    """The value of every figure in a summary, by key and radius (as typed, or None)."""
     found: dict[tuple[str, str | None], float] = {}
     for key in FIGURES:
         value = getattr(summary, key, None)

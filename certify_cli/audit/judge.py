@@ -1,4 +1,4 @@
-"""A verdict on a policy, from the samples so far: as soon as it is certain the rest need not be certified."""
+"""The verdict on a policy after part of the samples: once it is certain the others need not be certified."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from certify_cli.records import Sample
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a requirement after the samples `done`: the figure's least and largest possible value. `met` is
-    None while it is open."""
+    """A requirement after the samples `done`, with a lower and an upper bound of its figure over all samples."""
 
     requirement: Requirement
-    least: float
-    largest: float
+    lower: float
+    upper: float
     done: tuple[Sample, ...]
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
-        """Those that count against the figure, those that nearly do not first: sorted only where they are asked for."""
-        order, level = self.requirement.figure.against, self.requirement.level
-        ranked = [(rank, sample.index, sample) for sample in self.done if (rank := order(sample, level)) is not None]
+        """The samples that count against the figure, the nearest to not doing so first."""
+        rank_of, level = self.requirement.figure.rank, self.requirement.level
+        ranked = [(rank, sample.index, sample) for sample in self.done if (rank := rank_of(sample, level)) is not None]
         return tuple(sample for _, _, sample in sorted(ranked, key=lambda item: item[:2]))
 
     @property
     def met(self) -> bool | None:
-        ends = self.requirement.holds(self.least), self.requirement.holds(self.largest)
+        """Whether the requirement holds; None as long as that depends on the other samples."""
+        ends = self.requirement.holds(self.lower), self.requirement.holds(self.upper)
         return ends[0] if ends[0] == ends[1] else None
 
     def to_dict(self) -> dict[str, Any]:
-        asked = self.requirement
+        requirement = self.requirement
         return {
-            "figure": asked.key,
-            "eps": asked.eps,
-            "asked": asked.asked,
-            "at": "least" if asked.figure.least else "most",
-            "because": asked.because,
-            "found": _finite(self.least) if self.least == self.largest else None,
-            "found_at_least": _finite(self.least),
-            "found_at_most": _finite(self.largest),
+            "figure": requirement.key,
+            "eps": requirement.eps,
+            "asked": requirement.threshold,
+            "at": "least" if requirement.figure.at_least else "most",
+            "because": requirement.because,
+            "found": _finite(self.lower) if self.lower == self.upper else None,
+            "found_at_least": _finite(self.lower),
+            "found_at_most": _finite(self.upper),
             "met": self.met,
             "samples": [sample.index for sample in self.samples],
         }
@@ -56,7 +56,7 @@ def _finite(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """On all requirements, after `done` of `total` samples."""
+    """The verdict on all requirements after `done` of `total` samples."""
 
     findings: tuple[Finding, ...]
     done: int
@@ -69,7 +69,7 @@ class Verdict:
 
     @property
     def certain(self) -> bool:
-        """Whether the samples that are missing can change nothing."""
+        """Whether the other samples cannot change the verdict."""
         known = [finding.met for finding in self.findings]
         return False in known or None not in known
 
@@ -89,10 +89,10 @@ class Verdict:
 def judge(
     requirements: Sequence[Requirement], samples: Sequence[Sample], total: int, model: Mapping[str, float]
 ) -> Verdict:
-    """On the first of `total` samples. model: the bounds of the model that are asked for, by key."""
+    """The verdict after `samples`, the first of `total`. model: by key, the bounds of the model in the requirements."""
     findings, done = [], tuple(samples)
-    for asked in requirements:
-        figure = asked.figure
-        span = (model[asked.key],) * 2 if figure.of_model else figure.span(samples, total, asked.level)
-        findings.append(Finding(asked, *span, done))
+    for requirement in requirements:
+        figure = requirement.figure
+        bounds = (model[requirement.key],) * 2 if figure.of_model else figure.bounds(samples, total, requirement.level)
+        findings.append(Finding(requirement, *bounds, done))
     return Verdict(tuple(findings), len(samples), total)

@@ -1,4 +1,4 @@
-"""Policies: what a model is asked to reach, as `[policy]` of a settings file says it.
+"""Policies: thresholds that a model must reach, read from the table `[policy]` of a settings file.
 
 [policy]
 accuracy = 0.97
@@ -16,24 +16,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from certify_cli.audit.figures import FIGURES, Figure, reached
+from certify_cli.audit.figures import FIGURES, Figure, values_of
 from certify_cli.errors import UsageError, quoted, shown
 from certify_cli.records import Result, parse_eps
 
 FALL = 0.01
-"""How far figures may fall against a baseline, unless the policy says: shares by points, radii by parts."""
+"""How far figures may fall against a baseline by default: shares by points, radii by a part of their value."""
 POLICY = "policy"
 BASELINE_KEYS = ("baseline", "fall")
 ROUNDING = 1e-12
-"""Allowed for where what is asked is computed from a baseline."""
+"""Slack of a threshold that is computed from a baseline."""
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """One figure, at one radius (the text typed) where it has one, and what it must reach. `because`: where from."""
+    """A threshold that one figure must reach.
+
+    eps: the radius, as typed, of a figure that has one value a radius.   because: where the threshold comes from.
+    """
 
     key: str
-    asked: float
+    threshold: float
     eps: str | None = None
     because: str = POLICY
 
@@ -50,12 +53,15 @@ class Requirement:
         return self.figure.at(self.eps)
 
     def holds(self, value: float) -> bool:
-        return value >= self.asked if self.figure.least else value <= self.asked
+        return value >= self.threshold if self.figure.at_least else value <= self.threshold
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Requirements as asked for; `baseline` is the path of the records to compare with, `fall` by figure's key."""
+    """The requirements of a policy.
+
+    baseline: path of the records to compare with.   fall: by the figure's key ("" for all others), how far it may fall.
+    """
 
     requirements: tuple[Requirement, ...]
     baseline: str | None = None
@@ -68,7 +74,7 @@ class Policy:
         for key, value in table.items():
             name = key.replace("-", "_")
             if name in FIGURES:
-                requirements += _asked(name, value, f"{where}: policy.{shown(key)}")
+                requirements += _requirements(name, value, f"{where}: policy.{shown(key)}")
             elif name not in BASELINE_KEYS:
                 known = ", ".join((*FIGURES, *BASELINE_KEYS))
                 raise UsageError(f"{where}: policy.{shown(key)} is not known; a policy has {known}")
@@ -83,33 +89,33 @@ class Policy:
         return cls(tuple(requirements), baseline, fall)
 
     def against(self, old: Result) -> tuple[Requirement, ...]:
-        """What the figures of the baseline's summary ask for."""
+        """The requirements that follow from the baseline `old`: no figure falls further than the policy allows."""
         found = []
-        for (key, eps), value in reached(old.summary).items():
+        for (key, eps), value in values_of(old.summary).items():
             fall = self.fall.get(key, self.fall.get("", FALL))
-            asked = value * (1 - fall) if FIGURES[key].radius else value - fall
-            found.append(Requirement(key, max(0.0, asked - ROUNDING), eps, f"{self.baseline}: {value:.4g}"))
+            threshold = value * (1 - fall) if FIGURES[key].radius else value - fall
+            found.append(Requirement(key, max(0.0, threshold - ROUNDING), eps, f"{self.baseline}: {value:.4g}"))
         return tuple(found)
 
 
-def _asked(key: str, value: Any, where: str) -> list[Requirement]:
+def _requirements(key: str, value: Any, where: str) -> list[Requirement]:
     if not FIGURES[key].by_radius:
-        return [Requirement(key, _asked_number(key, value, where))]
+        return [Requirement(key, _threshold(key, value, where))]
     if not isinstance(value, Mapping) or not value:
         raise UsageError(f'{where} is asked at radii: {{ "0.5" = 0.6 }} asks for 0.6 at 0.5')
     found = []
-    for eps, asked in value.items():
-        if isinstance(asked, Mapping):
+    for eps, threshold in value.items():
+        if isinstance(threshold, Mapping):
             raise UsageError(f'{where}: put quotes around the radius, as in {{ "0.5" = 0.6 }}')
         try:
             parse_eps(eps)
         except UsageError:
             raise UsageError(f"{where}.{shown(eps)} is not a radius such as 0.5 or 36/255") from None
-        found.append(Requirement(key, _asked_number(key, asked, f"{where}.{shown(eps)}"), eps))
+        found.append(Requirement(key, _threshold(key, threshold, f"{where}.{shown(eps)}"), eps))
     return found
 
 
-def _asked_number(key: str, value: Any, where: str) -> float:
+def _threshold(key: str, value: Any, where: str) -> float:
     number = _number(value, where)
     if FIGURES[key].share and number > 1:
         raise UsageError(f"{where} = {quoted(value)} is a share of the samples, from 0 to 1: 95 percent is 0.95")
@@ -117,12 +123,12 @@ def _asked_number(key: str, value: Any, where: str) -> float:
 
 
 def _falls(value: Any, where: str) -> dict[str, float]:
-    """By figure's key; "" for all others."""
+    """How far figures may fall, by key; "" stands for all that have none of their own."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         return {"": _part(value, where)}
-    guarded = [key for key, figure in FIGURES.items() if figure.least and not figure.of_model]
+    guarded = [key for key, figure in FIGURES.items() if figure.at_least and not figure.of_model]
     found = {}
     for key, number in value.items():
         name = key.replace("-", "_")

@@ -1,4 +1,4 @@
-"""The command line: `main` runs one command and turns whatever happens into an exit code and one sentence.
+"""The command line: `main` runs one command, and turns every error into an exit code and one sentence.
 
 Heavy libraries are imported inside the commands, so that `--help`, `--version` and completion answer at once.
 """
@@ -138,7 +138,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _complain(text: str, lines: bool = False) -> None:
-    """To stderr; where nobody reads it any more the exit code still tells."""
+    """Print to stderr. Where nobody reads it any more, the exit code remains."""
     try:
         print(text if lines else printable(text), file=sys.stderr, flush=True)
     except BrokenPipeError:
@@ -146,14 +146,14 @@ def _complain(text: str, lines: bool = False) -> None:
 
 
 def _replace_missing_streams() -> None:
-    """A process started with stdout or stderr closed has None there: what goes to it is lost, but nothing breaks."""
+    """Open the null device for a stdout or stderr that was closed at the start: Python has None there."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (lives as long as the process)
 
 
 def _settle_stdout() -> None:
-    """What cannot be written (closed pipe, full disk) goes nowhere: the interpreter would flush it again at its end."""
+    """Flush stdout; where that fails (closed pipe, full disk) discard the rest, which Python would flush again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -168,7 +168,7 @@ def _redirect_to_null(stream: Any) -> None:
 
 @contextmanager
 def _library_warnings_off() -> Iterator[None]:
-    """Warnings of libraries are for developers; -W and CURVCERT_DEBUG bring them back."""
+    """Ignore warnings, which libraries address to developers, unless -W or CURVCERT_DEBUG is given."""
     with warnings.catch_warnings():
         if not sys.warnoptions and not os.environ.get(DEBUG_VARIABLE):
             warnings.simplefilter("ignore")

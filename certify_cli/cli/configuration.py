@@ -1,7 +1,7 @@
 """Settings from a file: `curvcert.toml`, or `[tool.curvcert]` of a pyproject.toml.
 
-Its keys are the options' names without dashes in front; `[policy]` is for `check`. What the command line says counts
-first, then the environment (CURVCERT_METHOD for --method), then the file, then the defaults.
+Its keys are the options' names without dashes in front; `[policy]` is for `check`. The command line takes precedence
+over the environment (CURVCERT_METHOD for --method), the environment over the file, and the file over the defaults.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ OWN_FILE, PROJECT_FILE = "curvcert.toml", "pyproject.toml"
 POLICY = "policy"
 PREFIX = "CURVCERT_"
 LARGEST = 2**20
-"""Bytes of a file of settings."""
+"""Bytes of the largest settings file."""
 OTHER_VARIABLES = ("CURVCERT_DATA", "CURVCERT_DATA_SOURCE", "CURVCERT_DEBUG")
-"""Variables that are no option's by name."""
+"""Variables that belong to no option by their name."""
 PRESENTATION = (
     "config",
     "policy",
@@ -38,12 +38,12 @@ PRESENTATION = (
     "resume",
     "plot",
 )
-"""Options that the environment may set, and a file may not: they change no result."""
+"""Options that change no result: the environment may set them, a file may not."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a settings file says: options by parameter, and the policy's table where there is one."""
+    """A settings file: its options by key, and the table of its policy where it has one."""
 
     path: str
     options: Mapping[str, Any]
@@ -51,9 +51,9 @@ class Configuration:
 
 
 def find(path: str | None) -> Configuration | None:
-    """The file asked for, else the one in the working directory; None where there is none.
+    """The settings of the file `path`, by default of the one in the working directory; None where there is none.
 
-    Raises UsageError for a file that cannot be read, naming what is wrong.
+    Raises UsageError for a file that cannot be read.
     """
     if path is not None:
         table = _table(Path(path))
@@ -100,9 +100,9 @@ def _configuration(path: str, table: Mapping[str, Any]) -> Configuration:
 
 
 def defaults(found: Configuration, parameters: Iterable[Any]) -> dict[str, Any]:
-    """The file's values as the command line would have them, by parameter. parameters: the command's own.
+    """The file's values by parameter, each as the text that the command line would have. parameters: of the command.
 
-    Raises UsageError, naming the key, for one that is no option's or a value that is none of its kind.
+    Raises UsageError, naming the key, for a key that is no option and for a value of the wrong type.
     """
     known = {parameter.name: parameter for parameter in parameters}
     values = {}
@@ -141,7 +141,7 @@ def _huge(item: str | int | float) -> bool:
 
 
 def from_file(context: typer.Context, path: str | None) -> str | None:
-    """The callback of `--config` and `--policy`: what the file sets becomes the other options' default."""
+    """The callback of `--config` and `--policy`: the file's values become the defaults of the other options."""
     if not context.resilient_parsing:  # completion
         context.obj = find(path)
         if context.obj is not None:
@@ -165,7 +165,7 @@ PolicyFile = Annotated[str | None, _option("--policy", "A TOML file with [policy
 
 
 def tell(context: typer.Context, reporter: Reporter) -> None:
-    """What was read, and what looks as if it should have been."""
+    """Note the settings file that was read, and warn of variables that look like settings and are none."""
     if context.obj is not None and (context.obj.options or context.obj.policy):
         reporter.note(f"settings from {context.obj.path}")
     for name in unknown_variables():
@@ -173,7 +173,7 @@ def tell(context: typer.Context, reporter: Reporter) -> None:
 
 
 def name_variables(command: Any) -> None:
-    """Let CURVCERT_METHOD set --method, and so on for every option but those that have a variable of their own."""
+    """Give every option without an environment variable of its own one by its name: CURVCERT_METHOD for --method."""
     for parameter in command.params:
         if parameter.name in (*SETTABLE, *PRESENTATION) and not parameter.envvar:
             parameter.envvar = PREFIX + parameter.name.upper()

@@ -1,4 +1,4 @@
-"""`curvcert diff`: what became of every figure and every sample between two runs."""
+"""`curvcert diff`: the figures and samples of two runs side by side; exit 1 where a figure regressed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 from certify_cli.audit.compare import Comparison, SampleChange, compare, unlike
 from certify_cli.cli import options as opt
+from certify_cli.cli import record_options as rec
 from certify_cli.cli.exit_codes import DONE, NOT_MET
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
 from certify_cli.errors import UsageError
-from certify_cli.output.console import FIRST_ROWS, Column, escaped, grid, markdown_grid, paragraph, printable
+from certify_cli.output import blocks
+from certify_cli.output.blocks import Block, Table, first_rows
+from certify_cli.output.console import Column, escaped
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.output.numbers import DOWN, number
@@ -25,10 +28,10 @@ SAMPLES = (
 
 
 def diff(
-    old: opt.OldRecords,
-    new: opt.NewRecords,
-    tolerance: opt.Tolerance = 0.01,
-    format: opt.DiffFormat = None,
+    old: rec.OldRecords,
+    new: rec.NewRecords,
+    tolerance: rec.Tolerance = 0.01,
+    format: rec.ReportFormat = None,
     output: opt.OutputFile = None,
     all_rows: opt.AllRows = False,
     quiet: opt.Quiet = False,
@@ -54,22 +57,13 @@ def as_json(found: Comparison, view: View) -> str:
 
 
 def as_table(found: Comparison, view: View) -> str:
-    text = f"{printable(f'{found.old} -> {found.new}')}, {found.count} samples\n\n"
-    text += grid(FIGURES, figure_rows(found), view, ["red" if f.regressed else None for f in found.figures])
-    text += f"\n{printable(verdict(found))}\n"
-    shown = _shown(found, view)
-    if shown:
-        text += f"\n{grid(SAMPLES, [sample_cells(s) for s in shown], view)}"
-    return text + _hidden(found, shown)
+    models = f"{found.old} -> {found.new}, {found.count} samples"
+    return blocks.as_text([models, _figures(found), verdict(found), *_samples(found, view)], view)
 
 
 def as_markdown(found: Comparison, view: View) -> str:
-    text = f"## curvcert: {escaped(found.old)} -> {escaped(found.new)}\n\n{paragraph(verdict(found))}\n\n"
-    text += markdown_grid(FIGURES, figure_rows(found))
-    shown = _shown(found, view)
-    if shown:
-        text += f"\n{markdown_grid(SAMPLES, [sample_cells(s) for s in shown])}"
-    return text + _hidden(found, shown)
+    models = f"{escaped(found.old)} -> {escaped(found.new)}"
+    return blocks.as_markdown(models, [verdict(found), _figures(found), *_samples(found, view)])
 
 
 RENDERED: dict[str, Callable[[Comparison, View], str]] = {
@@ -79,8 +73,8 @@ RENDERED: dict[str, Callable[[Comparison, View], str]] = {
 }
 
 
-def figure_rows(found: Comparison) -> list[tuple[str, ...]]:
-    return [
+def _figures(found: Comparison) -> Table:
+    rows = [
         (
             figure.name,
             number(figure.old, DOWN),
@@ -90,9 +84,16 @@ def figure_rows(found: Comparison) -> list[tuple[str, ...]]:
         )
         for figure in found.figures
     ]
+    return Table(FIGURES, rows, ["red" if figure.regressed else None for figure in found.figures])
 
 
-def sample_cells(sample: SampleChange) -> tuple[str, ...]:
+def _samples(found: Comparison, view: View) -> list[Block]:
+    """The samples that changed, the largest fall first."""
+    every = Table(SAMPLES, [_sample_cells(sample) for sample in found.samples])
+    return first_rows(every, "{} more samples changed (--all shows every row)", view)
+
+
+def _sample_cells(sample: SampleChange) -> tuple[str, ...]:
     same = sample.old_prediction == sample.new_prediction
     return (
         str(sample.index),
@@ -115,16 +116,6 @@ def verdict(found: Comparison) -> str:
         f"{what} Of {found.count} samples {len(found.fallen)} have a smaller radius, {len(found.risen)} a larger one, "
         f"and {len(found.relabelled)} another prediction."
     )
-
-
-def _shown(found: Comparison, view: View) -> tuple[SampleChange, ...]:
-    """The samples that lost most, first those that count."""
-    return found.samples if view.all_rows else found.samples[:FIRST_ROWS]
-
-
-def _hidden(found: Comparison, shown: tuple[SampleChange, ...]) -> str:
-    hidden = len(found.samples) - len(shown)
-    return f"\n{hidden} more samples changed (--all shows every row)\n" if hidden else ""
 
 
 def _class(label: int | None) -> str:

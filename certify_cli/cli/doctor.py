@@ -36,14 +36,14 @@ LIBRARIES = {
     "rich": "rich",
     "typer": "typer",
 }
-"""Distribution and module of everything that the package stands on."""
+"""Distribution and module of every library that the package needs."""
 
 NEED_TORCHVISION = {"torchvision", "onnx2torch"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried; `detail` says what was found, or what is wrong and what to do."""
+    """One check. detail: the finding, or the fault and its remedy."""
 
     name: str
     ok: bool
@@ -83,7 +83,7 @@ def doctor(
 
 
 def check_library(name: str, module: str) -> Check:
-    """Import it for real: an installed library may still fail to load."""
+    """Import the library: one that is installed may still fail to load."""
     try:
         if module in NEED_TORCHVISION:
             from certify_cli.torchvision_schemas import import_torchvision
@@ -91,14 +91,14 @@ def check_library(name: str, module: str) -> Check:
             import_torchvision()
         importlib.import_module(module)
         return Check(name, True, importlib.metadata.version(name))
-    except Exception as error:  # whatever a broken library raises is its fault, and is told
+    except Exception as error:  # a broken library may raise anything; its error is the finding
         return Check(
             name, False, f"cannot be imported ({first_line(error)}); install curvcert again in a fresh environment"
         )
 
 
 def machine() -> dict[str, Any]:
-    """Devices and threads as torch sees them; empty where torch cannot be imported."""
+    """Devices and threads as torch reports them; none where torch cannot be imported."""
     if not check_library("torch", "torch").ok:
         return {"devices": [], "threads": None, "cores": os.cpu_count()}
     import torch
@@ -119,7 +119,7 @@ def self_test(known: Known, device: str) -> Check:
         (certified,) = prepare(*known.problem(), Settings(device=device), {}).samples()
     except UsageError:
         raise  # the device asked for does not exist: no fault of the installation
-    except (CurvcertError, RuntimeError) as error:  # torch tells of broken kernels by RuntimeError
+    except (CurvcertError, RuntimeError) as error:  # torch raises RuntimeError for broken kernels
         return Check(name, False, first_line(error))
     sample = certified.record
     fault = known.fault(sample)

@@ -1,4 +1,4 @@
-"""`curvcert inspect`: what was loaded, and which methods apply to it."""
+"""`curvcert inspect`: the nodes of a loaded model, and the methods that apply to it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from certify_cli.names import SUMMARIES
 from certify_cli.output.console import Column, grid, pairs
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
+from certify_cli.output.layers import shape_text
 from certify_cli.records import SCHEMA
 
 if TYPE_CHECKING:
@@ -73,17 +74,13 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def parameter_count(op: Op) -> int:
-    """Real numbers that the operation holds; index maps are data movement, not parameters."""
+    """The number of real numbers that the operation holds; index maps are data movement, not parameters."""
     from torch import Tensor
 
     if not is_dataclass(op):
         return 0
     values = (getattr(op, item.name) for item in fields(op))
     return sum(value.numel() for value in values if isinstance(value, Tensor) and value.is_floating_point())
-
-
-def shape_text(shape: list[int] | tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
 
 
 NODE_COLUMNS = (
@@ -110,13 +107,13 @@ def as_text(found: dict[str, Any], view: View) -> str:
             ("parameters", str(found["parameters"])),
         ]
     )
-    place = {node["name"]: str(position) for position, node in enumerate(found["nodes"])}
+    number_of = {node["name"]: str(position) for position, node in enumerate(found["nodes"])}
     nodes = [
         (
-            place[node["name"]],
+            number_of[node["name"]],
             node["name"],
             node["operation"],
-            ", ".join(place[name] for name in node["inputs"]),
+            ", ".join(number_of[name] for name in node["inputs"]),
             shape_text(node["shape"]),
             str(node["parameters"] or "-"),
         )

@@ -1,11 +1,11 @@
-"""Every option, declared once, and the small parsers of their texts.
+"""The options of every command, each declared once, and the parsers of their texts.
 
-Nothing here imports torch: `--help` and completion read this file.
+Options of the commands that read finished runs are in `record_options`. Nothing here imports torch: `--help` and
+completion read this file.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,7 +23,6 @@ from certify_cli.run.settings import ATTACKS, LAYOUTS
 DATA_LAYOUTS = ("nchw", "nhwc")
 SPLITS = ("test", "train")
 PLAIN_FORMATS = ("table", "json")
-DIFF_FORMATS = ("table", "json", "markdown")
 CHECK_FORMATS = ("table", "json", "markdown", "junit", "sarif", "github")
 SUFFIXES = {"md": "markdown", "xml": "junit"}
 """Suffixes of files that are not the format's name."""
@@ -35,8 +34,8 @@ UNSET = "auto"
 Number = TypeVar("Number", int, float)
 
 
-def _number(read: Callable[[str], Number], expected: str, least: float, most: float) -> Callable[[Any], Number]:
-    """The parser of an option that holds a plain number from `least` to `most`."""
+def plain_number(read: Callable[[str], Number], expected: str, lower: float, upper: float) -> Callable[[Any], Number]:
+    """The parser of an option that holds a plain number in [lower, upper]. expected: what the refusal says of it."""
 
     def parse(text: Any) -> Number:
         if not isinstance(text, str):  # a default, or a value that was parsed before
@@ -45,22 +44,21 @@ def _number(read: Callable[[str], Number], expected: str, least: float, most: fl
             value = read(text)
         except ValueError:
             value = None
-        if value is None or not least <= value <= most:
+        if value is None or not lower <= value <= upper:
             raise typer.BadParameter(f"{quoted(text)} is not {expected}")
         return value
 
     return parse
 
 
-_POSITION = _number(integer, "a plain integer of at least 0", 0, 10**18)
-_PIXELS = _number(integer, f"a number of pixels from 1 to {2**16}", 1, 2**16)
-_PART = _number(decimal, "a plain number such as 0.01", -math.inf, math.inf)
+POSITION = plain_number(integer, "a plain integer of at least 0", 0, 10**18)
+_PIXELS = plain_number(integer, f"a number of pixels from 1 to {2**16}", 1, 2**16)
 
 
-def _choice(flag: str, names: Sequence[str], help: str, default: str | bool = True) -> Any:
-    """An option with named values, checked by `one_of`, whose message lists them; help shows `default` as its default.
+def choice(flag: str, names: Sequence[str], help: str, default: str | bool = True) -> Any:
+    """An option whose value is one of `names`; `one_of` checks it later, so that its message can list them.
 
-    True is the default as declared.
+    default: what `--help` shows as the default; True stands for the declared one.
     """
 
     def complete(incomplete: str) -> list[str]:
@@ -101,7 +99,7 @@ SampleIndex = Annotated[
     typer.Option(
         "--sample",
         metavar="I",
-        parser=_POSITION,
+        parser=POSITION,
         help="Where the local bound loses for this sample of --data.",
         show_default=False,
     ),
@@ -119,7 +117,7 @@ DataRoot = Annotated[
         show_default="the user cache",
     ),
 ]
-Split = Annotated[str, _choice("--split", SPLITS, "Which part of a named data set.")]
+Split = Annotated[str, choice("--split", SPLITS, "Which part of a named data set.")]
 Samples = Annotated[
     str | None,
     typer.Option(
@@ -128,9 +126,9 @@ Samples = Annotated[
 ]
 Shuffle = Annotated[bool, typer.Option("--shuffle", help="Draw the samples in the random order of --seed.")]
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", parser=_POSITION, help="Seed of --shuffle and of every random start.")
+    int, typer.Option("--seed", metavar="N", parser=POSITION, help="Seed of --shuffle and of every random start.")
 ]
-DataLayout = Annotated[str, _choice("--data-layout", DATA_LAYOUTS, "How an npz file holds its images.")]
+DataLayout = Annotated[str, choice("--data-layout", DATA_LAYOUTS, "How an npz file holds its images.")]
 Resize = Annotated[
     tuple[int, int] | None,
     typer.Option("--resize", metavar="H W", parser=_PIXELS, help="Resize the images of a folder.", show_default=False),
@@ -151,16 +149,16 @@ Std = Annotated[
     typer.Option("--std", metavar="S", help="Standard deviation to divide by, given like --mean.", show_default=False),
 ]
 Layout = Annotated[
-    str | None, _choice("--layout", LAYOUTS, "How the model takes its input, where its shape does not say.")
+    str | None, choice("--layout", LAYOUTS, "How the model takes its input, where its shape does not say.")
 ]
 
 Method = Annotated[
-    str, _choice("--method", METHODS, "How to certify; auto takes the best of what applies, sample by sample.")
+    str, choice("--method", METHODS, "How to certify; auto takes the best of what applies, sample by sample.")
 ]
-Effort = Annotated[str, _choice("--effort", tuple(EFFORTS), "How much time to spend on tighter bounds.")]
+Effort = Annotated[str, choice("--effort", tuple(EFFORTS), "How much time to spend on tighter bounds.")]
 Attack = Annotated[
     str,
-    _choice(
+    choice(
         "--attack",
         ATTACKS,
         "certificate: the attacks that the certificates promise, each replayed; search: nearer ones by a search, too.",
@@ -188,7 +186,7 @@ FORMAT_DEFAULT = "the suffix of the output file, such as .json; else table"
 
 RecordFormat = Annotated[
     str | None,
-    _choice(
+    choice(
         "--format",
         tuple(FORMATS),
         "; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items()) + ".",
@@ -196,15 +194,11 @@ RecordFormat = Annotated[
     ),
 ]
 PlainFormat = Annotated[
-    str | None, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.", default=FORMAT_DEFAULT)
-]
-DiffFormat = Annotated[
-    str | None,
-    _choice("--format", DIFF_FORMATS, "A table to read, JSON, or Markdown for a pull request.", default=FORMAT_DEFAULT),
+    str | None, choice("--format", PLAIN_FORMATS, "A table to read, or JSON.", default=FORMAT_DEFAULT)
 ]
 CheckFormat = Annotated[
     str | None,
-    _choice(
+    choice(
         "--format",
         CHECK_FORMATS,
         "A table to read; JSON; Markdown for a pull request; JUnit, SARIF or GitHub annotations for CI.",
@@ -214,7 +208,7 @@ CheckFormat = Annotated[
 Exact = Annotated[
     bool, typer.Option("--exact", help="Certify every sample, also where the verdict is certain before the last.")
 ]
-PrintedFormat = Annotated[str, _choice("--format", PLAIN_FORMATS, "A table to read, or JSON.")]
+PrintedFormat = Annotated[str, choice("--format", PLAIN_FORMATS, "A table to read, or JSON.")]
 OutputFile = Annotated[
     str | None,
     typer.Option(
@@ -268,76 +262,11 @@ Certificate = Annotated[
         show_default=False,
     ),
 ]
-OldRecords = Annotated[
-    str, typer.Argument(metavar="OLD", help="Records of a run: what certify wrote as JSON or JSON lines.")
-]
-NewRecords = Annotated[str, typer.Argument(metavar="NEW", help="Records of the run to compare with it.")]
-OneRecords = Annotated[
-    str, typer.Argument(metavar="RECORDS", help="Records of a run: what certify wrote as JSON or JSON lines.")
-]
-DataOfRun = Annotated[
-    str | None,
-    typer.Option("--data", metavar="SOURCE", help="Where the samples are.", show_default="where the run found them"),
-]
-WitnessesOfRun = Annotated[
-    str | None,
-    typer.Option(
-        "--witnesses", metavar="FILE.npz", help="What certify --witnesses wrote in the run.", show_default=False
-    ),
-]
-CertificateOfRun = Annotated[
-    str | None,
-    typer.Option(
-        "--certificate", metavar="FILE.npz", help="What certify --certificate wrote in the run.", show_default=False
-    ),
-]
-Share = Annotated[
-    float,
-    typer.Option(
-        "--share",
-        metavar="P",
-        parser=_PART,
-        help="Part of the records to compute anew that are not proved (at least 4; 0: none).",
-    ),
-]
-SeedOfCheck = Annotated[
-    int, typer.Option("--seed", metavar="N", parser=_POSITION, help="Draws that share, and starts the attacks.")
-]
-ManyRecords = Annotated[
-    list[str], typer.Argument(metavar="RECORDS...", help="Records of runs: what certify wrote as JSON or JSON lines.")
-]
-Title = Annotated[
-    str | None, typer.Option("--title", metavar="TEXT", help="Of the page.", show_default="model and data")
-]
-WitnessFile = Annotated[
-    str | None,
-    typer.Option(
-        "--witnesses",
-        metavar="FILE.npz",
-        help="What certify --witnesses wrote in the first run: shows the samples with the smallest radii.",
-        show_default=False,
-    ),
-]
-SvgFolder = Annotated[
-    str | None, typer.Option("--svg", metavar="FOLDER", help="Write every plot as an SVG file.", show_default=False)
-]
-PngFolder = Annotated[
-    str | None, typer.Option("--png", metavar="FOLDER", help="Write every plot as a PNG file.", show_default=False)
-]
-Tolerance = Annotated[
-    float,
-    typer.Option(
-        "--tolerance",
-        metavar="T",
-        parser=_PART,
-        help="How far a figure may fall: accuracies by T (0.01 is one percent of the samples), radii by the part T.",
-    ),
-]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, notes or warnings on stderr.")]
 
 
 def one_of(flag: str, value: str, names: Iterable[str]) -> str:
-    """`value`, if it is one of `names`; UsageError listing them otherwise."""
+    """`value`, unchanged. Raises UsageError, listing `names`, for a value that is none of them."""
     listed = list(names)
     if value not in listed:
         raise UsageError(f"{flag} {quoted(value)} is not one of {', '.join(listed)}")
@@ -345,7 +274,7 @@ def one_of(flag: str, value: str, names: Iterable[str]) -> str:
 
 
 def format_of(format: str | None, output: str | None, names: Iterable[str]) -> str:
-    """The format asked for, else the one that the suffix of `output` names, else the table."""
+    """The value of --format, else the format that the suffix of the file `output` names, else the table."""
     listed = list(names)
     if format is not None:
         return one_of("--format", format, listed)
@@ -355,20 +284,20 @@ def format_of(format: str | None, output: str | None, names: Iterable[str]) -> s
 
 
 def npz_name(flag: str, path: str | None) -> str | None:
-    """`path`, if its name says what will be written; UsageError otherwise."""
+    """`path`, unchanged. Raises UsageError for a name that does not end in .npz, the only format that is written."""
     if path is not None and Path(path).suffix.lower() != ".npz":
         raise UsageError(f"{flag} {quoted(path)}: the file is written as npz, so its name must end in .npz")
     return path
 
 
 def numbers(flag: str, texts: Sequence[str] | None) -> tuple[float, ...]:
-    """The values of a repeated or comma-separated option, plain numbers only; spaces may follow a comma."""
+    """The plain numbers of a repeated or comma-separated option. Spaces may follow a comma. Raises UsageError."""
     pieces = [piece for text in texts or () for piece in re.split(", *", text)]
     return tuple(_parse(flag, piece, decimal, "a number", lambda value: True) for piece in pieces)
 
 
 def count_or_auto(flag: str, text: str) -> int | None:
-    """A positive integer, or None for `auto`."""
+    """A positive integer, or None for `auto`. Raises UsageError."""
     if text == UNSET:
         return None
     return _parse(flag, text, integer, "a positive integer or auto", lambda value: value > 0)
@@ -382,7 +311,7 @@ UNITS = {"": 1, "B": 1} | {
 
 
 def memory_size(flag: str, text: str) -> int | None:
-    """Bytes of a size such as 2GB (10^9), 2GiB (2^30) or 512MB; None for `auto`."""
+    """The bytes of a size such as 2GB (10^9 each), 2GiB (2^30 each) or 512MB; None for `auto`. Raises UsageError."""
     if text == UNSET:
         return None
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(?: ?([A-Za-z]+))?", text, re.ASCII)
@@ -407,7 +336,7 @@ def _parse(
 
 
 def shape(text: str | None) -> tuple[int, ...] | None:
-    """The sizes of `--input-shape`. Raises UsageError."""
+    """The sizes in a text of --input-shape such as 3,32,32; None for None. Raises UsageError."""
     if text is None:
         return None
     if re.fullmatch(r"[1-9][0-9]{0,8}([,x][1-9][0-9]{0,8}){0,7}", text) is None:

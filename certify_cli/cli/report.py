@@ -1,4 +1,4 @@
-"""`curvcert report`: finished runs as one page, or its plots as files."""
+"""`curvcert report`: finished runs as one page, or the plots of that page as files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from certify_cli.cli import options as opt
+from certify_cli.cli import record_options as rec
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import refusing, sink
 from certify_cli.errors import CurvcertError, RecordsError, UsageError, quoted
@@ -16,12 +17,12 @@ from certify_cli.records import Result
 
 
 def report(
-    records: opt.ManyRecords,
+    records: rec.ManyRecords,
     output: opt.OutputFile = None,
-    title: opt.Title = None,
-    witnesses: opt.WitnessFile = None,
-    svg: opt.SvgFolder = None,
-    png: opt.PngFolder = None,
+    title: rec.Title = None,
+    witnesses: rec.WitnessFile = None,
+    svg: rec.SvgFolder = None,
+    png: rec.PngFolder = None,
     quiet: opt.Quiet = False,
 ) -> None:
     """Show one or several runs of certify as a page: figures, plots, layers, the samples with the smallest radii.
@@ -71,7 +72,7 @@ def _pictures(result: Result, path: str) -> list[html.Witnessed]:
 
 
 def _layers(results: Sequence[Result], reporter: Reporter) -> list[html.Layers]:
-    """Of every model that lies where its run found it, once."""
+    """The layers of every model, once, that is still where its run found it."""
     found = []
     seen = set()
     for name, result in zip(plots.names(results), results, strict=True):

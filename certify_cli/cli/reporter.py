@@ -1,4 +1,4 @@
-"""What a person sees on stderr while a command works: stages, progress, notes, warnings. Never data, never errors."""
+"""Stages, progress, notes and warnings on stderr while a command works; data and errors go elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """One a command, as a context manager. `quiet` silences it wholly; a bar is drawn on terminals only."""
+    """The reporter of one command, a context manager. quiet: say nothing.   bar: draw one, on terminals only."""
 
     def __init__(self, quiet: bool, bar: bool = True) -> None:
         self.quiet = quiet
@@ -37,7 +37,7 @@ class Reporter:
             self._progress = None
 
     def stage(self, text: str) -> None:
-        """What is being done now. The first stage brings the bar up: until then a download may draw its own."""
+        """Name the present stage. The first one starts the bar: until then a download may draw its own."""
         if self._bar and self._progress is None:
             self._progress = _progress()
             self._task = self._progress.add_task(text, total=None)
@@ -63,7 +63,7 @@ class Reporter:
         return advance
 
     def note(self, text: str) -> None:
-        """Something worth knowing; each sentence is said once."""
+        """Print a note; a sentence that was printed before is not repeated."""
         self._say(f"note: {text}")
 
     def notes(self, texts: Iterable[str]) -> None:
@@ -71,7 +71,7 @@ class Reporter:
             self.note(text)
 
     def warning(self, text: str) -> None:
-        """Something that probably needs doing."""
+        """Print a warning: of something that probably needs a change."""
         self._say(f"warning: {text}")
 
     def _say(self, text: str) -> None:

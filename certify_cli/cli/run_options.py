@@ -1,10 +1,11 @@
-"""The options of a run, which `certify` and `check` share: declared once, and what they load."""
+"""The options of a run, declared once for `certify` and `check`, and the model and data that they name."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from certify_cli.cli import options as opt
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """As typed, or defaulted."""
+    """The options as typed, or their defaults."""
 
     model: opt.ModelFile
     data: opt.DataSource
@@ -46,7 +47,7 @@ class RunOptions:
     memory: opt.Memory = "auto"
 
     def settings(self) -> Settings:
-        """Checked; raises UsageError, naming the option."""
+        """The options as checked settings. Raises UsageError, naming the option."""
         opt.one_of("--split", self.split, opt.SPLITS)
         opt.one_of("--data-layout", self.data_layout, opt.DATA_LAYOUTS)
         return Settings(
@@ -70,20 +71,18 @@ class RunOptions:
         from certify_cli.data.datasets import named_shape
 
         opt.one_of("--method", self.method, opt.METHODS)
-        chosen: list[Dataset] = []
 
-        def taken() -> Dataset:
-            """The data, loaded once: before the model is understood where it leaves its sizes to them, else after."""
-            if not chosen:
-                chosen.append(self._data(reporter))
-            return chosen[0]
+        @cache
+        def chosen() -> Dataset:
+            """The data, loaded once: before the model is lowered where its input sizes are the data's, else after."""
+            return self._data(reporter)
 
         shape = named_shape(self.data)
         loaded = load_model(
             self.model,
             activation=self.activation,
             output=self.output,
-            input_shape=shape or (lambda: tuple(taken().x.shape[1:])),
+            input_shape=shape or (lambda: tuple(chosen().x.shape[1:])),
             layout=self.layout,
         )
         reporter.notes(loaded.notes)
@@ -92,7 +91,7 @@ class RunOptions:
 
             # a set that does not fit is refused before it is downloaded
             fit(loaded.network, shape, mean=settings.mean or None, std=settings.std or None, layout=self.layout)
-        return loaded, taken()
+        return loaded, chosen()
 
     def _data(self, reporter: Reporter) -> Dataset:
         from certify_cli import load_data
@@ -113,16 +112,16 @@ class RunOptions:
         return chosen
 
     def arguments(self) -> dict[str, Any]:
-        """By name, for the run line."""
+        """The options by name, for the run line."""
         return {item.name: getattr(self, item.name) for item in sorted(fields(self), key=lambda f: f.name)}
 
 
 SETTABLE = frozenset(item.name for item in fields(RunOptions)) - {"model"}
-"""What a settings file and CURVCERT_* variables may set."""
+"""Parameters that a settings file and CURVCERT_* variables may set."""
 
 
 def spread(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with the fields of RunOptions in place of its parameter `run`, as the command line needs them."""
+    """The command with the fields of RunOptions as parameters in place of `run`: Typer reads a signature."""
     own, hints = inspect.signature(command).parameters, get_type_hints(command, include_extras=True)
     run_hints = get_type_hints(RunOptions, include_extras=True)
     parameters = []

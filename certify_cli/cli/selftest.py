@@ -1,4 +1,4 @@
-"""Networks whose radius is known, certified through the whole engine (`curvcert doctor`)."""
+"""Networks whose exact radius is known, for the self-test of `curvcert doctor`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Known:
     """A network, a point of class 0, and its exact radius there.
 
-    The certified radius must lie in [`certified`, `exact`], the attack radius in [`exact`, `attacked`]. Where the
-    network as stored has a radius that is only known up to rounding, `exact` is taken within `slack` (relative).
+    The certified radius must lie in [certified, exact], the attack radius in [exact, attacked]. slack: relative error
+    of `exact`, where the radius of the network as stored is known up to rounding only.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Known:
         return LoadedModel(network, info, network.input_shape, "float64", ()), data
 
     def fault(self, sample: Sample) -> str | None:
-        """What is wrong with the sample's record, compared in exact arithmetic; None if nothing is."""
+        """The fault of the sample's record, found in exact arithmetic; None where it has none."""
         exact = float(self.exact)
         if sample.prediction != 0:
             return f"predicted class {sample.prediction} where class 0 is right"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: they end a command at once, or, where work would be lost, after the batch in flight."""
+"""SIGINT and SIGTERM: they end a command at once, or, where work would be lost, after the present batch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived. Not an Exception: nothing but `main` may catch it. `hint`: what to do next."""
+    """SIGINT or SIGTERM arrived. Not an Exception: only `main` may catch it. hint: ends the sentence on stderr."""
 
     def __init__(self, number: int, hint: str = "") -> None:
         self.number, self.hint = number, hint
 
 
 class Flag:
-    """Which signal has arrived, if any."""
+    """The number of the signal that has arrived, or None."""
 
     number: int | None = None
 
     def stop(self, hint: str) -> None:
-        """Raise `Stopped` if one has."""
+        """Raise `Stopped` if a signal has arrived."""
         if self.number is not None:
             raise Stopped(self.number, hint)
 
@@ -43,7 +43,7 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[Flag]:
-    """A signal is noted, for the work to stop where it can go on later; a second one stops at once."""
+    """A signal sets the flag, so that the work can stop where a later run can go on; a second one stops at once."""
     flag = Flag()
 
     def note(number: int, frame: FrameType | None) -> None:

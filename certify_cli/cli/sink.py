@@ -1,4 +1,4 @@
-"""Where data goes: stdout, or a file that appears whole or not at all."""
+"""The destination of a command's data: stdout, or a file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from certify_cli.output.document import View
 
 @contextmanager
 def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary file beside `path` that replaces it when the block ends well, and is removed when it does not.
 
     A device or pipe such as /dev/null is written to directly: it must not be replaced by a file. UsageError, naming
     `option`, if the file cannot be written; it is opened at once, so that a wrong path is refused before the work.
@@ -25,7 +25,7 @@ def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
     target = Path(path)
     device = target.exists() and not target.is_file()
     if not device:
-        target = target.resolve()  # a link stays a link: what it points to is replaced
+        target = target.resolve()  # a link stays a link: its target is replaced
     written = target if device else target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with ExitStack() as undo:
@@ -46,7 +46,7 @@ def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def _discard(stream: IO[Any], written: Path | None) -> None:
-    with suppress(OSError):  # what ended the block is told; that the rest cannot be flushed either is no news
+    with suppress(OSError):  # the error that ended the block is reported; this one would only repeat it
         stream.close()
     if written is not None:
         written.unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 class Sink:
-    """Data out, and the view of whoever reads it."""
+    """The destination of data, and the view of its reader. terminal: it is a terminal."""
 
     def __init__(self, stream: IO[str], view: View, terminal: bool) -> None:
         self._stream = stream
@@ -82,7 +82,7 @@ class Sink:
             self._stream.flush()
 
     def last(self, text: str) -> None:
-        """Write what ends a command with a verdict of its own: a reader that has gone does not change it."""
+        """Write the last text of a command whose exit code is a verdict, which a closed pipe must not change."""
         with suppress(BrokenPipeError):
             self.write(text)
 
@@ -103,7 +103,7 @@ def sink(path: str | None, all_rows: bool = False, plot: bool = False) -> Iterat
 
 @contextmanager
 def appending(path: str, size: int) -> Iterator[Sink]:
-    """The first `size` bytes of a file, and what is written after them: every record stays, whatever happens next."""
+    """A sink after the first `size` bytes of a file. What is written stays there, even if the command fails later."""
     with refusing(f"--output-file {quoted(path)}"):
         stream = open(path, "r+" if size else "w", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
     with stream:
@@ -114,11 +114,11 @@ def appending(path: str, size: int) -> Iterator[Sink]:
 
 
 JOB_SUMMARY, LONGEST_SUMMARY = "GITHUB_STEP_SUMMARY", 2**20
-"""The variable that names what GitHub Actions shows of a step, and how many bytes it takes."""
+"""The variable that names the file of a step's summary in GitHub Actions, and the bytes of the longest one."""
 
 
 def job_summary(text: str) -> None:
-    """What annotations leave out, where GitHub Actions shows it; nothing elsewhere."""
+    """Add `text` to the step's summary in GitHub Actions; elsewhere do nothing."""
     path = os.environ.get(JOB_SUMMARY)
     if path:
         with refusing(f"{JOB_SUMMARY} {quoted(path)}"), open(path, "a", encoding="utf-8") as file:

@@ -1,13 +1,15 @@
-"""`curvcert verify`: a finished run checked anew, by other code than made it; exit 1 where something is not so."""
+"""`curvcert verify`: a finished run checked by other code than made it; exit 1 where a record is contradicted."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certify_cli.cli import options as opt
+from certify_cli.cli import record_options as rec
 from certify_cli.cli.exit_codes import DONE, NOT_MET
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
@@ -21,16 +23,16 @@ if TYPE_CHECKING:
 
 
 def verify(
-    records: opt.OneRecords,
+    records: rec.OneRecords,
     model: opt.ModelFile,
-    data: opt.DataOfRun = None,
+    data: rec.DataOfRun = None,
     data_root: opt.DataRoot = None,
-    witnesses: opt.WitnessesOfRun = None,
-    certificate: opt.CertificateOfRun = None,
-    share: opt.Share = 0.01,
-    seed: opt.SeedOfCheck = 0,
+    witnesses: rec.WitnessesOfRun = None,
+    certificate: rec.CertificateOfRun = None,
+    share: rec.Share = 0.01,
+    seed: rec.SeedOfCheck = 0,
     offline: opt.Offline = False,
-    format: opt.DiffFormat = None,
+    format: rec.ReportFormat = None,
     output: opt.OutputFile = None,
     all_rows: opt.AllRows = False,
     quiet: opt.Quiet = False,
@@ -51,21 +53,20 @@ def verify(
         from certify_cli.load.model import of_run
 
         run = result.run
-        kept: list[Dataset] = []
 
-        def taken() -> Dataset:
-            if not kept:
-                kept.append(_data(run, data, data_root, offline, reporter))
-            return kept[0]
+        @cache
+        def samples() -> Dataset:
+            """The data, loaded once: before the model is lowered where its input sizes are the data's, else after."""
+            return _data(run, data, data_root, offline, reporter)
 
-        asked = of_run(run)
-        asked["input_shape"] = asked["input_shape"] or (lambda: tuple(taken().x.shape[1:]))
-        loaded = load_model(model, **asked)
+        how = of_run(run)
+        how["input_shape"] = how["input_shape"] or (lambda: tuple(samples().x.shape[1:]))
+        loaded = load_model(model, **how)
         wrong = _of_hash("model", run.model.sha256, loaded.info.sha256)
         rows: list[Row] = []
         notes: list[str] = []
         if not wrong:
-            chosen = taken()
+            chosen = samples()
             wrong = _of_hash("data", run.data.sha256, chosen.sha256)
             for path, arrays in ((witnesses, attacks), (certificate, tangents)):
                 if arrays is not None and arrays["d"].shape[1:] != chosen.x.shape[1:]:

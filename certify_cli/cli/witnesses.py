@@ -1,4 +1,4 @@
-"""Arrays that a run keeps beside its records: replayed attacks, and where tangents were taken."""
+"""The arrays that a run writes beside its records: replayed attacks, and the points of its tangents."""
 
 from __future__ import annotations
 

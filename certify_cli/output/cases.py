@@ -1,6 +1,7 @@
-"""What the formats of test tools report: cases that pass, fail, break, or stay open.
+"""Runs and verdicts as test cases, for the formats of test tools (JUnit, SARIF, GitHub annotations).
 
-Of a run: every sample, at every radius asked for with `--eps`. Of a policy: every requirement.
+A case of a run is a sample at one radius of `--eps`; a case of a policy is a requirement. It passes, fails, has an
+error or stays open.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from certify_cli.records import ERROR, Result, Run, Sample, attacked_at, certifi
 
 PASS, FAIL, BROKEN, OPEN = "pass", "fail", "error", "open"
 MOST_SAMPLES = 10
-"""Samples named in one message."""
+"""Samples named in one message at most."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """`rule` is what is asked, `name` the case of it; `message` one sentence, "" where there is nothing to say."""
+    """One case. rule: name of the rule it is judged by.   outcome: PASS, FAIL, BROKEN or OPEN.   message: one sentence,
+    empty where it passes."""
 
     rule: str
     name: str
@@ -30,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """About one model; `title` says on what. `rules`: what each asks, by name."""
+    """The cases of one model. title: the data they are on.   rules: by name, a sentence on what each demands."""
 
     model: str
     title: str
@@ -39,7 +41,7 @@ class Cases:
 
 
 def of_result(result: Result) -> Cases:
-    """Every sample of a run, at every radius asked for; without one, whether it has a radius at all."""
+    """The samples of a run at every radius of `--eps`; without one, whether each has a certified radius at all."""
     levels = tuple(result.summary.certified_accuracy or result.summary.certified_share or ())
     rules = {
         f"certified at {eps}": f"The prediction is right, and no perturbation up to {eps} changes it." for eps in levels
@@ -71,29 +73,29 @@ def _judged(sample: Sample, level: float, run: Run) -> tuple[str, str]:
 
 
 def of_verdict(verdict: Verdict, run: Run) -> Cases:
-    """Every requirement of a policy."""
+    """The requirements of a policy."""
     outcomes = {True: PASS, False: FAIL, None: OPEN}
     return Cases(
         model=run.model.path,
         title=f"policy on {run.data.name}, {verdict.total} samples",
-        rules={rule(finding): asks(finding) for finding in verdict.findings},
-        cases=tuple(Case(rule(f), f.requirement.title, outcomes[f.met], says(f)) for f in verdict.findings),
+        rules={rule(finding): demand(finding) for finding in verdict.findings},
+        cases=tuple(Case(rule(f), f.requirement.title, outcomes[f.met], account(f)) for f in verdict.findings),
     )
 
 
 def rule(finding: Finding) -> str:
-    """What the requirement is called: one figure may be asked for by the policy and by its baseline."""
+    """The name of a requirement; the policy and its baseline may each have one on the same figure."""
     asked = finding.requirement
     return asked.title if asked.because == POLICY else f"{asked.title} against the baseline"
 
 
-def asks(finding: Finding) -> str:
-    return f"The {finding.requirement.title} is asked to be {asked(finding)}."
+def demand(finding: Finding) -> str:
+    return f"The {finding.requirement.title} is asked to be {threshold_text(finding)}."
 
 
-def says(finding: Finding) -> str:
-    """What was asked, what was found, and the samples that decide it."""
-    text = f"{finding.requirement.title} is {found(finding)}, asked is {asked(finding)}"
+def account(finding: Finding) -> str:
+    """The figure, its threshold, and the samples that decide it."""
+    text = f"{finding.requirement.title} is {value_text(finding)}, asked is {threshold_text(finding)}"
     if finding.met is False and finding.samples:
         shown = ", ".join(str(sample.index) for sample in finding.samples[:MOST_SAMPLES])
         more = len(finding.samples) - MOST_SAMPLES
@@ -101,19 +103,20 @@ def says(finding: Finding) -> str:
     return text
 
 
-def asked(finding: Finding) -> str:
-    return f"at {'least' if finding.requirement.figure.least else 'most'} {finding.requirement.asked:.6g}"
+def threshold_text(finding: Finding) -> str:
+    """The threshold, as a phrase."""
+    return f"at {'least' if finding.requirement.figure.at_least else 'most'} {finding.requirement.threshold:.6g}"
 
 
-def found(finding: Finding) -> str:
-    """One number, or between which two it will end."""
+def value_text(finding: Finding) -> str:
+    """The figure: one number, or the two between which it will end."""
     figure = finding.requirement.figure
 
     def text(value: float, way: str) -> str:
         return f"{value:.6g}" if figure.share else number(value, UP if figure.of_model else way)
 
-    if finding.least == finding.largest:
-        return text(finding.least, DOWN)
-    if finding.largest == float("inf"):
-        return f"{text(finding.least, DOWN)} or more"
-    return f"{text(finding.least, DOWN)} to {text(finding.largest, UP)}"
+    if finding.lower == finding.upper:
+        return text(finding.lower, DOWN)
+    if finding.upper == float("inf"):
+        return f"{text(finding.lower, DOWN)} or more"
+    return f"{text(finding.lower, DOWN)} to {text(finding.upper, UP)}"

@@ -1,4 +1,4 @@
-"""Tables for people. Plain text in, plain or coloured text out; Rich is loaded when a table is drawn."""
+"""Tables for people: plain text in, plain or coloured text out. Rich is loaded when a table is drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FIRST_ROWS = 20
-"""Samples shown unless every row is asked for."""
+"""Rows shown without --all."""
 
 GAP = "  "
 """Between two columns."""
@@ -25,7 +25,7 @@ GAP = "  "
 
 @dataclass(frozen=True)
 class Column:
-    """One column: numbers stand to the right and are never broken; `wraps` allows line breaks in narrow terminals."""
+    """One column of a table. right: aligned right, for numbers.   wraps: its lines may break in a narrow terminal."""
 
     title: str
     right: bool = False
@@ -33,12 +33,14 @@ class Column:
 
 
 COMMANDS = re.compile(r"(?:^|(?<=\s))::|##(?=\[|vso\[)")
-"""What a CI server takes for a command to itself, wherever a line of a log has it: ::error, ##[error], ##vso[...]."""
+"""Beginnings of commands to CI servers, which obey them anywhere in a line of a log: ::error, ##[error], ##vso[...]."""
 
 
 def printable(text: str) -> str:
-    """`text` on one line of bounded length, without control characters and commands to CI servers: names come out of
-    files and must not steer a terminal, nor whatever else reads along."""
+    """`text` on one line of bounded length, without control characters and without commands to CI servers.
+
+    Names come from files, and must steer neither a terminal nor a program that reads the log.
+    """
     text = cut(text, LONGEST_SENTENCE)
     line = text if text.isprintable() else "".join(letter if letter.isprintable() else " " for letter in text)
     return COMMANDS.sub(lambda found: f"{found[0][0]}\\{found[0][1:]}", line)
@@ -47,9 +49,10 @@ def printable(text: str) -> str:
 def grid(
     columns: Sequence[Column], rows: Iterable[Sequence[str]], view: View, styles: Sequence[str | None] = ()
 ) -> str:
-    """A table as text. In a narrow view titles are stacked word by word and wrapping columns are broken.
+    """A table as text. styles: a colour of Rich's for each row, or None; missing ones are None.
 
-    Never narrower than its numbers: a cut number would be a false one.
+    In a narrow view titles are stacked word by word and wrapping columns are broken. The table is never narrower than
+    its numbers: a number that is cut would be another number.
     """
     from rich import box
     from rich.table import Table
@@ -70,26 +73,26 @@ def grid(
 SPECIAL = str.maketrans(
     {letter: f"\\{letter}" for letter in "\\`*_|<>[]#~"} | {"&": "&amp;", "$": "&#36;", "@": "@<!-- -->"}
 )
-"""What Markdown would take for markup, and GitHub for mathematics or the mention of a person."""
+"""Letters that are markup in Markdown, and, on GitHub, mathematics or the mention of a person, and their escapes."""
 LINKS = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
 BLOCKS = re.compile(r"\s+|[-+=]|[0-9]+(?=[.)])")
-"""What Markdown would take for a list, a heading's underline or code at the beginning of a paragraph."""
+"""Beginnings of a paragraph that are a list, a heading's underline or code in Markdown."""
 
 
 def escaped(text: str) -> str:
-    """`text` on one line, as Markdown that shows it as it is."""
+    """`text` on one line, escaped: Markdown shows it letter by letter."""
     return LINKS.sub(lambda found: f"&#{ord(found[0])};", printable(text).translate(SPECIAL))
 
 
 def paragraph(text: str) -> str:
-    """`text` as a paragraph of its own in Markdown, whatever it begins with."""
+    """`text`, escaped, as a paragraph of Markdown, whatever it begins with."""
     begin = BLOCKS.match(text)
     start = begin[0] if begin else ""
     return "".join(f"&#{ord(letter)};" for letter in start) + escaped(text[len(start) :])
 
 
 def markdown_grid(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
-    """The same table in Markdown, numbers to the right."""
+    """A table in Markdown."""
     from rich import box
     from rich.table import Table
 
@@ -163,8 +166,8 @@ def _widths(
     for position, column in enumerate(columns):
         if fit is not None and column.wraps and _total(widths) > fit:
             words = {word for row in cells for word in row[position].split()}
-            least = max(widest(titles[position].split("\n")), widest(words))
-            widths[position] = max(least, widths[position] - (_total(widths) - fit))
+            narrowest = max(widest(titles[position].split("\n")), widest(words))
+            widths[position] = max(narrowest, widths[position] - (_total(widths) - fit))
     return widths
 
 

@@ -1,4 +1,4 @@
-"""What every format is given: the records of a run in order, and how wide and colourful the reader's view is."""
+"""The arguments of every format: the records of a run in order, and the reader's view."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class View:
-    """How text meant for a person is shown; data formats ignore it, but for `chain`.
+    """How text for people is shown; data formats ignore all but `chain`.
 
-    `width` is in columns, None for as wide as the content (a file or a pipe); `all_rows` shows every sample, `plot`
-    draws the accuracy curve. `chain` is what the first sample's line is linked to, where lines are appended.
+    width: in columns; None for as wide as the content (a file or a pipe).   all_rows: show every sample.
+    plot: draw the accuracy curve.   chain: the link before the first sample's line, where lines are appended.
     """
 
     width: int | None = None

@@ -1,8 +1,8 @@
 """The table of output formats.
 
-A format is a pure function: it takes the records of a run in order (the `Run`, every `Sample`, the `Summary`) and a
-`View`, and yields pieces of text. A format that streams yields each record's text as soon as it has the record. No
-format computes a result, and none knows where its text goes.
+A format is a pure function from the records of a run in order (the `Run`, every `Sample`, the `Summary`) and a `View`
+to pieces of text. One that streams yields each record's text as soon as it has the record. No format computes a result,
+and none knows where its text goes. To add a format, write the function and add an entry to FORMATS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from certify_cli.records import Record
 
 @dataclass(frozen=True)
 class Format:
-    """`render` maps records to pieces of text; `streams` says that pieces come while samples are still missing."""
+    """summary: for `--help`.   render: records to pieces of text.   streams: it yields before it has all samples."""
 
     summary: str
     render: Callable[[Iterable[Record], View], Iterator[str]]

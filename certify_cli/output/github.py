@@ -1,7 +1,7 @@
-"""GitHub Actions: workflow commands that annotate a run, within its limits; the whole goes to the job summary.
+"""GitHub Actions: workflow commands that annotate a run, within GitHub's limits.
 
-GitHub shows ten errors and ten warnings a step; the rest is dropped without a word, so the last of each kind says how
-many more there are.
+GitHub shows ten errors and ten warnings a step and drops the others silently. The last of each kind therefore says how
+many more there are; the job summary has all.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from certify_cli.output.document import View
 from certify_cli.records import Record, collect
 
 MOST = 10
-"""Annotations of one kind a step."""
+"""Annotations of one kind a step at most."""
 LONGEST = 4000
-"""Characters of one message, below GitHub's limit of 4096."""
+"""Characters of one message at most, below GitHub's limit of 4096."""
 COMMANDS = {FAIL: "error", BROKEN: "error", OPEN: "warning"}
 
 
 def document(records: Iterable[Record], view: View) -> Iterator[str]:
-    """An error for every sample that is misclassified or attacked, a warning where nothing is known."""
+    """An error for every sample that is misclassified or attacked, a warning for every one that is undecided."""
     yield of_cases(of_result(collect(records)), view)
 
 
 def of_cases(cases: Cases, view: View) -> str:
-    """Errors first."""
+    """Annotations of the cases, errors first, and how many hold."""
     lines = []
     for command in dict.fromkeys(COMMANDS.values()):
         mine = [case for case in cases.cases if COMMANDS.get(case.outcome) == command]

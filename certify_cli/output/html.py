@@ -1,4 +1,4 @@
-"""A report: one page of finished runs that needs nothing but itself, for a browser or for print."""
+"""The report: finished runs on one self-contained page, for a browser or for print."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 TEMPLATE = "report.html.j2"
 MOST_IMAGES = 12
-"""Samples shown, those with the smallest radii."""
+"""Samples shown at most, those with the smallest radii."""
 
 
 @dataclass(frozen=True, eq=False)
 class Witnessed:
-    """An attacked sample as pictures: the sample, what was added, and both together."""
+    """An attacked sample. images: the sample, the perturbation, and their sum, each the source of an image element."""
 
     sample: Sample
     prediction: str
@@ -43,7 +43,7 @@ class Witnessed:
 
 @dataclass(frozen=True)
 class Layers:
-    """Where the curvature of a run's model comes from: (name, Lipschitz, curvature, share of the whole in percent)."""
+    """Bounds of a model's layers. rows: (layer, Lipschitz, curvature, share of the model's curvature in percent)."""
 
     name: str
     rows: tuple[tuple[str, str, str, float], ...]
@@ -52,7 +52,7 @@ class Layers:
 def page(
     results: Sequence[Result], title: str, layers: Sequence[Layers] = (), witnesses: Sequence[Witnessed] = ()
 ) -> str:
-    """The page, as text."""
+    """The page as HTML."""
     environment = _environment()
     names = plots.names(results)
     drawings = [
@@ -85,12 +85,12 @@ def _environment() -> Any:
 
 
 def _line(value: Any) -> Any:
-    """A text as it can be shown; drawings, which are markup of our own, as they are."""
+    """A text made printable; anything else, such as a drawing, unchanged."""
     return printable(value) if type(value) is str else value
 
 
 def _about(result: Result) -> list[tuple[str, str]]:
-    """What was checked, and how."""
+    """Names and values of a run: its model, data, settings and tool."""
     run = result.run
     return [
         ("model", run.model.path),
@@ -125,14 +125,14 @@ def pictured(result: Result, archive: Any) -> list[Witnessed]:
     """
     import numpy as np
 
-    places = {int(index): place for place, index in enumerate(archive["index"])}
+    row_of = {int(index): row for row, index in enumerate(archive["index"])}
     attacked = [sample for sample in result.samples if sample.attack_radius is not None]
-    missing = [sample.index for sample in attacked if sample.index not in places]
-    if missing or len(attacked) != len(places):
+    missing = [sample.index for sample in attacked if sample.index not in row_of]
+    if missing or len(attacked) != len(row_of):
         raise RecordsError("--witnesses is not the file of this run: it is about other samples")
     found = []
     for sample in sorted(attacked, key=lambda s: (s.certified_radius or 0.0, s.index))[:MOST_IMAGES]:
-        x, d = (np.asarray(archive[key][places[sample.index]], dtype=np.float64) for key in ("x", "d"))
+        x, d = (np.asarray(archive[key][row_of[sample.index]], dtype=np.float64) for key in ("x", "d"))
         if abs(float(np.linalg.norm(d)) - (sample.attack_radius or 0.0)) > 1e-6 * (sample.attack_radius or 1.0):
             raise RecordsError(f"--witnesses is not the file of this run: sample {sample.index} has another witness")
         if not is_image(x.shape):

@@ -25,7 +25,7 @@ def _compact(data: Any) -> str:
 
 
 def document(records: Iterable[Record], view: View) -> Iterator[str]:
-    """`{"schema", "run", "samples", "summary"}`, one sample a line so that two documents compare line by line."""
+    """`{"schema", "run", "samples", "summary"}`; a sample is one line, so that two documents compare line by line."""
     whole = collect(records)
     yield f'{{\n"schema": {_compact(SCHEMA)},\n"run": {pretty(whole.run.to_dict())},\n"samples": ['
     for number, sample in enumerate(whole.samples):
@@ -34,8 +34,10 @@ def document(records: Iterable[Record], view: View) -> Iterator[str]:
 
 
 def lines(records: Iterable[Record], view: View) -> Iterator[str]:
-    """One object a line with its `type`; the run line carries the schema's name, each sample the link to those before
-    it, which begins at `view.chain`."""
+    """One object a line, with its `type`; the run's with the schema, a sample's with the link to those before it.
+
+    The first sample is linked to `view.chain`.
+    """
     chain = view.chain
     for record in records:
         head: dict[str, Any] = {"type": TYPES[type(record)]}

@@ -14,12 +14,12 @@ ELEMENTS = {FAIL: "failure", BROKEN: "error", OPEN: "skipped"}
 
 
 def document(records: Iterable[Record], view: View) -> Iterator[str]:
-    """A test suite for every radius asked for, a case a sample: failed where it is misclassified or attacked."""
+    """A test suite for every radius of `--eps`, a case a sample, which fails if misclassified or attacked."""
     yield of_cases(of_result(collect(records)), view)
 
 
 def of_cases(cases: Cases, view: View) -> str:
-    """One suite a rule, one case a case."""
+    """A test suite for every rule, with its cases."""
     root = ElementTree.Element("testsuites", name=printable(f"curvcert: {cases.model}"))
     for rule in cases.rules:
         mine = [case for case in cases.cases if case.rule == rule]

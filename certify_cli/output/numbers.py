@@ -1,4 +1,4 @@
-"""Numbers for people: few digits, and never rounded to the wrong side of a claim."""
+"""Numbers as text for people: few digits, rounded in the direction in which the claim stays true."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DOWN, UP, NEAREST = ROUND_FLOOR, ROUND_CEILING, ROUND_HALF_EVEN
 def number(value: float | None, rounding: str = NEAREST) -> str:
     """`value` with four decimals, or four significant digits where it is very small or large; "-" for None.
 
-    The conversion from float64 to decimal is exact, so the text lies on the asked side of the value.
+    The conversion from float64 to decimal is exact, so that the text never lies on the wrong side of the value.
     """
     if value is None:
         return "-"

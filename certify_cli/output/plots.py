@@ -1,4 +1,4 @@
-"""The plots of a report, by matplotlib: pure functions of finished runs.
+"""The plots of a report, drawn with matplotlib: pure functions of finished runs.
 
 Colours are names of roles. In a page they become CSS variables, so that one drawing serves light and dark; in a file of
 their own they are `LIGHT`.
@@ -45,7 +45,7 @@ DARK = {
     "run5": "#ff8aa8",
 }
 MOST_RUNS = 6
-"""As many as there are colours."""
+"""Runs in one report at most: one for each colour."""
 WIDE, HIGH = 6.4, 3.7
 """Inches."""
 DOTS = 160
@@ -59,7 +59,8 @@ POINTS = 400
 
 @dataclass(frozen=True)
 class Plot:
-    """`name` is its file's, `says` what is to be seen, for those who do not see it and as a caption."""
+    """One plot. name: of its file.   says: its caption, which also describes it to screen readers.   fits: whether the
+    runs hold the figures that it draws."""
 
     name: str
     title: str
@@ -69,7 +70,7 @@ class Plot:
 
 
 def names(results: Sequence[Result]) -> list[str]:
-    """Short and different: the model's file, and what else sets runs apart."""
+    """A short name for each run: the model's file, and where these are equal whatever differs; all are distinct."""
     files = [shown(re.split(r"[\\/]", result.run.model.path)[-1], LONGEST_LABEL) for result in results]
     for extra in ("method", "effort", "started"):
         if len(set(files)) == len(files):
@@ -84,13 +85,13 @@ def names(results: Sequence[Result]) -> list[str]:
 
 
 def share_of(result: Result) -> str:
-    """What a share of the samples is called: without labels nobody knows which are correct."""
+    """The name of a share of the samples: an accuracy only where there are labels."""
     return "accuracy" if result.summary.accuracy is not None else "share"
 
 
 def curves(results: Sequence[Result]) -> tuple[NDArray[Any], list[tuple[NDArray[Any], NDArray[Any] | None]]]:
-    """Radii, and of every run the share of samples that are certified above them, and not attacked up to them (None
-    where no attack is known)."""
+    """Radii (POINTS,), and for every run two shares of its samples at each of them: certified at the radius, and not
+    attacked at it (None where no attack is known)."""
     import numpy as np
 
     furthest = max((counted_radius(s) for result in results for s in result.samples), default=0.0)
@@ -121,7 +122,7 @@ def accuracy(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def distribution(axes: Axes, results: Sequence[Result]) -> None:
-    """How many samples have which certified radius."""
+    """Histogram of the certified radii."""
     import numpy as np
 
     radii = [[counted_radius(s) for s in result.samples] for result in results]
@@ -140,9 +141,9 @@ def both(result: Result) -> list[tuple[float, float]]:
 def gap(axes: Axes, results: Sequence[Result]) -> None:
     """The certified radius against the attack radius, sample by sample."""
     pairs = [both(result) for result in results]
-    least = min(min(pair) for found in pairs for pair in found)
-    most = max(max(pair) for found in pairs for pair in found)
-    axes.plot([least, most], [least, most], color="faint", linewidth=1)
+    smallest = min(min(pair) for found in pairs for pair in found)
+    largest = max(max(pair) for found in pairs for pair in found)
+    axes.plot([smallest, largest], [smallest, largest], color="faint", linewidth=1)
     for k, (name, found) in enumerate(zip(names(results), pairs, strict=True)):
         if found:
             axes.scatter([a for _, a in found], [c for c, _ in found], s=9, color=f"run{k}", alpha=0.7, label=name)
@@ -157,8 +158,8 @@ def classes(axes: Axes, results: Sequence[Result]) -> None:
     width = 0.8 / len(results)
     for k, (name, result) in enumerate(zip(names(results), results, strict=True)):
         means = [float(np.mean([counted_radius(s) for s in result.samples if s.label == c] or [0.0])) for c in labels]
-        places = np.arange(len(labels)) + (k - (len(results) - 1) / 2) * width
-        axes.bar(places, means, width, color=f"run{k}", label=name)
+        positions = np.arange(len(labels)) + (k - (len(results) - 1) / 2) * width
+        axes.bar(positions, means, width, color=f"run{k}", label=name)
     ticks = [shown(class_name(c, results[0].run), LONGEST_LABEL) for c in labels]
     long = len(labels) > 12 or max(map(len, ticks)) > 8
     axes.set_xticks(range(len(labels)), ticks, rotation=60 if long else 0, ha="right" if long else "center")
@@ -199,7 +200,7 @@ PLOTS = (
 
 
 def figure(plot: Plot, results: Sequence[Result]) -> Figure:
-    """Drawn in the light colours."""
+    """The plot as a figure of matplotlib, in the light colours."""
     _matplotlib()
     from matplotlib import colors
     from matplotlib.figure import Figure

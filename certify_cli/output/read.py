@@ -12,7 +12,7 @@ from certify_cli.records import SCHEMA, Result, Run, Sample, Summary
 
 
 def read_document(path: str) -> Result:
-    """The finished run in a file. Raises RecordsError, naming the file and the line, for anything else."""
+    """The finished run in the file `path`. Raises RecordsError, naming file and line, for anything else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -38,7 +38,7 @@ def read_document(path: str) -> Result:
 
 
 def _parts(path: str, text: str) -> dict[str, Any]:
-    """`schema`, `run`, `samples` and `summary`, as they are written."""
+    """`schema`, `run`, `samples` and `summary` as JSON values, not yet checked."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):

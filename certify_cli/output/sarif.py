@@ -22,12 +22,12 @@ KINDS = {PASS: ("pass", "none"), FAIL: ("fail", "error"), BROKEN: ("fail", "erro
 
 
 def document(records: Iterable[Record], view: View) -> Iterator[str]:
-    """A result for every sample and radius; those that pass are left out: they are no findings."""
+    """A result for every sample at every radius, but for those that pass: they are no findings."""
     yield of_cases(of_result(collect(records)), view)
 
 
 def of_cases(cases: Cases, view: View) -> str:
-    """One run, a rule a rule, a result a case that does not pass."""
+    """One run, with the rules and a result for every case that does not pass."""
     names = list(cases.rules)
     rules = [
         {"id": identifier(name), "name": _pascal(name), "shortDescription": {"text": printable(cases.rules[name])}}

@@ -1,4 +1,4 @@
-"""The certified-accuracy curve in a terminal, by plotext."""
+"""The certified-accuracy curve in a terminal, drawn with plotext."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ASCII = str.maketrans("┌┐└┘┬┴┤├┼─│", "+++++++++-|")
 
 
 def available() -> None:
-    """Raises UsageError, saying what to install, where it cannot be drawn."""
+    """Raises UsageError, naming what to install, where plotext is missing."""
     try:
         import plotext  # noqa: F401
     except ImportError:
@@ -21,7 +21,7 @@ def available() -> None:
 
 
 def curve(result: Result, view: View) -> str:
-    """The share of samples that are certified at each radius, and that are not attacked."""
+    """The shares of samples that are certified and that are not attacked, against the radius, as text."""
     import plotext
 
     levels, [(certified, unattacked)] = curves([result])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from certify_cli.audit.judge import Finding, Verdict
-from certify_cli.output import github, junit, sarif
-from certify_cli.output.cases import MOST_SAMPLES, asked, found, of_verdict
-from certify_cli.output.console import Column, class_name, grid, markdown_grid, paragraph, printable
+from certify_cli.output import blocks, github, junit, sarif
+from certify_cli.output.blocks import Block, Table
+from certify_cli.output.cases import MOST_SAMPLES, of_verdict, threshold_text, value_text
+from certify_cli.output.console import Column, class_name
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.output.numbers import DOWN, UP, number
@@ -29,19 +30,11 @@ Renderer = Callable[[Verdict, Run, View], str]
 
 
 def as_table(verdict: Verdict, run: Run, view: View) -> str:
-    rows = [_requirement(finding) for finding in verdict.findings]
-    styles = [{True: "green", False: "red", None: None}[finding.met] for finding in verdict.findings]
-    text = f"{printable(sentence(verdict, run))}\n\n{grid(REQUIREMENTS, rows, view, styles)}"
-    deciding = _deciding(verdict, run, view)
-    return text + (f"\n{grid(DECIDING, deciding, view)}" if deciding else "")
+    return blocks.as_text(_blocks(verdict, run, view), view)
 
 
 def as_markdown(verdict: Verdict, run: Run, view: View) -> str:
-    heading = "met" if verdict.met else "not met"
-    text = f"## curvcert: policy {heading}\n\n{paragraph(sentence(verdict, run))}\n\n"
-    text += markdown_grid(REQUIREMENTS, [_requirement(finding) for finding in verdict.findings])
-    deciding = _deciding(verdict, run, view)
-    return text + (f"\n{markdown_grid(DECIDING, deciding)}" if deciding else "")
+    return blocks.as_markdown("policy met" if verdict.met else "policy not met", _blocks(verdict, run, view))
 
 
 def as_json(verdict: Verdict, run: Run, view: View) -> str:
@@ -59,7 +52,7 @@ RENDERED: dict[str, Renderer] = {
 
 
 def sentence(verdict: Verdict, run: Run) -> str:
-    """Whether it is met, of what, and after how many samples that was certain."""
+    """One sentence: whether the policy is met, by which model on which data, after how many samples."""
     met = sum(bool(finding.met) for finding in verdict.findings)
     known = "met" if verdict.met else f"not met: {met} of {len(verdict.findings)} requirements hold"
     where = f"{run.model.path} on {run.data.name}"
@@ -68,11 +61,18 @@ def sentence(verdict: Verdict, run: Run) -> str:
     return f"{where}, {verdict.total} samples: policy {known}"
 
 
+def _blocks(verdict: Verdict, run: Run, view: View) -> list[Block]:
+    rows = [_requirement(finding) for finding in verdict.findings]
+    styles = [{True: "green", False: "red", None: None}[finding.met] for finding in verdict.findings]
+    deciding = Table(DECIDING, _deciding(verdict, run, view))
+    return [sentence(verdict, run), Table(REQUIREMENTS, rows, styles), *([deciding] if deciding.rows else [])]
+
+
 def _requirement(finding: Finding) -> tuple[str, ...]:
     return (
         finding.requirement.title,
-        asked(finding),
-        found(finding),
+        threshold_text(finding),
+        value_text(finding),
         {True: "met", False: "not met", None: "open"}[finding.met],
         finding.requirement.because,
     )

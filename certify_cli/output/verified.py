@@ -1,4 +1,4 @@
-"""What became of the records of a run that was verified: as a table, JSON or Markdown."""
+"""The result of `verify`, as a table, JSON or Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from certify_cli.output.console import FIRST_ROWS, Column, grid, markdown_grid, paragraph, printable
+from certify_cli.output import blocks
+from certify_cli.output.blocks import Block, Table, first_rows
+from certify_cli.output.console import Column
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA, Run
@@ -14,7 +16,7 @@ from certify_cli.records import SCHEMA, Run
 
 @dataclass(frozen=True)
 class Row:
-    """A record: `outcome` is how far its radius was confirmed."""
+    """One record. outcome: a key of `Verified.outcomes`.   contradictions: a sentence each."""
 
     index: int
     method: str | None
@@ -25,7 +27,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Verified:
-    """outcomes: what each means. of_run: contradictions of the whole run, in words. `notes`: what was not looked at."""
+    """A verified run. records, model: paths.   outcomes: meaning of each.   of_run: contradictions of the whole run.
+    notes: sentences on checks that could not be made."""
 
     run: Run
     records: str
@@ -37,7 +40,7 @@ class Verified:
 
     @property
     def contradictions(self) -> list[tuple[str, str]]:
-        """Where, and what."""
+        """(where, sentence): where is "run", or the index of a sample."""
         return [("run", text) for text in self.of_run] + [
             (str(row.index), text) for row in self.rows for text in row.contradictions
         ]
@@ -59,20 +62,12 @@ WRONG = (Column("sample", right=True), Column("contradiction", wraps=True))
 
 
 def as_table(found: Verified, view: View) -> str:
-    text = f"{printable(found.sentence)}\n\n{grid(OUTCOMES, _counts(found), view)}"
-    shown = _shown(found, view)
-    if shown:
-        text += f"\n{grid(WRONG, shown, view, ['red'] * len(shown))}"
-    return text + _hidden(found, shown)
+    return blocks.as_text(_blocks(found, view), view)
 
 
 def as_markdown(found: Verified, view: View) -> str:
-    text = f"## curvcert: records {'verified' if not found.contradictions else 'contradicted'}\n\n"
-    text += f"{paragraph(found.sentence)}\n\n{markdown_grid(OUTCOMES, _counts(found))}"
-    shown = _shown(found, view)
-    if shown:
-        text += f"\n{markdown_grid(WRONG, shown)}"
-    return text + _hidden(found, shown)
+    verdict = "records contradicted" if found.contradictions else "records verified"
+    return blocks.as_markdown(verdict, _blocks(found, view))
 
 
 def as_json(found: Verified, view: View) -> str:
@@ -95,14 +90,8 @@ RENDERED: dict[str, Callable[[Verified, View], str]] = {
 }
 
 
-def _counts(found: Verified) -> list[tuple[str, ...]]:
-    return [(outcome, str(count), found.outcomes[outcome]) for outcome, count in found.counts.items() if count]
-
-
-def _shown(found: Verified, view: View) -> list[tuple[str, str]]:
-    return found.contradictions if view.all_rows else found.contradictions[:FIRST_ROWS]
-
-
-def _hidden(found: Verified, shown: list[tuple[str, str]]) -> str:
-    hidden = len(found.contradictions) - len(shown)
-    return f"\n{hidden} more contradictions (--all shows every one)\n" if hidden else ""
+def _blocks(found: Verified, view: View) -> list[Block]:
+    counts = [(outcome, str(count), found.outcomes[outcome]) for outcome, count in found.counts.items() if count]
+    wrong = Table(WRONG, found.contradictions, ["red"] * len(found.contradictions))
+    remark = "{} more contradictions (--all shows every one)"
+    return [found.sentence, Table(OUTCOMES, counts), *first_rows(wrong, remark, view)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from certify_cli.audit.figures import FIGURES, reached
+from certify_cli.audit.figures import FIGURES, values_of
 from certify_cli.audit.judge import judge
 from certify_cli.audit.policy import Policy, Requirement
 from certify_cli.errors import UsageError
@@ -33,7 +33,7 @@ def test_what_a_policy_asks() -> None:
         largest_lipschitz = 40
         """
     )
-    assert [(r.key, r.eps, r.asked) for r in found.requirements] == [
+    assert [(r.key, r.eps, r.threshold) for r in found.requirements] == [
         ("accuracy", None, 0.97),
         ("certified_accuracy", "0.5", 0.6),
         ("certified_accuracy", "36/255", 1.0),
@@ -74,14 +74,14 @@ def test_a_baseline_asks_for_what_it_reached_less_what_may_fall() -> None:
     samples = [sample(0, radius=0.4), sample(1, radius=0.2), sample(2, label=1, radius=0.3), sample(3, radius=None)]
     old = Result(run({}, SETTINGS, 4, []), tuple(samples), summarise(samples, ("0.25",), 1.0))
     asked = policy("baseline = 'old.json'\nfall = { accuracy = 0.25, mean_certified_radius = 0.5 }").against(old)
-    found = {(r.key, r.eps): r.asked for r in asked}
+    found = {(r.key, r.eps): r.threshold for r in asked}
     assert found["accuracy", None] == pytest.approx(0.75 - 0.25)
     assert found["certified_accuracy", "0.25"] == pytest.approx(0.25 - 0.01)
     assert found["mean_certified_radius", None] == pytest.approx(0.15 * 0.5)
     assert found["median_certified_radius", None] == pytest.approx(0.1 * 0.99)
     verdict = judge(asked, samples, 4, {})
     assert verdict.met
-    assert len(verdict.findings) == len(reached(old.summary))
+    assert len(verdict.findings) == len(values_of(old.summary))
 
 
 class SETTINGS:
@@ -108,15 +108,15 @@ def test_a_certain_verdict_is_that_of_all_samples(
     ]
     wanted = [Requirement(key, asked, eps if FIGURES[key].by_radius else None)]
     final = judge(wanted, samples, len(samples), {}).findings[0]
-    assert final.least == final.largest
+    assert final.lower == final.upper
     assert final.met is not None
-    known: Any = reached(summarise(samples, (eps,), 1.0)).get((key, wanted[0].eps))
+    known: Any = values_of(summarise(samples, (eps,), 1.0)).get((key, wanted[0].eps))
     if known is not None:
-        assert final.least == pytest.approx(known)
+        assert final.lower == pytest.approx(known)
     for count in range(len(samples)):
         finding = judge(wanted, samples[:count], len(samples), {}).findings[0]
-        assert finding.least <= final.least + 1e-15
-        assert finding.largest >= final.largest - 1e-15
+        assert finding.lower <= final.lower + 1e-15
+        assert finding.upper >= final.upper - 1e-15
         assert finding.met in (None, final.met)
 
 
@@ -131,7 +131,7 @@ def test_which_samples_decide() -> None:
     ]
 
     def deciding(key: str, eps: str | None = None) -> list[int]:
-        asked = 0.0 if not FIGURES[key].least else math.inf
+        asked = 0.0 if not FIGURES[key].at_least else math.inf
         return [s.index for s in judge([Requirement(key, asked, eps)], samples, 5, {}).findings[0].samples]
 
     assert deciding("certified_accuracy", "0.5") == [3, 4, 0, 2]

@@ -20,6 +20,7 @@ from certify_cli.audit.verify.proof import proved, stays_positive, stays_positiv
 from certify_cli.audit.verify.prover import Prover
 from certify_cli.audit.verify.reading import INPUT, UnreadableError, read, spectral
 from certify_cli.audit.verify.reference import Reference
+from certify_cli.audit.verify.remainders import remainders
 from certify_cli.audit.verify.search import attacked
 from certify_cli.network.activations import ACTIVATIONS, from_name
 from certify_cli.network.graph import Network
@@ -114,7 +115,7 @@ def test_remainders_lie_between_their_bends(name: str) -> None:
         pytest.skip("its second derivative jumps, so its range is used as it is")
     z = torch.linspace(-4, 4, 81, dtype=torch.float64)
     for low, high in ((-0.5, 0.2), (-2.0, 3.0), (-0.01, 0.0), (0.0, 4.0)):
-        least, most = f.bend_range(z, torch.full_like(z, low), torch.full_like(z, high))
+        least, most = f.quotient_range(z, torch.full_like(z, low), torch.full_like(z, high))
         t = torch.linspace(low, high, 1201, dtype=torch.float64)[:, None]
         q = f.value(z + t) - f.value(z) - f.slope(z) * t
         assert bool((q >= least * t.square() / 2 - 1e-14).all() and (q <= most * t.square() / 2 + 1e-14).all())
@@ -130,7 +131,7 @@ def test_the_dense_reading_is_the_network(name: str) -> None:
     assert bool(((values.logits.value - exact).norm(dim=1) <= values.logits.error + 1e-12).all())
     assert float(values.logits.error.max()) < 1e-9
     prediction = exact.argmax(1)
-    adjoints = prover.adjoints(values, prover.tops(prediction))
+    adjoints = prover.adjoints(values, prover.margin_rows(prediction))
     with torch.enable_grad():
         moving = x.clone().requires_grad_()
         logits = network(moving)
@@ -153,9 +154,9 @@ def test_margins_stay_above_what_is_proved(name: str, size: float) -> None:
     x = samples(network, 6, seed=7)
     flat, radius = x.flatten(1), torch.full((6,), size, dtype=torch.float64)
     values, prediction = prover.values(flat), network(x).argmax(1)
-    adjoints = prover.adjoints(values, prover.tops(prediction))
-    g, f = adjoints[INPUT].size, prover.margins(values, prediction)
-    lost, slope = prover.remainders(values, adjoints, radius), prover.lipschitz[prediction]
+    adjoints = prover.adjoints(values, prover.margin_rows(prediction))
+    g, f = adjoints[INPUT].norm, prover.margins(values, prediction)
+    lost, slope = remainders(prover, values, adjoints, radius), prover.lipschitz[prediction]
     bend = torch.tensor(
         [[prover.curvature(int(y), i) if i != int(y) else 0.0 for i in range(network.classes)] for y in prediction]
     )
@@ -211,13 +212,13 @@ def test_adjoints_lie_in_their_ranges_everywhere(name: str) -> None:
     draw = torch.Generator().manual_seed(5)
     x = torch.randn(300, *network.input_shape, generator=draw, dtype=torch.float64)
     x = x * 10 ** torch.linspace(-2, 1.5, 300, dtype=torch.float64).reshape(-1, *[1] * (x.dim() - 1))
-    found = prover.adjoints(prover.values(x.flatten(1)), prover.tops(torch.zeros(300, dtype=torch.long)))
+    found = prover.adjoints(prover.values(x.flatten(1)), prover.margin_rows(torch.zeros(300, dtype=torch.long)))
     for rival in range(1, network.classes):
-        low, high = prover._adjoint_ranges(0, rival)
+        low, high = prover.adjoint_ranges(0, rival)
         for k in low:
             v = found[k].value[:, rival]
             assert bool((v >= low[k] - 1e-9).all() and (v <= high[k] + 1e-9).all())
-            middle, spread = prover._adjoint_about(k, 0, rival)
+            middle, spread = prover.linearised_adjoint(k, 0, rival)
             assert bool(((v - middle).abs() <= spread + 1e-9).all())
 
 
@@ -349,9 +350,9 @@ def test_what_the_reference_accepts_rests_on_no_estimate(monkeypatch: pytest.Mon
     prediction = network(x).argmax(1)
     reference = Reference(Prover(read(network)))
     exact = [largest_held(reference, row, int(y)) for row, y in zip(x, prediction, strict=True)]
-    estimate = reference_module._largest
+    estimate = reference_module.largest_eigenvalue
     monkeypatch.setattr(
-        reference_module, "_largest", lambda b, w, exact: estimate(b, w, exact) * (1.0 if exact else 1e-6)
+        reference_module, "largest_eigenvalue", lambda b, w, exact: estimate(b, w, exact) * (1.0 if exact else 1e-6)
     )
     for row, y, radius in zip(x, prediction, exact, strict=True):
         assert not reference.holds(row, int(y), 1.3 * radius)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,8 @@ def test_where_a_sample_loses(curvcert: Curvcert) -> None:
     assert table.code == 0
     assert "sample 3: class" in table.out
     lines = table.out.splitlines()
+    titles = ["term", "half width", "nonlinear", "intercept", "quadratic", "residual", "loss", "of margin"]
+    assert re.split(" {2,}", lines[2]) == titles
     assert [line.split()[0] for line in lines[-3:]] == ["gradient", "softplus", "proof"]
     certified = document(curvcert, "--method", "local", "--samples", "3:4")["samples"][0]
     assert losses["radius"] == pytest.approx(certified["certified_radius"], rel=0.02)

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from certify_cli.bounds.global_bounds.layer_report import layer_table
-from certify_cli.cli.bounds import COLUMNS, _layer_cells
 from certify_cli.cli.inspect import as_text, describe
+from certify_cli.cli.layer_bounds import COLUMNS, cells
 from certify_cli.data.datasets import load_data
 from certify_cli.errors import CurvcertError
 from certify_cli.load.convert import convert
@@ -129,7 +129,7 @@ def test_texts_of_a_model_file(name: str, place: str, tmp_path: Path) -> None:
         assert node.op.title.isprintable()
         assert len(node.op.title) <= 110
     shown = as_text(describe(loaded), View(width=80)) + grid(
-        COLUMNS, [_layer_cells(row) for row in layer_table(loaded.network)], View(width=80)
+        COLUMNS, [cells(row) for row in layer_table(loaded.network)], View(width=80)
     )
     assert all(line.isprintable() and not line.lstrip().startswith("::") for line in shown.split("\n"))
     assert "##[" not in shown

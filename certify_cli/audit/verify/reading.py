@@ -1,6 +1,6 @@
 """A network as dense matrices between its activations: z_l = sum over earlier k of W_lk h_k + b_l, h_k = phi_k(z_k).
 
-Every number that is computed here comes with a bound of its error: entrywise on the way, a Euclidean norm at the end.
+Every computed number has an upper bound of its error: entrywise on the way, as a Frobenius norm in the result.
 """
 
 from __future__ import annotations
@@ -21,54 +21,60 @@ from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scal
 from certify_cli.network.graph import Add, Concat, Network
 
 U = 2.0**-53
+"""Unit roundoff of float64."""
 UP = 1 + 4e-9
-"""Covers the rounding of every sum of non-negative numbers in this check: fewer than LARGEST terms."""
+"""Factor that covers the rounding of any sum of non-negative numbers in this check: they have at most LARGEST terms."""
 TINY = 1e-150
-"""Added to every Euclidean norm: what squares may lose by underflow is less."""
+"""Added to every Euclidean norm: squares lose less than this by underflow."""
 LARGEST = 3 * 10**7
-"""Entries of a matrix; a model that needs a larger one is not read."""
+"""Entries of the largest matrix; a model that needs a larger one is not read."""
 SVD_WORK, GRAM_WORK = 4e9, 1e12
-"""Multiplications up to which a norm is taken from an SVD, and from powers of a Gram matrix."""
+"""Multiplications up to which a spectral norm is taken from an SVD, and up to which from powers of a Gram matrix."""
 INPUT = -1
+"""The input's number as a layer."""
 
 
 class UnreadableError(Exception):
-    """Why a network is not read as matrices."""
+    """A network that is not read as matrices; the message says why."""
 
 
 @dataclass(eq=False)
 class Matrix:
-    """`value` (rows, columns), at most `flaw` from the exact one, in the Frobenius norm."""
+    """A computed matrix `value` (rows, columns), and an upper bound of the Frobenius norm of its `error`."""
 
     value: Tensor
-    flaw: float
+    error: float
     _norm: float | None = field(default=None, repr=False)
 
     @property
-    def size(self) -> float:
-        """The exact matrix's Frobenius norm, at most."""
-        return (float(length(self.value)) + self.flaw) * UP
+    def frobenius(self) -> float:
+        """Upper bound of the exact matrix's Frobenius norm."""
+        return (float(upper_norm(self.value)) + self.error) * UP
 
     @property
     def norm(self) -> float:
-        """The exact matrix's spectral norm, at most."""
+        """Upper bound of the exact matrix's spectral norm."""
         if self._norm is None:
-            self._norm = (spectral(self.value) + self.flaw) * UP
+            self._norm = (spectral(self.value) + self.error) * UP
         return self._norm
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """`function` None: the logits. `weights` by layer, INPUT for the input. `bias_flaw`: its error's norm."""
+    """z = sum of W h + bias, and h = function(z).
+
+    function: None for the logits.   weights: by the layer of h, INPUT for the input.   bias_error: upper bound of the
+    Euclidean norm of the bias' error.
+    """
 
     function: Function | None
     weights: dict[int, Matrix]
     bias: Tensor
-    bias_flaw: float
+    bias_error: float
 
 
-def length(a: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Euclidean norms, at least; of everything, or along `dim`."""
+def upper_norm(a: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Upper bounds of Euclidean norms: of all entries, or along `dim`."""
     return torch.linalg.vector_norm(a, dim=dim) * UP + TINY
 
 
@@ -81,16 +87,16 @@ def spectral(a: Tensor) -> float:
     if scale == 0.0 or not math.isfinite(scale):
         return 0.0 if scale == 0.0 else math.inf
     a = a / scale
-    frobenius = float(length(a))
+    frobenius = float(upper_norm(a))
     rounding = U * frobenius  # of the division
     if m * m * n <= SVD_WORK:
         u, s, vt = torch.linalg.svd(a, full_matrices=False)
         gamma = (n + 4) * U * UP
         product = (u * s) @ vt
-        magnitude = float(length((u.abs() * s) @ vt.abs()))
-        apart = float(length(a - product)) + gamma * (magnitude + frobenius)
+        magnitude = float(upper_norm((u.abs() * s) @ vt.abs()))
+        apart = float(upper_norm(a - product)) + gamma * (magnitude + frobenius)
         eye = torch.eye(m, dtype=a.dtype)
-        skew = [float(length(q.T @ q - eye)) + gamma * float(length(q)) ** 2 for q in (u, vt.T)]
+        skew = [float(upper_norm(q.T @ q - eye)) + gamma * float(upper_norm(q)) ** 2 for q in (u, vt.T)]
         found = float(s.max()) * math.sqrt((1 + skew[0]) * (1 + skew[1])) + apart
         return min(found + rounding, frobenius) * scale * UP + TINY
     if m * m * n > GRAM_WORK:
@@ -100,20 +106,23 @@ def spectral(a: Tensor) -> float:
     # invariant: ||a||^2 <= (||gram|| + error) ^ (1/power) / scaling, kept as logarithms
     log, power = 0.0, 1.0
     for _ in range(8):
-        size = float(length(gram))
+        size = float(upper_norm(gram))
         gram, error = gram / size, error / size + U
         log += math.log(size) / power
         error = (2 * error + error * error + (m + 3) * U) * UP
         gram = gram @ gram
         power *= 2
-    largest = (float(length(gram)) + error) * UP
+    largest = (float(upper_norm(gram)) + error) * UP
     squared = math.exp(log + math.log(largest) / power) * (1 + 1e-12)
     return min(math.sqrt(squared) + rounding, frobenius) * scale * UP + TINY
 
 
 @dataclass(eq=False)
-class _Form:
-    """An affine function of the sources: matrices (source size, *shape), their entrywise errors, a bias and its."""
+class _AffineForm:
+    """An affine function of earlier layers (the sources).
+
+    parts: by source, the matrix (source entries, *shape) and its entrywise error.   bias, bias_error: (1, *shape).
+    """
 
     parts: dict[int, tuple[Tensor, Tensor]]
     bias: Tensor
@@ -121,7 +130,10 @@ class _Form:
 
 
 def read(network: Network) -> list[Layer]:
-    """The activations in order, the logits last. Raises UnreadableError for group maps and matrices too large."""
+    """A layer for every activation in order, then the logits.
+
+    Raises UnreadableError for a nonlinearity that is no activation (max pooling, MaxMin) and for too large a matrix.
+    """
     layers: list[Layer] = []
     forms = [_identity(INPUT, network.input_shape)]
     for node in network.nodes[1:]:
@@ -144,24 +156,24 @@ def read(network: Network) -> list[Layer]:
     return [*layers, _layer(None, forms[-1])]
 
 
-def _identity(source: int, shape: tuple[int, ...]) -> _Form:
+def _identity(source: int, shape: tuple[int, ...]) -> _AffineForm:
     size = math.prod(shape)
     if size * size > LARGEST:
         raise UnreadableError("a layer is too large to be written as a matrix")
     eye = torch.eye(size, dtype=torch.float64).reshape(size, *shape)
     none = torch.zeros(1, *shape, dtype=torch.float64)
-    return _Form({source: (eye, torch.zeros_like(eye))}, none, none)
+    return _AffineForm({source: (eye, torch.zeros_like(eye))}, none, none)
 
 
-def _layer(function: Function | None, form: _Form) -> Layer:
+def _layer(function: Function | None, form: _AffineForm) -> Layer:
     weights = {
-        source: Matrix(value.flatten(1).T.contiguous(), float(length(error)))
+        source: Matrix(value.flatten(1).T.contiguous(), float(upper_norm(error)))
         for source, (value, error) in form.parts.items()
     }
-    return Layer(function, weights, form.bias.flatten(), float(length(form.bias_error)))
+    return Layer(function, weights, form.bias.flatten(), float(upper_norm(form.bias_error)))
 
 
-def _added(forms: list[_Form]) -> _Form:
+def _added(forms: list[_AffineForm]) -> _AffineForm:
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     for form in forms:
         for source, (value, error) in form.parts.items():
@@ -171,24 +183,24 @@ def _added(forms: list[_Form]) -> _Form:
             parts[source] = value, error
     biases = torch.stack([form.bias for form in forms])
     error = torch.stack([form.bias_error for form in forms]).sum(0) * UP + len(forms) * U * biases.abs().sum(0)
-    return _Form(parts, biases.sum(0), error)
+    return _AffineForm(parts, biases.sum(0), error)
 
 
-def _concatenated(axis: int, forms: list[_Form], shapes: list[tuple[int, ...]]) -> _Form:
+def _concatenated(axis: int, forms: list[_AffineForm], shapes: list[tuple[int, ...]]) -> _AffineForm:
     parts = {}
     for source in dict.fromkeys(s for form in forms for s in form.parts):
         size = next(len(form.parts[source][0]) for form in forms if source in form.parts)
         none = [torch.zeros(size, *shape, dtype=torch.float64) for shape in shapes]
         pairs = [form.parts.get(source, (zero, zero)) for form, zero in zip(forms, none, strict=True)]
         parts[source] = tuple(torch.cat([pair[i] for pair in pairs], dim=axis + 1) for i in (0, 1))
-    return _Form(
+    return _AffineForm(
         parts,  # type: ignore[arg-type]
         torch.cat([form.bias for form in forms], dim=axis + 1),
         torch.cat([form.bias_error for form in forms], dim=axis + 1),
     )
 
 
-def _mapped(op: Any, form: _Form) -> _Form:
+def _mapped(op: Any, form: _AffineForm) -> _AffineForm:
     """The form behind an affine operation: |error| <= |W| e + gamma |W| (|value| + e)."""
     apply, terms = LINEAR[type(op)]
     count = terms(op) + 4 + getattr(op, "weight_error", 0)
@@ -206,7 +218,7 @@ def _mapped(op: Any, form: _Form) -> _Form:
             offset = offset.reshape(-1, *[1] * (op.weight.dim() - 2))
         bias = bias + offset
         error = error + U * (bias.abs() + offset.abs())
-    return _Form(parts, bias, error)
+    return _AffineForm(parts, bias, error)
 
 
 Change = Callable[[Tensor], Tensor]
@@ -237,4 +249,4 @@ LINEAR: dict[Any, tuple[Callable[..., Tensor], Callable[[Any], int]]] = {
     Reshape: (lambda op, x, change: x.reshape(len(x), *op.shape), lambda op: 0),
     Select: (_selected, lambda op: 0),
 }
-"""Affine operation -> (op, x, what to do to the weights) -> W x, and how many products an entry sums."""
+"""By affine operation: (op, x, change of the weights) -> W x, and the number of products that an entry adds up."""

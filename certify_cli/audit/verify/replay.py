@@ -1,5 +1,5 @@
-"""Attacks replayed: the witnesses that the run kept, or, where it kept none, what a certificate promises along the
-gradient; and the model itself once more through onnxruntime, where that is installed."""
+"""Attacks replayed: the witnesses that the run kept, or, where it kept none, attacks along the gradients, as
+certificates promise them; and the ONNX file itself in onnxruntime, where that is installed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from certify_cli.load.onnx.runtime import Runtime
 from certify_cli.network.graph import Network
 from certify_cli.records import Sample
 
-FURTHER = 1e-4
-"""float32 blurs what float64 decides: an example goes so much further, relatively, before it meets onnxruntime."""
-BLURRED = 1e-3
-"""Margins below this part of their two logits may fall either way in float32."""
+STRETCH = 1e-4
+"""Relative lengthening of a witness before onnxruntime sees it: float32 does not decide what float64 just does."""
+FLOAT32_TOLERANCE = 1e-3
+"""Margins below this part of their two logits are not decided in float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Witnesses:
-    """What `certify --witnesses` wrote, by index."""
+    """The attacks that `certify --witnesses` wrote: sample x and perturbation d (*shape), float64, by index."""
 
     x: Mapping[int, Tensor]
     d: Mapping[int, Tensor]
@@ -41,7 +41,7 @@ class Witnesses:
 
 
 def replayed(network: Network, sample: Sample, x: Tensor, witnesses: Witnesses | None) -> Iterator[str]:
-    """What is not so of the attack that a record tells of, in words; x is the data's (*shape)."""
+    """Contradictions of the attack in a record, a sentence each. x: the sample in the data (*shape)."""
     claimed, prediction = sample.attack_radius, sample.prediction
     if claimed is None or prediction is None:
         return
@@ -68,6 +68,7 @@ def replayed(network: Network, sample: Sample, x: Tensor, witnesses: Witnesses |
 
 
 def _along_gradient(network: Network, x: Tensor, prediction: int, radius: float) -> bool:
+    """Whether a step of length `radius` down the gradient of some margin changes the prediction."""
     with torch.enable_grad():
         start = x[None].detach().requires_grad_()
         logits = network(start)[0]
@@ -81,18 +82,18 @@ def _along_gradient(network: Network, x: Tensor, prediction: int, radius: float)
 
 
 class Deployed:
-    """The ONNX file in onnxruntime; `prefix` maps a batch of data to the file's own input."""
+    """The ONNX file of a model in onnxruntime. prefix: maps a batch of data to the file's own input."""
 
     def __init__(self, loaded: LoadedModel, output: str | None, prefix: Callable[[Tensor], Tensor]) -> None:
-        """NotRunnableError where onnxruntime does not run the file."""
+        """Raises NotRunnableError where onnxruntime does not run the file."""
         assert loaded.deployment is not None
         file = read_onnx(Path(loaded.info.path), output)
         self._runtime = Runtime(file.model, [file.output])
         self._prefix, self._deployment = prefix, loaded.deployment
 
     def logits(self, x: Tensor) -> Tensor:
-        """What the file ends in for x (batch, *shape) in data units, in its own type, a column a class: logits, or
-        probabilities in the same order."""
+        """The file's output for x (batch, *shape) in data units, computed in the file's own type: (batch, classes),
+        logits or probabilities."""
         model_input = self._deployment.model_input
         taken = (
             self._prefix(x).reshape(-1, *model_input.shape).numpy().astype(tensor_dtype_to_np_dtype(model_input.kind))

@@ -1,7 +1,7 @@
-"""What rounding does to a network's logits, estimated: records are compared with it, never with a part of some logit.
+"""An estimate of the rounding errors of a network's logits: the tolerance with which records are compared.
 
-A logit may be small after large numbers cancelled, and large beside others that matter: neither its own size nor the
-largest logit's tells how far two honest evaluations may be apart.
+A part of the logit itself would not do: it may be small after large numbers have cancelled, or large beside others that
+matter. Neither its own magnitude nor the largest logit's bounds the distance of two honest evaluations.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from certify_cli.network.graph import Add, Network, Op
 
 UNIT = 2.0**-53
 TIMES = 256
-"""How much further than the estimate two evaluations may be apart."""
+"""Factor on the estimate that makes it a tolerance."""
 
 
-def blur(network: Network, x: Tensor) -> Tensor:
-    """(batch, classes): by how much a logit may differ between two evaluations in float64 at x (batch, *shape).
+def logit_error(network: Network, x: Tensor) -> Tensor:
+    """An estimate (batch, classes) of the distance of two evaluations of a logit at x (batch, *shape) in float64.
 
-    Every value on the way is moved, up or down by chance, by the rounding of what is added up in it; what becomes of
-    that is taken TIMES, and the last sum's own rounding is added.
+    Every intermediate value is moved up or down, at random, by the rounding of the numbers that it adds up. The logits'
+    movement and the last sum's own rounding, TIMES, are the estimate.
     """
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        exact, moved, size = [x], [x], x.abs()
+        exact, moved, magnitude = [x], [x], x.abs()
         for node in network.nodes[1:]:
             inputs = [exact[i] for i in node.inputs]
             value, shifted = node.op.apply(*inputs), node.op.apply(*(moved[i] for i in node.inputs))
-            size = _added_up(node.op, value, inputs)
+            magnitude = _summand_magnitude(node.op, value, inputs)
             sign = 2.0 * torch.randint(0, 2, value.shape, generator=draw, dtype=x.dtype) - 1.0
             exact.append(value)
-            moved.append(shifted + 4 * UNIT * size * sign)
-        return TIMES * ((moved[-1] - exact[-1]).abs() + UNIT * size.broadcast_to(exact[-1].shape))
+            moved.append(shifted + 4 * UNIT * magnitude * sign)
+        return TIMES * ((moved[-1] - exact[-1]).abs() + UNIT * magnitude.broadcast_to(exact[-1].shape))
 
 
-def _added_up(op: Op, value: Tensor, inputs: list[Tensor]) -> Tensor:
-    """The size of what is added up in each entry of a node's value."""
+def _summand_magnitude(op: Op, value: Tensor, inputs: list[Tensor]) -> Tensor:
+    """The sum of the magnitudes of the numbers that each entry of a node's value adds up."""
     if isinstance(op, AffineOp):
         bias = op.bias()
         return op.absolute(inputs[0].abs()) + (0.0 if bias is None else bias.abs())

@@ -1,4 +1,4 @@
-"""A seeded attack inside every certified ball: what it finds contradicts the record."""
+"""A seeded attack inside every certified ball. An adversarial example that it finds contradicts the record."""
 
 from __future__ import annotations
 
@@ -6,41 +6,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from certify_cli.audit.verify.rounding import blur
+from certify_cli.audit.verify.rounding import logit_error
 from certify_cli.load.onnx.parity import wake
 from certify_cli.network.graph import Network
 
-STEPS, REACHES = 20, 12
-"""Steps of an attack, and attacks of one reach."""
+STEPS = 20
+"""Steps of an attack."""
+BALLS = 12
+"""Balls in which a sample is attacked at most, each SHRINKING times smaller than the one before."""
 INSIDE = 1 - 1e-9
-"""A ball's edge is not claimed, and points on it are rounded."""
-NEARER = 10.0
-"""A claim may be so wrong that steps of its length pass everything by: attacks of shorter reach follow, down to where
-there would be none without curvature; where the margin is flat at the sample, all REACHES."""
+"""Part of the radius within which attacks stay: a claim leaves out the boundary of its ball, and points are rounded."""
+SHRINKING = 10.0
+"""A claim may be so wrong that steps of its length jump over every adversarial example. Smaller balls follow, down to
+the radius that the margin over its gradient gives; where the gradient is zero at the sample, all BALLS."""
 STARTS = (0.5, 1.0, 1.0)
-"""How far out the random starts lie, as parts of the reach; the sample is another start."""
+"""Distances of the random starts from the sample, as parts of the ball's radius; the sample is another start."""
 
 
 def attacked(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, seed: int) -> Tensor:
-    """(batch,): whether an example within `radius` of x (batch, *shape) is predicted otherwise.
+    """Whether an adversarial example is found within `radius` (batch,) of each sample x (batch, *shape): (batch,).
 
-    Steps of shrinking length down the margin to the class that is nearest at each point: from the sample, from random
-    places in the ball, and, where the margin is flat at the sample, from where units wake that sleep there.
+    Gradient steps of shrinking length down the smallest margin: from the sample, from random points in the ball, and,
+    where the gradient is zero at the sample, from points at which inactive units become active.
     """
     value, gradient = _margins(network, x, torch.zeros_like(x.flatten(1)), prediction)
     straight = (value / gradient.norm(dim=1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    found, reach = torch.zeros(len(x), dtype=torch.bool), radius.clone()
+    found, size = torch.zeros(len(x), dtype=torch.bool), radius.clone()
     for row in (~straight.isfinite()).nonzero()[:, 0].tolist():
-        found[row] = _from_woken(network, x[row], prediction[row], radius[row])
-    live = (~found).nonzero()[:, 0]
-    for _ in range(REACHES):
-        if not len(live):
+        found[row] = _from_active_units(network, x[row], prediction[row], radius[row])
+    active = (~found).nonzero()[:, 0]
+    for _ in range(BALLS):
+        if not len(active):
             break
-        hit = _attacked(network, x[live], prediction[live], reach[live], seed)
-        found[live] |= hit
-        flat = ~straight[live].isfinite()
-        live = live[~hit & (flat | (reach[live] > 2 * straight[live]))]
-        reach[live] = torch.minimum(reach[live] / NEARER, 1e6 * straight[live])
+        hit = _attacked(network, x[active], prediction[active], size[active], seed)
+        found[active] |= hit
+        flat = ~straight[active].isfinite()
+        active = active[~hit & (flat | (size[active] > 2 * straight[active]))]
+        size[active] = torch.minimum(size[active] / SHRINKING, 1e6 * straight[active])
     return found
 
 
@@ -60,7 +62,7 @@ def _attacked(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, s
 
 
 def _descended(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, d: Tensor) -> Tensor:
-    """Whether an example is met on the way down from x + d (batch, inputs)."""
+    """Whether each descent from x + d, d (batch, inputs), meets an adversarial example: (batch,)."""
     found = torch.zeros(len(x), dtype=torch.bool)
     for step in range(STEPS + 1):
         values, gradient = _margins(network, x, d, prediction)
@@ -73,8 +75,8 @@ def _descended(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, 
     return found
 
 
-def _from_woken(network: Network, x: Tensor, prediction: Tensor, radius: Tensor) -> bool:
-    """The same from points where units respond that do not at x (*shape), as far as the ball goes."""
+def _from_active_units(network: Network, x: Tensor, prediction: Tensor, radius: Tensor) -> bool:
+    """Whether a descent meets an example that starts where units inactive at x (*shape) are active, in the ball."""
     points = wake(network, x[None].numpy())
     if points is None:
         return False
@@ -86,22 +88,23 @@ def _from_woken(network: Network, x: Tensor, prediction: Tensor, radius: Tensor)
 
 
 def _within(d: Tensor, radius: Tensor) -> Tensor:
+    """d (batch, inputs), shortened to just within `radius`."""
     return d * (radius * INSIDE / d.norm(dim=1).clamp(min=1e-300)).clamp(max=1.0)[:, None]
 
 
 def _clear(network: Network, x: Tensor, d: Tensor, prediction: Tensor) -> Tensor:
-    """(batch,): whether another class is ahead at x + d by more than what rounding may do to the two logits."""
+    """Whether another class is ahead at x + d by more than the rounding of the two logits: (batch,)."""
     moved = (x.flatten(1) + d).reshape(x.shape)
     with torch.no_grad():
         logits = network(moved)
     other = logits.scatter(1, prediction[:, None], -torch.inf).argmax(1)
     pair = torch.stack([prediction, other], dim=1)
     behind = logits.gather(1, pair)
-    return behind[:, 1] - behind[:, 0] > blur(network, moved).gather(1, pair).sum(1)
+    return behind[:, 1] - behind[:, 0] > logit_error(network, moved).gather(1, pair).sum(1)
 
 
 def _margins(network: Network, x: Tensor, d: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-    """The least margin (batch,) and its gradient (batch, inputs)."""
+    """The smallest margin (batch,) at x + d and its gradient (batch, inputs)."""
     with torch.enable_grad():
         moved = (x.flatten(1) + d).requires_grad_()
         logits = network(moved.reshape(x.shape))

@@ -1,5 +1,5 @@
-"""One finished run against its model and its data: every record ends as proved, recomputed or attacked only, and
-whatever is not so is a contradiction."""
+"""The check of one finished run against its model and its data: every record gets one outcome, and every statement that
+turns out false is a contradiction."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certify_cli.audit.verify.claims import is_class, look, of_run, of_sample
+from certify_cli.audit.verify.claims import evaluate, is_class, record_contradictions, run_contradictions
 from certify_cli.audit.verify.proof import proved
 from certify_cli.audit.verify.prover import Prover
 from certify_cli.audit.verify.reading import UnreadableError, read
 from certify_cli.audit.verify.reference import Reference
-from certify_cli.audit.verify.replay import BLURRED, FURTHER, Deployed, Witnesses, replayed
+from certify_cli.audit.verify.replay import FLOAT32_TOLERANCE, STRETCH, Deployed, Witnesses, replayed
 from certify_cli.audit.verify.search import attacked
 from certify_cli.data.datasets import Dataset
 from certify_cli.load.loaded_model import LoadedModel
@@ -38,21 +38,24 @@ OUTCOMES = {
     CONTRADICTED: "something in the record is not so",
 }
 TO_PROVE = 1 - 1e-6
-"""Two proofs round differently: this part of a radius must be reached."""
+"""Part of a radius that a proof must reach: two proofs round differently."""
 PROOF_REACHES = {"lipschitz": 0.9, "curvature": 0.4, "dual": 0.4}
 """Methods with a proof rule of their own (`proof`): their radii are proved anew. A proof that falls short even of this
 part of a radius contradicts it: on honest runs the proofs reach far more (tests/audit/test_verify_bounds.py). Radii of
-all other methods, whichever there are, are recomputed for a share and attacked."""
+every other method are recomputed for a share, and attacked."""
 TO_RECOMPUTE = 0.9
-"""The reference climbs less than the bounds do: this part of a radius must be reached."""
-LEAST_SHARE = 4
-"""Records that are recomputed at least."""
-BATCH, MEMORY = 256, 2**28
+"""Part of a radius that the reference must reach: it optimises less than the bounds do."""
+FEWEST_RECOMPUTED = 4
+"""Records that are recomputed at least, where any are."""
+BATCH = 256
+"""Samples evaluated together."""
+MEMORY = 2**28
+"""Bytes for the Jacobians of one batch of proofs."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What became of a record; `contradictions` in words."""
+    """The outcome of one record, one of OUTCOMES, and its contradictions, a sentence each."""
 
     index: int
     method: str | None
@@ -62,11 +65,11 @@ class Checked:
 
 
 class Verifier:
-    """`of_run`: what is not so of the whole run; `records()` checks one record after the other. `notes` say what could
-    not be looked at.
+    """Checks one finished run: `of_run` as a whole, `records()` one after the other.
 
-    witnesses, points: what the run wrote with --witnesses and --certificate, or None. share: of the records that are
-    recomputed, drawn by `seed`, which also starts the attacks.
+    witnesses, points: the arrays that the run wrote with --witnesses and --certificate, or None.
+    share: part of the records without a proof rule that is recomputed, drawn by `seed`, which also seeds the attacks.
+    notes: sentences on checks that cannot be made.
     """
 
     def __init__(
@@ -103,7 +106,8 @@ class Verifier:
 
     @cached_property
     def of_run(self) -> tuple[str, ...]:
-        return tuple(of_run(self.result, self.data, self.network))
+        """Contradictions of the whole run, a sentence each."""
+        return tuple(run_contradictions(self.result, self.data, self.network))
 
     def _read(self) -> tuple[Prover | None, Reference | None]:
         try:
@@ -131,11 +135,11 @@ class Verifier:
             return None
 
     def _before_model(self, x: Tensor) -> Tensor:
-        """Data as the file takes them: behind mean, std and layout."""
+        """The model file's own input for data x (batch, *shape): after mean, std and layout."""
         return self.network.values(x)[len(self.network.nodes) - len(self._loaded.network.nodes)]
 
     def records(self) -> Iterator[Checked]:
-        """Every record, in order."""
+        """The outcome of every record, in order."""
         count = min(len(self.result.samples), len(self.data.x))
         for start in range(0, count, BATCH):
             part = slice(start, min(start + BATCH, count))
@@ -146,16 +150,18 @@ class Verifier:
         samples, run = list(self.result.samples[part]), self.result.run
         x = self.data.x[part].to(torch.float64)
         labels = [None] * len(x) if self.data.y is None else self.data.y[part].tolist()
-        looked = look(self.network, x, samples)
+        evaluation = evaluate(self.network, x, samples)
         found: list[list[str]] = [
-            list(of_sample(sample, label, looked, row, run))
+            list(record_contradictions(sample, label, evaluation, row, run))
             for row, (sample, label) in enumerate(zip(samples, labels, strict=True))
         ]
         for row, sample in enumerate(samples):
-            if is_class(sample.prediction, looked.logits):
+            if is_class(sample.prediction, evaluation.logits):
                 found[row] += replayed(self.network, sample, x[row], self._witnesses)
         certified = [
-            n for n, s in enumerate(samples) if s.certified_radius is not None and is_class(s.prediction, looked.logits)
+            n
+            for n, s in enumerate(samples)
+            if s.certified_radius is not None and is_class(s.prediction, evaluation.logits)
         ]
         if certified:
             radius = torch.tensor([samples[n].certified_radius for n in certified], dtype=torch.float64)
@@ -164,7 +170,7 @@ class Verifier:
             for n, broken in zip(certified, hit.tolist(), strict=True):
                 if broken:
                     found[n].append("an attack inside the certified radius changes the prediction")
-        for n, text in self._through_runtime(samples, x, looked.logits):
+        for n, text in self._through_runtime(samples, x, evaluation.logits):
             found[n].append(text)
         outcome = self._outcomes(samples, x, certified, found)
         for n, sample in enumerate(samples):
@@ -172,28 +178,28 @@ class Verifier:
             yield Checked(sample.index, sample.method, sample.certified_radius, ended, tuple(found[n]))
 
     def _outcomes(self, samples: list[Sample], x: Tensor, certified: list[int], found: list[list[str]]) -> list[str]:
-        """How far each radius is confirmed; what a proof contradicts is added to `found`."""
+        """The outcome of each record. `found`, contradictions by row, gains radii that proofs contradict."""
         outcome = [ATTACKED if sample.certified_radius is not None else NOTHING for sample in samples]
         if self._prover is None or self._reference is None:
             return outcome
         flat = x.flatten(1)
-        cheap = [n for n in certified if samples[n].method in PROOF_REACHES]
+        provable = [n for n in certified if samples[n].method in PROOF_REACHES]
         sizes = sum(len(layer.bias) for layer in self._prover.layers)
         step = max(1, MEMORY // (8 * 6 * sizes * max(sizes, flat.shape[1])))
-        for rows in (cheap[k : k + step] for k in range(0, len(cheap), step)):
+        for rows in (provable[k : k + step] for k in range(0, len(provable), step)):
             chosen = [samples[n] for n in rows]
             radii = torch.tensor([s.certified_radius for s in chosen], dtype=torch.float64)
             predictions = torch.tensor([s.prediction for s in chosen], dtype=torch.int64)
-            points = self._places(chosen, flat[rows])
+            points = self._tangent_points(chosen, flat[rows])
             done = proved(self._prover, flat[rows], predictions, radii * TO_PROVE, points)
             for n, holds in zip(rows, done, strict=True):
                 outcome[n] = PROVED if holds else UNPROVED
-            self._refuted([n for n in rows if outcome[n] == UNPROVED], samples, flat, found)
+            self._refute([n for n in rows if outcome[n] == UNPROVED], samples, flat, found)
         for n in certified:
             radius, prediction = samples[n].certified_radius, samples[n].prediction
             if (
                 outcome[n] not in (ATTACKED, UNPROVED)
-                or not self._drawn(samples[n].index)
+                or not self._is_drawn(samples[n].index)
                 or radius is None
                 or prediction is None
             ):
@@ -202,13 +208,13 @@ class Verifier:
                 outcome[n] = RECOMPUTED
         return outcome
 
-    def _refuted(self, rows: list[int], samples: list[Sample], flat: Tensor, found: list[list[str]]) -> None:
-        """Of records whose proof fell short, contradict those of which no proof reaches even a part."""
+    def _refute(self, rows: list[int], samples: list[Sample], flat: Tensor, found: list[list[str]]) -> None:
+        """Add a contradiction for every record of `rows` of whose radius no proof reaches PROOF_REACHES."""
         if self._prover is None or not self._prover.tight or not rows:
             return
         predictions = torch.tensor([samples[n].prediction for n in rows], dtype=torch.int64)
         margins = self._prover.margins(self._prover.values(flat[rows]), predictions).amin(1).tolist()
-        kept = [k for k, n in enumerate(rows) if self._measures(samples[n], margins[k])]
+        kept = [k for k, n in enumerate(rows) if self._is_resolved(samples[n], margins[k])]
         if not kept:
             return
         chosen = [rows[k] for k in kept]
@@ -223,56 +229,59 @@ class Verifier:
                     f"{samples[n].certified_radius:.9g} that honest ones exceed"
                 )
 
-    def _measures(self, sample: Sample, margin: float) -> bool:
-        """Whether rounding, in this check, takes little from a proof: of the margin, and of the constant it is over."""
+    def _is_resolved(self, sample: Sample, margin: float) -> bool:
+        """Whether the rounding that a proof counts is small against the margin and the constant it is divided by."""
         claimed, radius = sample.margin, sample.certified_radius
         if claimed is None or radius is None or self._prover is None or not margin > 0.99 * claimed:
             return False
-        return margin / radius > 1e-8 * self._prover.gain
+        return margin / radius > 1e-8 * self._prover.norm_product
 
-    def _drawn(self, index: int) -> bool:
-        """Whether a record is of the share that is recomputed."""
+    def _is_drawn(self, index: int) -> bool:
+        """Whether a record belongs to the share that is recomputed; counts those that do."""
         drawn = self._share > 0 and (
-            self._recomputed < LEAST_SHARE or random.Random(f"{self.seed}:{index}").random() < self._share
+            self._recomputed < FEWEST_RECOMPUTED or random.Random(f"{self.seed}:{index}").random() < self._share
         )
         self._recomputed += drawn
         return drawn
 
     def _noise(self, x: Tensor) -> Tensor:
+        """Error (batch, classes) of the logits in the arithmetic of the model file's own type, an estimate."""
         unit = UNITS.get(self._loaded.stored_dtype, UNITS["float32"]) / UNITS["float32"]
         return torch.from_numpy(NOISE * unit * noise_of(self.network, x.numpy()))
 
-    def _places(self, samples: list[Sample], x: Tensor) -> Tensor | None:
-        """Where the run took its tangents; the samples themselves where it kept none."""
+    def _tangent_points(self, samples: list[Sample], x: Tensor) -> Tensor | None:
+        """d (batch, inputs), where the run took its tangents, 0 where it kept none; None where it kept none at all."""
         if self._points is None:
             return None
-        places = torch.zeros_like(x)
+        points = torch.zeros_like(x)
         for n, sample in enumerate(samples):
             if sample.index in self._points:
-                places[n] = torch.from_numpy(self._points[sample.index]).double().flatten()
-        return places
+                points[n] = torch.from_numpy(self._points[sample.index]).double().flatten()
+        return points
 
     def _through_runtime(self, samples: list[Sample], x: Tensor, logits: Tensor) -> Iterator[tuple[int, str]]:
-        """The file itself on the samples, and on the kept witnesses a little further out."""
+        """Contradictions, by row, of the ONNX file in onnxruntime: at the samples, and at the witnesses, lengthened."""
         if self._deployed is None:
             return
         said = [s.prediction for s in samples]
-        for n, text in _unlike(self._deployed.logits(x), logits, said, self._noise(x)):
+        for n, text in _differing(self._deployed.logits(x), logits, said, self._noise(x)):
             yield n, f"onnxruntime predicts {text}"
         kept = [n for n, s in enumerate(samples) if self._witnesses and s.index in self._witnesses.d]
         if kept and self._witnesses:
-            moved = torch.stack([x[n] + self._witnesses.d[samples[n].index] * (1 + FURTHER) for n in kept])
+            moved = torch.stack([x[n] + self._witnesses.d[samples[n].index] * (1 + STRETCH) for n in kept])
             expected = self.network(moved)
             there = self._deployed.logits(moved)
-            for k, text in _unlike(there, expected, expected.argmax(1).tolist(), self._noise(moved)):
+            for k, text in _differing(there, expected, expected.argmax(1).tolist(), self._noise(moved)):
                 yield kept[k], f"at its witness onnxruntime predicts {text}"
 
 
-def _unlike(deployed: Tensor, logits: Tensor, prediction: list[int | None], noise: Tensor) -> Iterator[tuple[int, str]]:
-    """Rows where the file clearly predicts another class; noise: what its arithmetic does to a logit."""
+def _differing(
+    deployed: Tensor, logits: Tensor, prediction: list[int | None], noise: Tensor
+) -> Iterator[tuple[int, str]]:
+    """Rows where the file clearly predicts another class, and which. noise: the error of a logit in its arithmetic."""
     values, order = logits.topk(2, dim=1)
-    blurred = BLURRED * values.abs().sum(1) + noise.gather(1, order).sum(1)
-    clear = (values[:, 0] - values[:, 1] > blurred) & deployed.isfinite().all(1)
+    tolerance = FLOAT32_TOLERANCE * values.abs().sum(1) + noise.gather(1, order).sum(1)
+    clear = (values[:, 0] - values[:, 1] > tolerance) & deployed.isfinite().all(1)
     for n, (claimed, there) in enumerate(zip(prediction, deployed.argmax(1).tolist(), strict=True)):
         if bool(clear[n]) and claimed != there:
             yield n, f"{there}, not {claimed}"
