@@ -27,13 +27,13 @@ Place = tuple[str, str]
 
 ALLOWED: Mapping[Place, frozenset[str]] = {
     # samples are float32 numbers by definition; a batch is cut out, and then widened, which is exact
-    ("load/data.py", "_select"): frozenset({"lift_fresh"}),
+    ("data/datasets.py", "_select"): frozenset({"lift_fresh"}),
     ("run/engine.py", "Job._batch"): frozenset({"slice"}),
     ("audit/verify/verify.py", "Verifier._batch"): frozenset({"slice"}),
     # stored weights as their file has them, before they are widened
-    ("load/safetensors.py", "_read"): frozenset({"view", "detach"}),
+    ("load/safetensors/loader.py", "_read"): frozenset({"view", "detach"}),
     # onnx2torch makes layers with torch's random weights, and puts the file's in their place
-    ("load/onnx.py", "_convert"): frozenset({"empty", "uniform_"}),
+    ("load/onnx/loader.py", "_convert"): frozenset({"empty", "uniform_"}),
     # onnxruntime takes and gives float32; only clear margins are compared
     ("audit/verify/replay.py", "Deployed.logits"): frozenset({"_to_copy", "detach", "lift_fresh"}),
     # torch.optim.Adam counts its steps in float32, exactly
@@ -47,21 +47,21 @@ PROPOSING: Mapping[Place, frozenset[str]] = {
     ("numerics/eigen.py", "factored"): ANY,
     ("numerics/eigen.py", "_factored"): ANY,
     # answers of any quality: `trust_region_loss` measures in float64 what they leave
-    ("bounds/trust_region.py", "_Factor._on_side"): ANY,
+    ("bounds/remainder/trust_region.py", "_Factor._on_side"): ANY,
     # hints for mu and tau, and directions to climb in
-    ("certificates/solver.py", "solved"): ANY,
-    ("certificates/solver.py", "largest_about"): ANY,
-    ("certificates/solver.py", "Solution.where"): ANY,
+    ("bounds/remainder/trust_region_estimate.py", "solved"): ANY,
+    ("bounds/remainder/trust_region_estimate.py", "largest_about"): ANY,
+    ("bounds/remainder/trust_region_estimate.py", "Solution.where"): ANY,
     # the rows that those two multiply with
-    ("bounds/jacobians.py", "Rows.short"): ANY,
-    ("bounds/jacobians.py", "Rows.at"): ANY,
+    ("bounds/linear_maps/jacobians.py", "Rows.short"): ANY,
+    ("bounds/linear_maps/jacobians.py", "Rows.at"): ANY,
 }
 """Where matrices of a size above `batched.SMALL` may be float32 because they only propose: in calls of these."""
 
 
 ESTIMATES: Mapping[Place, frozenset[str]] = {
     # what float32 does to a network is what it is about
-    ("load/parity.py", "noise_of"): ANY,
+    ("load/onnx/parity.py", "noise_of"): ANY,
 }
 """Where float32 is asked for, in calls of these; no claim is made of what they give."""
 
