@@ -12,8 +12,7 @@ from torch import Tensor
 from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.bounds.linear_maps.row_sparsity import Supports
 from certify_cli.bounds.on_ball.interval_ranges import fast_ranges
-from certify_cli.bounds.remainder import expansion as local
-from certify_cli.bounds.remainder import tangent_bound as fast
+from certify_cli.bounds.remainder import expansion, tangent_bound
 from certify_cli.bounds.remainder.expansion import Ball, Choice, ball, lower_bound, span
 from certify_cli.bounds.remainder.optimise import Problem, ascend, starts
 from certify_cli.bounds.remainder.tangent_bound import fast_losses
@@ -91,11 +90,11 @@ def test_jacobians_are_those_of_autograd_where_tangents_are_chosen(name: str) ->
     assert bool((torch.stack([r.amax() for r in small.rest.values()]) < 1e-8).all())
 
 
-@pytest.mark.parametrize("mixed", [0.0, local.MIXED, math.inf])
+@pytest.mark.parametrize("mixed", [0.0, expansion.MIXED, math.inf])
 @pytest.mark.parametrize("name", EACH_CURVED)
 def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """sum_j B_ij q_j(D_j), by tangents alone, by chords alone, and by both: never outside the two ends."""
-    monkeypatch.setattr(local, "MIXED", mixed)
+    monkeypatch.setattr(expansion, "MIXED", mixed)
     network = CURVED[name]
     g = torch.Generator().manual_seed(1)
     with exact_kernels():
@@ -108,8 +107,8 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
                 target, phi = head(network, layer), network.nodes[layer].op
                 gram = found.jacobians.outer[target].squared_products(found.jacobians.outer[target])
                 on = span(point, layer, found.ranges)
-                slope, flat = local._chosen(point, layer, on)
-                q = local._remainder(point, layer, on, slope, flat, found.rest[target], gram)
+                slope, flat = expansion._chosen(point, layer, on)
+                q = expansion._remainder(point, layer, on, slope, flat, found.rest[target], gram)
                 shared = torch.randn(1, 7, network.nodes[layer].size, generator=g, dtype=D)
                 own = torch.randn(5, 7, network.nodes[layer].size, generator=g, dtype=D)
                 blocks = [Vectors(b, 0.1 * torch.rand(b.shape[:2], generator=g, dtype=D)) for b in (shared, own)]
@@ -119,7 +118,7 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
                     supports = Supports.of(block.value)
                     mixed_rows = torch.randn(1, block.value.shape[1], outer.value.shape[1], generator=g, dtype=D)
                     lines = Vectors(mixed_rows @ outer.value[:1], torch.zeros(1, block.value.shape[1], dtype=D))
-                    sides = local._sums(block, q, supports, supports.products(lines, outer))
+                    sides = expansion._sums(block, q, supports, supports.products(lines, outer))
                     more, less = (side.alone(found.radius) for side in sides)
                     rise, fall = (together(lines.size, found.radius, [side]) for side in sides)
                     rises = together(lines.size, found.radius, [sides[0], sides[0]])
@@ -254,13 +253,13 @@ def test_all_layers_together_count_every_activation(name: str, monkeypatch: pyte
     """1/2 sum w D^2, w summed over the activations that read a head: never above the bound for any sampled d."""
     network = CURVED[name]
     seen: list[Tensor] = []
-    together = fast._together
+    together = tangent_bound._together
 
     def spied(known: Ball, weights: dict[int, Tensor]) -> Tensor:
         seen.append(together(known, weights))
         return seen[-1]
 
-    monkeypatch.setattr(fast, "_together", spied)
+    monkeypatch.setattr(tangent_bound, "_together", spied)
     with exact_kernels():
         for radius in (0.05, 1.0):
             point, known = around(network, 4, radius)

@@ -15,7 +15,7 @@ from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, fast_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_falls, matrix_norms
 from certify_cli.bounds.on_ball.max_pooling import Planes
-from certify_cli.bounds.relaxation import backward as relaxation
+from certify_cli.bounds.relaxation import backward
 from certify_cli.bounds.relaxation.backward import Lines, falls, lines
 from certify_cli.bounds.relaxation.intermediate_bounds import relaxed_ranges
 from certify_cli.bounds.relaxation.optimise import climbed, climbs, envelopes
@@ -345,7 +345,7 @@ def test_a_wrong_line_would_be_noticed(mutant: str, line: str, monkeypatch: pyte
         parts = {"below": found.below, "above": found.above, mutant: pair}
         return Lines(parts["below"], parts["above"], found.far)
 
-    monkeypatch.setattr(relaxation.Lines, "of", wrong)
+    monkeypatch.setattr(backward.Lines, "of", wrong)
     with pytest.raises(AssertionError):
         test_no_attack_in_the_ball_loses_more("saturated")
 

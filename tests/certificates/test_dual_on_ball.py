@@ -8,7 +8,7 @@ import torch
 from certify_cli.attacks.ddn import searched
 from certify_cli.attacks.replay import replayed
 from certify_cli.bounds.global_bounds.model_bounds import Analysis
-from certify_cli.certificates import dual_on_ball as on_ball
+from certify_cli.certificates import dual_on_ball
 from certify_cli.certificates.closed_form import attack_radius, curvature_radius
 from certify_cli.certificates.dual import Sharpened, tangent
 from certify_cli.certificates.dual_on_ball import grown, promised_on_ball
@@ -62,7 +62,7 @@ def test_balls_gain_where_units_saturate() -> None:
 
 def test_a_claim_stays_in_its_ball(monkeypatch: pytest.MonkeyPatch) -> None:
     """One ball of 1.5 times the radius: no claim beyond its edge, however small the curvature on it."""
-    monkeypatch.setitem(on_ball.ROUNDS, "max", 1)
+    monkeypatch.setitem(dual_on_ball.ROUNDS, "max", 1)
     network = mlp((8, 40, 4), "tanh", gain=4.0)
     analysis = Analysis(network, "max")
     with exact_kernels():
@@ -70,7 +70,7 @@ def test_a_claim_stays_in_its_ball(monkeypatch: pytest.MonkeyPatch) -> None:
         start = closed_form(analysis, point)
         tiny = Sharpened(start.radius * 1e-3, start.ends)
         after = grow(analysis, point, tiny)
-    edge = tiny.radius.amin(1) * on_ball.STRETCH
+    edge = tiny.radius.amin(1) * dual_on_ball.STRETCH
     assert (after.radius.amin(1) <= edge).all()
     assert torch.allclose(after.radius.amin(1), edge, rtol=1e-12)
 
