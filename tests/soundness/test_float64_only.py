@@ -136,7 +136,7 @@ def walk(network: Network, effort: str, methods: Iterator[str] | tuple[str, ...]
         searched(Point(network, x), found.near, found.radius, effort)
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("effort", ["fast", pytest.param("normal", marks=pytest.mark.slow), "max"])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_method_and_effort(name: str, effort: str) -> None:
     walk(SMALL[name], effort, applying(SMALL[name]))
