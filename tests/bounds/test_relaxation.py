@@ -1,5 +1,4 @@
-"""Linear relaxation and local Lipschitz bounds on every topology: nothing sampled leaves them, and where the network is
-linear on the ball they are exact."""
+"""Linear relaxation and local Lipschitz bounds: nothing sampled leaves them; exact where the network is linear."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Names in ONNX files are text from outside: whatever they say, nothing of it reaches generated code, an attribute, a
-path or a terminal, and none is taken for one that the loader made up."""
+"""Names in ONNX files are text from outside: they reach no generated code, attribute, path or terminal."""
 
 from __future__ import annotations
 

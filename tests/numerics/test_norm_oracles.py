@@ -1,6 +1,6 @@
 """No norm bound lies below the true norm, not by the last bit: against oracles in rational arithmetic (tests.exact).
 
-A few hundred cases of each kind by default, 10,000 with `-m slow`.
+About two hundred cases of each kind by default, 10,000 with `-m slow`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Nothing that ends in a claim is computed in less than float64: every road is walked under the watch of
-`tests.float64_only`, and the sources say every dtype."""
+"""Nothing that ends in a claim is computed in less than float64 (`tests.float64_only`), and sources say every dtype."""
 
 from __future__ import annotations
 
