@@ -58,6 +58,7 @@ def verified(curvcert: Curvcert, path: str, *more: str, model: str = MODEL) -> t
     return done.code, json.loads(done.out)["verify"]
 
 
+@pytest.mark.smoke
 def test_an_honest_run_is_proved(curvcert: Curvcert, run: dict[str, str]) -> None:
     code, found = verified(curvcert, run["run.json"], "--witnesses", run["w.npz"], "--certificate", run["c.npz"])
     assert (code, found["verified"], found["contradictions_of_run"]) == (0, True, [])
@@ -197,6 +198,7 @@ def test_an_altered_record_fails(curvcert: Curvcert, run: dict[str, str], tmp_pa
     assert all((row["outcome"] == "contradicted") == bool(row["contradictions"]) for row in found["samples"])
 
 
+@pytest.mark.smoke
 def test_the_seal_tells_what_nothing_else_can(curvcert: Curvcert, run: dict[str, str], tmp_path: Path) -> None:
     """A radius made smaller is still true; but the run did not write it."""
     honest = read_document(run["run.json"])

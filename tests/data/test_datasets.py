@@ -38,6 +38,7 @@ def pixels(*shape: int) -> Any:
 # named sets
 
 
+@pytest.mark.smoke
 def test_digits_splits_are_disjoint_and_scaled() -> None:
     test, train = load_data("digits"), load_data("digits", split="train")
     assert test.x.shape == (360, *named_shape("digits")) == (360, 1, 8, 8)

@@ -143,6 +143,7 @@ def test_external_data_and_its_digest(tmp_path: Path) -> None:
     compare(load_onnx(folders[0] / "model.onnx"), case, modules[0])
 
 
+@pytest.mark.smoke
 def test_info_of_a_plain_file(tmp_path: Path) -> None:
     loaded = load_and_compare(mlp(nn.Tanh), Export("legacy", 13), tmp_path)
     assert (loaded.info.format, loaded.info.opset, loaded.info.classes) == ("onnx", 13, 3)
@@ -254,6 +255,7 @@ def test_max_and_min_of_a_split_are_one_node(tmp_path: Path) -> None:
     assert not any(isinstance(op, Concat) for op in ops[:-4])
 
 
+@pytest.mark.smoke
 def test_max_of_three_is_refused(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     parts = [helper.make_node("Identity", ["x"], [name]) for name in names]

@@ -65,6 +65,7 @@ def test_the_sleeping_network_loads_untouched(tmp_path: Path) -> None:
     assert load_onnx(conv_net(tmp_path)).network.classes == 3
 
 
+@pytest.mark.smoke
 def test_a_wrong_epsilon_behind_a_sleeping_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(normal: Normal, node: NodeProto) -> None:
         normal.emit(node, "BatchNormalization", list(node.input), node.output[0], epsilon=0.4999)

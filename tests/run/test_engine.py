@@ -61,6 +61,7 @@ def test_samples_arrive_batch_by_batch() -> None:
     assert len(list(stream)) == 8
 
 
+@pytest.mark.smoke
 def test_a_known_radius_and_its_attack() -> None:
     """Two classes, logits (3 x0, 4 x1): the boundary is 3 x0 = 4 x1."""
     network = linear([[3.0, 0.0], [0.0, 4.0]])

@@ -99,6 +99,7 @@ def _assert_holds(network: Network, x: Tensor, method: str, effort: str) -> Cert
     return found
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", list(SMALL))
 def test_small_networks_by_lipschitz_constants(name: str) -> None:
     network = SMALL[name]
@@ -117,6 +118,7 @@ def test_small_networks_with_every_effort(name: str) -> None:
     _assert_holds(network, points(network, 4, seed=3), "auto", "max")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", list(BIGGER))
 def test_bigger_networks(name: str) -> None:
     network = BIGGER[name]
