@@ -189,7 +189,7 @@ def repeated(tmp_path: Path, copies: int) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_after_the_batch(tmp_path: Path, number: int) -> None:
-    more = repeated(tmp_path, 20)
+    more = repeated(tmp_path, 5)
     target = tmp_path / "out.jsonl"
     process = started(target, *more)
     wait_for(target, 5000, process)
@@ -202,9 +202,9 @@ def test_a_signal_ends_it_after_the_batch(tmp_path: Path, number: int) -> None:
     assert (len(found) - 1) % 7 == 0
 
 
-def killed(tmp_path: Path, kills: int, seed: int) -> None:
+def killed(tmp_path: Path, kills: int, copies: int, seed: int) -> None:
     """Kill -9 at random moments, then let it end: the samples are those of a run that nobody stopped."""
-    more = repeated(tmp_path, 10)
+    more = repeated(tmp_path, copies)
     expected = tmp_path / "expected.jsonl"
     assert curvcert(*COMMAND, *more, "-o", expected, "--resume", "-q") == 0
     draw = random.Random(seed)
@@ -229,9 +229,9 @@ def killed(tmp_path: Path, kills: int, seed: int) -> None:
 
 
 def test_kills_lose_nothing(tmp_path: Path) -> None:
-    killed(tmp_path, 3, seed=0)
+    killed(tmp_path, 3, 2, seed=0)
 
 
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
-    killed(tmp_path, 50, seed=1)
+    killed(tmp_path, 50, 10, seed=1)
