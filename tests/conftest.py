@@ -15,6 +15,7 @@ settings.load_profile("steady")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, and so are the programs that it starts
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+THREADS = torch.get_num_threads()
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -22,6 +23,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(autouse=True)
 def _steady() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)  # a run with --threads sets them for its process
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,4 @@
-"""What a file may say to do harm: texts that steer terminals, pages, shells, spreadsheets and CI servers, and numbers
-that are none."""
+"""What a file may say to do harm: texts that steer terminals, pages or shells, and numbers that are none."""
 
 from __future__ import annotations
 

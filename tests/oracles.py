@@ -12,7 +12,7 @@ from mpmath import mpf
 from torch import Tensor
 
 from certify_cli.network.activations import Activation
-from certify_cli.network.activations.interval_bounds import Span
+from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 
 mpmath.mp.dps = 50
 
@@ -36,8 +36,10 @@ def _tanh_gelu(z: mpf) -> mpf:
     return z * _logistic(2 * mpmath.sqrt(2 / mpmath.pi) * (z + mpf("0.044715") * z**3))
 
 
-def _elu(alpha: float, width: float, gain: float) -> Exact:
-    return lambda z: gain * z if z > 0 else mpf(gain) * mpf(alpha) * mpmath.expm1(z / mpf(width))
+def _elu(alpha: float, width: float, lipschitz_constant: float) -> Exact:
+    return lambda z: (
+        lipschitz_constant * z if z > 0 else mpf(lipschitz_constant) * mpf(alpha) * mpmath.expm1(z / mpf(width))
+    )
 
 
 def _clip(low: mpf, high: mpf) -> Exact:
@@ -88,16 +90,16 @@ def length(activation: Activation) -> float:
     return 3.0 if math.isinf(sup) else activation.lipschitz / sup
 
 
-def random_spans(activation: Activation, count: int, longest: float) -> Span:
+def random_spans(activation: Activation, count: int, longest: float) -> ActivationOnInterval:
     """z over all features, ends from a thousandth of `longest` to `longest`, in units of the activation's length."""
     generator = torch.Generator().manual_seed(7)
     uniform = torch.rand(3, count, generator=generator, dtype=torch.float64)
     unit = length(activation)
     low, high = (longest * unit * 10 ** (3 * row - 3) for row in uniform[1:])
-    return Span(activation, (2 * uniform[0] - 1) * 4 * unit, 0.0, -low, high)
+    return ActivationOnInterval(activation, (2 * uniform[0] - 1) * 4 * unit, 0.0, -low, high)
 
 
-def chords(span: Span) -> Tensor:
+def chords(span: ActivationOnInterval) -> Tensor:
     phi = span.activation.value
     return (phi(span.z + span.hi) - phi(span.z + span.lo)) / (span.hi - span.lo)
 
@@ -105,7 +107,8 @@ def chords(span: Span) -> Tensor:
 def hard_places(activation: Activation) -> list[float]:
     """Turns, jumps and their neighbours; saturated, far, ordinary and at 0."""
     curves = [activation.slope] + ([activation.curvature] if activation.curvature is not None else [])
-    turns = {turn.place for curve in curves for turn in curve.turns if math.isfinite(turn.place)}
+    critical_points = {turn.abscissa for curve in curves for turn in curve.critical_points if math.isfinite(turn.place)}
     return sorted(
-        {side + place for place in turns for side in (-1e-13, 0.0, 1e-3)} | {-31.0, -1e4, 0.0, -1.7, 0.6, 25.0}
+        {side + place for place in critical_points for side in (-1e-13, 0.0, 1e-3)}
+        | {-31.0, -1e4, 0.0, -1.7, 0.6, 25.0}
     )

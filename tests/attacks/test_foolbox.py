@@ -1,5 +1,7 @@
-"""`--attack search` against foolbox's attacks on the shipped models: as near as the best of them, never nearer than a
-proof allows. Without foolbox (the extra `oracle`) the file is skipped."""
+"""`--attack search` against foolbox's attacks: as near as the best of them, never nearer than a proof allows.
+
+Without foolbox (the extra `oracle`) the file is skipped.
+"""
 
 from __future__ import annotations
 

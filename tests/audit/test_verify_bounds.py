@@ -1,5 +1,4 @@
-"""The arithmetic of `verify`: dense reading, its own activations, what it proves, recomputes and attacks; each against
-sampled points, an oracle or an attack."""
+"""The arithmetic of `verify`, part by part, against sampled points, an oracle or an attack."""
 
 from __future__ import annotations
 

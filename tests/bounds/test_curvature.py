@@ -31,6 +31,7 @@ def worst_eigenvalues(network: Network, x: Tensor, pair: tuple[int, int]) -> tup
     return float(-values[:, 0].min()), float(values[:, -1].max())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n == "convolutional, mish" else n for n in SMOOTH]
 )

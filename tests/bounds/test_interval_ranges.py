@@ -29,6 +29,7 @@ def offsets(network: Network, x: Tensor, d: Tensor) -> dict[int, Tensor]:
     return {target: (after[target] - before[target]).flatten(1) for target in pre_activations(network)}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("effort", ["fast", "normal", "max"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_sampled_offset_leaves_its_range(name: str, effort: str) -> None:

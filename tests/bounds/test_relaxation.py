@@ -1,5 +1,4 @@
-"""Linear relaxation and local Lipschitz bounds on every topology: nothing sampled leaves them, and where the network is
-linear on the ball they are exact."""
+"""Linear relaxation and local Lipschitz bounds: nothing sampled leaves them; exact where the network is linear."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss, matrix_norms
 from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation
-from certify_cli.bounds.relaxation import backward as relaxation
+from certify_cli.bounds.relaxation import backward
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, falls, lines
 from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
@@ -210,15 +209,15 @@ POOLS = [
 def test_groups_are_what_the_operation_takes(op: GroupMap, shape: tuple[int, ...]) -> None:
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(8), dtype=D)
     groups = op.groups(shape)
-    lanes = x.reshape(3, groups.lanes, -1)
+    lanes = x.reshape(3, groups.channels, -1)
     parts = []
     for sign in groups.signs:
-        padded = torch.cat([sign * lanes, torch.full((3, groups.lanes, 1), -math.inf, dtype=D)], dim=2)
+        padded = torch.cat([sign * lanes, torch.full((3, groups.channels, 1), -math.inf, dtype=D)], dim=2)
         parts.append(sign * padded[:, :, groups.members].amax(3))
     assert torch.equal(torch.stack(parts, dim=1).reshape(-1), op.apply(x).reshape(-1))
     moved = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=D)
     assert bool(((op.apply(moved) - op.apply(x)).abs() <= op.largest_change((moved - x).abs()) * (1 + 1e-12)).all())
-    assert float((op.apply(moved) - op.apply(x)).norm()) <= op.gain(shape) * float((moved - x).norm())
+    assert float((op.apply(moved) - op.apply(x)).norm()) <= op.lipschitz_constant(shape) * float((moved - x).norm())
 
 
 @pytest.mark.parametrize("width", [1e-12, 0.3, 5.0])
@@ -345,7 +344,7 @@ def test_a_wrong_line_would_be_noticed(mutant: str, line: str, monkeypatch: pyte
         parts = {"below": found.below, "above": found.above, mutant: pair}
         return LinearRelaxation(parts["below"], parts["above"], found.far)
 
-    monkeypatch.setattr(relaxation.LinearRelaxation, "of", wrong)
+    monkeypatch.setattr(backward.LinearRelaxation, "of", wrong)
     with pytest.raises(AssertionError):
         test_no_attack_in_the_ball_loses_more("saturated")
 

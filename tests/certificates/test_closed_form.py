@@ -20,6 +20,7 @@ def _t(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+@pytest.mark.smoke
 @given(f=numbers, g=st.floats(0, 1e12), m=st.floats(0, 1e12))
 def test_the_certified_radius_never_reaches_the_root(f: float, g: float, m: float) -> None:
     """f - g r - M r^2/2 > 0 in exact arithmetic at the printed r (>= 0 is what the proof needs)."""

@@ -10,7 +10,7 @@ import torch
 from certify_cli.attacks.ddn import nearest_attacks
 from certify_cli.attacks.replay import replayed_along
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
-from certify_cli.certificates import dual_on_ball as on_ball
+from certify_cli.certificates import dual_on_ball
 from certify_cli.certificates.closed_form import attack_radius, curvature_radius
 from certify_cli.certificates.dual import Refined, tangent
 from certify_cli.certificates.dual_on_ball import certified_attack_on_ball, extended_on_balls
@@ -75,7 +75,7 @@ def test_a_claim_stays_in_its_ball() -> None:
         start = closed_form(model_bounds, point)
         tiny = Refined(start.radius * 1e-3, start.ends)
         after = grow(model_bounds, point, tiny)
-    edge = tiny.radius.amin(1) * on_ball.STRETCH
+    edge = tiny.radius.amin(1) * dual_on_ball.STRETCH
     assert (after.radius.amin(1) <= edge).all()
     assert torch.allclose(after.radius.amin(1), edge, rtol=1e-12)
 

@@ -1,3 +1,5 @@
+"""`curvcert` in this process: exit code, stdout and stderr; and loading and certifying by a stand-in."""
+
 from __future__ import annotations
 
 import sys

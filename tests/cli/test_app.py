@@ -79,6 +79,7 @@ def test_the_names_of_help_are_those_that_data_takes() -> None:
     assert (opt.SPLITS, opt.DATA_LAYOUTS) == (data.SPLITS, data.LAYOUTS)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("words", "said"),
     [

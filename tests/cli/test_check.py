@@ -37,6 +37,7 @@ def written(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.smoke
 def test_a_policy_that_is_met(curvcert: Curvcert, here: Path) -> None:
     done = curvcert("check", "two.onnx", "--policy", written(here / "ci.toml", MET))
     assert done.code == 0
@@ -44,6 +45,7 @@ def test_a_policy_that_is_met(curvcert: Curvcert, here: Path) -> None:
     assert "settings from" in done.err
 
 
+@pytest.mark.smoke
 def test_one_that_is_not_names_figure_and_samples(curvcert: Curvcert, here: Path) -> None:
     written(here / "curvcert.toml", NOT_MET)
     done = curvcert("check", "two.onnx", "--exact", "--format", "json")

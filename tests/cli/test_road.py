@@ -59,6 +59,7 @@ def document(curvcert: Curvcert, *more: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.smoke
 def test_real_records_fit_the_schema_and_make_sense(curvcert: Curvcert) -> None:
     found = document(curvcert)
     assert [row["index"] for row in found["samples"]] == list(range(30))
@@ -73,6 +74,7 @@ def test_real_records_fit_the_schema_and_make_sense(curvcert: Curvcert) -> None:
     assert sum(row["attack_radius"] is not None for row in found["samples"]) > 10
 
 
+@pytest.mark.smoke
 def test_every_format_tells_the_same(curvcert: Curvcert) -> None:
     rows = document(curvcert)["samples"]
     lines = [json.loads(line) for line in curvcert(*WORDS, "--format", "jsonl").out.splitlines()]

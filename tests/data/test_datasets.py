@@ -6,6 +6,7 @@ import hashlib
 import os
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from certify_cli.data import npz
-from certify_cli.data import torchvision_sets as vision
+from certify_cli.data import npz, torchvision_sets
 from certify_cli.data.datasets import load_data, named_shape, parse_samples
 from certify_cli.errors import DataError, UsageError
+from certify_cli.torchvision_schemas import import_torchvision
 from tests.files import npy_header
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -37,6 +38,7 @@ def pixels(*shape: int) -> Any:
 # named sets
 
 
+@pytest.mark.smoke
 def test_digits_splits_are_disjoint_and_scaled() -> None:
     test, train = load_data("digits"), load_data("digits", split="train")
     assert test.x.shape == (360, *named_shape("digits")) == (360, 1, 8, 8)
@@ -114,12 +116,18 @@ def test_cifar_npz() -> None:
     assert not data.notes
 
 
+def torchvision_datasets() -> ModuleType:
+    import_torchvision()
+    from torchvision import datasets
+
+    return datasets
+
+
 def test_every_vision_set_exists_in_torchvision() -> None:
-    datasets = vision._datasets()
-    assert all(hasattr(datasets, row.kind) for row in vision.SETS.values())
+    assert all(hasattr(torchvision_datasets(), row.kind) for row in torchvision_sets.SETS.values())
 
 
-@pytest.mark.parametrize("name", vision.SETS)
+@pytest.mark.parametrize("name", torchvision_sets.SETS)
 def test_offline_forbids_the_download(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--offline.*--data-root"):
         load_data(name, root=tmp_path, offline=True)
@@ -147,7 +155,7 @@ class FakeSet:
 def test_a_download_is_announced_and_leaves_stdout_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(vision._datasets(), "KMNIST", FakeSet)
+    monkeypatch.setattr(torchvision_datasets(), "KMNIST", FakeSet)
     monkeypatch.setenv("CURVCERT_DATA", str(tmp_path / "new"))
     told: list[str] = []
     data = load_data("kmnist", notify=told.append)
@@ -163,7 +171,7 @@ def test_a_download_is_announced_and_leaves_stdout_alone(
 
 
 def test_a_failed_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vision._datasets(), "KMNIST", FakeSet)
+    monkeypatch.setattr(torchvision_datasets(), "KMNIST", FakeSet)
     monkeypatch.setattr(FakeSet, "fails", True)
     with pytest.raises(DataError, match=r"kmnist: the download into .* failed \(<urlopen error no route>\)") as caught:
         load_data("kmnist", root=tmp_path)

@@ -72,6 +72,7 @@ CONTAINERS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_damaged_containers(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.safetensors"

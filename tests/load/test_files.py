@@ -1,5 +1,4 @@
-"""The files that people have: any batch, free sizes, several outputs, logits with axes of one, scikit-learn's
-operators; and what is no fixed function of its input."""
+"""The files that people have: any batch, free sizes, several outputs, scikit-learn's operators; and refusals."""
 
 from __future__ import annotations
 

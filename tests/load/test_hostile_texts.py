@@ -16,14 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from certify_cli.bounds.global_bounds.layer_report import layer_table
+from certify_cli.cli.app import main
 from certify_cli.cli.inspect import as_text, describe
-from certify_cli.cli.layer_bounds import COLUMNS, cells
 from certify_cli.data.datasets import load_data
 from certify_cli.errors import CurvcertError
 from certify_cli.load.convert import convert
 from certify_cli.load.model import load_model
-from certify_cli.output.console import grid
 from certify_cli.output.document import View
 from tests.files import tensors
 from tests.hostile import TEXTS, is_sentence
@@ -105,7 +103,7 @@ def refusal(error: CurvcertError, *typed: object) -> str:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", TEXTS)
-def test_texts_of_a_model_file(name: str, place: str, tmp_path: Path) -> None:
+def test_texts_of_a_model_file(name: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = TEXTS[name]
     spec, held, metadata = copy.deepcopy(SPEC), dict(tensors()), {}
     PLACES[place](spec, held, metadata, text)
@@ -128,9 +126,9 @@ def test_texts_of_a_model_file(name: str, place: str, tmp_path: Path) -> None:
         assert len(node.name) <= 110
         assert node.op.title.isprintable()
         assert len(node.op.title) <= 110
-    shown = as_text(describe(loaded), View(width=80)) + grid(
-        COLUMNS, [cells(row) for row in layer_table(loaded.network)], View(width=80)
-    )
+    capsys.readouterr()
+    assert main(["bounds", str(path), "--quiet"]) == 0
+    shown = as_text(describe(loaded), View(width=80)) + capsys.readouterr().out
     assert all(line.isprintable() and not line.lstrip().startswith("::") for line in shown.split("\n"))
     assert "##[" not in shown
     convert(path, tmp_path / "again.safetensors")

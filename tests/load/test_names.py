@@ -1,5 +1,4 @@
-"""Names in ONNX files are text from outside: whatever they say, nothing of it reaches generated code, an attribute, a
-path or a terminal, and none is taken for one that the loader made up."""
+"""Names in ONNX files are text from outside: they reach no generated code, attribute, path or terminal."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from certify_cli.cli.inspect import as_text, describe
 from certify_cli.errors import LONGEST_NAME, ModelError, shown
-from certify_cli.load.onnx import loader
 from certify_cli.load.onnx.loader import load_onnx
 from certify_cli.output.document import View
+from certify_cli.torchvision_schemas import import_torchvision
 
 CODE = 'a"); __import__("pathlib").Path("written").touch(); ("'
 HOSTILE = {
@@ -82,7 +81,10 @@ def outcome(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatc
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
     monkeypatch.chdir(folder)
-    convert, seen = loader._convert, []
+    import_torchvision()  # before onnx2torch does
+    import onnx2torch
+
+    convert, seen = onnx2torch.convert, []
 
     def spied(normal: onnx.ModelProto) -> Any:
         seen.append(normal)
@@ -90,7 +92,7 @@ def outcome(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatc
         seen.append(module.code)
         return module
 
-    monkeypatch.setattr(loader, "_convert", spied)
+    monkeypatch.setattr(onnx2torch, "convert", spied)
     try:
         loaded = load_onnx(path)
     except ModelError as error:

@@ -59,10 +59,16 @@ def product(names: dict[str, Any], always: tuple[tuple[str, int], ...] = ()) -> 
 
 
 def load_and_compare(case: Case, export: Export, folder: Path) -> LoadedModel:
-    """Write, load, compare with the module in float64: the same logits (softmax: the same after softmax)."""
+    """Write, load, compare."""
     module, path = build(case), folder / "model.onnx"
     write(module, case.shape, path, export)
     loaded = load_onnx(path)
+    compare(loaded, case, module)
+    return loaded
+
+
+def compare(loaded: LoadedModel, case: Case, module: nn.Module) -> None:
+    """With the module in float64: the same logits (softmax: the same after softmax)."""
     assert loaded.input_shape == case.shape
     x = torch.rand(3, *case.shape, dtype=torch.float64)
     with torch.no_grad():
@@ -73,31 +79,43 @@ def load_and_compare(case: Case, export: Export, folder: Path) -> LoadedModel:
         found = found.log_softmax(1) if logarithmic else found.softmax(1)
         assert any("oftmax" in note for note in loaded.notes)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    return loaded
-
-
-def one_activation(loaded: LoadedModel) -> set[str]:
-    """The activations' names; everything between them must be affine."""
-    return {node.op.name for node in loaded.network.nodes if hasattr(node.op, "slope_range")}
 
 
 EXPECTED = {"softplus_beta": "softplus", "softplus_threshold": "softplus", "relu6": "clip", "prelu": "leaky_relu"}
 
 
-@pytest.mark.parametrize(("name", "exporter"), product(ACTIVATIONS))
-def test_activation_comes_back_as_one_node(name: str, exporter: tuple[str, int], tmp_path: Path) -> None:
-    loaded = load_and_compare(mlp(ACTIVATIONS[name]), Export(*exporter), tmp_path)
-    assert one_activation(loaded) == {EXPECTED.get(name, name)}
-    assert sum(hasattr(node.op, "slope_range") for node in loaded.network.nodes) == 2
+@pytest.mark.parametrize("exporter", EXPORTERS, ids=lambda e: f"{e[0]}{e[1]}")
+def test_activations_come_back_as_one_node_each(exporter: tuple[str, int], tmp_path: Path) -> None:
+    """Of a branch of its own each, with two of it; everything between them must be affine."""
+    loaded = load_and_compare(Case(Branches, (6,)), Export(*exporter), tmp_path)
+    found = [node.op.name for node in loaded.network.nodes if hasattr(node.op, "slope_range")]
+    assert found == [EXPECTED.get(name, name) for name in ACTIVATIONS for _ in range(2)]
 
 
-@pytest.mark.parametrize(("name", "exporter"), product(NETWORKS, always=(("legacy", 17), ("default", 20))))
+class Branches(nn.Module):
+    """A small network of every activation on one input: their outputs one behind another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(mlp(activation).build() for activation in ACTIVATIONS.values())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+
+@pytest.mark.parametrize(("name", "exporter"), product(NETWORKS, always=(("legacy", 17),)))
 def test_network(name: str, exporter: tuple[str, int], tmp_path: Path) -> None:
     load_and_compare(NETWORKS[name], Export(*exporter), tmp_path)
 
 
-@pytest.mark.parametrize("exporter", [("legacy", 13), ("default", 18)], ids=lambda e: f"{e[0]}{e[1]}")
-@pytest.mark.parametrize("name", NETWORKS)
+SLOWLY = {"convolutional", "residual", "max_pooled"}
+FIXED = [
+    *((name, ("legacy", 13)) for name in NETWORKS),
+    *(pytest.param(n, ("default", 18), marks=pytest.mark.slow if n in SLOWLY else ()) for n in NETWORKS),
+]
+
+
+@pytest.mark.parametrize(("name", "exporter"), FIXED)
 def test_fixed_batch_is_made_free(name: str, exporter: tuple[str, int], tmp_path: Path) -> None:
     load_and_compare(NETWORKS[name], Export(*exporter, free_batch=False), tmp_path)
 
@@ -111,10 +129,9 @@ def test_batch_norm_and_dropout_left_in(name: str, opset: int, tmp_path: Path) -
 def test_external_data_and_its_digest(tmp_path: Path) -> None:
     case = NETWORKS["column"]
     folders = tmp_path / "one", tmp_path / "other"
-    digests = []
-    for i, folder in enumerate(folders):
+    digests, modules = [], [build(case), build(case)]
+    for i, (folder, module) in enumerate(zip(folders, modules, strict=True)):
         folder.mkdir()
-        module = build(case)
         with torch.no_grad():
             next(module.parameters()).add_(i)
         write(module, case.shape, folder / "model.onnx", Export("default", 20, external=True))
@@ -123,9 +140,10 @@ def test_external_data_and_its_digest(tmp_path: Path) -> None:
     same = (folders[0] / "model.onnx").read_bytes() == (folders[1] / "model.onnx").read_bytes()
     assert same
     assert digests[0] != digests[1]
-    load_and_compare(case, Export("default", 20, external=True), folders[0])
+    compare(load_onnx(folders[0] / "model.onnx"), case, modules[0])
 
 
+@pytest.mark.smoke
 def test_info_of_a_plain_file(tmp_path: Path) -> None:
     loaded = load_and_compare(mlp(nn.Tanh), Export("legacy", 13), tmp_path)
     assert (loaded.info.format, loaded.info.opset, loaded.info.classes) == ("onnx", 13, 3)
@@ -237,6 +255,7 @@ def test_max_and_min_of_a_split_are_one_node(tmp_path: Path) -> None:
     assert not any(isinstance(op, Concat) for op in ops[:-4])
 
 
+@pytest.mark.smoke
 def test_max_of_three_is_refused(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     parts = [helper.make_node("Identity", ["x"], [name]) for name in names]

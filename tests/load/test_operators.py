@@ -1,5 +1,4 @@
-"""Operators that are computed here instead of by onnx.reference, against onnxruntime on random settings; and what the
-loader makes of them, which is held to onnxruntime on the way."""
+"""Operators computed here instead of by onnx.reference, and what the loader makes of them, against onnxruntime."""
 
 from __future__ import annotations
 

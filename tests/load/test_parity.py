@@ -11,11 +11,9 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 
 from certify_cli.errors import ModelError
-from certify_cli.load.onnx import interpret, normalise, operators, parity, patterns, subgraph_checks
-from certify_cli.load.onnx import max_min_rewrites as sorted_pairs
+from certify_cli.load.onnx import interpret, max_min_rewrites, normalise, operators, parity, patterns, subgraph_checks
 from certify_cli.load.onnx.loader import load_onnx
 from certify_cli.load.onnx.rewriting import REWRITES, RewrittenGraph
-from certify_cli.network.activations import rows as activations
 from tests.files import save_onnx
 
 FLOAT = TensorProto.FLOAT
@@ -67,6 +65,7 @@ def test_the_sleeping_network_loads_untouched(tmp_path: Path) -> None:
     assert load_onnx(conv_net(tmp_path)).network.classes == 3
 
 
+@pytest.mark.smoke
 def test_a_wrong_epsilon_behind_a_sleeping_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(rewritten: RewrittenGraph, node: NodeProto) -> None:
         rewritten.emit(node, "BatchNormalization", list(node.input), node.output[0], epsilon=0.4999)
@@ -76,19 +75,21 @@ def test_a_wrong_epsilon_behind_a_sleeping_unit(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_clip_that_is_dropped_behind_a_sleeping_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normalise, "_plain_activation", lambda found, node: relu() if node.op_type == "Relu" else None)
+    drop_clips(monkeypatch)
     refused(conv_net(tmp_path), r"'h' \(Clip\) computes something else")
 
 
-def relu() -> activations.Activation:
-    return activations.ACTIVATIONS["relu"]()
+def drop_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Clip is taken for none."""
+    read = normalise.from_onnx
+    monkeypatch.setattr(normalise, "from_onnx", lambda name, values: None if name == "Clip" else read(name, values))
 
 
 def test_a_clip_with_a_far_bound_taken_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Affine in all that is near."""
     path = network(tmp_path, [helper.make_node("Clip", ["x", "low"], ["h"])], {"low": -5000.0})
     load_onnx(path)
-    monkeypatch.setattr(normalise, "_plain_activation", lambda found, node: None)
+    drop_clips(monkeypatch)
     refused(path, r"\(Clip\) computes something else")
 
 
@@ -117,7 +118,7 @@ def test_max_and_min_that_are_swapped(tmp_path: Path, monkeypatch: pytest.Monkey
     def swapped(array: np.ndarray, count: int, axis: int = 0) -> list[np.ndarray]:
         return split(array, count, axis)[::-1]
 
-    monkeypatch.setattr(sorted_pairs.np, "split", swapped)
+    monkeypatch.setattr(max_min_rewrites.np, "split", swapped)
     refused(path, r"\(Max\) computes something else")
 
 
@@ -154,9 +155,9 @@ def test_a_product_by_a_changed_matrix(tmp_path: Path, monkeypatch: pytest.Monke
 
 def leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every LeakyRelu is read as a Relu."""
-    read = normalise._plain_activation
+    read = normalise.from_onnx
     monkeypatch.setattr(
-        normalise, "_plain_activation", lambda found, node: relu() if node.op_type == "LeakyRelu" else read(found, node)
+        normalise, "from_onnx", lambda name, values: read("Relu", {}) if name == "LeakyRelu" else read(name, values)
     )
 
 

@@ -17,6 +17,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "models"
 NAMES = ("digits_mlp", "digits_mlp_v2", "digits_conv")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_models_reach_their_accuracy_and_agree(name: str) -> None:
     data = load_data("digits")

@@ -44,6 +44,7 @@ def test_every_row_is_tested() -> None:
     assert {name for name, _ in EXACT} == set(ACTIVATIONS)
 
 
+@pytest.mark.smoke
 @EVERY_CASE
 def test_computed_values_honour_half_their_stated_error(name: str, numbers: tuple[float, ...]) -> None:
     exact, jumps = EXACT[name, numbers]

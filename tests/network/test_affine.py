@@ -75,6 +75,7 @@ def test_transpose_and_absolute_value(case: tuple[AffineOp, Shape, Tensor]) -> N
     assert torch.equal(materialise(op, shape, chunk=5), matrix)
 
 
+@pytest.mark.smoke
 def test_norms_bound_the_matrix(case: tuple[AffineOp, Shape, Tensor]) -> None:
     op, shape, matrix = case
     spectral = float(torch.linalg.svdvals(matrix)[0])

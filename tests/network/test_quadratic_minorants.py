@@ -11,12 +11,10 @@ import torch
 from mpmath import mpf
 from torch import Tensor
 
-from certify_cli.network.activations import ACTIVATIONS, Activation
-from certify_cli.network.activations import quadratic_minorants as minorants
+from certify_cli.network.activations import ACTIVATIONS, Activation, quadratic_minorants
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.activations.quadratic_minorants import minorant_offsets
-from tests.network.test_activations import EVERY_CASE, EXACT, double
-from tests.network.test_interval_bounds import chords, hard_places, length, random_spans
+from tests.oracles import EVERY_CASE, EXACT, chords, double, hard_places, length, random_spans
 
 D = torch.float64
 
@@ -86,7 +84,7 @@ def test_what_is_lost_is_of_third_order(name: str, numbers: tuple[float, ...], l
         value, rounding = psi(span, sign, slope, bend, count)
         needed = (-value).amax(0).clamp(min=0.0)
         between = (activation.curvature_sup + bend) * (width / (count - 1)).square() / 8  # the samples may miss it
-        lost = activation.third_sup * (width / minorants.CELLS) ** 3 / 8
+        lost = activation.third_sup * (width / quadratic_minorants.CELLS) ** 3 / 8
         numeric = 8 * rounding.amax(0) + 1e-13 * (activation.lipschitz + slope.abs() + bend * width) * width
         assert bool((minorant_offsets(span, sign, slope, bend) <= needed + 1.01 * lost + between + numeric).all())
 
@@ -102,9 +100,11 @@ def test_where_nothing_is_needed_nothing_is_taken(name: str, numbers: tuple[floa
     tangent = activation.slope(span.z)
     for sign, bend in ((1.0, (-least).clamp(min=0.0)), (-1.0, most.clamp(min=0.0))):
         depth = minorant_offsets(span, torch.full_like(bend, sign), tangent, bend)
-        lost = (activation.third_sup or 0.0) * ((span.hi - span.lo) / minorants.CELLS) ** 3 / 8
-        jumps = any(point.jump for point in activation.curvature.critical_points)
-        cell = activation.curvature_sup * ((span.hi - span.lo) / minorants.CELLS).square() / 4 if jumps else 0.0
+        lost = (activation.third_sup or 0.0) * ((span.hi - span.lo) / quadratic_minorants.CELLS) ** 3 / 8
+        jumps = any(turn.jump for turn in activation.curvature.critical_points)
+        cell = (
+            activation.curvature_sup * ((span.hi - span.lo) / quadratic_minorants.CELLS).square() / 4 if jumps else 0.0
+        )
         assert bool((depth <= 1.01 * lost + cell + 1e-12 * (1 + span.z.abs())).all())
 
 
@@ -205,10 +205,10 @@ def test_an_error_given_as_a_number_is_not_rounded_down() -> None:
 
 
 def test_chunks_do_not_matter() -> None:
-    span = random_spans(ACTIVATIONS["gelu"](), minorants.CHUNK + 17, 4.0)
+    span = random_spans(ACTIVATIONS["gelu"](), quadratic_minorants.CHUNK + 17, 4.0)
     sign, slope, bend = next(minorant_choices(span))
     whole = minorant_offsets(span, sign, slope, bend)
-    part = slice(minorants.CHUNK - 3, None)
+    part = slice(quadratic_minorants.CHUNK - 3, None)
     tail = ActivationOnInterval(span.activation, span.z[part], 0.0, span.lo[part], span.hi[part])
     assert torch.equal(whole[part], minorant_offsets(tail, sign[part], slope[part], bend[part]))
 

@@ -43,6 +43,7 @@ MATRICES = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", MATRICES)
 def test_matrix_norm_is_an_upper_bound_and_sharp(name: str) -> None:
     matrix = MATRICES[name]()
@@ -103,6 +104,7 @@ CONVOLUTIONS = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_symbol_bound_of_convolutions(case: tuple[int, ...]) -> None:
     cin, cout, k, n, s, p, d, g = case

@@ -40,6 +40,7 @@ def rendered(form: str, samples: list[Sample], eps: tuple[str, ...] = ("0.5", "3
 ODD = [{}, {"path": "a b/modèle,1:2%.onnx"}, {"path": "/abs/x.onnx"}, {"path": "line\nbreak\x1b[31m.onnx"}]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("changes", ODD)
 @pytest.mark.parametrize("samples", [SAMPLES, SAMPLES[:1], [sample(0, label=None)]])
 def test_junit_is_valid_and_counts(changes: dict[str, str], samples: list[Sample]) -> None:
@@ -57,6 +58,7 @@ def test_junit_is_valid_and_counts(changes: dict[str, str], samples: list[Sample
         assert first == [[], ["skipped"], ["failure"], ["failure"], ["skipped"], ["error"]]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("changes", ODD)
 def test_sarif_is_valid_and_holds_what_does_not_pass(changes: dict[str, str]) -> None:
     found = json.loads(rendered("sarif", SAMPLES, **changes))
@@ -90,6 +92,7 @@ def test_annotations_keep_to_githubs_limits(count: int) -> None:
     assert (f"{count - MOST + 1} more" in errors[-1]) is (count > MOST)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("changes", ODD)
 def test_annotations_are_escaped(changes: dict[str, str]) -> None:
     long = sample(0, radius=None, status="error", reason="100 % wrong\r\n::error::injected " + "x" * 9999)

@@ -60,6 +60,7 @@ def test_durations() -> None:
     assert [seconds(t) for t in (0.844, 12.34, 245.2)] == ["0.84 s", "12.3 s", "4 min 05 s"]
 
 
+@pytest.mark.smoke
 def test_rows_say_what_the_records_say() -> None:
     text = render("table", records())
     header, _, first, second, third = text.splitlines()[:5]

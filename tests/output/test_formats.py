@@ -30,6 +30,7 @@ def test_the_schema_names_every_field(part: str, kind: type) -> None:
     assert SCHEMA["$defs"][part]["required"] == names
 
 
+@pytest.mark.smoke
 def test_json_fits_the_schema_and_reads_back() -> None:
     given = records()
     document = json.loads(render("json", given))
@@ -64,6 +65,7 @@ def test_the_schema_refuses_what_the_contract_refuses() -> None:
     assert check.is_valid(good | {"a_later_field": 1})
 
 
+@pytest.mark.smoke
 def test_jsonl_fits_the_schema_line_by_line() -> None:
     given = records()
     lines = [json.loads(line) for line in render("jsonl", given).splitlines()]
@@ -87,6 +89,7 @@ def test_jsonl_yields_each_record_before_it_asks_for_the_next() -> None:
     assert asked == ["Run", "Sample"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["json", "jsonl", "csv"])
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, math.nextafter(1.0, 2.0)])
 def test_floats_survive_exactly(name: str, value: float) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -22,7 +23,7 @@ from certify_cli.audit.compare import compare
 from certify_cli.audit.judge import judge
 from certify_cli.audit.policy import Policy
 from certify_cli.cli import diff
-from certify_cli.cli.reporter import Reporter, _progress
+from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import Sink
 from certify_cli.output import html, plots, verdict, verified
 from certify_cli.output.console import escaped, paragraph
@@ -304,14 +305,19 @@ def test_notes_and_warnings(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert all(line.isprintable() and len(line) < 2100 for line in lines)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_notes_above_a_bar_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
-    reporter = Reporter(quiet=False)
-    progress = _progress()
-    stream = io.StringIO()
-    progress.console.file = stream
-    reporter._progress = progress
-    for text in TEXTS.values():
-        reporter.note(text)
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "dumb")  # no codes around what is said
+    with Reporter(quiet=False) as reporter:
+        reporter.stage("working")
+        for text in TEXTS.values():
+            reporter.note(text)
     said = stream.getvalue()
     assert "[red]x[/red]" in said
     assert ":smile:" in said

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from certify_cli.certificates.certificates import Certificates
 from certify_cli.network.graph import Network
 from tests.networks import PIECEWISE, SMOOTH, concat_net, conv_net, mlp, points, residual_net
 from tests.soundness.common import certify, margins
@@ -17,6 +18,8 @@ RESTARTS = 12
 STEPS = 40
 
 SMALL = {**SMOOTH, **PIECEWISE}
+EVERY_DAY = {"two layers, tanh", "three layers, gelu", "convolutional", "concatenating", "relu", "max min"}
+"""One of each kind with the largest effort; all of them with -m slow."""
 BIGGER = {
     "wide, tanh": mlp((40, 120, 80, 10), "tanh", seed=11),
     "wide, softplus": mlp((40, 120, 80, 10), "softplus:5", seed=12),
@@ -67,7 +70,7 @@ def _hessian_starts(network: Network, x: Tensor, prediction: int, rival: int, ra
         yield -radius * direction
 
 
-def _assert_holds(network: Network, x: Tensor, method: str, effort: str) -> None:
+def _assert_holds(network: Network, x: Tensor, method: str, effort: str) -> Certificates:
     found = certify(network, x, method, effort)
     prediction = network(x).argmax(1)
     kept = ((found.radius > 0) & (found.radius < 1e100)).nonzero().squeeze(1)
@@ -93,15 +96,29 @@ def _assert_holds(network: Network, x: Tensor, method: str, effort: str) -> None
     assert bool((flipped < 0).all())
     distance = (found.witness - x).flatten(1).norm(dim=1)[attacked]
     assert bool((distance <= found.attack[attacked]).all())
+    return found
 
 
-@pytest.mark.parametrize("method", ["lipschitz", "auto"])
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", list(SMALL))
-def test_small_networks(name: str, method: str) -> None:
+def test_small_networks_by_lipschitz_constants(name: str) -> None:
     network = SMALL[name]
-    _assert_holds(network, points(network, 4, seed=3), method, "max")
+    _assert_holds(network, points(network, 4, seed=3), "lipschitz", "max")
 
 
+@pytest.mark.parametrize("name", list(SMALL))
+def test_small_networks(name: str) -> None:
+    network = SMALL[name]
+    _assert_holds(network, points(network, 4, seed=3), "auto", "normal")
+
+
+@pytest.mark.parametrize("name", [n if n in EVERY_DAY else pytest.param(n, marks=pytest.mark.slow) for n in SMALL])
+def test_small_networks_with_every_effort(name: str) -> None:
+    network = SMALL[name]
+    _assert_holds(network, points(network, 4, seed=3), "auto", "max")
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", list(BIGGER))
 def test_bigger_networks(name: str) -> None:
     network = BIGGER[name]
@@ -114,8 +131,7 @@ def test_shallow_networks_near_the_optimum(seed: int, effort: str) -> None:
     """Two layers of few units, where the bounds are nearly attained: a small mistake would show here first."""
     network = mlp((3, 3, 2), ("softplus", "tanh", "sigmoid", "gelu")[seed], seed=seed, gain=2.0)
     x = points(network, 12, seed=seed)
-    _assert_holds(network, x, "auto", effort)
-    found = certify(network, x, "auto", effort)
+    found = _assert_holds(network, x, "auto", effort)
     prediction = network(x).argmax(1)
     far = torch.full_like(found.radius, torch.inf)
     angles = torch.nn.functional.normalize(points(network, 4000, seed=9), dim=1)

@@ -1,7 +1,6 @@
 """Mistakes that earlier versions of the theory made (its section 11): each once certified what is false.
 
-Both factors of the composition anchored is in tests/bounds/test_anchored.py, beside the bound it concerns. Dropped
-halves of MaxMin do not apply: it is refused on loading.
+Both factors of the composition anchored: tests/bounds/test_anchored.py. Dropped halves of MaxMin: test_attacks.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The figures of a record beside its radius are bounds as well: of the gradient's norm at the sample, of the Lipschitz
-constant, whatever the method and the activations; null where a method has none."""
+"""The gradient norm and the Lipschitz constant of a record are bounds as well, whatever the method."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Nothing that ends in a claim is computed in less than float64: every road is walked under the watch of
-`tests.float64_only`, and the sources say every dtype."""
+"""Nothing that ends in a claim is computed in less than float64 (`tests.float64_only`), and sources say every dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
 from certify_cli.network.pooling import MaxMin, MaxPool
 from certify_cli.numerics import batched
-from tests.float64_only import PACKAGE, Float64Only, NarrowError
+from tests.float64_only import ALLOWED, ESTIMATES, PACKAGE, PROPOSING, Float64Only, NarrowError, Place
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 from tests.soundness.common import certify
 
@@ -69,6 +68,16 @@ def test_the_watch_lets_float64_pass() -> None:
         wide = data.to(D)
         total = (wide / 3).sum() * torch.arange(5) + torch.tensor(0.1, dtype=D)
         assert torch.fft.fft(total).dtype == torch.complex128
+
+
+@pytest.mark.parametrize("place", [*ALLOWED, *PROPOSING, *ESTIMATES], ids=".".join)
+def test_places_that_are_allowed_exist(place: Place) -> None:
+    """A function that was moved or renamed takes its permission along, or loses it."""
+    file, name = place
+    body: list[ast.stmt] = ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        (found,) = [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part]
+        body = found.body
 
 
 # --- the roads -----------------------------------------------------------------------------------------------------
@@ -126,7 +135,7 @@ def walk(network: Network, effort: str, methods: Iterator[str] | tuple[str, ...]
         nearest_attacks(EvaluatedPoints(network, x), found.near, found.radius, EFFORTS[effort])
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("effort", ["fast", pytest.param("normal", marks=pytest.mark.slow), "max"])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_method_and_effort(name: str, effort: str) -> None:
     walk(SMALL[name], effort, applying(SMALL[name]))
@@ -188,7 +197,7 @@ FACTORIES = {
 """Functions of torch whose result is float32 where no dtype is named and they are given Python floats, or nothing."""
 SINGLE = {"float32", "float16", "bfloat16", "complex64", "float", "half", "cfloat", "FloatTensor"}
 """Names of narrower types, and methods that turn a tensor into one."""
-SPEAK_OF_SINGLE = {"load", "cli/selftest.py", "numerics/batched.py", "audit/verify/replay.py"}
+SPEAK_OF_SINGLE = {"data", "load", "cli/selftest.py", "numerics/batched.py", "audit/verify/replay.py"}
 """Files, or folders, with narrower numbers: stored weights and data, what only proposes, and onnxruntime's."""
 
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -39,6 +39,7 @@ def _exact_squares(weight: Tensor, bias: Tensor, x: Tensor) -> Fraction:
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("inputs", "classes"), [(1, 2), (5, 2), (7, 4), (40, 10)])
 def test_linear_classifiers_in_rational_arithmetic(inputs: int, classes: int, method: str) -> None:

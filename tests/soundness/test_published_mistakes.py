@@ -106,6 +106,7 @@ def test_margins_and_gradients_of_different_rivals() -> None:
         assert 0.2 * (1 - 1e-9) < radius <= min(f / g for f, g in zip(margins, gradients, strict=True))
 
 
+@pytest.mark.smoke
 def test_ties_are_not_certified() -> None:
     """`margin >= eps L` holds for a tie at eps = 0: the smallest step changes the prediction."""
     network = dense_stack((tensor([1.0], [-1.0]), None))
