@@ -1,4 +1,4 @@
-"""The errands of docs/architecture.md and docs/adding-an-activation.md, followed to the letter in a copy of the package.
+"""The errands of docs/architecture.md and docs/adding-an-activation.md, followed in a copy of the package.
 
 A page's instructions are its bold numbered lines, each before a code block: **1.** Append to `FILE`, Create `FILE`, or
 In `FILE`, after (before, in place of) `TEXT`. A Python block without an instruction runs, a console block runs and is
@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 ARCHITECTURE, ACTIVATION = ROOT / "docs" / "architecture.md", ROOT / "docs" / "adding-an-activation.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INSTRUCTION = re.compile(
-    r"\*\*\d+\.\*\* (Append to|Create|In) `([^`]+)`(?:, (after|before|in place of) (?:`` (.+?) ``|`([^`]+)`))?[^\n]*:\n\n\Z"
+    r"\*\*\d+\.\*\* (Append to|Create|In) `([^`]+)`"
+    r"(?:, (after|before|in place of) (?:`` (.+?) ``|`([^`]+)`))?[^\n]*:\n\n\Z"
 )
 COPIED = ("certify_cli", "docs", "tests")
 
@@ -182,7 +183,8 @@ def test_without_its_edits_no_errand_works(tmp_path: Path) -> None:
     results = iter(done([step for steps in (toy, *rest) for step in steps], tmp_path))
     assert all(next(results).good for _ in toy)
     for heading, steps in zip(ERRANDS, rest, strict=True):
-        assert not all([next(results).good for _ in steps]), heading
+        found = [next(results).good for _ in steps]
+        assert not all(found), heading
 
 
 @pytest.mark.slow
