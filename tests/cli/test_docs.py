@@ -23,6 +23,8 @@ from tests.cli.conftest import Outcome
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^<!-- (file|run)(?:: ([^\n]*))? -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SILENT = ("library.md", "theory.md", "trust.md")
+"""Pages without a command."""
 Curvcert = Callable[..., Outcome]
 
 
@@ -85,8 +87,45 @@ def test_what_matches() -> None:
 def test_every_option_shown_exists(page: Path, curvcert: Curvcert) -> None:
     text = page.read_text(encoding="utf-8")
     commands = re.findall(r"^(?:\$ |\s*- run: |\s*entry: ).*?\bcurvcert ([a-z]+)\b([^\n|]*)", text, re.MULTILINE)
-    assert commands or page.name == "library.md"
+    scripts = re.findall(r"^\$ python (benchmarks/\w+\.py)", text, re.MULTILINE)
+    assert commands or scripts or page.name in SILENT
+    assert all((ROOT / script).is_file() for script in scripts)
     for command, rest in commands:
         known = curvcert(command, "--help").out
         for option in re.findall(r"(?<!\w)(--[a-z][a-z-]*|-[a-z])\b", rest.partition("  #")[0]):
             assert re.search(rf"(^|[\s,]){re.escape(option)}\b", known), f"{command} has no {option}"
+
+
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LARGEST_TABLE = 9
+"""Columns that a browser shows without scrolling."""
+
+
+def prose(page: Path) -> str:
+    """The page without its code."""
+    return FENCED.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings as GitHub links to them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_link_inside_the_project_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "README.md"], ids=lambda p: p.name)
+def test_tables_are_whole_and_not_too_wide(page: Path) -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", prose(page), re.MULTILINE):
+        sizes = {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in table.splitlines()}
+        assert len(sizes) == 1, table
+        assert sizes.pop() <= LARGEST_TABLE, table
