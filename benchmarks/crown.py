@@ -1,4 +1,4 @@
-"""Certified radii of CROWN and of alpha-CROWN by auto_LiRPA, where it is importable: what our radii are measured against.
+"""Certified radii of CROWN and alpha-CROWN by auto_LiRPA, where it is importable: what our radii are measured against.
 
 Everything is to their advantage: one backward pass bounds all rivals by one matrix; only lower bounds are computed;
 convolutions stay patches. The mean is subtracted from the sample, which moves no ball, instead of inside the network:
@@ -33,7 +33,8 @@ CROWN, OPTIMISED = "CROWN", "CROWN-Optimized"
 GELU_OPSET = 20
 
 Margins = Callable[["Tensor", int, float, str], "Tensor"]
-"""(sample, class, radius, auto_LiRPA's name of the method) -> lower bounds of that class's margins towards all others on the ball."""
+"""(sample, class, radius, auto_LiRPA's name of the method) -> lower bounds of that class's margins towards all
+others on the ball."""
 Predict = Callable[["Tensor"], list[int]]
 """A batch of samples -> their classes."""
 

@@ -33,7 +33,7 @@ MODELS = (
     "vnn21_marabou_cifar10_small",
     "vnn21_verivital_mnist_Convnet_avgpool",
 )
-"""Shallow and deep, dense and convolutional, smooth activations first. They were chosen before alpha-CROWN was measured."""
+"""Shallow and deep, dense and convolutional, smooth activations first; chosen before alpha-CROWN was measured."""
 SAMPLES = 10
 COLUMNS = ("model", "correct", "ours (auto)", "CROWN", "alpha-CROWN", "attack", "ours/CROWN", "ours/attack")
 OURS, THEIRS, OPTIMISED = "ours", "CROWN", "alpha-CROWN"
