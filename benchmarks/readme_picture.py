@@ -95,7 +95,7 @@ def drawing(result: Result, colours: dict[str, str]) -> str:
         text(across(0.02), down(0.06), "proved: correct, and no perturbation changes it", colours["proved"]),
         text(across(0.98), down(0.92), "refuted: misclassified, or an attack was found", colours["attacked"],
              ' text-anchor="end"'),
-        text(across(between), down(share_between * len(right) / total), "not known", ink, ' text-anchor="middle"'),
+        text(across(between), down(share_between * len(right) / total) + 12, "not known", ink, ' text-anchor="middle"'),
         text(middle, HIGH - 8, "radius (Euclidean norm of the perturbation, pixels in [0, 1])", ink,
              ' text-anchor="middle"'),
         text(16, TOP + (HIGH - TOP - BOTTOM) / 2, "share of the samples", ink,

@@ -22,7 +22,10 @@ from tests.cli.conftest import Outcome
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^<!-- (file|run)(?:: ([^\n]*))? -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OF_COMMANDS = ("README.md", "terminal.md", "pipeline.md", "ci.md", "two-versions.md", "methods.md", "models.md")
+"""Pages that show commands."""
+FLAGS = re.MULTILINE | re.DOTALL
+BLOCK = re.compile(r"^<!-- (file|run)(?:: ([^\n]*))? -->\n```\w*\n(.*?)^```$", FLAGS)
 Curvcert = Callable[..., Outcome]
 
 
@@ -43,6 +46,18 @@ def test_pages_show_what_is_printed(
         done = curvcert(*shlex.split(command)[1:]) if plain else through_a_shell(command)
         assert done.code == int(argument or 0), done.err
         assert matches(shown, done.out), f"{command} prints\n{done.out}"
+
+
+def test_the_first_screen_shows_what_its_command_prints(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first, _ = re.findall(r"^\$ (.*)", text.partition("<!-- end first screen -->")[0], re.MULTILINE)
+    install, command = first.split(" && ")
+    assert install == "pip install ."
+    (shown,) = re.findall(r"<!-- digits output -->\n```text\n(.*?)^```\n<!-- end digits output -->", text, FLAGS)
+    monkeypatch.chdir(ROOT)
+    done = curvcert(*shlex.split(command)[1:])
+    assert done.code == 0, done.err
+    assert matches(shown, done.out), done.out
 
 
 def through_a_shell(command: str) -> Outcome:
@@ -85,7 +100,7 @@ def test_what_matches() -> None:
 def test_every_option_shown_exists(page: Path, curvcert: Curvcert) -> None:
     text = page.read_text(encoding="utf-8")
     commands = re.findall(r"^(?:\$ |\s*- run: |\s*entry: ).*?\bcurvcert ([a-z]+)\b([^\n|]*)", text, re.MULTILINE)
-    assert commands or page.name == "library.md"
+    assert commands or page.name not in OF_COMMANDS
     for command, rest in commands:
         known = curvcert(command, "--help").out
         for option in re.findall(r"(?<!\w)(--[a-z][a-z-]*|-[a-z])\b", rest.partition("  #")[0]):
