@@ -51,14 +51,16 @@ def steps(distances: Sequence[float], total: int) -> str:
 
 
 def widest(proved: Sequence[float], unattacked: Sequence[float]) -> tuple[float, float]:
-    """Where the two curves are farthest apart: a radius between them, and the share of the correct samples there.
+    """Where words fit best between the two curves: a radius, and the share of the correct samples there.
 
-    proved, unattacked: distances of the correct samples, equally many.
+    proved, unattacked: distances of the correct samples, equally many. The words take the height of `rows` samples to
+    either side, and both curves fall to the right: the gap is from the lower curve below them to the upper one above.
     """
-    ends = zip(sorted(proved, reverse=True), sorted(unattacked, reverse=True), strict=True)
-    gaps = [(min(far, FARTHEST) - near, (min(far, FARTHEST) + near) / 2, k) for k, (near, far) in enumerate(ends)]
-    _, middle, rank = max(gaps[len(gaps) // 10 :])  # not along the foot, where the words would lie on the axis
-    return middle, rank / len(gaps)
+    near, far = sorted(proved, reverse=True), sorted((min(d, FARTHEST) for d in unattacked), reverse=True)
+    rows = len(near) // 30
+    gaps = [(far[k + rows] - near[k - rows], k) for k in range(2 * rows, len(near) - rows)]
+    _, rank = max(gaps)
+    return (far[rank + rows] + near[rank - rows]) / 2, rank / len(near)
 
 
 def text(x: float, y: float, words: str, colour: str, more: str = "") -> str:
@@ -95,7 +97,7 @@ def drawing(result: Result, colours: dict[str, str]) -> str:
         text(across(0.02), down(0.06), "proved: correct, and no perturbation changes it", colours["proved"]),
         text(across(0.98), down(0.92), "refuted: misclassified, or an attack was found", colours["attacked"],
              ' text-anchor="end"'),
-        text(across(between), down(share_between * len(right) / total) + 12, "not known", ink, ' text-anchor="middle"'),
+        text(across(between), down(share_between * len(right) / total) + 5, "not known", ink, ' text-anchor="middle"'),
         text(middle, HIGH - 8, "radius (Euclidean norm of the perturbation, pixels in [0, 1])", ink,
              ' text-anchor="middle"'),
         text(16, TOP + (HIGH - TOP - BOTTOM) / 2, "share of the samples", ink,
