@@ -5,8 +5,8 @@
 DIR holds ONNX files and an index.json that gives each one's data set, mean, std and public source. Every model runs in
 a process of its own, so that its peak memory is its own. Radii are means over the correctly classified ones of the
 first samples; a dash means that the method does not apply. The column `curvature` uses global bounds only; `anchored`
-is `--method curvature` as it is, with the bounds anchored at the sample. The table is Markdown, as it stands in
-docs/benchmarks.md.
+is `--method curvature` as it is, with the bounds anchored at the sample. The table is Markdown, as it stands in the
+README.
 """
 
 from __future__ import annotations
