@@ -16,7 +16,7 @@ from certify_cli.records import Record, collect
 from certify_cli.version import __version__
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
-HOME = "https://pypi.org/project/curvcert/"
+HOME = "https://github.com/curvcert/curvcert"
 KINDS = {PASS: ("pass", "none"), FAIL: ("fail", "error"), BROKEN: ("fail", "error"), OPEN: ("open", "none")}
 """By outcome: kind and level."""
 

@@ -22,7 +22,8 @@ from tests.cli.conftest import Outcome
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^<!-- (file|run)(?:: ([^\n]*))? -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FLAGS = re.MULTILINE | re.DOTALL
+BLOCK = re.compile(r"^<!-- (file|run)(?:: ([^\n]*))? -->\n```\w*\n(.*?)^```$", FLAGS)
 SILENT = ("library.md", "theory.md", "trust.md")
 """Pages without a command."""
 Curvcert = Callable[..., Outcome]
@@ -45,6 +46,18 @@ def test_pages_show_what_is_printed(
         done = curvcert(*shlex.split(command)[1:]) if plain else through_a_shell(command)
         assert done.code == int(argument or 0), done.err
         assert matches(shown, done.out), f"{command} prints\n{done.out}"
+
+
+def test_the_first_screen_shows_what_its_command_prints(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first, _ = re.findall(r"^\$ (.*)", text.partition("<!-- end first screen -->")[0], re.MULTILINE)
+    install, command = first.split(" && ")
+    assert install == "pip install ."
+    (shown,) = re.findall(r"<!-- digits output -->\n```text\n(.*?)^```\n<!-- end digits output -->", text, FLAGS)
+    monkeypatch.chdir(ROOT)
+    done = curvcert(*shlex.split(command)[1:])
+    assert done.code == 0, done.err
+    assert matches(shown, done.out), done.out
 
 
 def through_a_shell(command: str) -> Outcome:
