@@ -12,7 +12,8 @@ from torch import Tensor
 from certify_cli.bounds.global_bounds.model_bounds import Analysis
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, fast_ranges, pre_activations
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Conv, Dense, Reshape
+from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.convolution import Conv
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import Point
 from certify_cli.network.graph import Builder, Network

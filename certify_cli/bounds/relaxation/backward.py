@@ -7,7 +7,8 @@ phi(z) - s t, and v, g the row's adjoints and gradient in the network linearised
 
 Where an entry of v is positive the slope is that of a line below phi, and q >= its constant; where it is negative, that
 of a line above. So <row, D> falls by at most ||g|| e plus the constants. Lines below and above come from the range of
-the pre-activation on the same ball: any slope will do, its constant being the proved extreme of q (`ActivationOnInterval.remainders`).
+the pre-activation on the same ball: any slope will do, its constant being the proved extreme of q
+(`ActivationOnInterval.remainders`).
 """
 
 from __future__ import annotations

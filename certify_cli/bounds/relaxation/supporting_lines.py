@@ -1,7 +1,8 @@
 """All lines that support an activation on its range, by a few of them: what an ascent chooses from (theory section 7).
 
 A line below phi is given by its slope and the constant that it needs, the proved extreme of what it leaves
-(`ActivationOnInterval.remainders`). Of two lines below, every mean is a line below, with the mean of the constants; and a slope further
+(`ActivationOnInterval.remainders`). Of two lines below, every mean is a line below, with the mean of the constants; and
+a slope further
 out needs at most its distance times the range's reach more. So a table of a few slopes proves them all.
 """
 

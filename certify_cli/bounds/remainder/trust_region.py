@@ -8,7 +8,8 @@ H = mu I - (1+tau) A^T diag(w) A >= lam I, lam > 0, and every y,
                                             g^T H^-1 g        <=  g^T y + y^T r + ||r||^2 / lam ,      r = g - H y.
 
 mu, tau and y decide how sharp it is, never whether it holds; lam comes from a proved eigenvalue. One Cholesky factor,
-in single precision, gives both: what it leaves of the matrix is measured in double precision (`eigen.shifted_cholesky`), and
+in single precision, gives both: what it leaves of the matrix is measured in double precision
+(`eigen.shifted_cholesky`), and
 conjugate gradients preconditioned by it find y.
 """
 
