@@ -107,7 +107,7 @@ class Conv(AffineOp):
         best = symbol if flops > MATERIALISE_FLOPS else min(symbol, matrix_norm(materialise(self, shape)))
         if self.weight_error == 0:
             return best
-        # errors of e |w|, per tap a shift times a matrix (`Dense`: why not e times the norm)
+        # errors of e |w|, per tap a shift times a matrix (see `Dense`)
         taps = sum(frobenius_norm(tap) for tap in self.weight.flatten(2).unbind(2))
         return up(best + gamma(self.weight_error) * taps, self.weight[0, 0].numel() + 4)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.audit.verify.rounding import blur
-from certify_cli.load.onnx.parity import wake
+from certify_cli.load.onnx.probes import activating_inputs
 from certify_cli.network.graph import Network
 
 STEPS, REACHES = 20, 12
@@ -75,7 +75,7 @@ def _descended(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, 
 
 def _from_woken(network: Network, x: Tensor, prediction: Tensor, radius: Tensor) -> bool:
     """The same from points where units respond that do not at x (*shape), as far as the ball goes."""
-    points = wake(network, x[None].numpy())
+    points = activating_inputs(network, x[None].numpy())
     if points is None:
         return False
     moved = torch.from_numpy(np.asarray(points, dtype=np.float64)).flatten(1) - x.flatten()
