@@ -188,7 +188,7 @@ class Builder:
         return len(self._nodes) - 1
 
     def order(self, output: int) -> dict[int, int]:
-        """Index in the builder -> index in the network that `build(output)` makes, for the input and all nodes it needs."""
+        """Index here -> index in the network of `build(output)`, for the input and all nodes that lead to `output`."""
         needed = {0, output}
         for index in range(output, 0, -1):
             if index in needed:

@@ -1,4 +1,4 @@
-"""Products of vectors with matrices of their own or a shared one, and the precision of what only proposes."""
+"""Products of vectors with matrices of their own or a shared one, and the precision of estimates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 SMALL = 128
-"""Size of a matrix up to which single precision saves nothing."""
+"""Size of a matrix up to which single precision saves no time."""
 
 
 def vector_times_matrix(vectors: Tensor, matrix: Tensor) -> Tensor:
@@ -15,5 +15,5 @@ def vector_times_matrix(vectors: Tensor, matrix: Tensor) -> Tensor:
 
 
 def estimate_dtype(size: int) -> torch.dtype:
-    """Of matrices that propose and prove nothing: single precision where that saves something."""
+    """Type of matrices, of `size` rows, that enter estimates only: single precision where it saves time."""
     return torch.float64 if size <= SMALL else torch.float32

@@ -1,4 +1,4 @@
-"""Verified upper bounds of operator norms (theory section 2): never estimates."""
+"""Verified upper bounds of operator norms (theory section 2)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from certify_cli.numerics.rounding import UNIT, gamma, power_of_two, times, up, 
 CHUNK_ENTRIES = 2**22
 """Symbol matrices are built in chunks of at most this many complex entries (64 MiB)."""
 WAVE_ERROR = 64 * UNIT
-"""More than |computed - exact| of a wave exp(2 pi i r), which `_waves` computes with an error below 23 u:
+"""Upper bound of |computed - exact| of a wave exp(2 pi i r). `_waves` computes it with an error below 23 u:
 
 - r is a fraction of integers below 2^53, in [0, 1), and its quotient is rounded once: u;
-- 2 pi is stored with a relative error below 0.4 u, and the product with it is rounded: the angle is below 2 pi and off
-  by less than 2 pi (1 + 0.4 + 1) u, that is 15.1 u, and so is the wave;
+- 2 pi is stored with a relative error below 0.4 u, and the product with it is rounded: the angle is below 2 pi and its
+  error below 2 pi (1 + 0.4 + 1) u, that is 15.1 u, and so is the wave's;
 - cosine and sine are within four units in the last place of the computed angle's (the libraries of CPUs, where waves
   are computed, stay below one): 8 u of either, hence of the wave, whose modulus is 1. `polar` multiplies them by 1.
 
-What is left of the 64 u covers terms in u^2 and the rounding of the sums that WAVE_ERROR is multiplied by.
+The rest of the 64 u covers terms in u^2 and the rounding of the sums that WAVE_ERROR multiplies.
 """
 
 
@@ -33,15 +33,15 @@ def frobenius_norm(matrix: Tensor) -> float:
 
 
 def gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A A^T of (batch, m, n) and, per matrix, a bound of its rounding error: gamma_(n+2) ||A||_F^2."""
+    """A A^T for A (batch, m, n), and upper bounds (batch,) of its rounding error, gamma_(n+2) ||A||_F^2."""
     size = vector_norm_up(matrix.flatten(1))
     return matrix @ matrix.mT, up(gamma(matrix.shape[-1] + 2) * size.square(), 3)
 
 
 def matrix_norm(matrix: Tensor) -> float:
-    """Upper bound of the spectral norm of a real (m, n) matrix, a relative 1e-9 or so above it.
+    """Upper bound of the spectral norm of a real (m, n) matrix, by about 1e-9 too large, relative.
 
-    The Gram matrix of the smaller side, its largest eigenvalue proved by Cholesky; the product's rounding error is
+    From the Gram matrix of the smaller side, whose largest eigenvalue is proved by Cholesky; its rounding error is
     added before the root. inf if an entry is not finite.
     """
     if matrix.numel() == 0:
@@ -68,16 +68,16 @@ def conv_symbol_norm(
 ) -> float:
     """Upper bound of the norm of a zero-padded convolution on inputs of the given spatial sizes.
 
-    The convolution is a compression of a circulant one on any torus so large that nothing wraps around, and that one's
-    norm is the largest singular value of its symbol, a (channels out x channels in * phases) matrix per frequency. A
-    strided convolution is a sum over input phases: tap a reads phase (a dil - pad) mod s at offset
-    floor((a dil - pad) / s). Tap sums are explicit, so their rounding error is a plain dot product's.
+    The convolution is a compression of a circulant one on any torus that is large enough for nothing to wrap around.
+    The norm of the latter is the largest singular value of its symbol, a (channels out x channels in * phases) matrix
+    per frequency. A strided convolution is a sum over input phases: tap a reads phase (a dil - pad) mod s at offset
+    floor((a dil - pad) / s). Sums over taps are written out, so their rounding error is a plain dot product's.
 
     An entry of the symbol is a sum of at most T = `taps.shape[-1]` products wave * w, w real. With waves within
     WAVE_ERROR of the exact ones, and real and imaginary part each a dot product of T terms in any order, fused or not,
-    it is off by at most (gamma_T (1 + WAVE_ERROR) + WAVE_ERROR) sum |w|; the parts' errors add up as |wave w| does. A
+    its error is at most (gamma_T (1 + WAVE_ERROR) + WAVE_ERROR) sum |w|; the parts' errors add up as |wave w| does. A
     complex product by three real ones errs by (sqrt 2 + 1) gamma_(T+3) in a part, which gamma_(4 (T + 2)) covers too.
-    The symbol's norm is off by at most the Frobenius norm of these errors. Dividing by a power of two is exact.
+    The error of the symbol's norm is at most the Frobenius norm of these errors. Dividing by a power of two is exact.
     """
     axes = [
         _Axis(n, k, s, p, d) for n, k, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True)
@@ -118,7 +118,7 @@ def _largest_singular_value(matrices: Tensor) -> float:
 
 
 class _Axis:
-    """One spatial axis of a convolution: where each tap reads, and a torus on which nothing wraps around."""
+    """One spatial axis of a convolution: offset and phase of each tap, and a torus on which nothing wraps around."""
 
     def __init__(self, n: int, k: int, s: int, p: int, d: int) -> None:
         reads = [a * d - p for a in range(k)]
@@ -126,7 +126,7 @@ class _Axis:
         self.phase = [r % s for r in reads]
         outputs = (n + 2 * p - d * (k - 1) - 1) // s + 1
         inputs = -(-n // s)
-        # output j reads j + offset; it must not reach a true input by wrapping, from either end
+        # output j reads j + offset, which must not wrap to a true input from either end
         self.torus = max(outputs + max(self.offset), inputs - min(self.offset), 1)
 
 
@@ -135,17 +135,17 @@ def _indices(kernel: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _frequencies(axes: Sequence[_Axis]) -> Tensor:
-    """Integer frequencies (count, axes); half of them suffice on the last axis, for the weights are real."""
-    spans = [torch.arange(a.torus) for a in axes[:-1]] + [torch.arange(axes[-1].torus // 2 + 1)]
-    return torch.cartesian_prod(*spans).reshape(-1, len(axes))
+    """Integer frequencies (count, axes); half of them suffice on the last axis, since the weights are real."""
+    ranges = [torch.arange(a.torus) for a in axes[:-1]] + [torch.arange(axes[-1].torus // 2 + 1)]
+    return torch.cartesian_prod(*ranges).reshape(-1, len(axes))
 
 
 def _waves(axes: Sequence[_Axis], frequencies: Tensor, kernel: Sequence[int]) -> Tensor:
     """exp(2 pi i sum over axes of frequency * offset / torus), (count, taps), within WAVE_ERROR.
 
-    Turns are counted in integers, in parts of 1 / (the least common multiple of the toruses); these are far below 2^53,
-    as there are about as many frequencies as the product of the toruses. Only then are they float64, and divided:
-    torch divides integers in float32.
+    Angles are counted in integers, in units of 1 / (the least common multiple of the toruses) of a full turn; these are
+    far below 2^53, as the number of frequencies is about the product of the toruses. They are converted to float64
+    before the division, since torch divides integers in float32.
     """
     whole = math.lcm(*(axis.torus for axis in axes))
     offsets = [[a.offset[t] for a, t in zip(axes, index, strict=True)] for index in _indices(kernel)]
@@ -153,5 +153,5 @@ def _waves(axes: Sequence[_Axis], frequencies: Tensor, kernel: Sequence[int]) ->
     for number, axis in enumerate(axes):
         steps = torch.tensor([o[number] for o in offsets], dtype=torch.int64)
         parts += torch.remainder(frequencies[:, number : number + 1] * steps, axis.torus) * (whole // axis.torus)
-    turns = torch.remainder(parts, whole).to(torch.float64) / whole
-    return torch.polar(torch.ones_like(turns), 2 * math.pi * turns)
+    angles = torch.remainder(parts, whole).to(torch.float64) / whole
+    return torch.polar(torch.ones_like(angles), 2 * math.pi * angles)

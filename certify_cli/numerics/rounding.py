@@ -1,8 +1,8 @@
 """Directed rounding in float64, by inflation (theory section 10).
 
 A quantity computed from non-negative numbers by k additions, products, quotients and roots has a relative error of at
-most gamma_k = k u / (1 - k u); `up` and `down` turn the computed value into a bound. Terms of mixed sign cancel and
-need an error bound of their own: these two functions are not for them.
+most gamma_k = k u / (1 - k u); `up` and `down` turn the computed value into a bound. They are not for terms of mixed
+sign, which cancel and need an error bound of their own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ UNIT = 2.0**-53
 """The unit roundoff u of float64."""
 
 UNDERFLOW = 1e-290
-"""More than the absolute error that underflowing products can add to any one sum, or to the norm of any vector."""
+"""Upper bound of the absolute error that underflowing products add to any one sum, or to the norm of any vector."""
 
 TINY = 1e-300
-"""Keeps quotients of estimates numbers; too small to be in any bound."""
+"""Above every result that may be flushed to zero (below 2^-1022), and negligible beside any bound: a safe divisor."""
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -35,7 +35,7 @@ def gamma(k: int) -> float:
 
 
 def up(value: Number, operations: int = 1) -> Number:
-    """At least the exact value of a non-negative expression that took `operations` roundings to compute."""
+    """Upper bound of a non-negative expression whose computed value took `operations` roundings."""
     factor = 1.0 + 2 * (operations + 1) * UNIT
     if isinstance(value, Tensor):
         return torch.nextafter(value * factor, torch.full_like(value, math.inf))
@@ -43,15 +43,15 @@ def up(value: Number, operations: int = 1) -> Number:
 
 
 def positive_up(value: Tensor, operations: int = 1) -> Tensor:
-    """`up`, but zero stays zero: for terms of a sum that UNDERFLOW is added to.
+    """`up` with zero kept: for terms of a sum to which UNDERFLOW is added.
 
-    Of zero `up` makes the least number there is, and products of such numbers are slow.
+    `up` makes a subnormal number of zero, and products of such numbers are slow.
     """
     return torch.where(value > 0, up(value, operations), value)
 
 
 def down(value: Number, operations: int = 1) -> Number:
-    """At most the exact value of a non-negative expression that took `operations` roundings; never below 0."""
+    """Lower bound, at least 0, of a non-negative expression whose computed value took `operations` roundings."""
     factor = 1.0 - 2 * (operations + 1) * UNIT
     if isinstance(value, Tensor):
         return torch.nextafter(value * factor, torch.full_like(value, -math.inf)).clamp(min=0.0)
@@ -61,7 +61,7 @@ def down(value: Number, operations: int = 1) -> Number:
 def times(first: Number, *others: Number | float) -> Number:
     """Upper bound of a product of non-negative numbers, rounded up factor by factor.
 
-    Rounded once at the end, a product that vanishes half-way and is then multiplied by a large factor would be lost.
+    A single rounding at the end would miss a partial product that underflows before it meets a large factor.
     """
     product = first
     for factor in others:
@@ -70,17 +70,17 @@ def times(first: Number, *others: Number | float) -> Number:
 
 
 def difference_down(first: Tensor, second: Tensor) -> Tensor:
-    """At most the exact difference of two float64 numbers of any sign; -inf where it is no number."""
+    """Lower bound of the difference of two float64 numbers of any sign; -inf for NaN or +inf."""
     value = first - second
     value = value - 2 * UNIT * value.abs() - UNDERFLOW
     return value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def powers_of_two(rows: Tensor) -> Tensor:
-    """For each row of (batch, n) a power of two, no more than its largest |entry| and more than half of it: (batch,).
+    """For each row of (batch, n) the largest power of two that is at most its largest |entry|: (batch,).
 
-    Dividing by it is exact, and squares then neither overflow nor vanish. 1 where no scaling can help: no entry, only
-    zeros, or one that is not finite.
+    Division by it is exact, and squares then neither overflow nor underflow. 1 for rows without entries, of zeros, or
+    with an entry that is not finite.
     """
     if rows.shape[1] == 0:
         return rows.new_ones(len(rows))

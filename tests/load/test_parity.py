@@ -11,7 +11,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 
 from certify_cli.errors import ModelError
-from certify_cli.load.onnx import interpret, max_min_rewrites, normalise, operators, parity, patterns, subgraph_checks
+from certify_cli.load.onnx import interpret, max_min_rewrites, normalise, operators, patterns, probes, subgraph_checks
 from certify_cli.load.onnx.loader import load_onnx
 from certify_cli.load.onnx.rewriting import REWRITES, RewrittenGraph
 from tests.files import save_onnx
@@ -217,9 +217,9 @@ def test_units_that_wake_beyond_all_float32_numbers_stop_nothing(tmp_path: Path)
 def test_probes_have_both_signs_and_many_sizes() -> None:
     from tests.networks import mlp
 
-    points = parity.probes(mlp((3, 5, 2), "relu"), parity.images((3,)))
+    points = probes.probes(mlp((3, 5, 2), "relu"), probes.images((3,)))
     sizes = np.abs(points).max(1)
-    assert all(((sizes > size / 10) & (sizes <= size)).any() for size in parity.SIZES)
+    assert all(((sizes > size / 10) & (sizes <= size)).any() for size in probes.SIZES)
     assert (points < 0).any()
     assert (points > 0).any()
 
@@ -230,7 +230,7 @@ def test_waking_reaches_the_other_side() -> None:
 
     network_ = mlp((3, 5, 2), "relu")
     network_.nodes[1].op.offset.fill_(-1e7)
-    points = parity.wake(network_, parity.probes(network_, parity.images((3,)))[:15])
+    points = probes.activating_inputs(network_, probes.probes(network_, probes.images((3,)))[:15])
     assert points is not None
     with torch.no_grad():
         assert bool((network_.values(torch.from_numpy(points))[1] > 0).any())

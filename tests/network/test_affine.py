@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certify_cli.network.affine import AffineOp, Conv, ConvTranspose, Dense, Reshape, Scale, Select, Shift, materialise
+from certify_cli.network.affine import AffineOp, Dense, Reshape, Scale, Select, Shift, materialise
+from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Builder, Concat, Shape
 
 

@@ -15,7 +15,8 @@ from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.certificates.methods import AUTO, METHODS
 from certify_cli.efforts import EFFORTS
 from certify_cli.network.activations.table import ACTIVATIONS, from_name
-from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Select
+from certify_cli.network.affine import Dense, Reshape, Select
+from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.audit.verify.rounding import logit_error
-from certify_cli.load.onnx.parity import wake
+from certify_cli.load.onnx.probes import activating_inputs
 from certify_cli.network.graph import Network
 
 STEPS = 20
@@ -77,7 +77,7 @@ def _descended(network: Network, x: Tensor, prediction: Tensor, radius: Tensor, 
 
 def _from_active_units(network: Network, x: Tensor, prediction: Tensor, radius: Tensor) -> bool:
     """Whether a descent meets an example that starts where units inactive at x (*shape) are active, in the ball."""
-    points = wake(network, x[None].numpy())
+    points = activating_inputs(network, x[None].numpy())
     if points is None:
         return False
     moved = torch.from_numpy(np.asarray(points, dtype=np.float64)).flatten(1) - x.flatten()

@@ -6,8 +6,8 @@ phi(z) - s t, and v, g the row's adjoints and gradient in the network linearised
     <row, D> = <g, d> + sum over nonlinear nodes of <v, q> .
 
 Where an entry of v is positive the slope is that of a line below phi, and q is at least its constant; where it is
-negative, that of a line above. So <row, D> is at least -||g|| e less the constants. The lines come from the range of the
-pre-activation on the same ball. Any slope will do: its constant is the proved extreme of q on the range
+negative, that of a line above. So <row, D> is at least -||g|| e less the constants. The lines come from the range of
+the pre-activation on the same ball. Any slope will do: its constant is the proved extreme of q on the range
 (`ActivationOnInterval.remainders`).
 """
 

@@ -27,7 +27,7 @@ def _where(rewritten: RewrittenGraph, node: NodeProto) -> None:
     terms = []
     for operand, mask in zip(operands, (chosen, 1 - chosen), strict=True):
         if operand in trace.values:
-            terms.append(rewritten.part())
+            terms.append(rewritten.fresh_value())
             rewritten.emit(node, "Mul", [operand, rewritten.constant(mask)], terms[-1])
         else:
             terms.append(rewritten.constant(np.where(mask > 0, trace.constants[operand], 0.0)))
@@ -67,7 +67,7 @@ def _join_constants(rewritten: RewrittenGraph, node: NodeProto, data: list[str],
     shape[axis] = sum(widths)
     joined = data[0]
     if len(data) > 1:
-        joined = rewritten.part(tuple(shape))
+        joined = rewritten.fresh_value(tuple(shape))
         join(rewritten, node, data, joined, axis)
     numbers = iter(np.split(numbered_entries(tuple(shape)), np.cumsum(widths)[:-1], axis=axis))
     moved, frame = [], []
@@ -83,14 +83,14 @@ def _join_constants(rewritten: RewrittenGraph, node: NodeProto, data: list[str],
                 raise trace.refuse(
                     node, "joins another constant to every sample of its batch; export with a free batch"
                 )
-    bare = rewritten.part(rewritten.shapes[node.output[0]])
+    bare = rewritten.fresh_value(rewritten.shapes[node.output[0]])
     emit_index(rewritten, node, joined, bare, np.concatenate(moved, axis=axis))
     rewritten.emit(node, "Add", [bare, rewritten.constant(np.concatenate(frame, axis=axis))], node.output[0])
 
 
 def join(rewritten: RewrittenGraph, node: NodeProto, parts: list[str], value: str, axis: int) -> None:
     """`value`: the parts one behind the other. What was cut from one value is put together as movement again."""
-    origins = [rewritten.moved.get(part) for part in parts]
+    origins = [rewritten.movements.get(part) for part in parts]
     sources = {origin[0] if origin else None for origin in origins}
     if len(sources) == 1 and None not in sources:
         numbered = np.concatenate([origin[1] for origin in origins if origin], axis=axis)
@@ -125,10 +125,10 @@ def _gemm(rewritten: RewrittenGraph, node: NodeProto) -> None:
     if alpha == 1 and bias in rewritten.constants:
         rewritten.emit(node, "Gemm", [*inputs, str(bias)], node.output[0], transB=int(attributes.get("transB", 0)))
         return
-    product = rewritten.part() if alpha != 1 or bias else node.output[0]
+    product = rewritten.fresh_value() if alpha != 1 or bias else node.output[0]
     rewritten.emit(node, "Gemm", inputs, product, transB=int(attributes.get("transB", 0)))
     if alpha != 1:
-        scaled = rewritten.part() if bias else node.output[0]
+        scaled = rewritten.fresh_value() if bias else node.output[0]
         rewritten.emit(node, "Mul", [product, rewritten.constant(np.array(alpha))], scaled)
         product = scaled
     if bias:
@@ -150,7 +150,7 @@ def _product_and_sum(rewritten: RewrittenGraph, node: NodeProto, alpha: float, b
             raise trace.refuse(node, "adds a value that depends on the input to a single matrix; export a Linear layer")
         steps.append(("Add", trace.constants[bias] * beta))
     for number, (operator, constant) in enumerate(steps, start=1):
-        after = value if number == len(steps) else rewritten.part()
+        after = value if number == len(steps) else rewritten.fresh_value()
         rewritten.emit(node, operator, [a, rewritten.constant(constant)], after)
         a = after
 
@@ -161,7 +161,7 @@ def spatial_pad(rewritten: RewrittenGraph, node: NodeProto, source: str, pads: l
     cut = [slice(max(-begin, 0), n - max(-end, 0)) for n, (begin, end) in zip(shape[2:], pads, strict=True)]
     added = [(max(begin, 0), max(end, 0)) for begin, end in pads]
     moved = np.pad(numbered_entries(shape)[(slice(None), slice(None), *cut)], [(0, 0), (0, 0), *added])
-    padded = rewritten.part(moved.shape)
+    padded = rewritten.fresh_value(moved.shape)
     emit_index(rewritten, node, source, padded, moved)
     return padded
 
@@ -194,9 +194,9 @@ def _conv_transpose(rewritten: RewrittenGraph, node: NodeProto) -> None:
         rewritten.emit(node, "ConvTranspose", inputs, node.output[0], pads=flat, kernel_shape=kernel, **kept)
         return
     batch, channels, *space = trace.shape(node.output[0])
-    whole = rewritten.part((batch, channels, *(n + sum(pair) for n, pair in zip(space, pads, strict=True))))
+    whole = rewritten.fresh_value((batch, channels, *(n + sum(pair) for n, pair in zip(space, pads, strict=True))))
     rewritten.emit(node, "ConvTranspose", inputs, whole, pads=[0] * 2 * len(kernel), kernel_shape=kernel, **kept)
-    rewritten.pass_on(spatial_pad(rewritten, node, whole, [(-begin, -end) for begin, end in pads]), node.output[0])
+    rewritten.alias(spatial_pad(rewritten, node, whole, [(-begin, -end) for begin, end in pads]), node.output[0])
 
 
 def _convolution(rewritten: RewrittenGraph, node: NodeProto) -> tuple[list[int], dict[str, Any]]:
@@ -232,7 +232,7 @@ def _reduce(rewritten: RewrittenGraph, node: NodeProto) -> None:
     elif len(node.input) > 1 and node.input[1]:
         axes = trace.constants[node.input[1]].ravel().tolist()
     if not axes and attributes.get("noop_with_empty_axes", 0):
-        rewritten.pass_on(source, node.output[0])
+        rewritten.alias(source, node.output[0])
         return
     counted = sorted({int(axis) % rank for axis in axes or range(rank)})
     if 0 in counted and source not in trace.unbatched:
@@ -241,7 +241,7 @@ def _reduce(rewritten: RewrittenGraph, node: NodeProto) -> None:
     output = node.output[0]
     if not keep and len(axes) == len(rewritten.shapes[source]) - 1:
         # a number a sample keeps one axis
-        keep, output = 1, rewritten.part()
+        keep, output = 1, rewritten.fresh_value()
         target = rewritten.constant(np.array([-1, 1], dtype=np.int64))
     if operator == "ReduceMean":
         rewritten.emit(node, operator, [source], output, axes=axes, keepdims=keep)

@@ -1,9 +1,8 @@
-"""One run of an ONNX graph on one sample, node by node, in float64: constants folded, shapes known, values at hand.
+"""Evaluates an ONNX graph on one sample, node by node, in float64; folds constants and finds all shapes.
 
-Weights are upcast exactly before anything is computed, so constants that the file leaves to be computed (a transposed
-weight, sqrt(var + eps)) are those of float64 arithmetic on the stored weights. What such a computation gives as an
-integer or a truth value (an index, a size) is no real number but a decision: there the stored types count, since they
-are what runs.
+Weights are upcast exactly before any computation, so constants that the file leaves to be computed (a transposed
+weight, sqrt(var + eps)) are those of float64 arithmetic on the stored weights. Integers and truth values computed from
+constants (an index, a size) are decisions, not approximations: they are computed in the stored types, as in deployment.
 """
 
 from __future__ import annotations
@@ -31,17 +30,20 @@ MAX_ENTRIES = 2**27
 """The largest value (entries) that a graph may make: 1 GiB in float64."""
 
 FEW = 1024
-"""Entries of an operand that may say how large a value will be."""
+"""Largest number of entries of an operand that shape inference reads."""
 
 WIDE = (TensorProto.FLOAT, TensorProto.DOUBLE)
 
 
 @dataclass(eq=False)
 class Trace:
-    """What one run shows. `constants` do not depend on the input, `values` do; both in float64, of the file's shapes.
+    """The trace of an evaluation on one sample: constants, and values that depend on the input.
 
-    native: constants as the file's own types have them, where these could be computed.   kinds: the element type of
-    every value in the file.   unbatched: values whose first axis is not the batch: the sample as a whole.
+    constants, values: by neutral name, in float64, of the file's shapes.
+    native: constants in the file's own types, where these could be computed.
+    kinds: the element type of every value in the file.
+    nodes: those whose values depend on the input, in order.
+    unbatched: values without a batch axis.
     """
 
     path: Path
@@ -57,22 +59,22 @@ class Trace:
     unbatched: set[str] = field(default_factory=set)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one sample with a batch of one in front, whatever the file's batch; a number a sample has one axis."""
+        """Shape of one sample's value with a batch of one in front; a single number has one axis."""
         own = self.values[name].shape
         return (1, *own) if name in self.unbatched else (1, *(own[1:] or (1,)))
 
     def size(self, name: str) -> int:
-        """Entries of one sample."""
+        """Number of entries of one sample's value."""
         return math.prod(self.shape(name))
 
     def samples(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A value of the file's shape as samples, the batch in front."""
+        """A value of the file's shape with the batch as its first axis."""
         if name in self.unbatched:
             return array[None]
         return array[:, None] if array.ndim == 1 else array
 
     def to_file_shape(self, name: str, sample: np.ndarray) -> np.ndarray:
-        """One sample (1, ...) in the file's own shape: repeated where its batch is fixed."""
+        """One sample's value (1, ...) in the file's own shape, repeated where the batch is fixed."""
         if name in self.unbatched:
             return sample[0]
         rows = np.repeat(sample, len(self.values[name]), axis=0)
@@ -85,10 +87,9 @@ class Trace:
 def interpret(
     path: Path, graph: Graph, nodes: Sequence[NodeProto], opset: int, model_input: ModelInput, sample: np.ndarray
 ) -> Trace:
-    """Run `nodes` of the graph on one sample (1, ...).
+    """The trace of `nodes` of the graph on one sample (1, ...).
 
-    ModelError where a node cannot be computed, or gives up the batch axis. Nodes whose value is constant are dropped
-    from `nodes`.
+    ModelError where a node cannot be computed, or its value loses the batch axis.
     """
     trace = Trace(path, opset, model_input, graph.origin, graph.names)
     trace.native = dict(graph.constants)
@@ -110,7 +111,7 @@ def interpret(
 
 
 def _measure(trace: Trace, node: NodeProto, shape: tuple[int, ...]) -> None:
-    """Shape and Size of data are constants."""
+    """Enter the value of Shape or Size of data, which is a constant."""
     attributes = attributes_of(node)
     sizes = shape[attributes.get("start") : attributes.get("end")] if node.op_type == "Shape" else math.prod(shape)
     trace.constants[node.output[0]] = trace.native[node.output[0]] = np.array(sizes, dtype=np.int64)
@@ -139,7 +140,7 @@ def _run(trace: Trace, node: NodeProto) -> None:
 
 
 def _fold(trace: Trace, node: NodeProto) -> None:
-    """A node of constants: in float64, and as the file's own types have it."""
+    """Enter the value of a node of constants, in float64 and in the file's own types."""
     outputs = evaluate(trace, node, [trace.constants.get(v) if v else None for v in node.input])
     native: list[np.ndarray | None] = [None] * len(outputs)
     if all(not value or value in trace.native for value in node.input):
@@ -155,12 +156,12 @@ def _fold(trace: Trace, node: NodeProto) -> None:
         elif wide.dtype.kind != "f" and not exact:
             raise trace.refuse(node, "computes an index from numbers whose type cannot be evaluated here")
         elif own is not None and own.shape != wide.shape:
-            wide = widen(own)  # a length that was computed: a decision as well
+            wide = widen(own)  # a computed length is a decision too
         trace.constants[value] = wide
 
 
 def _refuse_training(trace: Trace, node: NodeProto) -> None:
-    """ModelError for a dropout that draws: also of a constant it is no fixed number."""
+    """ModelError for a dropout in training mode, which is random even for constants."""
     if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]:
         training = trace.constants.get(node.input[2])
         if training is None or bool(np.any(training)):
@@ -168,7 +169,7 @@ def _refuse_training(trace: Trace, node: NodeProto) -> None:
 
 
 def kind_behind(trace: Trace, node: NodeProto) -> int:
-    """The element type that a node gives its value in the file."""
+    """The element type of a node's value in the file."""
     if node.op_type == "Cast":
         return int(attributes_of(node)["to"])
     if node.op_type == "CastLike":
@@ -178,8 +179,10 @@ def kind_behind(trace: Trace, node: NodeProto) -> int:
 
 
 def keeps_type(trace: Trace, node: NodeProto) -> bool:
-    """Whether a node is a cast of data that changes nothing in exact arithmetic: to the type they have, or to one that
-    evaluations are rounded to anyway."""
+    """Whether a node is a cast of data without effect in exact arithmetic.
+
+    That is a cast to the type they have, or to float32 or float64, to which evaluations are rounded anyway.
+    """
     if node.op_type not in ("Cast", "CastLike") or node.input[0] not in trace.kinds:
         return False
     kind, before = kind_behind(trace, node), trace.kinds[node.input[0]]
@@ -196,7 +199,7 @@ def evaluate(trace: Trace, node: NodeProto, inputs: list[Any]) -> list[np.ndarra
 
 
 def widened(trace: Trace, node: NodeProto, inputs: list[Any]) -> list[np.ndarray]:
-    """The outputs of one node, floats in float64; casts of data that change nothing in exact arithmetic left out."""
+    """The outputs of one node, floats in float64; casts for which `keeps_type` holds are left out."""
     if keeps_type(trace, node):
         return [inputs[0]]
     return [widen(array) for array in compute(trace, node, inputs)]
@@ -215,7 +218,7 @@ def compute(trace: Trace, node: NodeProto, inputs: list[Any]) -> list[np.ndarray
                 outputs = ReferenceEvaluator(_alone(node, feeds, trace.opset)).run(None, feeds)  # type: ignore[assignment]
     except NotImplementedError as error:
         raise trace.refuse(node, f"is not supported at opset {trace.opset}; use a standard operator") from error
-    except Exception as error:  # the evaluator reports ill-fitting shapes by whatever numpy happens to raise
+    except Exception as error:  # for shapes that do not fit, the evaluator raises any of numpy's exceptions
         if node.op_type in OPERATORS and type(error) is ValueError:
             raise trace.refuse(node, str(error)) from error
         shapes = ", ".join(str(list(np.shape(array))) for array in inputs if array is not None)
@@ -230,14 +233,16 @@ def compute(trace: Trace, node: NodeProto, inputs: list[Any]) -> list[np.ndarray
 
 
 def _check_size(trace: Trace, node: NodeProto, feeds: dict[str, np.ndarray]) -> None:
-    """ModelError, before any memory is asked for, where a value would be far larger than any that is certified: by
-    ONNX's own shape inference, small operands known."""
+    """ModelError, before memory is allocated, where a value would be far larger than any that is certified.
+
+    By ONNX's own shape inference, which is given small operands.
+    """
     model = _alone(node, feeds, trace.opset)
     small = [(name, array) for name, array in feeds.items() if array.size <= FEW and array.dtype.kind in "biuf"]
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in small)
     try:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output
-    except Exception:  # what cannot be inferred is told by the evaluation itself
+    except Exception:  # the evaluation itself will show what cannot be inferred
         return
     for value in inferred:
         sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -246,7 +251,7 @@ def _check_size(trace: Trace, node: NodeProto, feeds: dict[str, np.ndarray]) -> 
 
 
 def _alone(node: NodeProto, feeds: dict[str, np.ndarray], opset: int) -> ModelProto:
-    """A model of one node; the operands' types decide which form of an overloaded operator is evaluated."""
+    """A model of one node; the operands' types select the form of an overloaded operator."""
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in feeds.items()
@@ -258,6 +263,6 @@ def _alone(node: NodeProto, feeds: dict[str, np.ndarray], opset: int) -> ModelPr
 
 
 def widen(array: np.ndarray) -> np.ndarray:
-    """Any float type (bfloat16 too) as float64, which holds it exactly; everything else as it is."""
+    """Floats of any type, bfloat16 too, converted to float64, which is exact; other arrays unchanged."""
     is_float = np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"
     return array.astype(np.float64) if is_float else array

@@ -1,10 +1,10 @@
 """ONNX -> Network.
 
     read (safely, under neutral names) -> interpret (one sample) -> normalise -> onnx2torch -> lower
-        -> check piece by piece, and as a whole against the float64 evaluation and onnxruntime
+        -> check each subgraph, and the whole against the float64 evaluation and onnxruntime
 
-onnx2torch stays behind `_convert`. What it is given is normalised, so that it sees few operators of one opset under
-names of ours; what it gives is lowered, so that no layer of it is ever bounded.
+Only `_convert` uses onnx2torch. Its input is normalised, so that it meets few operators, of one opset, under neutral
+names; its output is lowered, so that no bound depends on its layers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from certify_cli.load.onnx.logits import logits as logits_of
 from certify_cli.load.onnx.model_input import ModelInput, Shape, readings
 from certify_cli.load.onnx.normalise import normalise, to_model
 from certify_cli.load.onnx.outputs import leading_to
+from certify_cli.load.onnx.probes import images
 from certify_cli.load.onnx.rewriting import RewrittenGraph
 from certify_cli.network.lowering.fx_graph import lower_traced
 from certify_cli.records import ModelInfo
 
 
 def no_data() -> Shape | None:
-    """Stands for the data's shape where there are none."""
+    """The default of `sample_shape`: there are no data."""
     return None
 
 
@@ -41,22 +42,23 @@ def load_onnx(
     sample_shape: Callable[[], Shape | None] = no_data,
     layout: str | None = None,
 ) -> LoadedModel:
-    """The classifier in `path`, logits last.
+    """The classifier in `path`; its last node holds the logits.
 
-    A trailing softmax is dropped (and noted): it changes no prediction. output: which output holds the logits, where
-    there are several.   sample_shape: gives the shape of the data's samples, channels first, and layout how the model
-    reads them; asked for only where the file leaves a size free.   Raises ModelError, naming file and node, for
-    everything that is unreadable, unsafe, or outside what can be certified.
+    A trailing softmax is dropped, with a note: it changes no prediction.
+    output: name of the output that holds the logits, where there are several.
+    sample_shape: returns the shape of the data's samples, channels first; called only where the file leaves sizes free.
+    layout: the order in which the model reads such samples.
+    ModelError, naming file and node, for files that are unreadable, unsafe or cannot be certified.
     """
     file = read_onnx(path, output)
     refusal: ModelError | None = None
     for model_input in readings(path, file.inputs, file.graph.named, sample_shape, layout):
         if refusal is not None and file.rows == file.inputs[0].type.tensor_type.shape.dim[0].dim_value:
-            break  # a row of the output for each of the input: a batch, whatever else is wrong
+            break  # as many rows of the output as of the input: the first axis is a batch
         try:
             return _load(path, file, model_input)
         except ModelError as error:
-            # a reading in which some value has no batch axis was not the right one
+            # a reading in which some value has no batch axis is not the right one
             refusal = error if refusal is None or "keep the batch" in str(refusal) else refusal
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
@@ -69,7 +71,7 @@ def load_onnx(
 def _load(path: Path, file: OnnxFile, model_input: ModelInput) -> LoadedModel:
     end = file.graph.named(file.output)
     nodes = leading_to(end, file.graph.nodes)
-    trace = interpret(path, file.graph, nodes, file.opset, model_input, parity.images(model_input.shape)[:1])
+    trace = interpret(path, file.graph, nodes, file.opset, model_input, images(model_input.shape)[:1])
     if end not in trace.values:
         raise ModelError(f"{path}: the output does not depend on the input; export the classifier again")
     logits, tail, notes = logits_of(trace, end)
@@ -79,10 +81,10 @@ def _load(path: Path, file: OnnxFile, model_input: ModelInput) -> LoadedModel:
     try:
         module = _convert(to_model(rewritten, model_input.source))
         names, values = _label(module, rewritten)
-        network, holding = lower_traced(module, model_input.shape, names)
+        network, node_of = lower_traced(module, model_input.shape, names)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    subgraph_checks.check(rewritten, network, {values[at]: index for at, index in holding.items()}, model_input.source)
+    subgraph_checks.check(rewritten, network, {values[at]: index for at, index in node_of.items()}, model_input.source)
     notes = [*file.notes, *notes, *parity.check(path, file, trace, network, logits, tail)]
     if trace.size(logits) == 1:
         notes.append("its one logit z is read as the two logits (0, z): class 1 where z is positive")
@@ -110,8 +112,7 @@ def _convert(model: ModelProto) -> fx.GraphModule:
 
 
 def _label(module: fx.GraphModule, rewritten: RewrittenGraph) -> tuple[dict[str, str], dict[str, str]]:
-    """Tell each converted layer which operator of the file it stands for; by module path, the file's name for it and
-    the value that it gives."""
+    """By module path: the file's name for the layer, and the name of its value. Sets each layer's `onnx_type`."""
     names, values = {}, {}
     paths = [str(n.target) for n in module.graph.nodes if n.op == "call_module"]
     for path, node in zip(paths, rewritten.nodes, strict=True):

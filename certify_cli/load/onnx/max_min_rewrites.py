@@ -30,7 +30,7 @@ def _largest(rewritten: RewrittenGraph, node: NodeProto) -> None:
     both = (batch, 2 * channels, *space)
     key = tuple(sorted(rewritten.resolved(value) for value in data))
     if key not in rewritten.pairs:
-        joined, rewritten.pairs[key] = rewritten.part(both), rewritten.part(both)
+        joined, rewritten.pairs[key] = rewritten.fresh_value(both), rewritten.fresh_value(both)
         join(rewritten, node, data, joined, axis=1)
         rewritten.emit(node, "MaxMin", [joined], rewritten.pairs[key], DOMAIN)
     half = np.split(numbered_entries(both), 2, axis=1)[node.op_type == "Min"]
@@ -55,7 +55,7 @@ def _clipped(rewritten: RewrittenGraph, node: NodeProto, value: str) -> None:
     if single:
         rewritten.emit(node, "Activation", [value], node.output[0], DOMAIN, row=row)
         return
-    offset, above, cut = rewritten.constant(bound), rewritten.part(), rewritten.part()
+    offset, above, cut = rewritten.constant(bound), rewritten.fresh_value(), rewritten.fresh_value()
     rewritten.emit(node, "Sub", [value, offset], above)
     rewritten.emit(node, "Activation", [above], cut, DOMAIN, row=row)
     rewritten.emit(node, "Add", [cut, offset], node.output[0])

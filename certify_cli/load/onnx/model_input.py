@@ -1,4 +1,4 @@
-"""A model's input: the shape of one sample, and how samples are put into what the file takes."""
+"""A model's input: the shape of one sample, and the conversion of samples to the file's own shape."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelInput:
-    """source: the input's (neutral) name.   shape: one sample's, without the batch.   kind: its element type in ONNX.
+    """The input of an ONNX model.
 
-    batch: how many samples the file takes at once; None for any number, 0 where it has no batch axis at all.
+    source: its neutral name.   shape: of one sample, without the batch.   kind: its element type in ONNX.
+    batch: number of samples that the file takes at once; None for any number, 0 where it has no batch axis.
     """
 
     source: str
@@ -33,20 +34,22 @@ class ModelInput:
 
     @property
     def whole(self) -> bool:
-        """Whether the file takes one sample and no more, so that a value may do without a batch axis."""
+        """Whether the file takes exactly one sample, so that its values need no batch axis."""
         return self.batch in (0, 1)
 
     def keeps_batch(self, shape: Shape) -> bool:
-        """Whether the first axis of a value of this shape (of a run on one sample) is the batch."""
+        """Whether the first axis of a value of this shape, computed from one sample, is the batch."""
         return len(shape) > 0 and shape[0] == (self.batch or 1)
 
     def to_file_shape(self, sample: np.ndarray) -> np.ndarray:
-        """One sample (1, *shape) in the file's own shape: repeated where its batch is fixed."""
+        """One sample (1, *shape) in the file's own shape, repeated where the batch is fixed."""
         return sample[0] if self.batch == 0 else np.repeat(sample, self.batch or 1, axis=0)
 
     def feeds(self, samples: np.ndarray) -> list[np.ndarray]:
-        """What to run the file on, one after the other, so that every sample (n, *shape) is met once, in order; the
-        last one is repeated where a fixed batch is not full."""
+        """The arrays on which to run the file to evaluate all samples (n, *shape) in order.
+
+        The last sample is repeated to fill a fixed batch.
+        """
         if self.batch is None:
             return [samples]
         if self.batch == 0:
@@ -63,10 +66,11 @@ def readings(
     sample_shape: Callable[[], Shape | None],
     layout: str | None,
 ) -> list[ModelInput]:
-    """The ways to read the model's input, the likelier one first: a first axis of more than one entry may be a fixed
-    batch, or an axis of a sample.
+    """The possible readings of the model's input, the likelier first.
 
-    named: a value's neutral name.   sample_shape: the data's, for sizes that the file leaves free; None without data.
+    A first axis of more than one entry may be a fixed batch or an axis of a sample.
+    named: maps the file's name of a value to its neutral name.
+    sample_shape: returns the shape of the data's samples, for sizes that the file leaves free; None without data.
     """
     if len(inputs) != 1:
         listed = ", ".join(shown(value.name) for value in inputs)
@@ -98,7 +102,7 @@ def readings(
 def _resolved(
     path: Path, called: str, dims: list[int | None], sample_shape: Callable[[], Shape | None], layout: str | None
 ) -> Shape:
-    """One sample's shape, free sizes taken from the data: as they are, with the channels last, or flat."""
+    """One sample's shape. Free sizes are those of the data, channels first, channels last or flattened."""
     if None not in dims:
         return tuple(size for size in dims if size is not None)
     described = [size if size is not None else "free" for size in dims]

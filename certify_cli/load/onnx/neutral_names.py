@@ -1,8 +1,8 @@
-"""An ONNX graph under names of ours.
+"""An ONNX graph under neutral names.
 
-Whatever a file calls its nodes and values is text from outside. It must not reach generated code (torch.fx writes
-Python from node names), the attribute of a module, or the names that rewriting makes up. So every node and every value
-is renamed before anything else sees the graph, and what the file called them lives on as data, in `Graph.origin`.
+The names in a file are untrusted text. They must not reach generated code (torch.fx writes Python from node names), the
+attributes of a module, or the names that rewriting creates. Every node and value is therefore renamed before any other
+code reads the graph; the file's names are kept as data, in `Graph.origin` and `Graph.called`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from certify_cli.errors import shown
 
 @dataclass(frozen=True)
 class Origin:
-    """What the file calls a node, fit to be shown: its name (its first output's, where it has none) and operator."""
+    """The file's name of a node (or else of its first output) and its operator, both escaped for printing."""
 
     name: str
     operator: str
@@ -33,7 +33,7 @@ class Origin:
 
 
 class Names:
-    """Fresh names: v0, v1, ... for values and n0, n1, ... for nodes. Every name of a neutral graph comes from one."""
+    """Source of fresh names, v0, v1, ... for values and n0, n1, ... for nodes: one for each graph."""
 
     def __init__(self) -> None:
         self._values, self._nodes = count(), count()
@@ -47,9 +47,10 @@ class Names:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A renamed graph: `nodes` in order, and its `constants` as they are stored.
+    """A renamed graph.
 
-    `origin` maps a node's name to what the file calls the node, `called` the name of a value to the file's.
+    nodes: in order.   constants: as stored.   origin: name of a node -> its `Origin`.
+    called: name of a value -> the file's name.   names: source of further names.
     """
 
     nodes: Sequence[NodeProto]
@@ -59,7 +60,7 @@ class Graph:
     names: Names
 
     def named(self, called: str) -> str:
-        """The name of the value that the file calls `called`."""
+        """The neutral name of the value that the file calls `called`."""
         return next(name for name, text in self.called.items() if text == called)
 
 
@@ -69,7 +70,7 @@ class _Renaming:
     values: dict[str, str] = field(default_factory=dict)
 
     def value(self, called: str) -> str:
-        """The new name of a value; an operand that is left out stays so."""
+        """The new name of a value; empty for an operand that is left out."""
         if not called:
             return ""
         if called not in self.values:
@@ -78,7 +79,7 @@ class _Renaming:
 
 
 def neutral(graph: GraphProto) -> Graph:
-    """The graph with every name replaced. Its names must be checked already (`onnx_file`)."""
+    """The graph with every name replaced. Its names must have been checked (`file`)."""
     renaming = _Renaming()
     for declared in graph.input:
         renaming.value(declared.name)

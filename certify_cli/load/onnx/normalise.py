@@ -1,12 +1,11 @@
-"""An ONNX graph of any exporter and opset -> the few operators of one opset that are converted and lowered.
+"""Rewrites an ONNX graph of any exporter and opset to few operators of one opset, which are converted and lowered.
 
-Works on an `Trace`: shapes are known, constants are folded, so that
+The input is a `Trace`, in which shapes are known and constants are folded:
 
 - every data movement (slices, transposes, splits, padding by copies, nearest-neighbour resizing, ...) is read off
-  numbered entries and becomes one `Select`, or a Reshape where the order stays; whatever the opset's form, and with
-  the batch free;
-- activations, in one node or decomposed, become one `Activation`;
-- the affine operators are rewritten to one form each, at TARGET_OPSET.
+  numbered entries and becomes one `Select`, or a Reshape where the order is kept, with the batch free;
+- an activation, in one node or decomposed into several, becomes one `Activation`;
+- each affine operator is rewritten to one form, at TARGET_OPSET.
 
 A new operator is one entry in REWRITES (or a name in MOVEMENTS).
 """
@@ -45,11 +44,11 @@ BATCHED = {
     "GlobalAveragePool",
 }
 PRODUCTS = {"Mul", "Div", "MatMul"}
-"""Of two values that depend on the input they are no affine map."""
+"""Not affine where both operands depend on the input."""
 
 
 def normalise(trace: Trace, output: str) -> RewrittenGraph:
-    """Rewrite what leads to the value `output`. ModelError, naming node and operator, for what is not supported."""
+    """Rewrite the part that leads to the value `output`. ModelError, naming node and operator, for unsupported ones."""
     producers = {value: node for node in trace.nodes for value in node.output if value}
     fused = _fuse_all(trace, producers)
     rewritten = RewrittenGraph(trace, shapes={name: trace.shape(name) for name in trace.values})
@@ -71,7 +70,7 @@ def normalise(trace: Trace, output: str) -> RewrittenGraph:
 
 
 def _flatten(rewritten: RewrittenGraph, output: str) -> None:
-    """Logits as a vector, where all other axes have one entry; a single logit z as (0, z)."""
+    """Reshape the logits to a vector, where all other axes have one entry; a single logit z becomes (0, z)."""
     rewritten.output = output
     if not rewritten.nodes:
         return
@@ -79,11 +78,11 @@ def _flatten(rewritten: RewrittenGraph, output: str) -> None:
     size = max(shape)
     last = next(node for node in rewritten.trace.nodes if output in node.output)
     if len(shape) != 2 and int(np.prod(shape)) == size:
-        rewritten.output = rewritten.part((1, size))
+        rewritten.output = rewritten.fresh_value((1, size))
         target = rewritten.constant(np.array([-1, size], dtype=np.int64))
         rewritten.emit(last, "Reshape", [output, target], rewritten.output)
     if size == 1:
-        single, rewritten.output = rewritten.output, rewritten.part((1, 2))
+        single, rewritten.output = rewritten.output, rewritten.fresh_value((1, 2))
         rewritten.emit(last, "MatMul", [single, rewritten.constant(np.array([[0.0, 1.0]]))], rewritten.output)
 
 
@@ -108,7 +107,7 @@ def _rewrite(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 
 def _per_sample(trace: Trace, constant: np.ndarray) -> np.ndarray:
-    """A constant that repeats one sample's numbers along a fixed batch, once."""
+    """The constant without its repetition along a fixed batch, where it has one."""
     batch = trace.model_input.batch or 1
     if batch > 1 and constant.ndim > 1 and len(constant) == batch and (constant == constant[:1]).all():
         return constant[:1]
@@ -118,7 +117,7 @@ def _per_sample(trace: Trace, constant: np.ndarray) -> np.ndarray:
 def _between(
     argument: str, node: NodeProto, nodes: list[NodeProto], producers: dict[str, NodeProto]
 ) -> tuple[NodeProto, ...]:
-    """The nodes that compute a fused activation of its argument, in order."""
+    """The nodes that compute a fused activation from its argument, in order."""
     needed, stack = set(), list(node.output)
     while stack:
         name = stack.pop()
@@ -143,7 +142,7 @@ def _fuse_all(trace: Trace, producers: dict[str, NodeProto]) -> dict[str, tuple[
 def _leading_to(
     output: str, nodes: list[NodeProto], producers: dict[str, NodeProto], fused: dict[str, tuple[Activation, str]]
 ) -> list[NodeProto]:
-    """The nodes that `output` needs, in order; a fused activation needs its argument only."""
+    """The nodes that lead to `output`, in order; only the argument of a fused activation is followed."""
     needed, stack = set(), [output]
     while stack:
         name = stack.pop()
@@ -199,12 +198,12 @@ rewrites(*MOVEMENTS)(move)
 def _dropout(rewritten: RewrittenGraph, node: NodeProto) -> None:
     if len(node.output) > 1 and any(node.output[1] in other.input for other in rewritten.trace.nodes):
         raise rewritten.trace.refuse(node, "gives its mask to other nodes, which is not supported")
-    rewritten.pass_on(node.input[0], node.output[0])
+    rewritten.alias(node.input[0], node.output[0])
 
 
 @rewrites("Cast", "CastLike")
 def _cast(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """To a wider float type, or to float32, nothing happens in exact arithmetic; 16 bits round the data."""
+    """A cast to a wider float type or float32 has no effect in exact arithmetic; one to 16 bits is refused."""
     trace = rewritten.trace
     if trace.values[node.output[0]].dtype != np.float64:
         raise trace.refuse(node, "rounds data to another type, which is not supported; drop the cast")
@@ -214,19 +213,19 @@ def _cast(rewritten: RewrittenGraph, node: NodeProto) -> None:
             "rounds data to 16 bits, a step function of them, which is not supported; export the model in float32, or "
             "with an input of the weights' type",
         )
-    rewritten.pass_on(node.input[0], node.output[0])
+    rewritten.alias(node.input[0], node.output[0])
 
 
 @rewrites("Clip")
 def _clip(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """Without bounds: with one it is an activation."""
-    rewritten.pass_on(node.input[0], node.output[0])
+    """A Clip without bounds, the identity; with a bound it is an activation."""
+    rewritten.alias(node.input[0], node.output[0])
 
 
 @rewrites("PRelu")
 def _leaky_by_channel(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """max(x, 0) + slope min(x, 0), with slopes that differ."""
-    above, below, scaled = (rewritten.part() for _ in range(3))
+    """max(x, 0) + slope min(x, 0), where slopes differ by channel."""
+    above, below, scaled = (rewritten.fresh_value() for _ in range(3))
     _emit_activation(rewritten, node, ACTIVATIONS["relu"](), node.input[0], above)
     _emit_activation(rewritten, node, ACTIVATIONS["clip"](high=0.0), node.input[0], below)
     rewritten.emit(node, "Mul", [below, node.input[1]], scaled)
@@ -241,7 +240,7 @@ def _power(rewritten: RewrittenGraph, node: NodeProto) -> None:
         raise trace.refuse(
             node, "is not supported: a power of the data is no activation of the table; replace the layer"
         )
-    rewritten.pass_on(node.input[0], node.output[0])
+    rewritten.alias(node.input[0], node.output[0])
 
 
 def to_model(rewritten: RewrittenGraph, source: str) -> ModelProto:

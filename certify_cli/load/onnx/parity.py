@@ -1,12 +1,10 @@
 """The loaded network against the file as a whole: evaluated in float64, and as onnxruntime runs it.
 
-Compared are logits, each by its own scale, on images, on inputs of both signs and many sizes, and on inputs that wake
-units which slept on all of these; and the class that is predicted.
+The logits are compared, each relative to its own size, on the inputs of `probes`; then the predicted class.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,41 +19,27 @@ from certify_cli.errors import ModelError, shown
 from certify_cli.load.onnx.file import OnnxFile
 from certify_cli.load.onnx.interpret import Trace, compute, widen, widened
 from certify_cli.load.onnx.model_input import ModelInput
+from certify_cli.load.onnx.probes import IMAGES, images, probes, rows_at_once
 from certify_cli.load.onnx.runtime import NotRunnableError, Runtime
 from certify_cli.network.activations import Activation
-from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Network
 
 EXACT_PARITY = 1e-6
-"""Largest difference from the float64 interpretation of the file, relative to the largest logit. The two differ by
-rounding, and by the constants of fused activations (`patterns.TOLERANCE`)."""
+"""Largest difference from the file evaluated in float64, relative to the largest logit. The two differ by rounding, and
+by the constants of fused activations (`patterns.TOLERANCE`)."""
 
 STORED_PARITY = {"float64": 1e-6, "float32": 1e-3, "float16": 5e-2, "bfloat16": 3e-1}
-"""The same, logit by logit, for an evaluation in the file's own type, whose rounding it has to allow for."""
+"""Largest difference from an evaluation in the file's own type, relative to each logit: allows for its rounding."""
 UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 NOISE = 100
-"""Times the difference that float32 makes to the network itself, scaled to the file's type, which may be met."""
+"""Factor allowed on the difference that float32 makes to the network itself, scaled to the file's type."""
+
+FAR = 1e12
+"""Largest probe: beyond it float32 overflows. Neurons that respond only there are left to the checks of subgraphs."""
 
 UNSTABLE = {"log_sigmoid": -6.0}
-"""Written as log(sigmoid(z)), float32 has nothing of it left below: onnxruntime's sigmoid ends at 1.5e-8."""
-
-IMAGES = 3
-SIZES = (1.0, 10.0, 1e2, 1e4)
-"""Of inputs of both signs."""
-ENTRIES = 2**27
-"""Of all values at once: 1 GiB."""
-FAR = 1e12
-"""Beyond it float32 overflows on the way; units that wake only there are left to the check of pieces."""
-WOKEN, STEPS = 64, 3
-"""Sleeping units that inputs are looked for, about; Newton steps for each."""
-WORK, GROUPED = 3e9, 30
-"""Multiplications that this search may take (fewer units are woken in large networks; pieces are checked anyway), and
-for how many one counts in a grouped convolution, which is as much slower."""
-
-
-def images(shape: tuple[int, ...]) -> np.ndarray:
-    """A few images' worth of numbers in [0, 1], representable in every stored type."""
-    return np.random.default_rng(0).integers(0, 129, size=(IMAGES, *shape)) / 128.0
+"""Activation -> smallest argument at which float32 can compute the form log(sigmoid(z)): onnxruntime's sigmoid is at
+least 1.5e-8."""
 
 
 def check(
@@ -66,9 +50,9 @@ def check(
     logits: str,
     tail: Sequence[NodeProto],
 ) -> list[str]:
-    """ModelError where the network is not the file's. Returns notes for the user.
+    """ModelError where the network does not compute what the file does. Returns notes for the user.
 
-    logits: the value that the network computes, by its neutral name; tail: the nodes between it and the output.
+    logits: neutral name of the value that the network computes.   tail: the nodes between it and the output.
     """
     model_input, samples = trace.model_input, images(trace.model_input.shape)
     with torch.no_grad():
@@ -86,25 +70,27 @@ def check(
     try:
         _check_folds(path, file, trace)
         run, name, notes = _by_runtime(path, file, logits, model_input), "onnxruntime", []
-        answers = run(points)
+        computed = run(points)
     except NotRunnableError as error:
         run, name = _by_reference(file, trace, logits), "onnx.reference"
         notes = [f"onnxruntime does not run the file ({error}); it was compared with onnx.reference"]
         points = points[: IMAGES + 2]
-        answers = run(points)
+        computed = run(points)
     if any(getattr(node.op, "name", "") in UNSTABLE for node in network.nodes):
         notes.append(
             "it computes log(sigmoid(z)) in two steps, of which float32 keeps nothing for z below -18: radii are about "
             "exact arithmetic, and samples with such values may be predicted otherwise where the file is run"
         )
     kept = ~unstable(network, points)
-    points, answers = points[kept], answers.at(kept)
-    _compare_stored(path, file.stored_dtype, network, points, answers, name, lambda z: _ended(trace, logits, tail, z))
+    points, computed = points[kept], computed.at(kept)
+    _compare_stored(
+        path, file.stored_dtype, network, points, computed, name, lambda z: _outputs_of(trace, logits, tail, z)
+    )
     return notes
 
 
 def as_logits(rows: np.ndarray) -> np.ndarray:
-    """A single logit z a row as (0, z)."""
+    """Logits, a row per sample; a single logit z as (0, z)."""
     return np.concatenate([np.zeros_like(rows), rows], axis=1) if rows.shape[1] == 1 else rows
 
 
@@ -118,22 +104,24 @@ def _compare(path: Path, what: str, left: Tensor, right: Tensor) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """Of the file, one row a point: its logits, None where a function or an operator of ai.onnx.ml holds them inside,
-    and the tensor it ends in."""
+class FileOutputs:
+    """What the file computes, one row per point.
+
+    logits: None where they are inside a function or an operator of ai.onnx.ml.   outputs: the file's output tensor.
+    """
 
     logits: np.ndarray | None
-    ends: np.ndarray
+    outputs: np.ndarray
 
-    def at(self, rows: np.ndarray) -> Answers:
-        return Answers(None if self.logits is None else self.logits[rows], self.ends[rows])
+    def at(self, rows: np.ndarray) -> FileOutputs:
+        return FileOutputs(None if self.logits is None else self.logits[rows], self.outputs[rows])
 
 
-Run = Callable[[np.ndarray], Answers]
+Run = Callable[[np.ndarray], FileOutputs]
 
 
 def _by_runtime(path: Path, file: OnnxFile, logits: str, model_input: ModelInput) -> Run:
-    """The file as it is, with the logits as another output where they have a name in it."""
+    """Runs the file in onnxruntime, with the logits as a further output where they have a name in it."""
     model = ModelProto()
     model.CopyFrom(file.model)
     names = [file.output]
@@ -157,7 +145,7 @@ def _by_runtime(path: Path, file: OnnxFile, logits: str, model_input: ModelInput
             )
         return [array.reshape(samples, -1) for array in arrays]
 
-    def run(points: np.ndarray) -> Answers:
+    def run(points: np.ndarray) -> FileOutputs:
         rows: list[list[np.ndarray]] = [[] for _ in names]
         with np.errstate(over="ignore"):
             feeds = model_input.feeds(points)
@@ -172,14 +160,16 @@ def _by_runtime(path: Path, file: OnnxFile, logits: str, model_input: ModelInput
                 row.append(array)
         joined = [np.concatenate(row)[: len(points)] for row in rows]
         own = joined[1] if len(names) > 1 else joined[0] if called == file.output else None
-        return Answers(None if own is None else as_logits(own), joined[0])
+        return FileOutputs(None if own is None else as_logits(own), joined[0])
 
     return run
 
 
 def _check_folds(path: Path, file: OnnxFile, trace: Trace) -> None:
-    """What was computed of constants alone, and is read by data, against what onnxruntime makes of it: by itself, since
-    a constant in front of a sleeping unit shows nowhere else."""
+    """ModelError where a constant that was computed in loading differs from onnxruntime's.
+
+    Constants are compared by themselves, since one that feeds an inactive neuron does not show in any logit.
+    """
     inside = {name for node in file.model.graph.node for name in node.output}
     read = dict.fromkeys(value for node in trace.nodes for value in node.input if value in trace.constants)
     folded = {name: called for name in read if (called := file.graph.called.get(name, "")) in inside}
@@ -208,7 +198,7 @@ def _check_folds(path: Path, file: OnnxFile, trace: Trace) -> None:
 
 
 def _by_reference(file: OnnxFile, trace: Trace, logits: str) -> Run:
-    """Node by node in the file's own types; sample by sample."""
+    """Evaluates the file node by node in its own types, sample by sample."""
     model_input = trace.model_input
     dtype = helper.tensor_dtype_to_np_dtype(model_input.kind)
 
@@ -221,15 +211,15 @@ def _by_reference(file: OnnxFile, trace: Trace, logits: str) -> Run:
                 break
         return widen(trace.samples(logits, np.asarray(values[logits])))[:1].reshape(1, -1)
 
-    def run(points: np.ndarray) -> Answers:
+    def run(points: np.ndarray) -> FileOutputs:
         rows = as_logits(np.concatenate([one(point[None]) for point in points]))
-        return Answers(rows, rows)
+        return FileOutputs(rows, rows)
 
     return run
 
 
-def _ended(trace: Trace, logits: str, tail: Sequence[NodeProto], z: np.ndarray) -> np.ndarray:
-    """What the end of the model makes of logits, row by row."""
+def _outputs_of(trace: Trace, logits: str, tail: Sequence[NodeProto], z: np.ndarray) -> np.ndarray:
+    """The file's outputs for logits z, one row per sample: the nodes of `tail` applied."""
     rows = []
     for row in z:
         array = trace.to_file_shape(logits, row[-trace.size(logits) :].reshape(trace.shape(logits)))
@@ -245,26 +235,26 @@ def _compare_stored(
     stored: str,
     network: Network,
     points: np.ndarray,
-    answers: Answers,
+    computed: FileOutputs,
     name: str,
-    ended: Callable[[np.ndarray], np.ndarray],
+    outputs_of: Callable[[np.ndarray], np.ndarray],
 ) -> None:
-    """Logit by logit: within a part of its size, and of what rounding does to this network at this point."""
+    """ModelError where a logit differs by more than STORED_PARITY and NOISE allow, or a clear prediction differs."""
     with torch.no_grad():
         ours = network(torch.from_numpy(points)).numpy()
     noise = noise_of(network, points)
     unit = UNITS[stored] / UNITS["float32"]
     allowed = STORED_PARITY[stored] * np.abs(ours) + NOISE * unit * noise + 1e-30
-    if answers.logits is not None:
-        _differ(path, name, "logits", ours, answers.logits, allowed)
+    if computed.logits is not None:
+        _refuse_difference(path, name, "logits", ours, computed.logits, allowed)
     else:
-        ends = ended(ours)
-        spread = allowed.max(1, keepdims=True) * np.maximum(1, np.abs(ends))
-        _differ(path, name, "outputs", ends, answers.ends, spread)
-    finite = np.isfinite(answers.ends).all(1)
+        outputs = outputs_of(ours)
+        spread = allowed.max(1, keepdims=True) * np.maximum(1, np.abs(outputs))
+        _refuse_difference(path, name, "outputs", outputs, computed.outputs, spread)
+    finite = np.isfinite(computed.outputs).all(1)
     top = np.sort(ours, axis=1)
     clear = finite & (top[:, -1] - top[:, -2] > 2 * allowed.max(1))
-    both = answers.logits if answers.logits is not None else answers.ends
+    both = computed.logits if computed.logits is not None else computed.outputs
     if both.shape[1] == 1:  # a probability of class 1
         both = np.concatenate([1 - both, both], axis=1)
     wrong = clear & (both.argmax(1) != ours.argmax(1)) & _untied(both)
@@ -275,12 +265,14 @@ def _compare_stored(
 
 
 def _untied(values: np.ndarray) -> np.ndarray:
-    """Rows whose largest entry is one: probabilities of far logits round to the same number."""
+    """Which rows have a single largest entry; probabilities of large logits may round to the same number."""
     top = np.sort(values, axis=1)
     return top[:, -1] > top[:, -2]
 
 
-def _differ(path: Path, name: str, what: str, ours: np.ndarray, theirs: np.ndarray, allowed: np.ndarray) -> None:
+def _refuse_difference(
+    path: Path, name: str, what: str, ours: np.ndarray, theirs: np.ndarray, allowed: np.ndarray
+) -> None:
     if ours.shape != theirs.shape:
         raise ModelError(
             f"{path}: the loaded network has {what} of shape {ours.shape[1:]}, {name} gives {theirs.shape[1:]}; "
@@ -297,9 +289,12 @@ def _differ(path: Path, name: str, what: str, ours: np.ndarray, theirs: np.ndarr
 
 
 def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
-    """(n, classes): what float32 does to the network's logits, an estimate. Weights and values are rounded to it, and
-    an activation's value is off by as much as its argument's rounding, or 1's, in whatever way it is written. One
-    logit's error may be small by chance: the largest of all points no farther out counts."""
+    """Estimate (n, classes) of the change that float32 makes to the network's logits.
+
+    Weights and values are rounded to float32, and each activation's value is moved by the rounding of its argument plus
+    1, since its formula in the file is unknown. A single error may be small by chance: at each point the largest error
+    at points no farther out counts.
+    """
     if not len(points):
         return np.zeros((0, network.classes))
     random = torch.Generator().manual_seed(0)
@@ -320,7 +315,7 @@ def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
 
 
 def in_float32(network: Network) -> Network:
-    """The network with its weights rounded to float32: shows what that rounding does."""
+    """The network with its weights rounded to float32."""
     nodes = []
     for node in network.nodes:
         rounded = {
@@ -333,89 +328,14 @@ def in_float32(network: Network) -> Network:
 
 
 def unstable(network: Network, points: np.ndarray) -> np.ndarray:
-    """(n,): the points at which the file's own formula fails in float32, so that there is nothing to compare."""
+    """(n,): whether the file's own formula fails in float32 at a point, which is then not compared."""
     found = np.zeros(len(points), dtype=bool)
     if not any(getattr(node.op, "name", "") in UNSTABLE for node in network.nodes):
         return found
     with torch.no_grad():
         values = network.values(torch.from_numpy(points))
     for node in network.nodes:
-        least = UNSTABLE.get(getattr(node.op, "name", ""))
-        if least is not None:
-            found |= (values[node.inputs[0]].flatten(1) < least).any(1).numpy()
+        smallest = UNSTABLE.get(getattr(node.op, "name", ""))
+        if smallest is not None:
+            found |= (values[node.inputs[0]].flatten(1) < smallest).any(1).numpy()
     return found
-
-
-# --- probes -----------------------------------------------------------------------------------------------------
-
-
-def probes(network: Network, samples: np.ndarray) -> np.ndarray:
-    """Points (n, *shape): the samples, inputs of many sizes, and such as wake units that sleep on all of these."""
-    random = np.random.default_rng(2)
-    shape = samples.shape[1:]
-    parts = [samples]
-    for size in SIZES:
-        positive = size * random.random(shape)
-        parts.append(np.stack([size * random.uniform(-1, 1, shape), positive, -positive]))
-    points = np.concatenate(parts)
-    woken = wake(network, points)
-    return points if woken is None else np.concatenate([points, woken])
-
-
-def rows_at_once(network: Network) -> int:
-    """How many points' values at all nodes fit into ENTRIES; at least the images."""
-    return max(IMAGES, ENTRIES // sum(node.size for node in network.nodes))
-
-
-def wake(network: Network, points: np.ndarray) -> np.ndarray | None:
-    """Points on which units respond that are on one side of a kink on all of `points`: by Newton steps from the first
-    one towards the unit's other side. Of many such units some of every layer."""
-    points = points[: rows_at_once(network)]
-    with torch.no_grad():
-        values = network.values(torch.from_numpy(points))
-    goals: list[tuple[int, int, float]] = []
-    work = sum(
-        node.op.products * node.size * (GROUPED if getattr(node.op, "groups", 1) > 1 else 1)
-        for node in network.nodes
-        if isinstance(node.op, AffineOp)
-    )
-    woken = min(WOKEN, rows_at_once(network), WORK / (3 * STEPS * max(1, work)))
-    kinked = [index for index, node in enumerate(network.nodes) if isinstance(node.op, Activation)]
-    for index in kinked:
-        op, before = network.nodes[index].op, network.nodes[index].inputs[0]
-        assert isinstance(op, Activation)
-        z = values[before].flatten(1)
-        for kink in _kinks(op):
-            for side in (1.0, -1.0):
-                asleep = (side * (z - kink) <= 0).all(0).nonzero()[:, 0]
-                most = math.ceil(woken / (2 * len(kinked)))
-                chosen = asleep[torch.linspace(0, len(asleep) - 1, min(most, len(asleep)), dtype=torch.float64).long()]
-                # as far beyond as the first point is on this side, so that the unit counts among the others
-                goals += [(before, int(u), kink + side * (1.0 + float((z[0, u] - kink).abs()))) for u in chosen]
-    del values
-    kept = np.linspace(0, len(goals) - 1, min(len(goals), math.ceil(woken))).astype(int)
-    return _newton(network, [goals[i] for i in kept], points[:1]) if goals else None
-
-
-def _kinks(op: Activation) -> list[float]:
-    """Where the slope of an activation jumps; 0 for a smooth one."""
-    return [point.abscissa for point in op.slope.critical_points if math.isfinite(point.abscissa) and point.jump] or [
-        0.0
-    ]
-
-
-def _newton(network: Network, goals: list[tuple[int, int, float]], start: np.ndarray) -> np.ndarray | None:
-    """From one point a point for every goal (node, unit, value that it is to take), as far as steps lead there."""
-    x = torch.from_numpy(start).repeat(len(goals), *[1] * (start.ndim - 1))
-    target = torch.tensor([value for *_, value in goals], dtype=torch.float64)
-    for _ in range(STEPS):
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            values = network.values(x)
-            units = torch.stack([values[node][row].flatten()[unit] for row, (node, unit, _) in enumerate(goals)])
-            (gradient,) = torch.autograd.grad(units.sum(), x)
-        flat = gradient.flatten(1)
-        step = flat * ((target - units) / flat.square().sum(1).clamp(min=1e-300))[:, None]
-        x = (x + step.reshape(x.shape)).detach()
-    moved = x[x.flatten(1).isfinite().all(1)]
-    return moved.numpy() if len(moved) else None

@@ -1,4 +1,4 @@
-"""The graph that normalising grows, and the table of rewritings that grow it."""
+"""The rewritten graph, and the table of rewriting rules that append to it."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ from onnx import NodeProto, helper
 from certify_cli.load.onnx.interpret import Trace, evaluate
 
 DOMAIN = "curvcert"
-"""The domain of the operators that are ours: Select, Activation, MaxMin, MaxPool and AveragePool."""
+"""The domain of operators defined here: Select, Activation, MaxMin, MaxPool and AveragePool."""
 
 
 @dataclass(frozen=True)
 class Subgraph:
-    """What the nodes of the file `before` compute of the values `inputs` is `value`; it was rewritten as a whole."""
+    """A part of the file's graph that was rewritten as a whole: `nodes` compute `value` from the values `inputs`."""
 
-    before: tuple[NodeProto, ...]
+    nodes: tuple[NodeProto, ...]
     inputs: tuple[str, ...]
     value: str
 
 
 @dataclass
 class RewrittenGraph:
-    """The rewritten graph: `nodes` in order, each with a batch of samples in front, and the constants they read.
+    """The rewritten graph of a trace.
 
-    same: values that are others by another name.   shapes: of a batch of one.   origin: name of a rewritten node ->
-    name of the file's node.   moved: value -> what it is moved from, and the numbers of its entries there (0 for
-    zeros).   pairs: two values -> the value that holds both, sorted.   pieces: what was rewritten, for
-    `subgraph_checks.check`.   output: the logits, as a vector.
+    nodes: in order; the batch is the first axis of every value.   constants: by name.   shapes: for a batch of one.
+    aliases: value -> the name under which a node computes it.
+    origin: name of a rewritten node -> name of the file's node.
+    movements: value -> the value it is moved from, and the numbers of its entries there (from 1; 0 for zeros).
+    pairs: two values -> the value that holds both, sorted.
+    subgraphs: the parts that were rewritten, for `subgraph_checks.check`.
+    output: the logits, as a vector.
     """
 
     trace: Trace
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    same: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
-    moved: dict[str, tuple[str, np.ndarray]] = field(default_factory=dict)
+    movements: dict[str, tuple[str, np.ndarray]] = field(default_factory=dict)
     pairs: dict[tuple[str, ...], str] = field(default_factory=dict)
     subgraphs: list[Subgraph] = field(default_factory=list)
     output: str = ""
@@ -56,21 +59,21 @@ class RewrittenGraph:
         return output
 
     def resolved(self, value: str) -> str:
-        """The value under the name that a node gives it."""
-        return self.same.get(value, value)
+        """The name under which a node computes the value."""
+        return self.aliases.get(value, value)
 
-    def pass_on(self, value: str, output: str) -> None:
-        """`output` is `value` by another name."""
-        self.same[output] = self.resolved(value)
+    def alias(self, value: str, output: str) -> None:
+        """Make `output` another name of `value`."""
+        self.aliases[output] = self.resolved(value)
 
     def constant(self, array: np.ndarray) -> str:
-        """The (fresh) name of a new constant."""
+        """The name of a new constant."""
         name = self.trace.names.value()
         self.constants[name] = array
         return name
 
-    def part(self, shape: tuple[int, ...] | None = None) -> str:
-        """A fresh name for a value between the nodes that replace one."""
+    def fresh_value(self, shape: tuple[int, ...] | None = None) -> str:
+        """A fresh name for an intermediate value of a rewriting."""
         name = self.trace.names.value()
         if shape is not None:
             self.shapes[name] = shape
@@ -82,7 +85,7 @@ REWRITES: dict[str, Rewrite] = {}
 
 
 def rewrites(*operators: str) -> Callable[[Rewrite], Rewrite]:
-    """Enter a rewriting for these operators; a second entry is refused."""
+    """Enter a rewriting rule for these operators; ValueError for a second entry."""
 
     def enter(rule: Rewrite) -> Rewrite:
         for operator in operators:
@@ -95,12 +98,12 @@ def rewrites(*operators: str) -> Callable[[Rewrite], Rewrite]:
 
 
 def numbered_entries(shape: tuple[int, ...]) -> np.ndarray:
-    """1, 2, 3, ... row-major; 0 is left for zeros that are moved in."""
+    """1, 2, 3, ... row-major; 0 stands for zeros that are moved in."""
     return np.arange(1.0, np.prod(shape) + 1).reshape(shape)
 
 
 def data_axis(trace: Trace, node: NodeProto, value: str, axis: int) -> int:
-    """An axis of a value of the file, counted with the batch in front. Refused where it is the batch."""
+    """An axis of a value of the file, counted with the batch in front; ModelError where it is the batch."""
     axis = axis % trace.values[value].ndim
     if value in trace.unbatched:
         return axis + 1
@@ -110,9 +113,9 @@ def data_axis(trace: Trace, node: NodeProto, value: str, axis: int) -> int:
 
 
 def move(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """Any movement of the first operand's entries, and constants put between them.
+    """Rewrite any movement of the first operand's entries, with constants between them.
 
-    The node itself moves numbered entries, and the index is read off; what it makes of zeros are the constants.
+    The index is read off numbered entries that the node itself moves, the constants off zeros.
     """
     trace = rewritten.trace
     source = node.input[0]
@@ -129,13 +132,13 @@ def move(rewritten: RewrittenGraph, node: NodeProto) -> None:
         if not frame.any():
             emit_index(rewritten, node, source, value, index)
             continue
-        bare = rewritten.part(index.shape)
+        bare = rewritten.fresh_value(index.shape)
         emit_index(rewritten, node, source, bare, index)
         rewritten.emit(node, "Add", [bare, rewritten.constant(trace.samples(value, frame)[:1])], value)
 
 
 def _of_one_sample(trace: Trace, node: NodeProto, source: str, numbered: np.ndarray) -> np.ndarray:
-    """The numbers of the first sample's entries (1, ...), the others being the same in their own sample's place."""
+    """The numbers of the first sample's entries (1, ...); ModelError unless each sample is moved alike by itself."""
     size, batch = trace.size(source), len(trace.samples(source, trace.values[source]))
     if len(numbered) != batch or not np.array_equal(numbered, np.rint(numbered)):
         raise trace.refuse(node, "mixes the entries that it moves, which is not supported")
@@ -149,12 +152,12 @@ def _of_one_sample(trace: Trace, node: NodeProto, source: str, numbered: np.ndar
 
 
 def emit_index(rewritten: RewrittenGraph, node: NodeProto, source: str, value: str, numbered: np.ndarray) -> None:
-    """`value` from `source`, both one sample: entry j is entry numbered[j] - 1 of the source, or zero."""
+    """Append `value`, whose entry j is entry numbered[j] - 1 of `source`, or zero; counted in one sample."""
     before = rewritten.shapes[source]
-    rewritten.moved[value] = source, numbered
+    rewritten.movements[value] = source, numbered
     if np.array_equal(numbered.ravel(), np.arange(1, np.prod(before) + 1)):
         if numbered.shape == before:
-            rewritten.pass_on(source, value)
+            rewritten.alias(source, value)
             return
         target = rewritten.constant(np.array([-1, *numbered.shape[1:]], dtype=np.int64))
         rewritten.emit(node, "Reshape", [source, target], value)

@@ -1,8 +1,7 @@
-"""Every rewriting is checked where it happens: the subgraph of the file before, evaluated in float64, against the subgraph of
-the network after, on inputs of the subgraph's own.
+"""Each rewritten subgraph is checked by itself: the file's, evaluated in float64, against the network's.
 
-A check of the whole file sees no unit that sleeps, and nothing that a large logit hides; a subgraph by itself can be given
-any input.
+A comparison of the whole file misses neurons that are inactive on its inputs, and differences that are small beside a
+large logit; a subgraph can be given any inputs.
 """
 
 from __future__ import annotations
@@ -17,35 +16,35 @@ from certify_cli.load.onnx.subnetwork import OutsideError, needed, value_and_siz
 from certify_cli.network.graph import Network, Nonlinear
 
 TOLERANCE = 1e-10
-"""Relative to what is added up in an entry; two evaluations in float64 differ by rounding."""
+"""Largest difference between two evaluations in float64, relative to the sum of absolute terms of an entry."""
 
 SCALES = (1.0, 10.0, 1e2, 1e4)
-"""Of the inputs of a subgraph with kinks or curves; both signs."""
+"""Sizes of the inputs, of both signs, of a subgraph with a nonlinear node."""
 LINEAR_SCALES = (1.0, 1e4)
-"""And of one that should be affine: a clip in it shows at the larger one."""
+"""Those of a subgraph that should be affine: a clip in it shows at the larger one."""
 LOGARITHM = 700.0
-"""Beyond it a logarithm is of a number with few digits left, or none."""
+"""Absolute values beyond it are logarithms of numbers near the end of float64's range, and are not compared."""
 CONVOLVING = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-"""Operators that are affine by themselves: one input tells."""
+"""Operators that are affine in any case: one input suffices."""
 
 
-def check(rewritten: RewrittenGraph, network: Network, holding: dict[str, int], source: str) -> None:
+def check(rewritten: RewrittenGraph, network: Network, node_of: dict[str, int], source: str) -> None:
     """ModelError, naming the node, where a subgraph of the network computes something else than the file's.
 
-    holding: which node of the network holds a value of the rewritten graph.
+    node_of: value of the rewritten graph -> the network node that holds it.   source: the input's name.
     """
     random = np.random.default_rng(1)
     for subgraph in rewritten.subgraphs:
-        target = _held(rewritten, holding, source, subgraph.value)
-        inputs = [_held(rewritten, holding, source, value) for value in subgraph.inputs]
+        target = _held(rewritten, node_of, source, subgraph.value)
+        inputs = [_held(rewritten, node_of, source, value) for value in subgraph.inputs]
         if target is None or None in inputs:
-            continue  # does not lead to the logits, as a second half of a split may not
+            continue  # does not lead to the logits; for example the second half of a split
         _check_piece(rewritten.trace, subgraph, network, target, [i for i in inputs if i is not None], random)
 
 
-def _held(rewritten: RewrittenGraph, holding: dict[str, int], source: str, value: str) -> int | None:
+def _held(rewritten: RewrittenGraph, node_of: dict[str, int], source: str, value: str) -> int | None:
     name = rewritten.resolved(value)
-    return 0 if name == source else holding.get(name)
+    return 0 if name == source else node_of.get(name)
 
 
 def _check_piece(
@@ -56,7 +55,7 @@ def _check_piece(
     inputs: list[int],
     random: np.random.Generator,
 ) -> None:
-    last = subgraph.before[-1]
+    last = subgraph.nodes[-1]
     try:
         after = needed(network, target, set(inputs))
     except OutsideError:
@@ -77,7 +76,7 @@ def _check_piece(
         off = np.abs(value.numpy() - before)
         allowed = TOLERANCE * size.numpy() + 2 * deviation + 1e-300
         finite = np.isfinite(before)  # at large inputs a formula may overflow where its function does not
-        if any(node.op_type == "Log" for node in subgraph.before):
+        if any(node.op_type == "Log" for node in subgraph.nodes):
             finite &= np.abs(before) < LOGARITHM
         compared = compared or bool(finite.all())
         if not (off <= allowed)[finite].all():
@@ -94,15 +93,15 @@ def _check_piece(
 def _scales(subgraph: Subgraph, kinked: bool) -> tuple[float, ...]:
     if kinked:
         return (*SCALES, 0.0)
-    if all(node.op_type in CONVOLVING for node in subgraph.before):
+    if all(node.op_type in CONVOLVING for node in subgraph.nodes):
         return (1.0, 0.0)
     return (*LINEAR_SCALES, 0.0)
 
 
 def _before(trace: Trace, subgraph: Subgraph, samples: list[np.ndarray]) -> np.ndarray:
-    """What the file's nodes make of one sample, in float64."""
+    """The subgraph's value for one sample, evaluated in float64."""
     values = {name: trace.to_file_shape(name, sample) for name, sample in zip(subgraph.inputs, samples, strict=True)}
-    for node in subgraph.before:
+    for node in subgraph.nodes:
         operands = [
             None if not name else values[name] if name in values else trace.constants.get(name) for name in node.input
         ]

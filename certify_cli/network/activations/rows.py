@@ -119,7 +119,7 @@ def _with_softplus_derivatives(value: Curve, beta: float, deviation: float = 0.0
 
 @row(modules={nn.Softplus: spelled(beta="beta", threshold="threshold")}, onnx={"Softplus": spelled()})
 def softplus(beta: float = 1.0, threshold: float | None = None) -> Activation:
-    """softplus(beta z) / beta. The deployed operator returns z where beta z > threshold: `deviation` bounds the difference."""
+    """Softplus: softplus(beta z) / beta; the deployed operator returns z where beta z > threshold (see `deviation`)."""
     _positive("softplus", "beta", beta)
     if threshold is not None and threshold < 20:
         raise ModelError(
@@ -401,7 +401,7 @@ def selu(alpha: float = 1.6732632423543772, gamma: float = 1.0507009873554805) -
 def _piecewise(
     value: Curve, kinks: tuple[CriticalPoint, ...], slopes: tuple[float, ...], *, deviation: float = 0.0
 ) -> Activation:
-    """A piecewise linear function of slope slopes[i] between kinks i-1 and i, whose values are the slopes on both sides."""
+    """Slope slopes[i] between kinks i-1 and i; the values of a kink are the slopes on its two sides."""
 
     def slope(z: Tensor) -> Tensor:
         result = torch.where(z.isnan(), z, slopes[0])

@@ -1,8 +1,8 @@
-"""What a lowering rule works with: the values of a graph, the context it stands at, and the table it is entered in.
+"""Lowering rules: the tables in which they are entered, and the context that they are given.
 
 A layer is looked up by its exact type, never by its bases: a subclass that overrides `forward` may compute anything,
 and must not inherit its parent's bound. Values in a graph are `Data` (a network node), constants (tensors and Python
-values: parameters, indices, whatever is computed from them alone), or tuples of these.
+values: parameters, indices and all that is computed from them alone), or tuples of these.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class Data:
 
 
 class LoweringContext:
-    """Where the lowering stands: adds nodes under the name of the layer at hand and refuses in its name."""
+    """The layer that is being lowered: adds nodes under its name, and raises errors that name it.
+
+    name, kind: of the layer, as users know them.
+    """
 
     def __init__(self, builder: Builder, name: str, kind: str) -> None:
         self.builder, self.name, self.kind = builder, shown(name), shown(kind)
@@ -65,10 +68,10 @@ class LoweringContext:
         return tensor
 
     def move(self, function: Callable[[Tensor], Tensor], value: Data) -> Data:
-        """Data movement by `function` (batch first), read off numbered entries: a Reshape or a Select node.
+        """Data movement by `function` (batch first): a Reshape or a Select node, read off numbered entries.
 
-        Two samples with different numbers go through together, so that anything that mixes samples or gives up the
-        batch axis is found out here.
+        Two samples with different numbers are moved together: a function that mixes samples or loses the batch axis is
+        refused.
         """
         shape = self.shape(value)
         size = torch.Size(shape).numel()
@@ -89,7 +92,7 @@ class LoweringContext:
         return self.add(Select(index, size, title=self.kind.lower()), value)
 
     def broadcast(self, value: Data, shape: Shape) -> Data:
-        """Copies along axes of length one (and new axes behind the batch) until the value has `shape`."""
+        """The value repeated along axes of length one, and along new axes behind the batch, to `shape`."""
         own = self.shape(value)
         return self.move(lambda t: t.reshape(2, *[1] * (len(shape) - len(own)), *own).expand(2, *shape), value)
 
@@ -102,7 +105,7 @@ FUNCTIONS: dict[Callable[..., Any], Rule] = {}
 
 
 def lowers(*keys: Any) -> Callable[[Rule], Rule]:
-    """Enter a rule for these module types or functions; a second entry for one key is refused."""
+    """Enter a rule for these module types or functions; ValueError for a second entry of one key."""
 
     def enter(rule: Rule) -> Rule:
         for key in keys:

@@ -1,4 +1,4 @@
-"""fx graph -> Network: every node is looked up in the tables and lowered, or refused by name."""
+"""torch.fx graph -> Network: every node is looked up in the tables of rules and lowered, or refused by name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ SUPPORTED = (
 def lower(module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | None = None) -> Network:
     """The Network (float64) that `module` computes on samples of `input_shape` (batch not counted).
 
-    `names` maps a module's path to the name that users know it by (default: the path itself). ModelError, naming layer
-    and type, for everything outside the tables, for layers in training mode and for shapes that do not fit.
+    names: a module's path -> the name that users know it by (default: the path itself).
+    ModelError, naming layer and type, for everything outside the tables, for layers in training mode and for shapes
+    that do not fit.
     """
     return lower_traced(module, input_shape, names)[0]
 
@@ -33,7 +34,7 @@ def lower(module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | No
 def lower_traced(
     module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | None = None
 ) -> tuple[Network, dict[str, int]]:
-    """The same, and which node of the network holds the value of each module, by the module's path."""
+    """`lower`, and for each module's path the network node that holds its value."""
     module = copy.deepcopy(module).double()
     builder = Builder(tuple(input_shape))
     values: dict[fx.Node, Any] = {}
@@ -65,12 +66,12 @@ def lower_traced(
         raise ModelError("the model must have exactly one output, computed from its input: the logits")
     network = classifier(builder, output)
     order = builder.order(output.index)
-    holding = {
+    node_of = {
         str(node.target): order[value.index]
         for node, value in values.items()
         if node.op == "call_module" and isinstance(value, Data) and value.index in order
     }
-    return network, holding
+    return network, node_of
 
 
 def classifier(builder: Builder, output: Data) -> Network:
@@ -115,7 +116,7 @@ def _lower_call(
 
 
 def _check_untouched(context: LoweringContext, layer: nn.Module) -> None:
-    """A layer computes what its type says only without hooks, without a replaced forward, and in evaluation mode."""
+    """ModelError for hooks, a replaced forward or training mode, with which a layer is not what its type says."""
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         context.refuse("it carries a hook or a replaced forward, which could compute anything; remove it")
     if layer.training and isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):

@@ -1,6 +1,7 @@
-"""The whitelist: one small rule for each torch.nn layer and function that can be lowered to the primitives.
+"""Lowering rules for torch's own layers and functions: one for each that can be written in the primitives.
 
-Activations come from their own table; the layers of the ONNX converter are entered in `onnx_layers`.
+Activations have their own table (`network.activations`); the rules for layers that ONNX conversion makes are in
+`load.onnx.layers`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify_cli.network.affine import Conv, ConvTranspose, Dense, Reshape, Scale, Shift
+from certify_cli.network.affine import Dense, Reshape, Scale, Shift
+from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import MAX_VALUES, Add, Concat, refuse_large
 from certify_cli.network.lowering.context import Data, LoweringContext, lowers
 from certify_cli.network.pooling import MaxPool
 
 SPATIAL_MATRIX_ENTRIES, SPATIAL_MATRIX_PIXELS = MAX_VALUES, 2**16
-"""The largest matrix (entries) that an irregular pooling may be written out as, and of how many pixels: their square is
-the work."""
+"""Largest matrix (entries, and input pixels, whose square is the work) that an irregular pooling is written out as."""
 
 
 # --- affine layers ----------------------------------------------------------------------------------------------
@@ -127,9 +128,9 @@ def depthwise_mean(
 
 
 def spatial_matrix(context: LoweringContext, pool: Callable[[Tensor], Tensor], x: Data) -> Data:
-    """A linear map of the pixels, the same in every channel, written out as a matrix: Reshape, Dense, Reshape.
+    """A linear map of the pixels, the same in every channel, as a matrix: Reshape, Dense, Reshape.
 
-    Each entry is 1/divisor or a sum of zeros and one such number, hence off by one rounding.
+    Each entry is 1/divisor, or a sum of zeros and one such number, so its relative error is one rounding.
     """
     shape = context.shape(x)
     pixels = math.prod(shape[1:])
@@ -148,7 +149,7 @@ def spatial_matrix(context: LoweringContext, pool: Callable[[Tensor], Tensor], x
 
 
 def _basis(start: int, stop: int, space: tuple[int, ...]) -> Tensor:
-    """Images (stop - start, 1, *space) of one pixel each, the pixels from `start` on."""
+    """Unit images (stop - start, 1, *space) of the pixels from `start` to `stop`."""
     basis = torch.zeros(stop - start, math.prod(space), dtype=torch.float64)
     basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
     return basis.reshape(-1, 1, *space)
@@ -173,7 +174,7 @@ def _tuple(value: int | Iterable[int], dimensions: int) -> tuple[int, ...]:
     nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
 )  # fmt: skip
 def move_by_layer(context: LoweringContext, layer: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Data:
-    """The layer itself moves the numbered entries."""
+    """Data movement by the layer itself."""
     return context.move(lambda t: layer(t, *args, **kwargs), context.data(x))
 
 
@@ -183,7 +184,7 @@ def _constant_pad(context: LoweringContext, layer: nn.ConstantPad2d, x: Any) -> 
 
 
 def padded_shape(shape: Sequence[int], pads: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a value behind F.pad: two numbers an axis, the last axis first."""
+    """The shape of a value after F.pad; `pads` has two numbers per axis, the last axis first."""
     widths = [0] * (len(shape) - len(pads) // 2) + [
         low + high for low, high in zip(pads[::2], pads[1::2], strict=True)
     ][::-1]
@@ -191,7 +192,7 @@ def padded_shape(shape: Sequence[int], pads: Sequence[int]) -> tuple[int, ...]:
 
 
 def pad_with(context: LoweringContext, x: Data, pads: tuple[int, ...], value: float) -> Data:
-    """Constant padding, torch's order of `pads`: zeros moved in, and the constant added where they stand."""
+    """Constant padding, `pads` in torch's order: padding with zeros, then a sum with the constant there."""
     shape = context.shape(x)
     refuse_large(padded_shape(shape, pads))
     padded = context.move(lambda t: F.pad(t, pads), x)
@@ -227,14 +228,14 @@ def _item(context: LoweringContext, value: Any, index: Any) -> Any:
 
 
 def scale(context: LoweringContext, x: Data, factor: Tensor, weight_error: int = 0) -> Data:
-    """x * factor, the constant broadcast both ways; `factor` as it stands in the model (batch axis included)."""
+    """x * factor, broadcast both ways; `factor` as in the model, batch axis included."""
     constant = context.per_sample(factor, len(context.shape(x)))
     x = context.broadcast(x, tuple(torch.broadcast_shapes(context.shape(x), constant.shape)))
     return context.add(Scale(constant, weight_error=weight_error), x)
 
 
 def shift(context: LoweringContext, x: Data, offset: Tensor) -> Data:
-    """x + offset, broadcast both ways."""
+    """x + offset, broadcast both ways; `offset` as in the model, batch axis included."""
     constant = context.per_sample(offset, len(context.shape(x)))
     x = context.broadcast(x, tuple(torch.broadcast_shapes(context.shape(x), constant.shape)))
     return context.add(Shift(constant), x)

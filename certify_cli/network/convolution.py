@@ -1,0 +1,198 @@
+"""Convolutions and their transposes, with bounds of their norms (theory section 2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
+
+from certify_cli.network.affine import AffineOp, largest_row_sum, longest_row, materialise
+from certify_cli.network.graph import Shape, refuse_large
+from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, matrix_norm
+from certify_cli.numerics.rounding import gamma, up
+
+MATERIALISE_FLOPS = 2e10
+"""Cost up to which a convolution's whole matrix is built and its norm proved directly."""
+
+MAX_PRODUCTS = 2**27
+"""Largest number of products that one output channel of a convolution takes over a whole image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(AffineOp):
+    """Zero-padded convolution in 1, 2 or 3 dimensions; weight (out, in/groups, *kernel), torch's conventions."""
+
+    weight: Tensor
+    offset: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    weight_error: int = 0
+    title: str = "conv"
+
+    @property
+    def dimensions(self) -> int:
+        return self.weight.dim() - 2
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        function = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
+        return function(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = shapes
+        channels = self.weight.shape[1] * self.groups
+        if len(shape) != self.dimensions + 1 or shape[0] != channels:
+            raise ValueError(
+                f"a {self.dimensions}-d convolution of {channels} channels cannot take a value of shape {shape}"
+            )
+        padded = [n + 2 * p for n, p in zip(shape[1:], self.padding, strict=True)]
+        refuse_large((channels, *padded), "its padded input")
+        sizes = tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                shape[1:], self.padding, self.dilation, self.weight.shape[2:], self.stride, strict=True
+            )
+        )
+        if min(sizes) < 1:
+            raise ValueError(f"the kernel of a convolution is larger than its padded input of shape {shape}")
+        if math.prod(sizes) * self.weight[0].numel() > MAX_PRODUCTS:  # torch may hold all of them in memory
+            raise ValueError(
+                f"a convolution of kernel {tuple(self.weight.shape)} at {math.prod(sizes)} places is too large"
+            )
+        return (self.weight.shape[0], *sizes)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight)
+
+    @cached_property
+    def _absolute_weight(self) -> Tensor:
+        return self.weight.abs()
+
+    def absolute(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self._absolute_weight)
+
+    def _convolve_back(self, y: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        function = (conv1d_input, conv2d_input, conv3d_input)[self.dimensions - 1]
+        size = (len(y), *shape)
+        return function(size, weight, y, self.stride, self.padding, self.dilation, self.groups)
+
+    def transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        return self._convolve_back(y, self.weight, shape)
+
+    def absolute_transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        return self._convolve_back(y, self._absolute_weight, shape)
+
+    def bias(self) -> Tensor | None:
+        return None if self.offset is None else self.offset.reshape(-1, *[1] * self.dimensions)
+
+    @property
+    def terms(self) -> int:
+        taps = math.prod(self.weight.shape[2:])
+        return taps * max(self.weight.shape[1], self.weight.shape[0] // self.groups) + 1 + self.weight_error
+
+    @property
+    def products(self) -> int:
+        return self.weight[0].numel()
+
+    def _norm(self, shape: Shape) -> float:
+        """The smaller of the Fourier symbol's bound and, where affordable, the verified norm of the whole matrix."""
+        symbol = conv_symbol_norm(self.weight, shape[1:], self.stride, self.padding, self.dilation, self.groups)
+        columns, rows = math.prod(shape), math.prod(self.output_shape(shape))
+        flops = min(rows, columns) ** 2 * float(max(rows, columns))
+        best = symbol if flops > MATERIALISE_FLOPS else min(symbol, matrix_norm(materialise(self, shape)))
+        if self.weight_error == 0:
+            return best
+        # errors of e |w|, per tap a shift times a matrix (see `Dense`)
+        taps = sum(frobenius_norm(tap) for tap in self.weight.flatten(2).unbind(2))
+        return up(best + gamma(self.weight_error) * taps, self.weight[0, 0].numel() + 4)
+
+    def _row_norm(self, shape: Shape) -> float:
+        return up(longest_row(self.weight.flatten(1)), self.weight_error)
+
+    def _infinity_norm(self, shape: Shape) -> float:
+        return up(largest_row_sum(self.weight.flatten(1)), self.weight_error)
+
+
+@dataclass(frozen=True, eq=False)
+class ConvTranspose(AffineOp):
+    """Transposed convolution; weight (in, out/groups, *kernel), torch's conventions; its norm is its adjoint's."""
+
+    weight: Tensor
+    offset: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    title: str = "conv_transpose"
+
+    @cached_property
+    def _adjoint(self) -> Conv:
+        return Conv(self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.weight.dim() - 3]
+        return function(x, weight, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+
+    def output_shape(self, *shapes: Shape) -> Shape:
+        (shape,) = shapes
+        if len(shape) != self.weight.dim() - 1 or shape[0] != self.weight.shape[0]:
+            raise ValueError(
+                f"a transposed convolution of {self.weight.shape[0]} channels cannot take a value of shape {shape}"
+            )
+        if any(o >= s for o, s in zip(self.output_padding, self.stride, strict=True)):
+            raise ValueError("the output padding of a transposed convolution must be smaller than its stride")
+        sizes = tuple(
+            (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+            for n, s, p, d, k, o in zip(
+                shape[1:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.weight.shape[2:],
+                self.output_padding,
+                strict=True,
+            )
+        )
+        if min(sizes) < 1:
+            raise ValueError(f"a transposed convolution leaves nothing of a value of shape {shape}")
+        refuse_large((self.weight.shape[0], *sizes))
+        return (self.weight.shape[1] * self.groups, *sizes)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight)
+
+    def absolute(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self._adjoint._absolute_weight)
+
+    def transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        return self._adjoint.linear(y)
+
+    def absolute_transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        return self._adjoint.absolute(y)
+
+    def bias(self) -> Tensor | None:
+        return None if self.offset is None else self.offset.reshape(-1, *[1] * (self.weight.dim() - 2))
+
+    @property
+    def terms(self) -> int:
+        return self._adjoint.terms
+
+    def _norm(self, shape: Shape) -> float:
+        return self._adjoint.norm(self.output_shape(shape))
+
+    def _row_norm(self, shape: Shape) -> float:
+        return up(longest_row(self._rows()), 1)
+
+    def _infinity_norm(self, shape: Shape) -> float:
+        return up(largest_row_sum(self._rows()), 1)
+
+    def _rows(self) -> Tensor:
+        """For each output channel all its weights; a row of W holds a subset of them."""
+        grouped = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
+        return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
