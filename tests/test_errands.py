@@ -131,7 +131,9 @@ def copied(errand: Errand, root: Path) -> None:
 
 
 def environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(root), "NO_COLOR": "1"}
+    """As a person's, but for what changes colours and widths."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR", "NO_COLOR")}
+    return {**kept, "PYTHONPATH": str(root)}
 
 
 @dataclass(frozen=True)
