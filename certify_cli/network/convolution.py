@@ -120,7 +120,7 @@ class Conv(AffineOp):
 
 @dataclass(frozen=True, eq=False)
 class ConvTranspose(AffineOp):
-    """Transposed convolution; weight (in, out/groups, *kernel), torch's conventions. Its norm is its adjoint's."""
+    """Transposed convolution; weight (in, out/groups, *kernel), torch's conventions; its norm is its adjoint's."""
 
     weight: Tensor
     offset: Tensor | None
