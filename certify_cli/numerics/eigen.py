@@ -155,7 +155,7 @@ def shifted_cholesky(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, T
     return t, lower, bound
 
 
-def _residual(matrices: Tensor, lower: Tensor) -> Tensor:
+def factor_residual(matrices: Tensor, lower: Tensor) -> Tensor:
     """||B - L L^T||_F as computed, (batch,), for lower triangular L and symmetric B; overwrites B.
 
     By strips of rows up to the diagonal block, mirrored: a third of the products.
@@ -182,7 +182,7 @@ def _shifted_cholesky(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tens
     factor, info = torch.linalg.cholesky_ex(shifted.to(estimate_dtype(n)))
     lower = factor.double()
     sizes = lower.square().sum((1, 2)) + torch.linalg.matrix_norm(shifted)
-    residual = _residual(shifted, lower)
+    residual = factor_residual(shifted, lower)
     # the last term: S / t was rounded (its norm is at most that of I - S/t and of I), and so was the difference
     residual = residual * (1 + gamma(n * n + 8)) + (gamma(n + 2) + 4 * UNIT) * (sizes + n)
     value = up(t * (1 + residual), 8)

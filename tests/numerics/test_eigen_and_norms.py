@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.numerics.eigen import _distance, largest_eigenvalue, ritz_estimate, starting_vectors
+from certify_cli.numerics.eigen import factor_residual, largest_eigenvalue, ritz_estimate, starting_vectors
 from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, matrix_norm
 from certify_cli.numerics.rounding import UNIT, down, gamma, up, vector_norm_up
 
@@ -167,4 +167,4 @@ def test_the_distance_of_a_matrix_from_its_factor(n: int) -> None:
     apart = apart + apart.mT
     matrix = root @ root.mT + apart
     matrix[:, :512, 512:] = math.nan
-    assert torch.allclose(_distance(matrix, root), torch.linalg.matrix_norm(apart), rtol=1e-9)
+    assert torch.allclose(factor_residual(matrix, root), torch.linalg.matrix_norm(apart), rtol=1e-9)
