@@ -1,8 +1,8 @@
 """Errors meant for the user: one sentence that says what is wrong, where, and what to do.
 
-Each class carries the exit code of the command line (see the README's table). Anything else that
-escapes is a bug of ours and ends with exit code 4. What a file or an option says enters a sentence by way of `shown`,
-`quoted` or `listed`: it must neither steer a terminal nor fill it.
+Each class carries the exit code of the command line (see the README's table). Any other exception is a bug and ends
+with exit code 4. Text from a file or an option enters a sentence through `shown`, `quoted` or `listed` only, so that it
+can neither control a terminal nor fill it.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ class DataError(CurvcertError):
 
 
 class RecordsError(CurvcertError):
-    """A file of records that is missing, unreadable, unfinished, or not about what it is asked about (exit 3)."""
+    """A file of records that is missing, unreadable, unfinished, or of another model or data set (exit 3)."""
 
     exit_code = 3
 
 
 class MethodError(CurvcertError):
-    """A method asked for by name that cannot apply to this model (exit 3)."""
+    """A method that was requested by name and does not apply to this model (exit 3)."""
 
     exit_code = 3
 
 
 LONGEST_NAME = 100
-"""Characters of a file's text that one sentence quotes."""
+"""Largest number of characters of a file's text that one sentence quotes."""
 LONGEST_LINE = 300
-"""Characters of what a library says that one sentence quotes."""
+"""Largest number of characters of a library's message that one sentence quotes."""
 
 
 LONGEST_SENTENCE = 2000
-"""Characters of one sentence on stderr, whatever it quotes."""
+"""Largest number of characters of one sentence on stderr."""
 
 
 def shown(text: str, limit: int = LONGEST_NAME) -> str:
-    """A file's text for a name or a sentence: one line of at most `limit` characters, the middle left out of longer
-    texts, everything unprintable (control characters, bidirectional marks, lone surrogates) escaped as repr does.
+    """Untrusted text as one printable line of at most `limit` characters.
 
-    A text that needs none of this stays as it is, so that shown(shown(text)) == shown(text).
+    Unprintable characters (control characters, bidirectional marks, lone surrogates) are escaped as repr does; the
+    middle of a longer text is left out. Idempotent: shown(shown(text)) == shown(text).
     """
-    text = cut(text, limit)  # what escapes to more is cut once more, below
+    text = cut(text, limit)  # escapes may lengthen it: cut again below
     return text if text.isprintable() else cut("".join(map(_escaped, text)), limit)
 
 
 def cut(text: str, limit: int) -> str:
-    """The text, or where it is longer than `limit` its beginning and its end."""
+    """The text, or its beginning and end where it is longer than `limit`."""
     half = (limit - 3) // 2
     return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
@@ -81,24 +81,24 @@ def _escaped(letter: str) -> str:
 
 
 def quoted(value: object, limit: int = LONGEST_NAME) -> str:
-    """Any value from a file or a command line as repr shows it, bounded and escaped as `shown` does."""
-    if isinstance(value, str):  # cut first: the text may be very long
+    """The repr of any value from a file or a command line, shortened and escaped as by `shown`."""
+    if isinstance(value, str):  # shortened before repr: the text may be very long
         text = shown(value, limit)
         return f'"{text}"' if "'" in text and '"' not in text else f"'{text}'"
     try:
         return shown(repr(value), limit)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists without end
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists nested without end
         return f"a value that is too long to show ({type(value).__name__})"
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first names of a file, shown, and how many more there are."""
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first `limit` of the names, as by `shown`, and the number of the others."""
     every = list(names)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(shown(name) for name in every[:most]) + more
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(shown(name) for name in every[:limit]) + more
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, cut to one line without its full stop, to stand inside a sentence of ours."""
+    """The first line of an exception's message without its full stop, to be quoted in a sentence."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
     return shown(line, LONGEST_LINE)

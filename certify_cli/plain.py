@@ -1,7 +1,8 @@
-"""Numbers from text, one strict rule for every option, setting and record: plain ASCII decimals and nothing else.
+"""Reads numbers from text by one strict rule for every option, setting and record: plain ASCII decimals only.
 
-Python's own int() and float() also take underscores, spaces around, a leading plus, "nan", "inf", and the digits of
-every script; what looks like one number must not be read as another, nor be read where the next reader refuses it.
+Python's int() and float() also accept underscores, surrounding spaces, a leading plus, "nan", "inf" and the digits of
+every script. Under one strict rule no text is read as different numbers, or accepted by one reader and refused by the
+next.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from fractions import Fraction
 
 LONGEST = 64
-"""Characters of a number."""
+"""Largest number of characters of a number."""
 _NUMBER = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", re.ASCII)
 _INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 

@@ -1,8 +1,8 @@
-"""Import torchvision also where its compiled operators do not match the installed torch.
+"""Imports torchvision even where its compiled operators do not match the installed torch.
 
 torchvision registers shape functions for its operators at import. With a torch build that its binary was not made for
-(a CPU-only torch beside a CUDA torchvision) the operators are missing and the import fails, although nothing used here
-(data sets, and onnx2torch's module tree) needs any of them. Declaring their schemas lets the import pass.
+(a CPU-only torch beside a CUDA torchvision) the operators are missing and the import fails, although data sets and
+onnx2torch's modules need none of them. The import succeeds once their schemas are declared.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _SCHEMAS = (
 )
 
 _declared: list[torch.library.Library] = []
-"""Kept alive: a library's declarations go with it."""
+"""References to the libraries: their declarations vanish with them."""
 
 
 def import_torchvision() -> None:
-    """Import torchvision, with the missing schemas declared where the plain import fails for want of them."""
+    """Import torchvision; where that fails for missing schemas, declare them and import again."""
     try:
         import torchvision
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Data sets: the chosen samples of a named set, a .npz file or a folder of images, in one form.
+"""Loads the chosen samples of a named set, a .npz file or a folder of images.
 
-Pixels are in [0, 1]: a perturbation's norm and every radius are in this unit. Mean and std are no part of the data;
-they become the network's first nodes (`fit.fit`).
+Pixels are in [0, 1]: perturbation norms and radii are in this unit. Mean and std are not applied to the data; they
+become the network's first nodes (`load.preprocessing.fit`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ DIGITS_TEST = 360
 class Dataset:
     """Chosen samples in order.
 
-    `x` is float32 (N, *shape), images NCHW in [0, 1]; `y` int64 (N,) or None without labels; `indices` are the
-    samples' positions in the source; `classes` are names in label order where the source has them; `image` says
-    whether a sample is an image. `sha256` runs over x (float32, little-endian, row-major), then y (int64,
-    little-endian). `notes` are sentences for the user.
+    x: float32 (N, *shape), images NCHW in [0, 1].   y: int64 (N,), or None without labels.
+    indices: the samples' positions in the source.   classes: names in label order, where the source has them.
+    image: whether a sample is an image.   notes: sentences for the user.
+    sha256: of x (float32, little-endian, row-major), then y (int64, little-endian).
     """
 
     name: str
@@ -65,10 +65,11 @@ def load_data(
 ) -> Dataset:
     """Load samples of `source`: "digits", a torchvision set's name, FILE.npz or a folder of images.
 
-    `root` is where torchvision's sets lie (default: $CURVCERT_DATA, else the user's cache); one that is missing is
-    downloaded there, unless `offline`. `samples` is "100" (the first hundred) or "0:1000", counted after shuffling.
-    `data_layout` is the npz file's, `resize` (height, width) the folder's. `notify` receives a sentence before a
-    download; without it a download is silent. Raises UsageError for an argument, DataError for the data.
+    root: folder of torchvision's sets (default: $CURVCERT_DATA, else the user's cache). A missing set is downloaded
+        there, unless `offline`; `notify` receives a sentence before.
+    samples: "100" (the first hundred) or "0:1000", counted after shuffling.
+    data_layout: of an npz file.   resize: (height, width), for a folder.
+    UsageError for an argument, DataError for the data.
     """
     if split not in SPLITS:
         raise UsageError(f"--split {quoted(split)} is not one of {', '.join(SPLITS)}")
@@ -85,7 +86,7 @@ def load_data(
 
 
 def named_shape(source: str) -> tuple[int, ...] | None:
-    """The shape of a sample in a set known by name, before anything is read or downloaded; None for files."""
+    """The shape of a sample in a set known by name, without reading it; None for files."""
     from certify_cli.data.torchvision_sets import SETS
 
     name = source.lower()

@@ -1,4 +1,4 @@
-"""FILE.npz: arrays x (N, ...) and, with labels, y (N,). Sizes are checked before anything is read; no pickle."""
+"""Reads FILE.npz: arrays x (N, ...) and, with labels, y (N,). Sizes are checked before reading; pickles are refused."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from certify_cli.data.source import CHANNELS, MAX_BYTES, Samples, Source, unit_r
 from certify_cli.errors import DataError, UsageError, first_line, listed, shown
 
 DEFLATE_RATIO = 1040
-"""Deflate cannot shrink data more than 1032 times: a header that claims more lies."""
+"""Largest possible ratio of sizes: deflate compresses by at most 1032."""
 
 LARGE, LARGE_RATIO = 2**30, 100
-"""An array larger than so many bytes must not unpack to more than so many times its size in the file."""
+"""An array of more than LARGE bytes must not unpack to more than LARGE_RATIO times its size in the file."""
 
 LONGEST_HEADER = 2**16
-"""Bytes; numpy itself reads no longer ones."""
+"""Longest header of an array in bytes; numpy itself reads no longer ones."""
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
-"""How a zip file begins; the second one is empty."""
+"""First bytes of a zip file, and of an empty one."""
 
 _UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError, NotImplementedError)
 
@@ -63,7 +63,7 @@ def read_arrays(path: Path, keys: Sequence[Sequence[str]], advice: str) -> dict[
     """The arrays of an .npz file that holds exactly one of the sets of `keys`; `advice` ends the error otherwise."""
     try:
         _refuse_other_files(path)
-        _declared(path, [sorted(names) for names in keys], advice)
+        _check_headers(path, [sorted(names) for names in keys], advice)
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays}
     except MemoryError as error:
@@ -73,9 +73,9 @@ def read_arrays(path: Path, keys: Sequence[Sequence[str]], advice: str) -> dict[
 
 
 def read_rows(path: Path, keys: Sequence[str], advice: str) -> dict[str, NDArray[Any]]:
-    """What a run kept beside its records: arrays of numbers, a row a sample; `index` and `rival` are integers.
+    """The arrays that a run wrote beside its records: numbers, one row per sample; `index` and `rival` are integers.
 
-    Raises DataError for anything else.
+    DataError for anything else.
     """
     arrays = read_arrays(path, (keys,), advice)
     for key, array in arrays.items():
@@ -90,7 +90,7 @@ def read_rows(path: Path, keys: Sequence[str], advice: str) -> dict[str, NDArray
 
 
 def _refuse_other_files(path: Path) -> None:
-    """DataError for what is no zip file at all, and for one without its end."""
+    """DataError for a file that is not a zip file, or is truncated."""
     with path.open("rb") as file:
         start = file.read(4)
     if start not in _ZIP:
@@ -102,8 +102,8 @@ def _refuse_other_files(path: Path) -> None:
         raise DataError(f"{path}: an .npz file that is cut off or damaged at its end; copy or write it again")
 
 
-def _declared(path: Path, allowed: Sequence[Sequence[str]], advice: str) -> None:
-    """From the headers alone: DataError for other keys, objects, and sizes that lie or are too large."""
+def _check_headers(path: Path, allowed: Sequence[Sequence[str]], advice: str) -> None:
+    """DataError, from the headers alone, for other keys, objects, and sizes that are impossible or too large."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         keys = sorted(entry.filename.removesuffix(".npy") for entry in entries)
@@ -137,11 +137,11 @@ def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int
     with archive.open(entry) as opened:
         file = io.BytesIO(opened.read(LONGEST_HEADER))
         version = npy.read_magic(file)
-        # versions 2 and 3 differ in the encoding of field names only, which a plain array has none of
+        # versions 2 and 3 differ only in the encoding of field names, which plain arrays do not have
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         try:
             shape, _, dtype = read(file)
-        except Exception as error:  # numpy evaluates a literal here: a garbled one fails in a dozen ways
+        except Exception as error:  # numpy evaluates a literal here, which may raise many types
             raise ValueError(f"garbled header of {shown(entry.filename)}: {first_line(error)}") from error
         return shape, dtype, file.tell()
 

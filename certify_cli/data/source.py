@@ -1,4 +1,4 @@
-"""Samples before any of them is chosen: what each kind of data set gives to `data.load_data`."""
+"""Data sets before samples are chosen: the common form of every kind of source, read by `datasets.load_data`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from certify_cli.errors import DataError
 
 CHANNELS = (1, 3, 4)
-"""How many channels an image has: grey, RGB, RGBA."""
+"""Numbers of channels of an image: grey, RGB, RGBA."""
 
 MAX_PIXELS = 2**24
-"""Of one image: one that unpacks to more is refused unread."""
+"""Largest number of pixels of one image, checked before it is unpacked."""
 MAX_BYTES = 16 * 2**30
-"""Of the chosen samples together as float32, and of one array of a file: more is refused unread."""
+"""Largest size of all chosen samples as float32, and of one array of a file, checked before reading."""
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The chosen samples: `x` float32 (n, *shape), images NCHW; `notes` are sentences for the user."""
+    """The chosen samples.   x: float32 (n, *shape), images NCHW.   notes: sentences for the user."""
 
     x: Floats
     notes: tuple[str, ...] = ()
@@ -32,9 +32,9 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A data set of `count` samples that converts only those that are asked for.
+    """A data set of `count` samples, of which only the chosen ones are converted.
 
-    `take` maps positions to samples; `labels` is int64 (count,) or None; `classes` are names in label order.
+    take: maps positions to samples.   labels: int64 (count,) or None.   classes: names in label order.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Source:
 
 
 def refuse_many(values: int) -> None:
-    """DataError where so many float32 values are too many to be held."""
+    """DataError where so many float32 values exceed MAX_BYTES."""
     if 4 * values > MAX_BYTES:
         raise DataError(f"the chosen samples would take {4 * values} bytes, the limit is {MAX_BYTES}; say --samples")
 
 
 def unit_range(values: NDArray[Any]) -> Floats:
-    """Float32 samples: integers divided by 255 in float32, floats (and truth values) as they are.
+    """Float32 samples: integers divided by 255 in float32, floats and truth values unchanged.
 
     DataError where they would take too much memory.
     """

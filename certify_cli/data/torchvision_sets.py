@@ -1,4 +1,4 @@
-"""torchvision's data sets by name, and folders of images through its ImageFolder."""
+"""Reads torchvision's data sets by name, and folders of images through its ImageFolder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from certify_cli.errors import DataError, first_line
 
 DIGIT_NAMES = tuple("0123456789")
 IMAGES = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-"""What an image file may hold, whatever its name: Pillow would run other programs for some formats."""
+"""Formats of image files that are read, whatever their names: for some others Pillow would run other programs."""
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 
 _DAMAGED = (OSError, ValueError, RuntimeError, AssertionError, EOFError, KeyError, pickle.UnpicklingError)
@@ -30,9 +30,9 @@ _DAMAGED = (OSError, ValueError, RuntimeError, AssertionError, EOFError, KeyErro
 
 @dataclass(frozen=True)
 class VisionSet:
-    """One of torchvision's sets: its class there, the axes of its stored pixels, a sample's shape as data.
+    """One of torchvision's sets.
 
-    `classes` are names where the set itself has none.
+    kind: its class there.   axes: of its stored pixels.   shape: of a sample.   classes: names, where it has none.
     """
 
     kind: str
@@ -55,7 +55,7 @@ SETS = {
 
 
 def default_root() -> Path:
-    """$CURVCERT_DATA, else a folder of our own in the user's cache."""
+    """$CURVCERT_DATA, else a folder in the user's cache."""
     if named := os.environ.get("CURVCERT_DATA"):
         return Path(named)
     if sys.platform == "darwin":
@@ -101,7 +101,7 @@ def open_set(
 def _download(
     name: str, kind: Callable[..., Any], folder: Path, arguments: dict[str, Any], notify: Callable[[str], None] | None
 ) -> Any:
-    """The set after its download. torchvision's chatter never reaches stdout, which carries data only."""
+    """The set after its download. torchvision's messages are kept from stdout, which is for data."""
     chatter: Any = io.StringIO() if notify is None else sys.stderr
     if notify is not None:
         notify(f"downloading {name} into {folder}")
@@ -123,7 +123,7 @@ def _nchw(x: NDArray[np.float32], axes: str) -> NDArray[np.float32]:
 
 
 def open_folder(path: Path, resize: tuple[int, int] | None) -> Source:
-    """The images below `path`: a class a subfolder (torchvision's ImageFolder), or unlabelled where it has none."""
+    """The images below `path`: one class per subfolder (torchvision's ImageFolder), unlabelled without subfolders."""
     files, labels, classes = _listed(path)
 
     def take(indices: Sequence[int]) -> Samples:
@@ -155,7 +155,7 @@ def _read(path: Path, files: Sequence[Path], resize: tuple[int, int] | None) -> 
     images: list[Image.Image] = []
     for file in files:
         try:
-            if not file.is_file():  # a pipe would be waited for
+            if not file.is_file():  # reading a pipe would block
                 raise DataError(f"{file}: not a plain file")
             with Image.open(file, formats=IMAGES) as opened:
                 width, height = opened.size

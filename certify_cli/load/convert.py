@@ -1,4 +1,4 @@
-"""Write a model as safetensors with its architecture declared, from any format that loads."""
+"""Writes a model of any format as safetensors with its architecture declared."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from certify_cli.load.safetensors.loader import METADATA_KEY
 def convert(
     source: str | Path, target: str | Path, *, output: str | None = None, input_shape: Sequence[int] | None = None
 ) -> None:
-    """Write the model in `source` to `target` (.safetensors): the network as it was lowered, weight for weight.
+    """Write the model in `source` to `target` (.safetensors): the lowered network, weight for weight.
 
-    A weight is stored in the source's type or float32 where that is exact, else in float64. The file replaces `target`
-    whole or not at all. output, input_shape: see `load_model`. Raises ModelError for the source, UsageError for the
-    target.
+    Weights are stored in the source's type or float32 where that is exact, else in float64. `target` is replaced
+    atomically.   output, input_shape: see `load_model`.   ModelError for the source, UsageError for the target.
     """
     path = Path(target)
     if path.suffix.lower() != ".safetensors":
@@ -33,15 +32,15 @@ def convert(
     spec, exact = declare(loaded.network)
     narrow = [getattr(torch, loaded.stored_dtype, torch.float32), torch.float32]
     tensors = {name: _narrowed(tensor, narrow) for name, tensor in exact.items()}
-    build(spec, tensors)  # what is written must load
+    build(spec, tensors)  # the file must load
     write_safetensors(path, spec, tensors)
 
 
 def write_safetensors(path: Path, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Tensors and spec in one file, written beside `path` and moved there when it is whole."""
+    """Write tensors and spec to one file, atomically."""
     from safetensors.torch import save
 
-    # one metadata key: with more, their order (and so the file's digest) would change from run to run
+    # a single metadata key: the order of several, and so the file's digest, would differ from run to run
     content = save({name: t.clone().contiguous() for name, t in tensors.items()}, {METADATA_KEY: json.dumps(spec)})
     _write_atomically(path, content)
 
@@ -59,7 +58,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 
 def _narrowed(tensor: Tensor, narrow: list[torch.dtype]) -> Tensor:
-    """The tensor in the first of these types that holds it exactly; integers as they are."""
+    """The tensor in the first of these types that holds it exactly, else unchanged; integers unchanged."""
     if not tensor.is_floating_point():
         return tensor
     if not bool(torch.isfinite(tensor).all()):

@@ -1,4 +1,4 @@
-"""What loading a model file gives, whatever the format."""
+"""The result of loading a model file of any format."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from certify_cli.records import ModelInfo
 
 @dataclass(frozen=True)
 class Deployment:
-    """How the file itself is run: what it takes, and the name of the tensor that it ends in.
+    """How to run the file itself.
 
-    threshold: of a model of a single number, above which that means class 1.
+    model_input: what it takes.   output: name of its output tensor.
+    threshold: where the output is a single number, class 1 is predicted above this value.
     """
 
     model_input: ModelInput
@@ -23,11 +24,11 @@ class Deployment:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier in the one form, and where it came from.
+    """A classifier as a network, and where it came from.
 
-    `input_shape` is the file's own input without the batch (the network's, before `fit` puts preprocessing in front);
-    `stored_dtype` names the type of the weights in the file ("float32", "float16", ...; they are upcast exactly);
-    `notes` are sentences for the user (an upcast, a dropped softmax); `deployment` is there for ONNX files.
+    input_shape: of the file's own input, without the batch and before preprocessing.
+    stored_dtype: type of the weights in the file ("float32", "float16", ...), which are upcast exactly.
+    notes: sentences for the user (an upcast, a dropped softmax).   deployment: for ONNX files.
     """
 
     network: Network

@@ -1,4 +1,4 @@
-"""One way in for model files: the format is told from the file, the rest is the format's own loader."""
+"""Loads a model file: tells the format from the file, and calls the format's loader."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ def load_model(
 ) -> LoadedModel:
     """Load a classifier from an ONNX or a safetensors file.
 
-    activation: stands between the layers of a safetensors file that declares none, such as "softplus:5".
-    output: which output of an ONNX file holds the logits, where it has several and no choice is plain.
-    input_shape: a sample's shape, channels first, where the file leaves sizes free; or what gives it when it is needed.
+    activation: between the layers of a safetensors file that declares none, such as "softplus:5".
+    output: name of the output of an ONNX file that holds the logits, where it has several and no choice is evident.
+    input_shape: a sample's shape, channels first, where the file leaves sizes free; or a function that returns it.
     layout: "nhwc" where the model reads such samples with the channels last.
-    Raises ModelError where the file is missing, unreadable or cannot be certified, UsageError for `activation` and
-    `output`.
+    ModelError where the file is missing, unreadable or cannot be certified, UsageError for `activation` and `output`.
     """
     file = Path(path)
     if os.path.isdir(file):
@@ -65,18 +64,18 @@ def load_model(
 
 
 def of_run(run: Run) -> dict[str, Any]:
-    """How the model of a run was loaded, as arguments of `load_model`; what is malformed counts as not said."""
-    said, shape = run.arguments, run.preprocessing.get("input_shape")
+    """The arguments of `load_model` with which the model of a run was loaded; malformed ones are left out."""
+    arguments, shape = run.arguments, run.preprocessing.get("input_shape")
     sizes = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
     return {
-        "activation": said.get("activation") if isinstance(said.get("activation"), str) else None,
-        "output": said.get("output") if isinstance(said.get("output"), str) else None,
+        "activation": arguments.get("activation") if isinstance(arguments.get("activation"), str) else None,
+        "output": arguments.get("output") if isinstance(arguments.get("output"), str) else None,
         "input_shape": shape if sizes else None,
     }
 
 
 def _is_safetensors(file: Path, start: bytes) -> bool:
-    """By the header (eight bytes of length, then a JSON object), or by the name where no pickle bears it."""
+    """By the header (eight bytes of length, then a JSON object), or by the name unless the content is a pickle."""
     header = start[8:9] == b"{"
     if file.suffix.lower() == ".safetensors":
         return header or not start.startswith((_ZIP, _PICKLE))

@@ -1,4 +1,4 @@
-"""Fit a network to a data set: mean, std and the layout become its first nodes, so that it takes data units, NCHW."""
+"""Puts mean, std and layout in front of a network, so that it takes samples in the data's units, channels first."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def fit(
 ) -> Network:
     """The network of x -> network(layout((x - mean) / std)) for x of `data_shape`.
 
-    `mean` and `std` hold one value, or one a channel of the data. `layout` is the order in which the model reads an
-    image, inferred if None: (H, W, C) is NHWC, any other shape of as many entries the row-major flattening of NCHW,
-    but for data that are plainly an image read in the wrong layout.
-    With "nhwc" a flat model input is the flattening of NHWC. Raises UsageError for an option, DataError naming both
-    shapes where the model cannot take the data.
+    mean, std: one value, or one per channel of the data.
+    layout: the order in which the model reads an image. If None it is inferred: a model input (H, W, C) is NHWC, any
+        other shape of as many entries the row-major flattening of NCHW. With "nhwc" a flat model input is the
+        flattening of NHWC.
+    UsageError for an option; DataError, naming both shapes, where the model cannot take the data, or the data are
+    evidently images read in the wrong layout.
     """
     shape = tuple(data_shape)
     steps = [*normalisation(shape, mean, std), *_layout(shape, network.input_shape, layout)]
@@ -38,21 +39,21 @@ def fit(
 
 
 def prepend(network: Network, input_shape: Shape, steps: Sequence[tuple[str, AffineOp]]) -> Network:
-    """The network behind a chain of named operations on inputs of `input_shape`."""
+    """The network after a chain of named operations on inputs of `input_shape`."""
     builder = Builder(input_shape, network.nodes[0].name)
     last = 0
     for name, op in steps:
         last = builder.add(name, op, last)
-    place = [last]
+    indices = [last]
     for node in network.nodes[1:]:
-        place.append(builder.add(node.name, node.op, *(place[i] for i in node.inputs)))
-    return builder.build(place[-1])
+        indices.append(builder.add(node.name, node.op, *(indices[i] for i in node.inputs)))
+    return builder.build(indices[-1])
 
 
 def normalisation(
     shape: Shape, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> list[tuple[str, AffineOp]]:
-    """(x - mean) / std for x of `shape`, channels first: up to two named operations. Raises UsageError."""
+    """(x - mean) / std for x of `shape`, channels first, as up to two named operations. Raises UsageError."""
     steps: list[tuple[str, AffineOp]] = []
     if mean is not None:
         steps.append(("mean", Shift(-_per_channel("--mean", mean, shape))))
@@ -67,7 +68,7 @@ def normalisation(
 
 
 def _per_channel(option: str, values: Sequence[float], shape: Shape) -> Tensor:
-    """The values in a form that broadcasts with one sample."""
+    """The values in a shape that broadcasts with one sample."""
     if not values or not all(math.isfinite(value) for value in values):
         raise UsageError(f"{option} {_shown(values)}: one finite number, or one a channel, is expected")
     channels = shape[0] if len(shape) > 1 else 1
@@ -116,7 +117,7 @@ def _layout(data: Shape, model: Shape, layout: str | None) -> list[tuple[str, Af
 
 
 def _refuse_misread_images(data: Shape, model: Shape, layout: str | None) -> None:
-    """DataError where the data's layout was told wrongly: flattened row by row their pixels would be scrambled."""
+    """DataError where the data's layout is evidently wrong: flattening would permute the pixels."""
     if len(data) != 3 or len(model) != 3 or data == model or model[0] not in CHANNELS:
         return
     if data == (*model[1:], model[0]):

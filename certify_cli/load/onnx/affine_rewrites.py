@@ -1,4 +1,4 @@
-"""Rewritings of the affine operators: one form each."""
+"""Rewriting rules of the affine operators: each is brought to one form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _as_it_is(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 @rewrites("Where")
 def _where(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """By a constant condition: each operand times ones and zeros, and their sum."""
+    """A choice by a constant condition: each operand times a mask of ones and zeros, and their sum."""
     trace = rewritten.trace
     condition, *operands = node.input
     if condition not in trace.constants:
@@ -36,7 +36,7 @@ def _where(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 @rewrites("MatMul")
 def _product(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """A matrix times a sample of one axis is that sample times the transposed matrix."""
+    """A product; a matrix times a sample of one axis becomes that sample times the transposed matrix."""
     trace, (left, right) = rewritten.trace, node.input
     if right in trace.values and left in trace.constants and trace.values[right].ndim == 1:
         turned = rewritten.constant(np.ascontiguousarray(trace.constants[left].T))
@@ -60,7 +60,7 @@ def _concat(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 
 def _join_constants(rewritten: RewrittenGraph, node: NodeProto, data: list[str], axis: int) -> None:
-    """Constants between data: the data are moved to their places, and the constants added to the zeros between."""
+    """A concatenation of data and constants: the data moved among zeros, plus a constant."""
     trace = rewritten.trace
     widths = [rewritten.shapes[value][axis] for value in data]
     shape = list(rewritten.shapes[data[0]])
@@ -89,7 +89,7 @@ def _join_constants(rewritten: RewrittenGraph, node: NodeProto, data: list[str],
 
 
 def join(rewritten: RewrittenGraph, node: NodeProto, parts: list[str], value: str, axis: int) -> None:
-    """`value`: the parts one behind the other. What was cut from one value is put together as movement again."""
+    """Append `value`, the concatenation of the parts; one movement where all parts are moved from the same value."""
     origins = [rewritten.movements.get(part) for part in parts]
     sources = {origin[0] if origin else None for origin in origins}
     if len(sources) == 1 and None not in sources:
@@ -101,7 +101,7 @@ def join(rewritten: RewrittenGraph, node: NodeProto, parts: list[str], value: st
 
 @rewrites("Gemm")
 def _gemm(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """alpha A B + beta C as a product (with C as its bias where alpha is 1) and, otherwise, a scale and a sum."""
+    """alpha A B + beta C: a product with bias C where alpha is 1, else a product, a scale and a sum."""
     trace, attributes = rewritten.trace, attributes_of(node)
     a, b, *rest = node.input
     if a not in trace.values or b not in trace.constants or attributes.get("transA", 0):
@@ -136,7 +136,7 @@ def _gemm(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 
 def _product_and_sum(rewritten: RewrittenGraph, node: NodeProto, alpha: float, beta: float) -> None:
-    """A Gemm of a sample that is one matrix, without a batch axis."""
+    """Gemm where the sample is one matrix, without a batch axis."""
     trace = rewritten.trace
     a, b, *rest = node.input
     matrix = trace.constants[b].T if attributes_of(node).get("transB", 0) else trace.constants[b]
@@ -156,7 +156,7 @@ def _product_and_sum(rewritten: RewrittenGraph, node: NodeProto, alpha: float, b
 
 
 def spatial_pad(rewritten: RewrittenGraph, node: NodeProto, source: str, pads: list[tuple[int, int]]) -> str:
-    """A value with zeros around its pixels; negative widths cut pixels off."""
+    """The value padded with zeros around its pixels; negative widths cut pixels off."""
     shape = rewritten.shapes[source]
     cut = [slice(max(-begin, 0), n - max(-end, 0)) for n, (begin, end) in zip(shape[2:], pads, strict=True)]
     added = [(max(begin, 0), max(end, 0)) for begin, end in pads]
@@ -168,7 +168,7 @@ def spatial_pad(rewritten: RewrittenGraph, node: NodeProto, source: str, pads: l
 
 @rewrites("Conv")
 def _conv(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """Unequal padding is a step of its own."""
+    """A convolution; unequal padding is a separate step before it."""
     kernel, kept = _convolution(rewritten, node)
     pads = padding_of(attributes_of(node), rewritten.trace.shape(node.input[0])[2:], kernel)
     source = node.input[0]
@@ -181,7 +181,7 @@ def _conv(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 @rewrites("ConvTranspose")
 def _conv_transpose(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """Whose padding is cut off its output: as a step of its own where it is unequal."""
+    """A transposed convolution; unequal padding, which cuts pixels off its output, is a separate step after it."""
     trace, attributes = rewritten.trace, attributes_of(node)
     kernel, kept = _convolution(rewritten, node)
     if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "") or attributes.get("output_shape"):
@@ -200,7 +200,7 @@ def _conv_transpose(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 
 def _convolution(rewritten: RewrittenGraph, node: NodeProto) -> tuple[list[int], dict[str, Any]]:
-    """The kernel, and the attributes that are kept."""
+    """The kernel's shape, and the attributes that are kept."""
     trace, attributes = rewritten.trace, attributes_of(node)
     if any(value and value not in trace.constants for value in node.input[1:]):
         raise trace.refuse(node, "has weights that are computed from the input, which is not supported")
@@ -240,7 +240,7 @@ def _reduce(rewritten: RewrittenGraph, node: NodeProto) -> None:
     axes = [data_axis(trace, node, source, axis) for axis in counted]
     output = node.output[0]
     if not keep and len(axes) == len(rewritten.shapes[source]) - 1:
-        # a number a sample keeps one axis
+        # a single number per sample keeps one axis
         keep, output = 1, rewritten.fresh_value()
         target = rewritten.constant(np.array([-1, 1], dtype=np.int64))
     if operator == "ReduceMean":

@@ -1,6 +1,6 @@
-"""Converters that onnx2torch lacks: our own operators, registered once, on import.
+"""onnx2torch converters of the operators of `rewriting.DOMAIN`, registered on import.
 
-Import only through `onnx.py`, which makes torchvision importable first.
+Import only through `loader`, which makes torchvision importable first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from certify_cli.network.pooling import MaxMin, MaxPool
 
 
 class ActivationLayer(nn.Module):
-    """A row of the activation table."""
+    """An activation of the table."""
 
     def __init__(self, activation: Activation) -> None:
         super().__init__()
@@ -34,14 +34,14 @@ class ActivationLayer(nn.Module):
 
 
 class MaxMinLayer(nn.Module):
-    """The halves of the channels as sorted pairs, the larger ones first."""
+    """`MaxMin`: pairs of the channels' halves sorted, maxima first."""
 
     def forward(self, x: Tensor) -> Tensor:
         return MaxMin().apply(x)
 
 
 class MaxPoolLayer(nn.Module):
-    """The largest pixel of every window."""
+    """The maximum of every window."""
 
     def __init__(self, pool: MaxPool) -> None:
         super().__init__()
@@ -52,9 +52,10 @@ class MaxPoolLayer(nn.Module):
 
 
 class AveragePoolLayer(nn.Module):
-    """The mean of every window over its pixels in the image, or (`counts_padding`) in the image and its padding.
+    """The mean of every window over its pixels in the image, or in the image and its padding.
 
-    pads (begin, end) along every axis: how far the windows reach over the image; negative where they leave pixels out.
+    pads: (begin, end) along every axis, how far the windows reach beyond the image; negative where they omit pixels.
+    counts_padding: whether padding counts as pixels of the window.
     """
 
     def __init__(self, at: Windows, pads: list[tuple[int, int]], counts_padding: bool) -> None:
@@ -62,7 +63,7 @@ class AveragePoolLayer(nn.Module):
         self.at, self.pads, self.counts_padding = at, pads, counts_padding
 
     def divisors(self, sizes: tuple[int, ...]) -> Tensor:
-        """Of every window, (*count), float64."""
+        """The divisor of every window, (*count), float64."""
         return from_numpy(pixel_counts(self.at, sizes, self.counts_padding))
 
     def padded(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Lowering rules for the layers that ONNX conversion makes; see `network.lowering.torch_layers` for torch's own.
 
-Import only through `onnx.py`, which makes torchvision importable first.
+Import only through `loader`, which makes torchvision importable first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from certify_cli.network.lowering.context import Data, LoweringContext, lowers
 from certify_cli.network.pooling import MaxMin
 
 _ARITHMETIC = {torch.add: layers.add, torch.sub: layers.subtract, torch.mul: layers.multiply}
-"""Everything else that OnnxBinaryMathOperation may hold is its division."""
+"""The remaining function of OnnxBinaryMathOperation is division."""
 
 
 @lowers(OnnxBinaryMathOperation)
@@ -52,7 +52,7 @@ def _matmul(context: LoweringContext, layer: OnnxMatMul, left: Any, right: Any) 
 
 @lowers(OnnxGemm)
 def _gemm(context: LoweringContext, layer: OnnxGemm, a: Any, b: Any, c: Any = None) -> Data:
-    """Only met without a bias of its own: with one, the converter makes a Linear layer."""
+    """x W; with a constant bias the converter makes a Linear layer instead."""
     if layer.alpha != 1 or layer.beta != 1 or layer.trans_a or c is not None:
         context.refuse("it is not of the form x W + b; export a Linear layer")
     return layers.matmul(context, a, b.T if layer.trans_b and not isinstance(b, Data) else b)
@@ -81,7 +81,7 @@ def _reduce_sum(context: LoweringContext, layer: OnnxReduceSumStaticAxes, x: Any
 
 
 def _along(context: LoweringContext, x: Data, axes: list[int], keep: bool, mean: bool) -> Data:
-    """Sum or mean over `axes` (the batch is axis 0): the axes moved to the end, and one row of weights."""
+    """Sum or mean over `axes` (the batch is axis 0): a Dense layer of one row after the axes are moved to the end."""
     shape = context.shape(x)
     rank = len(shape) + 1
     reduced = sorted(axis % rank for axis in axes)
@@ -113,7 +113,7 @@ def _max_pool(context: LoweringContext, layer: MaxPoolLayer, x: Any) -> Data:
 
 @lowers(AveragePoolLayer)
 def _average_pool(context: LoweringContext, layer: AveragePoolLayer, x: Any) -> Data:
-    """One divisor throughout: a convolution of the padded image; else a matrix of the pixels."""
+    """A convolution of the padded image where all divisors are equal, else a matrix of the pixels."""
     value, at = context.data(x), layer.at
     divisors = layer.divisors(context.shape(value)[1:])
     if bool((divisors != divisors.flatten()[0]).any()):

@@ -1,4 +1,4 @@
-"""Where a model's logits stand: at its end, or in front of the softmax and the reshapings that end it."""
+"""Finds a model's logits: its output, or the operand of the softmax that is followed by reshapings only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from certify_cli.load.onnx.outputs import CLASSIFIERS, RESHAPING, SOFTMAX
 
 
 def logits(trace: Trace, output: str) -> tuple[str, list[NodeProto], list[str]]:
-    """The value that holds the logits, the nodes between it and `output` in order, and a note on what is left out.
+    """The value that holds the logits, the nodes between it and `output` in order, and a note on omitted nodes.
 
-    A softmax over all entries of a sample changes no prediction, nor does anything behind it that keeps every entry in
-    its place; likewise the logistic function that ends a linear classifier, or a model of one logit.
+    A softmax over all entries of a sample changes no prediction, nor do reshapings after it that keep the order of the
+    entries. The same holds for the logistic function at the end of a linear classifier or of a model with one logit.
     """
     producers = {value: node for node in trace.nodes for value in node.output if value}
     tail: list[NodeProto] = []
@@ -37,12 +37,12 @@ def _left_out(node: NodeProto) -> str:
 
 
 def _over_the_sample(trace: Trace, node: NodeProto) -> bool:
-    """Whether a softmax's axis holds every entry of a sample; below opset 13 it flattens what follows its axis."""
+    """Whether a softmax runs over all entries of a sample; below opset 13 it includes the axes after its own."""
     shape = trace.values[node.input[0]].shape
     old = trace.opset < 13
     axis = int(attributes_of(node).get("axis", 1 if old else -1)) % len(shape)
     if axis == 0 and not old and node.input[0] not in trace.unbatched:
-        return False  # along the batch, which may be as long as there are classes
+        return False  # along the batch, which may have as many entries as there are classes
     width = int(np.prod(shape[axis:])) if old else shape[axis]
     return width == trace.size(node.input[0])
 

@@ -1,5 +1,8 @@
-"""Max and Min. Of two values, as MaxMin layers are exported (Split, Max, Min, Concat): the halves of one sorted pair.
-Of a value and constants: a clip."""
+"""Rewriting rules of Max and Min.
+
+Of two values, as MaxMin layers are exported (Split, Max, Min, Concat), they become the halves of one `MaxMin`; of a
+value and constants, a clip.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from certify_cli.network.activations import ACTIVATIONS
 
 @rewrites("Max", "Min")
 def _largest(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """The first half of the sorted pair for Max, the second for Min; the pair is made once for both."""
+    """The first half of the sorted pair for Max, the second for Min; both share one `MaxMin` node."""
     trace = rewritten.trace
     data = [value for value in node.input if value in trace.values]
     if len(data) == 1:
@@ -38,7 +41,7 @@ def _largest(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 
 def _clipped(rewritten: RewrittenGraph, node: NodeProto, value: str) -> None:
-    """max(x, c) = c + max(x - c, 0), entry by entry; with one number for all, a clip."""
+    """max(x, c) = c + max(x - c, 0), entrywise; a plain clip where c is one number."""
     trace = rewritten.trace
     constants = [trace.constants[name] for name in node.input if name != value]
     largest = node.op_type == "Max"

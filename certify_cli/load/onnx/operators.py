@@ -1,6 +1,6 @@
-"""Operators that onnx.reference lacks or gets wrong, as the standard defines them and onnxruntime computes them.
+"""Operators that onnx.reference lacks or computes wrongly, as the standard defines and onnxruntime computes them.
 
-Functions of (node, its inputs as arrays, opset); what they cannot compute they refuse with a ValueError whose text
+Functions of (node, its inputs as arrays, opset). They raise a ValueError for cases that they cannot compute, whose text
 completes "node 'name' (Type) ...".
 """
 
@@ -28,7 +28,7 @@ def attributes_of(node: NodeProto) -> dict[str, Any]:
 
 
 def batch_norm(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
-    """Evaluation mode. Below opset 14 onnx.reference mixes the batch's own statistics in."""
+    """Batch norm in evaluation mode. Below opset 14 onnx.reference mixes in the batch's own statistics."""
     x, gain, shift, mean, variance = inputs
     axes = (-1, *[1] * (x.ndim - 2))
     epsilon = attributes_of(node).get("epsilon", np.float32(1e-5))
@@ -40,7 +40,7 @@ def batch_norm(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
 
 
 def erf(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
-    """onnx.reference rounds it to float32."""
+    """erf in the type of its operand; onnx.reference rounds it to float32."""
     return [_erf(inputs[0])]
 
 
@@ -69,8 +69,12 @@ def _erf(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Windows:
-    """Along every spatial axis: window j covers begin + stride j + dilation (0 ... kernel - 1), counted from the first
-    pixel; `begin` is negative where it starts in the padding. `padded`: where the declared padding ends."""
+    """The windows of a pooling, along every spatial axis; pixels are counted from the first one of the image.
+
+    Window j covers begin + stride j + dilation (0 ... kernel - 1).
+    begin: negative where the windows start in the padding.   count: number of windows.
+    padded: end of the declared padding.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -80,13 +84,13 @@ class Windows:
     padded: tuple[int, ...]
 
     def end(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """How far the last window reaches over the image; negative where pixels are left over."""
+        """How far the last window reaches beyond the image; negative where pixels are left over."""
         parts = zip(self.begin, self.stride, self.count, self.dilation, self.kernel, sizes, strict=True)
         return tuple(b + s * (c - 1) + d * (k - 1) + 1 - n for b, s, c, d, k, n in parts)
 
 
 def padding_of(attributes: dict[str, Any], sizes: Sequence[int], kernel: Sequence[int]) -> list[tuple[int, int]]:
-    """(begin, end) along every spatial axis, `auto_pad` worked out."""
+    """(begin, end) along every spatial axis, `auto_pad` resolved."""
     axes = len(kernel)
     rule = attributes.get("auto_pad", "NOTSET")
     if rule in ("NOTSET", ""):
@@ -106,8 +110,10 @@ def padding_of(attributes: dict[str, Any], sizes: Sequence[int], kernel: Sequenc
 
 
 def windows_of(node: NodeProto, sizes: Sequence[int]) -> Windows:
-    """The windows of a pooling node on images of `sizes`. With `ceil_mode` a last window may overhang, but not one
-    that would start behind the image and its padding in front."""
+    """The windows of a pooling node on images of `sizes`.
+
+    With `ceil_mode` the last window may reach beyond the padding, but starts within the image or the padding before it.
+    """
     attributes = attributes_of(node)
     kernel = [int(k) for k in attributes.get("kernel_shape", sizes)]
     axes = len(kernel)
@@ -137,40 +143,40 @@ def windows_of(node: NodeProto, sizes: Sequence[int]) -> Windows:
             raise ValueError(f"has a window of {k} pixels, larger than its padded input of {n + begin + end}")
         count.append(found)
         padded.append(n + end)
-    spans = [n + begin + end + k for n, k, (begin, end) in zip(sizes, kernel, pads, strict=True)]
-    if max(math.prod(spans), math.prod(count) * math.prod(kernel)) > LARGEST:
-        raise ValueError(f"has windows of {kernel} pixels on {sum(spans)} padded ones, which is too large to certify")
+    lengths = [n + begin + end + k for n, k, (begin, end) in zip(sizes, kernel, pads, strict=True)]
+    if max(math.prod(lengths), math.prod(count) * math.prod(kernel)) > LARGEST:
+        raise ValueError(f"has windows of {kernel} pixels on {sum(lengths)} padded ones, which is too large to certify")
     starts = tuple(-first for first, _ in pads)
     return Windows(tuple(kernel), tuple(stride), tuple(dilation), starts, tuple(count), tuple(padded))
 
 
-def _windows(x: np.ndarray, at: Windows, fill: float) -> np.ndarray:
+def _windows(x: np.ndarray, windows: Windows, fill: float) -> np.ndarray:
     """x (batch, channels, *space) as (batch, channels, *count, *kernel), `fill` around the image."""
-    axes = len(at.kernel)
+    axes = len(windows.kernel)
     space = x.shape[2:]
-    ends = at.end(space)
+    ends = windows.end(space)
     cut = tuple(slice(None, n + min(e, 0)) for n, e in zip(space, ends, strict=True))
-    widths = [(0, 0), (0, 0), *((-b, max(e, 0)) for b, e in zip(at.begin, ends, strict=True))]
+    widths = [(0, 0), (0, 0), *((-b, max(e, 0)) for b, e in zip(windows.begin, ends, strict=True))]
     padded = np.pad(x[(slice(None), slice(None), *cut)], widths, constant_values=fill)
-    reach = tuple((k - 1) * d + 1 for k, d in zip(at.kernel, at.dilation, strict=True))
-    views = sliding_window_view(padded, reach, axis=tuple(range(2, 2 + axes)))
-    steps = [slice(None, None, s) for s in at.stride] + [slice(None, None, d) for d in at.dilation]
+    extent = tuple((k - 1) * d + 1 for k, d in zip(windows.kernel, windows.dilation, strict=True))
+    views = sliding_window_view(padded, extent, axis=tuple(range(2, 2 + axes)))
+    steps = [slice(None, None, s) for s in windows.stride] + [slice(None, None, d) for d in windows.dilation]
     return views[(slice(None), slice(None), *steps)]
 
 
 def max_pool(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
-    """The largest pixel of every window; padding never wins."""
+    """The maximum of every window; padding is -inf."""
     x = inputs[0]
-    at = windows_of(node, x.shape[2:])
-    return [_windows(x, at, -np.inf).max(axis=tuple(range(-len(at.kernel), 0)))]
+    windows = windows_of(node, x.shape[2:])
+    return [_windows(x, windows, -np.inf).max(axis=tuple(range(-len(windows.kernel), 0)))]
 
 
 def average_pool(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
-    """The mean of every window over its pixels inside the image, or inside the padded one."""
+    """The mean of every window over its pixels in the image, or in the padded image."""
     x = inputs[0]
-    at = windows_of(node, x.shape[2:])
-    total = _windows(x, at, 0.0).sum(axis=tuple(range(-len(at.kernel), 0)))
-    return [(total / pixel_counts(at, x.shape[2:], _counts_padding(node))).astype(x.dtype)]
+    windows = windows_of(node, x.shape[2:])
+    total = _windows(x, windows, 0.0).sum(axis=tuple(range(-len(windows.kernel), 0)))
+    return [(total / pixel_counts(windows, x.shape[2:], _counts_padding(node))).astype(x.dtype)]
 
 
 def global_average_pool(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
@@ -183,13 +189,13 @@ def _counts_padding(node: NodeProto) -> bool:
     return bool(attributes_of(node).get("count_include_pad", 0))
 
 
-def pixel_counts(at: Windows, sizes: Sequence[int], padding: bool) -> np.ndarray:
-    """By how many pixels every window (*count) divides: of the image, or of the image with its declared padding."""
+def pixel_counts(windows: Windows, sizes: Sequence[int], padding: bool) -> np.ndarray:
+    """The number of pixels (*count) in every window: of the image, or of the image with its declared padding."""
     total = np.ones((1,) * len(sizes))
     for axis, n in enumerate(sizes):
-        starts = at.begin[axis] + at.stride[axis] * np.arange(at.count[axis])
-        taps = starts[:, None] + at.dilation[axis] * np.arange(at.kernel[axis])
-        first, last = (at.begin[axis], at.padded[axis]) if padding else (0, n)
+        starts = windows.begin[axis] + windows.stride[axis] * np.arange(windows.count[axis])
+        taps = starts[:, None] + windows.dilation[axis] * np.arange(windows.kernel[axis])
+        first, last = (windows.begin[axis], windows.padded[axis]) if padding else (0, n)
         inside = ((taps >= first) & (taps < last)).sum(1)
         total = total * inside.reshape([-1 if i == axis else 1 for i in range(len(sizes))])
     return total
@@ -199,7 +205,7 @@ def pixel_counts(at: Windows, sizes: Sequence[int], padding: bool) -> np.ndarray
 
 
 def pad(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
-    """Negative widths cut pixels off, before anything is added."""
+    """Padding; negative widths cut pixels off, before others are added."""
     attributes = attributes_of(node)
     x = inputs[0]
     if opset < 11:
@@ -234,10 +240,10 @@ def pad(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
     return [np.pad(x, added, mode=mode)]
 
 
-MOST_TIMES = 4096
-"""By which an axis may be resized: beyond, float32 no longer tells its pixels apart."""
+MAX_FACTOR = 4096
+"""Largest factor of a resized axis: beyond it, float32 does not distinguish its pixels."""
 LARGEST = 2**28
-"""Entries of a value: 2 GiB in float64."""
+"""Largest number of entries of a value: 2 GiB in float64."""
 
 NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "round_prefer_floor": lambda x: np.ceil(x - x.dtype.type(0.5)),
@@ -250,8 +256,8 @@ NEAREST: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def resize(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
     """Resize and Upsample to the nearest pixel.
 
-    The pixel is computed in float32, as onnxruntime and PyTorch do, and in float64: where the two differ the node is
-    refused, since another program, or another release, may take another pixel.
+    The pixel is computed in float32, as onnxruntime and PyTorch do, and in float64. ValueError where the two differ:
+    another program, or another release, may take another pixel.
     """
     attributes = attributes_of(node)
     x = inputs[0]
@@ -286,7 +292,7 @@ def resize(node: NodeProto, inputs: Arrays, opset: int) -> list[np.ndarray]:
 def _scales_and_sizes(
     node: NodeProto, inputs: Arrays, opset: int, before: list[int]
 ) -> tuple[list[np.float32], list[int]]:
-    """For every resized axis the factor, in float32, and the number of pixels."""
+    """The factor, in float32, and the number of pixels of every resized axis."""
     attributes = attributes_of(node)
     given: Any = attributes.get("scales")  # Upsample below opset 9
     if given is None and opset < 11:
@@ -304,7 +310,7 @@ def _scales_and_sizes(
         scales = [np.float32(m) / np.float32(n) for m, n in zip(sizes, before, strict=True)]
     else:
         raise ValueError("names neither scales nor sizes")
-    if min(sizes) < 1 or math.prod(sizes) > LARGEST or not all(0 < s <= MOST_TIMES for s in scales):
+    if min(sizes) < 1 or math.prod(sizes) > LARGEST or not all(0 < s <= MAX_FACTOR for s in scales):
         raise ValueError(f"resizes to {sizes} pixels, which is not supported")
     return scales, sizes
 
@@ -312,20 +318,20 @@ def _scales_and_sizes(
 def _nearest(
     attributes: dict[str, Any], opset: int, n: int, m: int, scale: np.float32, region: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For m pixels along an axis of n: which one of these each is, and whether it lies outside of them."""
+    """For m pixels along a resized axis: the index of each in the n original ones, and whether it lies outside them."""
     found = []
     for kind in (np.float32, np.float64):
-        place = _original(attributes, opset, n, m, kind(scale), (kind(region[0]), kind(region[1])), kind)
+        position = _original(attributes, opset, n, m, kind(scale), (kind(region[0]), kind(region[1])), kind)
         if opset < 11:
             # onnxruntime: up when shrinking, down otherwise
-            index = np.ceil(place) if scale < 1 else np.floor(place)
+            index = np.ceil(position) if scale < 1 else np.floor(position)
         else:
             rule = attributes.get("nearest_mode", "round_prefer_floor")
             if rule not in NEAREST:
                 raise ValueError(f"takes the nearest pixel by the unknown rule {rule!r}")
-            index = NEAREST[rule](place)
+            index = NEAREST[rule](position)
         crops = attributes.get("coordinate_transformation_mode") == "tf_crop_and_resize"
-        beyond = (place < 0) | (place > n - 1) if crops else np.zeros(m, dtype=bool)
+        beyond = (position < 0) | (position > n - 1) if crops else np.zeros(m, dtype=bool)
         found.append((index.clip(0, n - 1).astype(np.int64), beyond))
     (single, single_beyond), (double, double_beyond) = found
     if not (np.array_equal(single, double) and np.array_equal(single_beyond, double_beyond)):
@@ -339,7 +345,7 @@ def _nearest(
 def _original(
     attributes: dict[str, Any], opset: int, n: int, m: int, scale: Any, region: tuple[Any, Any], kind: Any
 ) -> np.ndarray:
-    """Where the centres of m pixels lie along an axis of n pixels."""
+    """Coordinates, along an axis of n pixels, of the centres of m pixels."""
     j, half, one = np.arange(m).astype(kind), kind(0.5), kind(1)
     usual = "asymmetric" if opset < 11 else "half_pixel"
     mode = attributes.get("coordinate_transformation_mode", usual)

@@ -1,5 +1,4 @@
-"""Which output of a file counts: named by the user, or found. The one that is found is the float output from which all
-others (labels, probabilities) derive."""
+"""Chooses the output that holds the logits: the user's choice, or the float output from which all others derive."""
 
 from __future__ import annotations
 
@@ -13,15 +12,15 @@ from certify_cli.errors import ModelError, shown
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 SOFTMAX = {"Softmax", "LogSoftmax"}
 RESHAPING = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Dropout"}
-"""May end a model behind the logits, where they leave every number in its order."""
+"""Operators that may follow the logits, provided that they keep the order of the entries."""
 WRAPPING = {"ZipMap", "Normalizer"}
-"""Of ai.onnx.ml: a table of the numbers by class, and their division by a positive number."""
+"""Operators of ai.onnx.ml that make a table of scores by class, and divide scores by a positive number."""
 CLASSIFIERS = {"LinearClassifier"}
-"""Their label is computed from their scores."""
+"""Operators whose label output is a function of their scores."""
 
 
 def leading_to(output: str, nodes: Sequence[NodeProto]) -> list[NodeProto]:
-    """The nodes that the value `output` needs, in order."""
+    """The nodes that lead to the value `output`, in order."""
     producers: dict[str, list[NodeProto]] = {}
     for node in nodes:
         for name in node.output:
@@ -37,9 +36,9 @@ def leading_to(output: str, nodes: Sequence[NodeProto]) -> list[NodeProto]:
 
 
 def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[str, tuple[str, ...]]:
-    """The name of the tensor that ends in the logits' output, and a note where there was a choice.
+    """The name of the tensor of the chosen output, before ZipMap and Normalizer, and a note where there was a choice.
 
-    `wanted`: the user's choice. ModelError, naming the outputs, where it is none of them or no choice is plain.
+    wanted: the user's choice. ModelError, naming the outputs, where it is none of them or no choice is evident.
     """
     outputs = list(graph.output)
     producers = {name: node for node in graph.node for name in node.output if name}
@@ -69,13 +68,13 @@ def chosen_output(path: Path, graph: GraphProto, wanted: str | None) -> tuple[st
 
 
 def _holds_floats(value: ValueInfoProto) -> bool:
-    """Whether an output may hold logits: floats, or the table of probabilities that ZipMap makes; unsaid counts."""
+    """Whether an output may hold logits: floats, the table that ZipMap makes, or a tensor of undeclared type."""
     kind = value.type.WhichOneof("value")
     return kind != "tensor_type" or value.type.tensor_type.elem_type in (*FLOATS, TensorProto.UNDEFINED)
 
 
 def _all_derive(value: ValueInfoProto, graph: GraphProto, producers: dict[str, NodeProto]) -> bool:
-    """Whether every output depends on the input only through what stands at the base of `value`'s end."""
+    """Whether every output depends on the input only through the base of `value` (see `_base`)."""
     base = _base(value.name, producers)
     producer = producers.get(base)
     seen = {base} | (set(producer.output) if producer is not None and producer.op_type in CLASSIFIERS else set())
@@ -93,14 +92,14 @@ def _all_derive(value: ValueInfoProto, graph: GraphProto, producers: dict[str, N
 
 
 def _base(name: str, producers: dict[str, NodeProto]) -> str:
-    """Up from an output through everything that may end a model behind its logits."""
+    """The value behind an output, before all reshaping, wrapping and softmax nodes."""
     while (producer := producers.get(name)) is not None and producer.op_type in RESHAPING | WRAPPING | SOFTMAX:
         name = producer.input[0]
     return name
 
 
 def _unwrapped(name: str, producers: dict[str, NodeProto]) -> str:
-    """The tensor behind ZipMap and Normalizer, where one of them ends the model."""
+    """The tensor before ZipMap and Normalizer, where they end the model."""
     at = last = name
     while (producer := producers.get(at)) is not None and producer.op_type in WRAPPING | {"Identity", "Cast"}:
         at = producer.input[0]

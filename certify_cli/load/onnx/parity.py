@@ -38,8 +38,8 @@ FAR = 1e12
 """Largest probe: beyond it float32 overflows. Neurons that respond only there are left to the checks of subgraphs."""
 
 UNSTABLE = {"log_sigmoid": -6.0}
-"""Activation -> smallest argument at which float32 can compute the form log(sigmoid(z)): onnxruntime's sigmoid is at
-least 1.5e-8."""
+"""Activation -> argument below which its form log(sigmoid(z)) is not compared: float32 loses it, since onnxruntime's
+sigmoid is at least 1.5e-8."""
 
 
 def check(

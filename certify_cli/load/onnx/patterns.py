@@ -1,13 +1,13 @@
-"""Decomposed activations back into one node.
+"""Fuses decomposed activations into one node.
 
-Exporters write SiLU as `Sigmoid, Mul` and GELU as five to nine nodes. Left as products of two data branches they could
-not be bounded; as one node they are a row of the activation table. A pattern is the activation's formula. Products and
-sums are matched as such, in any order and grouping, with `Div` by a constant and `Pow` by a whole number as products
-and `Sub` of a constant as a sum, so that one formula covers every way of writing it down.
+Exporters write SiLU as `Sigmoid, Mul` and GELU as five to nine nodes. A product of two values that depend on the input
+cannot be bounded; one node is a row of the activation table. A pattern is the activation's formula. Products and sums
+are matched in any order and grouping, with `Div` by a constant and `Pow` by a whole number as products and `Sub` of a
+constant as a sum, so that one formula covers every decomposition.
 
-Constants are compared exactly, except those that no float32 holds (`about`): these may be off by TOLERANCE, relative,
-and the pattern says what that can do to the activation's value: at most `effect` times the sum of the relative errors
-met. The result is carried as the activation's `deviation`, and so taken out of every margin.
+Constants are compared exactly, except those that no float32 holds (`approximately`). These may have a relative error up
+to TOLERANCE, and the pattern states its effect on the activation's value: at most `effect` times the sum of the
+relative errors. The product becomes the activation's `deviation`, which is subtracted from every margin.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOLERANCE = 1e-6
 """float32 keeps 6e-8; exporters that write decimals keep seven digits."""
 
 DEPTH = 10
-"""How many nodes above its last one a pattern may reach for its argument."""
+"""Number of nodes between a pattern's last one and its argument, at most."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Call:
-    """One operator with its operands in order and attributes that it must have (name, number, ONNX's default)."""
+    """One operator with its operands in order, and the attributes (name, number, ONNX's default) that it must have."""
 
     operator: str
     operands: tuple[Pattern, ...]
@@ -75,7 +75,7 @@ Pattern = X | Number | Call | Product | Sum
 
 @dataclass(frozen=True)
 class Row:
-    """The formula of one activation; it binds the activation's parameters. `effect`: see the module's text."""
+    """The formula of one activation, which binds its parameters.   effect: see the module's docstring."""
 
     activation: str
     formula: Pattern
@@ -88,7 +88,7 @@ ZERO = Number(0.0)
 HALF = Number(0.5)
 
 
-def about(value: float) -> Number:
+def approximately(value: float) -> Number:
     return Number(value, TOLERANCE)
 
 
@@ -97,7 +97,7 @@ def _in_any_order(operator: str, first: Pattern, second: Pattern) -> tuple[Call,
 
 
 def _clamps() -> list[Call]:
-    """A value between two constants, written as a largest and a smallest of two."""
+    """A value clipped to two constants, written with Max and Min."""
     found: list[Call] = []
     for (inner, near), (outer, far) in ((("Max", "low"), ("Min", "high")), (("Min", "high"), ("Max", "low"))):
         for within in _in_any_order(inner, X(), Number(name=near)):
@@ -107,7 +107,7 @@ def _clamps() -> list[Call]:
 
 _scaled = Product(Number(name="beta"), (x,))
 _softplus = Product(Number(name="beta", inverse=True), (Call("Softplus", (_scaled,)),))
-_tanh_argument = Sum(ZERO, (x, Product(about(0.044715), (x, x, x))))
+_tanh_argument = Sum(ZERO, (x, Product(approximately(0.044715), (x, x, x))))
 
 ROWS: tuple[Row, ...] = (
     Row("silu", Product(ONE, (x, Call("Sigmoid", (x,))))),
@@ -115,21 +115,27 @@ ROWS: tuple[Row, ...] = (
     Row("softsign", Call("Div", (x, Sum(ONE, (Call("Abs", (x,)),))))),
     Row("log_sigmoid", Call("Log", (Call("Sigmoid", (x,)),))),
     # |x phi'(x sqrt(1/2) (1 + e))| |e|: sup x^2 exp(-x^2/2) / sqrt(2 pi) = 0.2936
-    Row("gelu", Product(HALF, (x, Sum(ONE, (Call("Erf", (Product(about(math.sqrt(0.5)), (x,)),)),)))), effect=0.3),
+    Row(
+        "gelu",
+        Product(HALF, (x, Sum(ONE, (Call("Erf", (Product(approximately(math.sqrt(0.5)), (x,)),)),)))),
+        effect=0.3,
+    ),
     # u the tanh's argument, |x| <= |u| / sqrt(2/pi): sup u^2 sech^2(u) / (2 sqrt(2/pi)) = 0.2753
     Row(
         "gelu_tanh",
-        Product(HALF, (x, Sum(ONE, (Call("Tanh", (Product(about(math.sqrt(2 / math.pi)), (_tanh_argument,)),)),)))),
+        Product(
+            HALF, (x, Sum(ONE, (Call("Tanh", (Product(approximately(math.sqrt(2 / math.pi)), (_tanh_argument,)),)),)))
+        ),
         effect=0.3,
     ),
-    # torch's softplus: the argument itself above the threshold
+    # torch's softplus, which is the identity above the threshold
     Row("softplus", Call("Where", (Call("Greater", (_scaled, Number(name="threshold"))), x, _softplus))),
     Row("softplus", _softplus),
     *(Row("clip", clamp) for clamp in _clamps()),
     # x * clip(a x + 1/2, 0, 1): the error of a enters as x^2 |a - 1/6| where |x| <= 3 (1 + 1e-6), and nowhere else
     Row(
         "hard_swish",
-        Product(ONE, (x, Call("HardSigmoid", (x,), (("alpha", about(1 / 6), 0.2), ("beta", HALF, 0.5))))),
+        Product(ONE, (x, Call("HardSigmoid", (x,), (("alpha", approximately(1 / 6), 0.2), ("beta", HALF, 0.5))))),
         effect=1.6,
     ),
 )
@@ -188,7 +194,7 @@ class _Graph:
 
 
 class _Match:
-    """One attempt: the argument is fixed, parameters bind on the way, relative errors of constants add up."""
+    """One attempt to match with a given argument; binds parameters and sums the relative errors of constants."""
 
     def __init__(self, graph: _Graph, argument: str) -> None:
         self.graph, self.argument = graph, argument
@@ -210,7 +216,7 @@ class _Match:
         return self._number(pattern.constant, constant, 1.0) and self._parts(pattern.terms, terms)
 
     def _number(self, wanted: Number, above: float, below: float) -> bool:
-        """Is above/below the number wanted? Exactly, where no tolerance is given."""
+        """Whether above/below is the wanted number, exactly where no tolerance is given."""
         if wanted.name is not None and wanted.inverse:
             return above == 1.0 and below == self.parameters.get(wanted.name, below) and self._bind(wanted.name, below)
         if wanted.name is not None:
@@ -237,7 +243,7 @@ class _Match:
         )
 
     def _parts(self, patterns: tuple[Pattern, ...], names: list[str]) -> bool:
-        """Do the values match the patterns one to one, in some order?"""
+        """Whether the values match the patterns one to one, in some order."""
         if len(patterns) != len(names):
             return False
         if not patterns:
@@ -251,7 +257,7 @@ class _Match:
         return False
 
     def _factors(self, name: str) -> tuple[float, float, list[str]]:
-        """The value as above/below * factors, down to the argument and to anything that is not a product."""
+        """The value as above/below * factors; products are expanded down to the argument."""
         scalar = self.graph.scalar(name)
         if scalar is not None:
             return scalar, 1.0, []
@@ -270,7 +276,7 @@ class _Match:
         return 1.0, 1.0, [name]
 
     def _terms(self, name: str) -> tuple[float, list[str]]:
-        """The value as constant + terms, down to the argument and to anything that is not a sum."""
+        """The value as constant + terms; sums are expanded down to the argument."""
         scalar = self.graph.scalar(name)
         if scalar is not None:
             return scalar, []

@@ -1,5 +1,4 @@
-"""Rewritings of max and average pooling: whatever the padding, the rounding of sizes and the number of axes, one form
-with its windows written out."""
+"""Rewriting rules of max and average pooling: one form with explicit windows, for any padding, rounding and axes."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ def _max_pool(rewritten: RewrittenGraph, node: NodeProto) -> None:
 
 @rewrites("AveragePool")
 def _average_pool(rewritten: RewrittenGraph, node: NodeProto) -> None:
-    """Every window's sum over its number of pixels: inside the image, or inside the image and its padding."""
+    """The mean of every window over its pixels in the image, or in the image and its padding."""
     at = _windows(rewritten, node)
     pads = _pads(at, rewritten.trace.shape(node.input[0])[2:])
     counted = int(attributes_of(node).get("count_include_pad", 0))
@@ -37,7 +36,7 @@ def _windows(rewritten: RewrittenGraph, node: NodeProto) -> Windows:
 
 
 def _pads(at: Windows, sizes: tuple[int, ...]) -> list[int]:
-    """[begin..., end...]: how far the windows reach over the image; negative where they leave pixels out."""
+    """[begin..., end...]: how far the windows reach beyond the image; negative where they omit pixels."""
     return [*(-begin for begin in at.begin), *at.end(sizes)]
 
 

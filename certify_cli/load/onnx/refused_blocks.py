@@ -1,4 +1,4 @@
-"""Blocks of layers that cannot be certified, told by their operators: a refusal names what a user knows it by."""
+"""Blocks of layers that cannot be certified, recognised by their operators, so that a refusal can name the block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NORMS = {"LayerNormalization", "InstanceNormalization", "GroupNormalization", "R
 
 
 def block_of(trace: Trace, node: NodeProto) -> str | None:
-    """What the node is a part of, as the end of a sentence; None where it is nothing known."""
+    """The block of which the node is a part, as the end of a sentence; None for no known block."""
     return next((text for test, text in BLOCKS if test(trace, node)), None)
 
 
@@ -34,7 +34,7 @@ def _has(nodes: list[NodeProto], *operators: str) -> bool:
     return all(any(node.op_type == operator for node in nodes) for operator in operators)
 
 
-def _readers(trace: Trace, node: NodeProto, depth: int) -> list[NodeProto]:
+def _consumers(trace: Trace, node: NodeProto, depth: int) -> list[NodeProto]:
     """The nodes within `depth` steps below this one."""
     nodes, names = [], set(node.output)
     for _ in range(depth):
@@ -48,7 +48,7 @@ def _layer_norm(trace: Trace, node: NodeProto) -> bool:
     """x - mean(x), squared, averaged, its root, and a quotient."""
     if node.op_type in NORMS:
         return True
-    near = [node, *_producers(trace, list(node.input), 4), *_readers(trace, node, 4)]
+    near = [node, *_producers(trace, list(node.input), 4), *_consumers(trace, node, 4)]
     return node.op_type in ("Pow", "Mul", "Div", "Sqrt", "ReduceMean") and _has(near, "ReduceMean", "Sub", "Sqrt")
 
 
@@ -58,7 +58,7 @@ def _attention(trace: Trace, node: NodeProto) -> bool:
         return True
     if node.op_type == "MatMul":
         return len(_data(trace, node)) > 1
-    return node.op_type == "Softmax" and _has(_readers(trace, node, 4), "MatMul")
+    return node.op_type == "Softmax" and _has(_consumers(trace, node, 4), "MatMul")
 
 
 def _squeeze_and_excitation(trace: Trace, node: NodeProto) -> bool:

@@ -1,4 +1,4 @@
-"""The file in onnxruntime: what is certified is held to what runs."""
+"""Runs a file in onnxruntime, against which the loaded network is compared."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from certify_cli.errors import first_line, shown
 
 
 class NotRunnableError(Exception):
-    """Why onnxruntime does not run a file (no kernel for a type, say)."""
+    """onnxruntime does not run a file, for the reason in the message (no kernel for a type, for example)."""
 
 
 class Runtime:
-    """A session on the CPU. `outputs` are names of values; by default the file's own outputs."""
+    """An onnxruntime session on the CPU.   outputs: names of values, by default the file's own outputs."""
 
     def __init__(self, model: ModelProto | Path, outputs: Sequence[str] | None = None) -> None:
         import onnxruntime

@@ -65,22 +65,22 @@ def _check_piece(
     for scale in _scales(subgraph, kinked):
         drawn = {index: scale * random.normal(size=(1, *network.nodes[index].shape)) for index in inputs}
         samples = [drawn[i].reshape(trace.shape(value)) for i, value in zip(inputs, subgraph.inputs, strict=True)]
-        before = _before(trace, subgraph, samples)
+        expected = _value_in_file(trace, subgraph, samples)
         given = {index: torch.from_numpy(sample) for index, sample in drawn.items()}
         with torch.no_grad():
             value, size, deviation = value_and_size(network, target, given)
-        if tuple(value.shape) != before.shape:
+        if tuple(value.shape) != expected.shape:
             raise trace.refuse(
-                last, f"has shape {list(before.shape)} in the file and {list(value.shape)} here; please report it"
+                last, f"has shape {list(expected.shape)} in the file and {list(value.shape)} here; please report it"
             )
-        off = np.abs(value.numpy() - before)
+        error = np.abs(value.numpy() - expected)
         allowed = TOLERANCE * size.numpy() + 2 * deviation + 1e-300
-        finite = np.isfinite(before)  # at large inputs a formula may overflow where its function does not
+        finite = np.isfinite(expected)  # at large inputs a formula may overflow where its function does not
         if any(node.op_type == "Log" for node in subgraph.nodes):
-            finite &= np.abs(before) < LOGARITHM
+            finite &= np.abs(expected) < LOGARITHM
         compared = compared or bool(finite.all())
-        if not (off <= allowed)[finite].all():
-            worst = float((off / allowed)[finite].max()) * TOLERANCE
+        if not (error <= allowed)[finite].all():
+            worst = float((error / allowed)[finite].max()) * TOLERANCE
             raise trace.refuse(
                 last,
                 f"computes something else in the file than what it was read as (off by {worst:.3g} of its size at "
@@ -98,7 +98,7 @@ def _scales(subgraph: Subgraph, kinked: bool) -> tuple[float, ...]:
     return (*LINEAR_SCALES, 0.0)
 
 
-def _before(trace: Trace, subgraph: Subgraph, samples: list[np.ndarray]) -> np.ndarray:
+def _value_in_file(trace: Trace, subgraph: Subgraph, samples: list[np.ndarray]) -> np.ndarray:
     """The subgraph's value for one sample, evaluated in float64."""
     values = {name: trace.to_file_shape(name, sample) for name, sample in zip(subgraph.inputs, samples, strict=True)}
     for node in subgraph.nodes:

@@ -1,4 +1,4 @@
-"""A part of a network: the value of one node, with the values of some earlier nodes given."""
+"""Evaluates a part of a network: the value of one node from given values of earlier nodes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from certify_cli.network.graph import Network, Nonlinear
 
 
 class OutsideError(Exception):
-    """The part depends on a node that is not given."""
+    """The value depends on the input other than through the given nodes."""
 
 
 def needed(network: Network, target: int, given: set[int]) -> list[int]:
-    """The nodes between the given ones and `target`, in order. OutsideError where these do not suffice."""
+    """The nodes between the given ones and `target`, in order. OutsideError where the given ones do not suffice."""
     found, stack = set(), [target]
     while stack:
         node = stack.pop()
@@ -29,8 +29,11 @@ def needed(network: Network, target: int, given: set[int]) -> list[int]:
 
 
 def value_and_size(network: Network, target: int, given: Mapping[int, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """The value of node `target`, the size of what is added up in each of its entries (to which rounding errors are
-    relative), and the deviations of the activations on the way, added up."""
+    """The value of node `target`, the size of its terms, and the sum of the deviations of the activations used.
+
+    The size, of the value's shape, is the sum of the absolute terms of each entry, to which rounding errors are
+    relative.
+    """
     values = dict(given)
     sizes = {node: value.abs() for node, value in given.items()}
     deviation = 0.0

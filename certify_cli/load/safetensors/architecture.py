@@ -9,7 +9,7 @@
 
 `input` is one sample's shape. A layer takes the one before it, or those that its `inputs` name ("input" is the
 model's); the last layer gives the logits. Tensors are NAME.weight, NAME.bias, ... unless a field names another. The
-types are the rows of `declared.DECLARED`; no class or code that a file names is ever looked up.
+types are the keys of `declared_layers.DECLARED`; classes and code named in a file are never looked up.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ FORMAT = "curvcert-architecture/1"
 MAX_LAYERS = 10_000
 MAX_AXES = 8
 MAX_TOTAL = 2**28
-"""Entries of all values of one sample together; a network with more is refused before it is run."""
+"""Largest number of entries of all values of one sample together, checked before the network is run."""
 
 _MISFIT = (RuntimeError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError, MemoryError)
 
 
 def build(spec: Any, tensors: Mapping[str, Tensor]) -> Network:
-    """The network that `spec` declares over the file's tensors. Raises ModelError naming the layer and the field."""
+    """The network that `spec` declares over the file's tensors. ModelError, naming layer and field."""
     if not isinstance(spec, dict):
         raise ModelError("the architecture must be a JSON object with format, input and layers")
     if spec.get("format") != FORMAT:
@@ -72,15 +72,15 @@ def build(spec: Any, tensors: Mapping[str, Tensor]) -> Network:
         previous = entry.name
     if len(unused) > 1:
         raise ModelError(f"the layers {listed(sorted(unused - {previous}))} lead nowhere; only the last gives logits")
-    if weights.left:
-        raise ModelError(f"the architecture leaves tensors unused: {listed(weights.left)}")
+    if weights.unused:
+        raise ModelError(f"the architecture leaves tensors unused: {listed(weights.unused)}")
     network = classifier(builder, values[previous])
-    _try(network)
+    _check_shapes(network)
     return network
 
 
 def declare(network: Network) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The spec of a network and the float64 (and, for data movement, int64) tensors that it names."""
+    """The spec of a network, and its tensors by name: float64, and int64 for data movement."""
     names = ["input"]
     layers: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
@@ -127,11 +127,11 @@ def _add(entry: Entry, builder: Builder, inputs: list[Data]) -> Data:
     return value
 
 
-def _try(network: Network) -> None:
-    """One sample of zeros through the network: every value must have the shape that was derived for it."""
-    last_use = {i: place for place, node in enumerate(network.nodes) for i in node.inputs}
+def _check_shapes(network: Network) -> None:
+    """Evaluate the network on zeros; ModelError where a value does not have the shape that was derived for it."""
+    last_use = {i: index for index, node in enumerate(network.nodes) for i in node.inputs}
     values = {0: torch.zeros(1, *network.input_shape, dtype=torch.float64)}
-    for place, node in enumerate(network.nodes[1:], start=1):
+    for index, node in enumerate(network.nodes[1:], start=1):
         where = f"layer {quoted(node.name)} ({node.op.title})"
         try:
             with torch.no_grad():
@@ -140,7 +140,7 @@ def _try(network: Network) -> None:
             raise ModelError(f"{where}: {first_line(error)}") from error
         if tuple(value.shape[1:]) != node.shape:
             raise ModelError(f"{where}: gives shape {tuple(value.shape[1:])}, not {node.shape}")
-        values[place] = value
+        values[index] = value
         for i in set(node.inputs):
-            if last_use[i] == place:  # all values at once may be more than the memory holds
+            if last_use[i] == index:  # all values at once may be more than the memory holds
                 del values[i]

@@ -1,8 +1,8 @@
-"""The layers that a spec may declare: a row a type. Nothing else is ever built, whatever a file names.
+"""The layers that a spec may declare: one row per type. No other layer is ever built.
 
-User-level types are torch.nn's, with its names and meaning: a row makes the module and the lowering tables do the
-rest, so that each layer's rule stands once. The primitives of the network form go by the titles they have there, with
-the fields of their class, so that every Network can be declared (`declaration`).
+User-level types are torch.nn's, with its names and meaning: a row makes the module, and the lowering rules do the rest,
+so that each layer has one rule. The primitives of `Network` go by their titles, with the fields of their classes, so
+that every network can be declared (`declaration`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _row(*types: str) -> Callable[[Row], Row]:
 
 
 def _module_row(*types: str) -> Callable[[Callable[[Entry], nn.Module]], Callable[[Entry], nn.Module]]:
-    """Enter a rule that makes the torch.nn module of these types; it is lowered as any other module."""
+    """Enter a rule that makes the torch.nn module of these types, which is lowered as any other module."""
 
     def enter(make: Callable[[Entry], nn.Module]) -> Callable[[Entry], nn.Module]:
         def row(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
@@ -106,13 +106,13 @@ def _conv(entry: Entry) -> nn.Module:
     axes = _AXES[entry.type[-2:]]
     transposed = entry.type.startswith("ConvTranspose")
     weight, bias = _weight(entry, axes + 2), entry.optional_tensor("bias")
-    groups = entry.integer("groups", 1, least=1)
+    groups = entry.integer("groups", 1, minimum=1)
     if weight.shape[0] % groups:
         entry.fail(f"its weight of shape {tuple(weight.shape)} cannot be split into {groups} groups")
     options: dict[str, Any] = {
-        "stride": entry.integers("stride", axes, 1, least=1),
+        "stride": entry.integers("stride", axes, 1, minimum=1),
         "padding": entry.integers("padding", axes, 0),
-        "dilation": entry.integers("dilation", axes, 1, least=1),
+        "dilation": entry.integers("dilation", axes, 1, minimum=1),
     }
     if transposed:
         options["output_padding"] = entry.integers("output_padding", axes, 0)
@@ -140,10 +140,10 @@ def _batch_norm(entry: Entry) -> nn.Module:
 
 def _window(entry: Entry) -> dict[str, Any]:
     axes = _AXES[entry.type[-2:]]
-    kernel = entry.integers("kernel_size", axes, least=1)
+    kernel = entry.integers("kernel_size", axes, minimum=1)
     return {
         "kernel_size": kernel,
-        "stride": entry.integers("stride", axes, kernel, least=1),
+        "stride": entry.integers("stride", axes, kernel, minimum=1),
         "padding": entry.integers("padding", axes, 0),
         "ceil_mode": entry.flag("ceil_mode", False),
     }
@@ -156,17 +156,17 @@ def _average_pool(entry: Entry) -> nn.Module:
 
 @_module_row("MaxPool1d", "MaxPool2d", "MaxPool3d")
 def _max_pool(entry: Entry) -> nn.Module:
-    return _kind(entry)(**_window(entry), dilation=entry.integers("dilation", _AXES[entry.type[-2:]], 1, least=1))
+    return _kind(entry)(**_window(entry), dilation=entry.integers("dilation", _AXES[entry.type[-2:]], 1, minimum=1))
 
 
 @_module_row("AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d")
 def _adaptive_average_pool(entry: Entry) -> nn.Module:
-    return _kind(entry)(entry.integers("output_size", _AXES[entry.type[-2:]], least=1))
+    return _kind(entry)(entry.integers("output_size", _AXES[entry.type[-2:]], minimum=1))
 
 
 @_module_row("Flatten", "Identity")
 def _no_fields(entry: Entry) -> nn.Module:
-    """Flatten keeps the batch and nothing else."""
+    """Layers without fields; Flatten keeps only the batch axis."""
     return _kind(entry)()
 
 
@@ -175,7 +175,7 @@ def _no_fields(entry: Entry) -> nn.Module:
 
 @_row("Pad")
 def _pad(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
-    """`padding` in torch's order: before and after, the last axis first."""
+    """Padding; `padding` in torch's order: before and after, the last axis first."""
     x = _only(entry, inputs)
     widths = entry.integers("padding", None)
     mode = entry.choice("mode", ("constant", "reflect", "replicate", "circular"), "constant")
@@ -201,7 +201,7 @@ def _normalise(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -
 
 @_row("MaxMin")
 def _max_min(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
-    """Pairs the two halves of the channels; the larger ones come first."""
+    """Pairs the two halves of the channels; the maxima come first."""
     return context.add(MaxMin(), _only(entry, inputs))
 
 
@@ -209,7 +209,7 @@ def _max_min(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> 
 def _group_sort(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
     """Sorts neighbouring channels, two by two, in ascending order."""
     x = _only(entry, inputs)
-    if entry.integer("group_size", 2, least=1) != 2:
+    if entry.integer("group_size", 2, minimum=1) != 2:
         entry.fail("group_size must be 2; larger groups are not supported")
     halves = context.move(lambda t: torch.cat([t[:, 0::2], t[:, 1::2]], dim=1), x)
     return context.move(
@@ -224,7 +224,7 @@ def _add(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data
 
 @_row("concat")
 def _concat(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
-    """`axis` counts without the batch."""
+    """Concatenation; `axis` is counted without the batch."""
     axis = entry.integer("axis")
     if any(axis >= len(context.shape(x)) for x in inputs):
         entry.fail(f"axis {axis} does not exist in {', '.join(str(context.shape(x)) for x in inputs)}")
@@ -241,13 +241,13 @@ def _activation(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) 
 
 
 PRIMITIVES = {kind.title: kind for kind in (Dense, Conv, ConvTranspose, Scale, Shift, Reshape, Select, MaxPool, MaxMin)}
-_LEAST_ONE = ("shape", "stride", "dilation", "groups", "kernel", "size")
+_POSITIVE = ("shape", "stride", "dilation", "groups", "kernel", "size")
 _BIAS_AXIS = {"dense": -1, "conv": 0, "conv_transpose": 0}
 
 
 def _declared_fields(kind: Any) -> dict[str, str]:
-    """Name -> annotation of what a primitive is made of."""
-    return {item.name: str(item.type) for item in fields(kind) if item.init and item.name not in ("title", "_cache")}
+    """Name -> annotation of a primitive's fields, without its title."""
+    return {item.name: str(item.type) for item in fields(kind) if item.init and item.name != "title"}
 
 
 def _primitive(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
@@ -255,7 +255,7 @@ def _primitive(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -
     kind = PRIMITIVES[entry.type]
     values: dict[str, Any] = {}
     for key, annotation in _declared_fields(kind).items():
-        least = int(key in _LEAST_ONE)
+        minimum = int(key in _POSITIVE)
         if key == "index":
             values[key] = entry.indices(key)
         elif annotation == "Tensor":
@@ -268,9 +268,9 @@ def _primitive(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -
             values[key] = entry.optional_integers(key)
         elif annotation == "int":
             default = inspect.signature(kind).parameters[key].default
-            values[key] = entry.integer(key, ... if default is inspect.Parameter.empty else default, least)
+            values[key] = entry.integer(key, ... if default is inspect.Parameter.empty else default, minimum)
         else:
-            values[key] = entry.integers(key, None, least=least)
+            values[key] = entry.integers(key, None, minimum=minimum)
     if entry.title:
         values["title"] = entry.title
     op = kind(**values)
@@ -285,7 +285,7 @@ def _primitive(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -
 
 
 def _check_primitive(entry: Entry, op: Any, context: LoweringContext) -> None:
-    """What the primitives' own shape rules take for granted."""
+    """ModelError where a primitive breaks an assumption of its own shape rule."""
     if isinstance(op, Dense) and op.weight.dim() != 2:
         entry.fail(f"its weight has shape {tuple(op.weight.shape)}; 2 dimensions are expected")
     if isinstance(op, (Conv, ConvTranspose)):
@@ -303,7 +303,7 @@ def _check_primitive(entry: Entry, op: Any, context: LoweringContext) -> None:
 
 
 def declaration(node: Node, name: str, inputs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One node as an entry and its tensors, under the given names."""
+    """One node as an entry of a spec, under the given names, and its tensors."""
     op: Any = node.op
     entry: dict[str, Any] = {"name": name, "inputs": list(inputs)}
     if isinstance(op, Activation):

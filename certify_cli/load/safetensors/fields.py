@@ -1,4 +1,4 @@
-"""Typed reading of one declared layer: every field is checked, every tensor used is remembered."""
+"""Typed reading of one declared layer: every field is checked, and every tensor that is used is recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FIXED = ("type", "name", "inputs", "title")
 
 
 class Tensors:
-    """The tensors of a file: floats as exact float64, integers as they are; `left` are those that no layer took."""
+    """The tensors of a file, floats converted to float64, which is exact; records which ones layers take."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors: dict[str, Tensor] = {}
@@ -44,14 +44,15 @@ class Tensors:
         return self._tensors[name]
 
     @property
-    def left(self) -> list[str]:
+    def unused(self) -> list[str]:
         return sorted(set(self._tensors) - self._taken)
 
 
 class Entry:
-    """One layer of a spec. Its readers return a field's checked value; `finish` refuses fields that nothing read.
+    """One layer of a spec: methods that return a field's checked value, and `finish`, which refuses unread fields.
 
-    `type` and `name` are as the file has them, to look things up; `title` can be printed.
+    type, name: as in the file, for look-ups only.   title: escaped, for printing.
+    All errors are ModelErrors that name the layer.
     """
 
     def __init__(self, raw: Any, position: int, tensors: Tensors) -> None:
@@ -70,7 +71,7 @@ class Entry:
         raise LayerError(f"{self._where}: {message}")
 
     def inputs(self, previous: str) -> list[str]:
-        """The names of the layers it takes, by default the one before."""
+        """The names of the layers whose values it takes, by default the previous one."""
         names = self._raw.get("inputs", [previous])
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             self.fail(f"inputs must be a list of layer names, not {quoted(names)}")
@@ -93,26 +94,26 @@ class Entry:
             self.fail(f"has no {key}")
         return self._raw.get(key, default)
 
-    def integer(self, key: str, default: Any = ..., least: int = 0) -> int:
+    def integer(self, key: str, default: Any = ..., minimum: int = 0) -> int:
         value = self._value(key, default)
-        if not _is_integer(value) or value < least:
-            self.fail(f"{key} must be an integer of at least {least}, not {quoted(value)}")
+        if not _is_integer(value) or value < minimum:
+            self.fail(f"{key} must be an integer of at least {minimum}, not {quoted(value)}")
         return value
 
-    def integers(self, key: str, count: int | None, default: Any = ..., least: int = 0) -> tuple[int, ...]:
-        """`count` integers (any positive number of them if None); one integer stands for all."""
+    def integers(self, key: str, count: int | None, default: Any = ..., minimum: int = 0) -> tuple[int, ...]:
+        """`count` integers, or any positive number of them if None; a single integer is repeated."""
         value = self._value(key, default)
         if count is not None and _is_integer(value):
             value = [value] * count
         fits = isinstance(value, (list, tuple)) and (len(value) == count if count is not None else len(value) > 0)
-        if not fits or not all(_is_integer(item) and item >= least for item in value):
+        if not fits or not all(_is_integer(item) and item >= minimum for item in value):
             how_many = "integers" if count is None else f"{count} integers"
-            self.fail(f"{key} must be {how_many} of at least {least}, not {quoted(value)}")
+            self.fail(f"{key} must be {how_many} of at least {minimum}, not {quoted(value)}")
         return tuple(value)
 
     def optional_integers(self, key: str) -> tuple[int, ...] | None:
         """Integers of any sign; None where the field is absent or null."""
-        return None if self._value(key, None) is None else self.integers(key, None, least=-(2**31))
+        return None if self._value(key, None) is None else self.integers(key, None, minimum=-(2**31))
 
     def number(self, key: str, default: Any = ...) -> float:
         value = self._value(key, default)
@@ -142,7 +143,7 @@ class Entry:
         return value
 
     def parameters(self, accepted: Mapping[str, Any]) -> dict[str, float | None]:
-        """Numbers by name, absent ones left out; null is None."""
+        """The given ones of the accepted numbers, by name; null is None."""
         self._read.update(accepted)
         given = [key for key in accepted if key in self._raw]
         return {key: None if self._raw[key] is None else self.number(key) for key in given}
@@ -169,7 +170,7 @@ class Entry:
         return tensor
 
     def discard(self, key: str) -> None:
-        """Count a tensor that the layer does not need, if it is there, as used."""
+        """Record a tensor that the layer does not need as used, if it exists."""
         self._tensor(key, default if (default := f"{self.name}.{key}") in self._tensors else None)
 
     def _tensor(self, key: str, default: str | None) -> Tensor | None:

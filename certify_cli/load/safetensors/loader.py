@@ -1,4 +1,4 @@
-"""safetensors files: weights, and an architecture declared in the metadata, beside the file, or by one option."""
+"""Loads safetensors files, with the architecture from the metadata, a file beside them, or one option."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from certify_cli.records import ModelInfo
 
 METADATA_KEY = "curvcert"
 MAX_SPEC_BYTES = 4 * 2**20
-"""A declared architecture of MAX_LAYERS layers is smaller."""
+"""Largest declared architecture; one of MAX_LAYERS layers is smaller."""
 
 
 def load_safetensors(path: Path, *, activation: str | None = None) -> LoadedModel:
     """Load MODEL.safetensors with the architecture in its metadata or in MODEL.json beside it.
 
-    Without either, `activation` (such as "softplus:5") between the layers of a plain Linear stack makes one. Floats of
-    16 bits are upcast exactly. Raises ModelError for the file, UsageError for `activation`.
+    activation: where there is no architecture, the activation (such as "softplus:5") of a plain stack of Linear layers.
+    Floats of 16 bits are upcast exactly. ModelError for the file, UsageError for `activation`.
     """
     tensors, metadata = _read(path)
     beside = path.with_suffix(".json")
@@ -71,7 +71,7 @@ def linear_stack(tensors: Mapping[str, Tensor], activation: str) -> dict[str, An
     """The spec of Linear layers with one activation between each two, inferred from names and shapes.
 
     The order is that of the numbers in the names (fc1, fc2 or net.0, net.2) or, for names that differ otherwise, the
-    only one in which the shapes fit. Raises ModelError where that leaves a doubt, UsageError for the activation.
+    only one in which the shapes fit. ModelError where the order is ambiguous, UsageError for the activation.
     """
     row = from_name(activation)
     prefixes = _prefixes(tensors)
@@ -102,7 +102,7 @@ def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _by_number(prefixes: list[str]) -> list[str]:
-    """In the order of their numbers, if the names differ in these only; else empty."""
+    """The layers in the order of their numbers, if the names differ in these only; else empty."""
     if len(prefixes) > 1 and len({re.sub("[0-9]+", "#", prefix) for prefix in prefixes}) > 1:
         return []
     # by length, then digit by digit: a name may hold more digits than int() takes
@@ -112,10 +112,10 @@ def _by_number(prefixes: list[str]) -> list[str]:
 
 
 def _by_shape(weights: Mapping[str, Tensor]) -> list[str]:
-    """The one order in which every layer takes what the one before gives."""
+    """The order in which every layer takes the previous one's output; ModelError unless there is exactly one."""
     widths_in = [weight.shape[1] for weight in weights.values()]
     if len(set(widths_in)) < len(widths_in):
-        # two layers of one input width could stand in each other's place, or in neither
+        # two layers of one input width might be exchanged
         raise ModelError("the order of its layers is ambiguous; declare the architecture in a JSON file")
     taking = {weight.shape[1]: prefix for prefix, weight in weights.items()}
     starts = [p for p, w in weights.items() if all(w.shape[1] != o.shape[0] for o in weights.values())]

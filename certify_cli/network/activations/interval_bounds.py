@@ -1,9 +1,8 @@
-"""An activation on an interval around a pre-activation: bounds of everything that is asked of phi(z+t) - phi(z).
+"""An activation on an interval around a pre-activation: bounds of its slopes, curvatures, secants and remainders.
 
 `ActivationOnInterval` covers the interval by knots and takes the extremes of the bounds on the cells between them
-(`cells`), so that one mechanism gives slopes, secants, curvatures and remainders of every activation. Knots need no
-exact position: they cover the interval, and the activation is evaluated where they are. (Theory sections 3,
-"Anchored", and 4.)
+(`cells`), by one mechanism for every activation. Knots need no exact position: they cover the interval, and the
+activation is evaluated where they are. (Theory sections 3, "Anchored", and 4.)
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _with_softplus_derivatives(value: Curve, beta: float, deviation: float = 0.0
 
 @row(modules={nn.Softplus: spelled(beta="beta", threshold="threshold")}, onnx={"Softplus": spelled()})
 def softplus(beta: float = 1.0, threshold: float | None = None) -> Activation:
-    """Softplus: softplus(beta z) / beta; the deployed operator returns z where beta z > threshold (see `deviation`)."""
+    """log(1 + exp(beta z)) / beta. The deployed operator returns z where beta z > threshold (see `deviation`)."""
     _positive("softplus", "beta", beta)
     if threshold is not None and threshold < 20:
         raise ModelError(
