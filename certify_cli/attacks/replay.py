@@ -30,16 +30,16 @@ def replayed_along(point: EvaluatedPoints, direction: Tensor, radius: Tensor) ->
     unit = direction / vector_norm_up(direction.flatten(1)).clamp(min=TINY).reshape(shape)
     witness, norm = point.x.clone(), torch.full_like(radius, torch.nan)
     open_ = radius.isfinite().nonzero().squeeze(1)
-    jvp = FIRST_PUSH
+    step_past = FIRST_PUSH
     for _ in range(PUSHES):
         if not open_.numel():
             break
         start = point.x[open_]
-        moved = start + unit[open_] * (radius[open_] * (1 + jvp)).reshape(shape)
+        moved = start + unit[open_] * (radius[open_] * (1 + step_past)).reshape(shape)
         flipped = replay(point.at(open_), moved)
         hit = open_[flipped]
         witness[hit] = moved[flipped]
         norm[hit] = up(vector_norm_up((moved - start)[flipped].flatten(1)))
         open_ = open_[~flipped]
-        jvp *= 3
+        step_past *= 3
     return witness, norm
