@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean, median
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from certify_cli.errors import UsageError, quoted
 from certify_cli.plain import ratio
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMA = "curvcert/1"
 
@@ -235,6 +238,19 @@ class Result:
     run: Run
     samples: tuple[Sample, ...]
     summary: Summary
+
+    def to_pandas(self) -> DataFrame:
+        """The samples as a pandas DataFrame: a row a sample, a column a field, indexed by `index`.
+
+        Raises UsageError where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UsageError("to_pandas needs pandas: pip install 'curvcert[pandas]'") from None
+        names = [item.name for item in fields(Sample)]
+        rows = [[getattr(sample, name) for name in names] for sample in self.samples]
+        return pandas.DataFrame(rows, columns=names).set_index("index")
 
 
 def collect(records: Iterable[Record]) -> Result:

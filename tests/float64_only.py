@@ -27,7 +27,7 @@ Place = tuple[str, str]
 
 ALLOWED: Mapping[Place, frozenset[str]] = {
     # samples are float32 numbers by definition; a batch is cut out, and then widened, which is exact
-    ("data/datasets.py", "_select"): frozenset({"lift_fresh"}),
+    ("data/datasets.py", "select_samples"): frozenset({"lift_fresh"}),
     ("run/engine.py", "Job._batch"): frozenset({"slice"}),
     ("audit/verify/verify.py", "Verifier._batch"): frozenset({"slice"}),
     # stored weights as their file has them, before they are widened

@@ -82,7 +82,7 @@ def load_data(
         )
     start, stop = parse_samples(samples)
     opened = _open(str(source), root, split, data_layout, resize, offline, notify)
-    return _select(opened, start, stop, seed if shuffle else None)
+    return select_samples(opened, start, stop, seed if shuffle else None)
 
 
 def named_shape(source: str) -> tuple[int, ...] | None:
@@ -156,7 +156,8 @@ def _digits(split: str) -> Source:
     return Source("digits", len(labels), take, labels, tuple("0123456789"))
 
 
-def _select(source: Source, start: int, stop: int | None, seed: int | None) -> Dataset:
+def select_samples(source: Source, start: int, stop: int | None, seed: int | None) -> Dataset:
+    """Samples `start` to `stop` (None: the end) of a source, shuffled before by `seed` if given."""
     import torch
 
     order = list(range(source.count))

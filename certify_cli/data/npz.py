@@ -14,8 +14,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from certify_cli.data.source import CHANNELS, MAX_BYTES, Samples, Source, unit_range
-from certify_cli.errors import DataError, UsageError, first_line, listed, shown
+from certify_cli.data.arrays import of_arrays
+from certify_cli.data.source import MAX_BYTES, Source
+from certify_cli.errors import DataError, first_line, listed, shown
 
 DEFLATE_RATIO = 1040
 """Largest possible ratio of sizes: deflate compresses by at most 1032."""
@@ -35,28 +36,7 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, Ru
 def open_npz(path: Path, layout: str) -> Source:
     """The data set in an .npz file. Raises DataError for a file that breaks the convention."""
     arrays = read_arrays(path, (("x",), ("x", "y")), "rename them to x (samples) and y (labels)")
-    x, y = arrays["x"], arrays.get("y")
-    if x.ndim < 2 or min(x.shape) < 1:
-        raise DataError(f"{path}: x has shape {x.shape}; (N, ...) with at least one sample is expected")
-    if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
-        raise DataError(f"{path}: x has type {shown(str(x.dtype))}; integers or floats of up to 64 bits are expected")
-    notes = []
-    if layout == "nhwc" and x.ndim == 4:
-        x = x.transpose(0, 3, 1, 2)
-    elif x.ndim == 3:  # grey images: no channels, first or last
-        x = x[:, None]
-    elif layout == "nhwc":
-        raise UsageError(f"--data-layout nhwc: {path} holds x of shape {x.shape}, which is not (N, H, W, C)")
-    elif x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
-        notes.append(f"{path.name}: x of shape {x.shape} looks like NHWC; if it is, say --data-layout nhwc")
-
-    def take(indices: Sequence[int]) -> Samples:
-        chosen = x[list(indices)]
-        floats = unit_range(chosen)
-        exact = x.dtype.kind != "f" or x.dtype.itemsize <= 4 or np.array_equal(floats, chosen, equal_nan=True)
-        return Samples(floats, () if exact else (f"{path.name}: float64 values of x are rounded to float32",))
-
-    return Source(path.name, len(x), take, _labels(path, y, len(x)), image=x.ndim == 4, notes=tuple(notes))
+    return of_arrays(str(path), path.name, arrays["x"], arrays.get("y"), layout)
 
 
 def read_arrays(path: Path, keys: Sequence[Sequence[str]], advice: str) -> dict[str, NDArray[Any]]:
@@ -144,15 +124,3 @@ def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int
         except Exception as error:  # numpy evaluates a literal here, which may raise many types
             raise ValueError(f"garbled header of {shown(entry.filename)}: {first_line(error)}") from error
         return shape, dtype, file.tell()
-
-
-def _labels(path: Path, y: NDArray[Any] | None, count: int) -> NDArray[np.int64] | None:
-    if y is None:
-        return None
-    if y.shape != (count,):
-        raise DataError(f"{path}: y has shape {y.shape}, but x holds {count} samples; ({count},) is expected")
-    if y.dtype.kind not in "iu":
-        raise DataError(f"{path}: y has type {shown(str(y.dtype))}; labels are integers")
-    if y.min() < 0 or y.max() >= 2**31:
-        raise DataError(f"{path}: y holds the label {y.min() if y.min() < 0 else y.max()}; classes count from 0")
-    return y.astype(np.int64)

@@ -5,33 +5,49 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from certify_cli.errors import ModelError, UsageError
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.records import Run
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 _ZIP, _PICKLE, _HDF5 = b"PK\x03\x04", b"\x80", b"\x89HDF"
 
 
 def load_model(
-    path: str | Path,
+    model: str | Path | Module,
     *,
     activation: str | None = None,
     output: str | None = None,
     input_shape: Sequence[int] | Callable[[], Sequence[int] | None] | None = None,
     layout: str | None = None,
 ) -> LoadedModel:
-    """Load a classifier from an ONNX or a safetensors file.
+    """Load a classifier from an ONNX or a safetensors file, or a torch.nn.Module.
 
-    activation: between the layers of a safetensors file that declares none, such as "softplus:5".
-    output: name of the output of an ONNX file that holds the logits, where it has several and no choice is evident.
-    input_shape: a sample's shape, channels first, where the file leaves sizes free; or a function that returns it.
-    layout: "nhwc" where the model reads such samples with the channels last.
-    ModelError where the file is missing, unreadable or cannot be certified, UsageError for `activation` and `output`.
+    activation: stands between the layers of a safetensors file that declares none, such as "softplus:5".
+    output: name of the output of an ONNX file that holds the logits, where it has several and no choice is plain.
+    input_shape: a sample's shape, channels first, without the batch; or a function that returns it when it is needed.
+    A module needs it; a file where it leaves sizes free.
+    layout: "nhwc" where the model reads samples with the channels last.
+    A module is exported to ONNX in memory, in evaluation mode, and meets the same checks as a file. Raises ModelError
+    where a file is missing or unreadable and where the model cannot be certified, UsageError for the arguments.
     """
-    file = Path(path)
+
+    def sample_shape() -> tuple[int, ...] | None:
+        shape = input_shape() if callable(input_shape) else input_shape
+        return None if shape is None else tuple(shape)
+
+    if not isinstance(model, str | os.PathLike):
+        from certify_cli.load.torch_module import load_module
+
+        if activation is not None or layout is not None:
+            raise UsageError("activation and layout are for files; a torch module says itself what it computes")
+        return load_module(model, sample_shape(), output)
+    file = Path(model)
     if os.path.isdir(file):
         raise ModelError(f"{file}: a folder; name the model file itself (.onnx or .safetensors)")
     if not os.path.isfile(file):
@@ -55,10 +71,6 @@ def load_model(
     if activation is not None:
         raise UsageError(f"--activation is for safetensors files without a declared architecture; {file} is not one")
     from certify_cli.load.onnx.loader import load_onnx
-
-    def sample_shape() -> tuple[int, ...] | None:
-        shape = input_shape() if callable(input_shape) else input_shape
-        return None if shape is None else tuple(shape)
 
     return load_onnx(file, output=output, sample_shape=sample_shape, layout=layout)
 

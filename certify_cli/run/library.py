@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from certify_cli.data.arrays import dataset
 from certify_cli.data.datasets import Dataset
 from certify_cli.errors import UsageError, quoted
 from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.load.model import load_model
 from certify_cli.records import Result, collect
 from certify_cli.run.doubts import doubts
 from certify_cli.run.engine import prepare
 from certify_cli.run.settings import Settings
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 class CurvcertWarning(UserWarning):
@@ -22,8 +28,9 @@ Radii = str | float | Sequence[str | float]
 
 
 def certify(
-    model: LoadedModel,
-    data: Dataset,
+    model: LoadedModel | Module,
+    data: Any,
+    labels: Any = None,
     *,
     method: str = "auto",
     effort: str = "normal",
@@ -39,12 +46,23 @@ def certify(
 ) -> Result:
     """Certify every sample of `data`: the same records as the command line's.
 
+    model: from `load_model`, or a torch.nn.Module.
+    data: a `Dataset` from `load_data`; a tensor or array (N, ...), with `labels` (N,) or without; or batches of them,
+    such as a DataLoader gives. Samples are taken in float32, integers divided by 255.
     eps: radii at which the certified accuracy is wanted: 0.5, "36/255", or several. mean, std: one value, or one a
-    channel. memory in bytes. Raises CurvcertError (UsageError, DataError, MethodError) for what cannot run.
+    channel. memory in bytes. Raises CurvcertError (UsageError, ModelError, DataError, MethodError) for what cannot run;
+    warns by CurvcertWarning of figures that look wrong.
     """
-    arguments = {key: value for key, value in locals().items() if key not in ("model", "data")}
+    arguments = {key: value for key, value in locals().items() if key not in ("model", "data", "labels")}
     settings = Settings(**arguments | {"eps": _texts(eps), "mean": _numbers(mean), "std": _numbers(std)})
-    job = prepare(model, data, settings, arguments)
+    if isinstance(data, Dataset):
+        if labels is not None:
+            raise UsageError("labels are given twice: a Dataset has its own")
+        chosen = data
+    else:
+        chosen = dataset(data, labels)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, input_shape=tuple(chosen.x.shape[1:]))
+    job = prepare(loaded, chosen, settings, arguments)
     result = collect(job.records())
     for text in doubts(job.run, result.summary):
         warnings.warn(text, CurvcertWarning, stacklevel=2)
