@@ -17,12 +17,17 @@ from torch import Tensor
 
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
-from certify_cli.network.graph import Add, Concat, Network, Node
+from certify_cli.network.graph import Add, Concat, Network, Op, Shape
 from certify_cli.network.pooling import GroupMap
+from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
 
 SAFETY = 1.001
 """Covers the rounding of the error bounds, which are sums of non-negative terms: relative error far below 0.1 %."""
+
+
+WithError = tuple[Tensor, Tensor]
+"""A node's value and an upper bound of its error, (batch, *shape) each."""
 
 
 @contextmanager
@@ -55,13 +60,35 @@ class Evaluation:
 
 def evaluate(network: Network, x: Tensor) -> Evaluation:
     """Values and error bounds of every node at x (batch, *input_shape), taken as exact float64 numbers."""
-    values, errors = [x], [torch.zeros_like(x)]
-    for node in network.nodes[1:]:
-        inputs = [values[i] for i in node.inputs]
-        value = node.op.apply(*inputs)
-        errors.append(_error(node, inputs, [errors[i] for i in node.inputs]) * SAFETY + UNDERFLOW)
-        values.append(value)
-    return Evaluation(values, errors)
+
+    def bounded(value: Tensor, error: Tensor) -> WithError:
+        return value, error * SAFETY + UNDERFLOW
+
+    def affine(op: AffineOp, given: WithError, shape: Shape) -> WithError:
+        h, e = given
+        terms, bias = op.absolute(h.abs() + e), op.bias()
+        if bias is not None:
+            terms = terms + bias.abs()
+        return bounded(op.apply(h), op.absolute(e) + gamma(op.terms + 1) * terms)
+
+    def add(parts: list[WithError]) -> WithError:
+        total = torch.stack([h.abs() + e for h, e in parts]).sum(0)
+        error = Add().apply(*(e for _, e in parts)) + gamma(len(parts)) * total
+        return bounded(Add().apply(*(h for h, _ in parts)), error)
+
+    def concat(op: Concat, parts: list[WithError | None], shapes: list[Shape]) -> WithError:
+        values, errors = zip(*(part for part in parts if part is not None), strict=True)
+        return bounded(op.apply(*values), op.apply(*errors))
+
+    def nonlinear(index: int, given: WithError) -> WithError:
+        (h, e), op = given, network.nodes[index].op
+        if isinstance(op, Activation):
+            return bounded(op.apply(h), op.lipschitz * e + op.value_error(h))
+        return bounded(op.apply(h), _group_error(op, e))
+
+    found = forward(network, 0, (x, torch.zeros_like(x)), Forward(affine, add, concat, nonlinear))
+    values, errors = zip(*(pair for _, pair in found), strict=True)
+    return Evaluation(list(values), list(errors))
 
 
 def deviation(network: Network) -> Tensor:
@@ -70,46 +97,30 @@ def deviation(network: Network) -> Tensor:
     The bounds concern the exact activations; a deployed operator may differ from them, as torch's softplus returns z
     beyond its threshold (theory section 0).
     """
-    errors = [torch.zeros(1, *network.input_shape, dtype=torch.float64, device=network.device)]
-    for node in network.nodes[1:]:
-        inputs = [errors[i] for i in node.inputs]
-        op = node.op
-        if isinstance(op, AffineOp):
-            error = op.absolute(inputs[0]) * SAFETY
-        elif isinstance(op, Activation):
-            error = op.lipschitz * inputs[0] * SAFETY + op.deviation
-        else:
-            error = _error_of_joins(node, inputs) * SAFETY
-        errors.append(error)
-    return errors[-1][0]
+
+    def concat(op: Concat, parts: list[Tensor | None], shapes: list[Shape]) -> Tensor:
+        return op.apply(*(part for part in parts if part is not None)) * SAFETY
+
+    def nonlinear(index: int, error: Tensor) -> Tensor:
+        op = network.nodes[index].op
+        if isinstance(op, Activation):
+            return op.lipschitz * error * SAFETY + op.deviation
+        return _group_error(op, error) * SAFETY
+
+    def affine(op: AffineOp, error: Tensor, shape: Shape) -> Tensor:
+        return op.absolute(error) * SAFETY
+
+    rules = Forward(affine, lambda parts: Add().apply(*parts) * SAFETY, concat, nonlinear)
+    none = torch.zeros(1, *network.input_shape, dtype=torch.float64, device=network.device)
+    *_, (_, error) = forward(network, 0, none, rules)
+    return error[0]
 
 
-def _error(node: Node, inputs: list[Tensor], errors: list[Tensor]) -> Tensor:
-    op = node.op
-    if isinstance(op, AffineOp):
-        (h,), (e,) = inputs, errors
-        rounding = gamma(op.terms + 1)
-        bias = op.bias()
-        terms = op.absolute(h.abs() + e)
-        if bias is not None:
-            terms = terms + bias.abs()
-        return op.absolute(e) + rounding * terms
-    if isinstance(op, Activation):
-        return op.lipschitz * errors[0] + op.value_error(inputs[0])
-    joined = _error_of_joins(node, errors)
-    if isinstance(op, Add):
-        total = torch.stack([h.abs() + e for h, e in zip(inputs, errors, strict=True)]).sum(0)
-        joined = joined + gamma(len(inputs)) * total
-    return joined
-
-
-def _error_of_joins(node: Node, errors: list[Tensor]) -> Tensor:
-    """Errors of the inputs, carried through a node that moves, selects or adds numbers; without the sum's rounding."""
-    if isinstance(node.op, Add | Concat):
-        return node.op.apply(*errors)
-    if isinstance(node.op, GroupMap):  # |max a - max b| <= max |a - b|
-        return node.op.largest_change(*errors)
-    raise TypeError(f"no rounding rule for {type(node.op).__name__}")
+def _group_error(op: Op, error: Tensor) -> Tensor:
+    """Bound of a group map's error from that of its input: |max a - max b| <= max |a - b|."""
+    if not isinstance(op, GroupMap):
+        raise TypeError(f"no rounding rule for {type(op).__name__}")
+    return op.largest_change(error)
 
 
 def margins(logits: Tensor, errors: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:

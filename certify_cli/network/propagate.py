@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from certify_cli.network.affine import AffineOp
-from certify_cli.network.graph import Add, Concat, Network, Node, Nonlinear
+from certify_cli.network.graph import Add, Concat, Network, Node, Nonlinear, Shape
+from certify_cli.network.walk import Backward, Forward, backward, forward
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
 from certify_cli.numerics.trees import Batched
 
@@ -114,51 +115,29 @@ def pre_activations(network: Network) -> tuple[int, ...]:
 
 
 def jvp(network: Network, source: int, tangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
-    """Images of tangents (batch, *shape of node `source`) at every later head that they reach."""
+    """Images of tangents (batch, *shape of node `source`) at every later pre-activation node that they reach."""
+
+    def affine(op: AffineOp, vectors: Vectors, shape: Shape) -> Vectors:
+        return _through(op, vectors, shape, op.linear(vectors.value))
+
+    def concat(op: Concat, parts: list[Vectors | None], shapes: list[Shape]) -> Vectors:
+        error = torch.stack([part.error for part in parts if part is not None]).sum(0)
+        values = _or_zeros([None if part is None else part.value for part in parts], shapes)
+        return Vectors(op.apply(*values), up(error, sum(part is not None for part in parts)))
+
+    def nonlinear(index: int, vectors: Vectors) -> Vectors | None:
+        return _scaled(vectors, slopes[index]) if index in slopes else None
+
+    rules = Forward(affine, lambda parts: reduce(Vectors.__add__, parts), concat, nonlinear)
     wanted = set(pre_activations(network))
-    last_use = {i: n for n, node in enumerate(network.nodes) for i in node.inputs}
-    active = {
-        source: Vectors(
-            tangents,
-            torch.zeros(tangents.shape[0], dtype=tangents.dtype, device=tangents.device),
-        )
-    }
-    found = {source: active[source]} if source in wanted else {}
-    for index in range(source + 1, len(network.nodes)):
-        node = network.nodes[index]
-        inputs = [active.get(i) for i in node.inputs]
-        image = _forward(network, node, inputs, slopes.get(index))
-        if image is not None:
-            active[index] = image
-            if index in wanted:
-                found[index] = image
-        for i in node.inputs:
-            if last_use[i] == index:
-                active.pop(i, None)
-    return found
+    exact = Vectors(tangents, torch.zeros(len(tangents), dtype=tangents.dtype, device=tangents.device))
+    return {index: image for index, image in forward(network, source, exact, rules) if index in wanted}
 
 
-def _forward(network: Network, node: Node, inputs: list[Vectors | None], slope: Slope | None) -> Vectors | None:
-    present = [v for v in inputs if v is not None]
-    if not present:
-        return None
-    op = node.op
-    if isinstance(op, AffineOp):
-        shape = network.nodes[node.inputs[0]].shape
-        return _through(op, present[0], shape, op.linear(present[0].value))
-    if isinstance(op, Add):
-        total = present[0]
-        for other in present[1:]:
-            total = total + other
-        return total
-    if isinstance(op, Concat):
-        batch = present[0].value.shape[0]
-        shapes = [network.nodes[i].shape for i in node.inputs]
-        parts = [
-            present[0].value.new_zeros(batch, *s) if v is None else v.value for v, s in zip(inputs, shapes, strict=True)
-        ]
-        return Vectors(op.apply(*parts), up(torch.stack([v.error for v in present]).sum(0), len(present)))
-    return None if slope is None else _scaled(present[0], slope)
+def _or_zeros(parts: list[Tensor | None], shapes: list[Shape]) -> list[Tensor]:
+    """The parts, zeros (batch, *shape) in place of those that are missing."""
+    given = next(part for part in parts if part is not None)
+    return [given.new_zeros(len(given), *s) if p is None else p for p, s in zip(parts, shapes, strict=True)]
 
 
 def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tensor) -> Vectors:
@@ -187,44 +166,29 @@ def vjp(
 ) -> dict[int, Vectors]:
     """Cotangents (batch, rows, *shape of node `start`) pulled back to every nonlinear node's output and the input.
 
-    `start` is the logits unless given; a nonlinear node without a passage is cut. Slope tensors are (batch or 1,
-    *shape); cotangents of batch 1 serve all samples, and vectors keep batch 1 until they meet a passage of more.
-    Returns vectors of shape (batch or 1, rows, *shape), keyed by node; node 0 is
-    always there (zeros if nothing arrives).
+    start: the logits unless given. node_vjps: of the nonlinear nodes; one without is cut. Cotangents of batch 1 serve
+    all samples, and vectors keep batch 1 until they meet a node_vjp of more. Returns vectors (batch or 1, rows, *shape)
+    by node; node 0 is always there, zeros if nothing arrives.
     """
-    start = len(network.nodes) - 1 if start is None else start
-    batch, rows = cotangents.shape[:2]
-    zero = torch.zeros(batch, rows, dtype=cotangents.dtype, device=cotangents.device)
-    active = {start: Vectors(cotangents, zero)}
-    found: dict[int, Vectors] = {}
-    for index in range(start, 0, -1):
-        vectors = active.pop(index, None)
-        if vectors is None:
-            continue
-        node = network.nodes[index]
-        if is_nonlinear(node):
-            found[index] = vectors
-        for i, image in zip(node.inputs, _backward(network, node, vectors, node_vjps.get(index)), strict=True):
-            if image is not None:
-                active[i] = active[i] + image if i in active else image
-    shape = network.input_shape
-    found[0] = active.get(0, Vectors(cotangents.new_zeros(batch, rows, *shape), zero))
-    return found
 
-
-def _backward(network: Network, node: Node, vectors: Vectors, passage: NodeVjp | None) -> list[Vectors | None]:
-    op, (batch, rows) = node.op, vectors.error.shape
-    if isinstance(op, AffineOp):
-        shape = network.nodes[node.inputs[0]].shape
+    def affine(op: AffineOp, vectors: Vectors, shape: Shape) -> Vectors:
+        batch, rows = vectors.error.shape
         image = op.transpose(vectors.value.flatten(0, 1), shape).reshape(batch, rows, *shape)
-        return [_through(op, vectors, shape, image)]
-    if isinstance(op, Add):
-        return [vectors for _ in node.inputs]
-    if isinstance(op, Concat):
-        shapes = [network.nodes[i].shape for i in node.inputs]
+        return _through(op, vectors, shape, image)
+
+    def split(op: Concat, vectors: Vectors, shapes: list[Shape]) -> list[Vectors]:
+        batch, rows = vectors.error.shape
         parts = op.split(vectors.value.flatten(0, 1), shapes)
         return [Vectors(p.reshape(batch, rows, *s), vectors.error) for p, s in zip(parts, shapes, strict=True)]
-    return [None if passage is None else passage.back(vectors)]
+
+    def nonlinear(index: int, vectors: Vectors) -> Vectors | None:
+        return node_vjps[index].back(vectors) if index in node_vjps else None
+
+    zero = torch.zeros(cotangents.shape[:2], dtype=cotangents.dtype, device=cotangents.device)
+    start = len(network.nodes) - 1 if start is None else start
+    found = backward(network, start, Vectors(cotangents, zero), Backward(affine, split, nonlinear, Vectors.__add__))
+    none = Vectors(cotangents.new_zeros(*cotangents.shape[:2], *network.input_shape), zero)
+    return {0: none, **found}
 
 
 def offsets(
@@ -234,22 +198,29 @@ def offsets(
     sources: Mapping[int, Tensor],
     start: int | None = None,
 ) -> dict[int, Tensor]:
-    """What d (batch, inputs) does to the heads of the nodes in `slopes` (batch, size), in the network linearised there
-    with `sources` (batch, size) added to their outputs. Other nonlinear nodes are cut, and those after `start` left
-    out. No bound."""
-    values: list[Tensor] = [d.reshape(-1, *network.input_shape)]
-    for index, node in enumerate(network.nodes[1:start], start=1):
-        inputs = [values[i] for i in node.inputs]
-        if isinstance(node.op, AffineOp):
-            values.append(node.op.linear(inputs[0]))
-        elif isinstance(node.op, Add | Concat):
-            values.append(node.op.apply(*inputs))
-        elif index in slopes:
-            moved = slopes[index] * inputs[0].flatten(1) + sources[index]
-            values.append(moved.reshape(-1, *node.shape))
-        else:
-            values.append(d.new_zeros(len(d), *node.shape))
-    return {pre_activation(network, k): values[pre_activation(network, k)].flatten(1) for k in slopes}
+    """Estimates of how d (batch, inputs) moves the pre-activations (batch, size) of the nodes in `slopes`. No bounds.
+
+    The network is linearised: node l maps its input by slopes[l] (batch, size) and adds sources[l] (batch, size). Other
+    nonlinear nodes are cut. start: the last node that counts, the logits unless given.
+    """
+
+    def nonlinear(index: int, value: Tensor) -> Tensor | None:
+        if index not in slopes:
+            return None
+        moved = slopes[index] * value.flatten(1) + sources[index]
+        return moved.reshape(-1, *network.nodes[index].shape)
+
+    def concat(op: Concat, parts: list[Tensor | None], shapes: list[Shape]) -> Tensor:
+        return op.apply(*_or_zeros(parts, shapes))
+
+    rules = Forward(lambda op, value, shape: op.linear(value), lambda parts: Add().apply(*parts), concat, nonlinear)
+    wanted = {k: pre_activation(network, k) for k in slopes}
+    among = range(len(network.nodes) if start is None else start)
+    values = dict(forward(network, 0, d.reshape(-1, *network.input_shape), rules, among))
+    none = {
+        target: d.new_zeros(len(d), network.nodes[target].size) for target in wanted.values() if target not in values
+    }
+    return {target: values[target].flatten(1) for target in wanted.values() if target in values} | none
 
 
 def vjp_cost(network: Network, start: int) -> float:
@@ -281,28 +252,21 @@ def interval_jvp(
     its affine operations and without writing them out. Targets that the source does not reach are left out. NaN where
     an end is infinite.
     """
-    active = {source: _centred(low, high)}
+
+    def affine(op: AffineOp, value: Interval, shape: Shape) -> Interval:
+        return _interval_image(op.linear, op.absolute, op.terms, value)
+
+    def concat(op: Concat, parts: list[Interval | None], shapes: list[Shape]) -> Interval:
+        middles, radii = (_or_zeros([None if p is None else p[end] for p in parts], shapes) for end in (0, 1))
+        return op.apply(*middles), op.apply(*radii)
+
     needed = set(targets)
     for index in range(max(needed, default=source), source, -1):
         if index in needed and not is_nonlinear(network.nodes[index]):
             needed.update(network.nodes[index].inputs)
-    for index in sorted(i for i in needed if i > source):
-        node = network.nodes[index]
-        inputs = [active.get(i) for i in node.inputs]
-        present = [v for v in inputs if v is not None]
-        if not present or is_nonlinear(node):
-            continue
-        op = node.op
-        if isinstance(op, AffineOp):
-            active[index] = _interval_image(op.linear, op.absolute, op.terms, present[0])
-        elif isinstance(op, Add):
-            active[index] = _interval_sum(present)
-        else:
-            shapes = [network.nodes[i].shape for i in node.inputs]
-            zeros = [low.new_zeros(low.shape[0], *shape) for shape in shapes]
-            full = [(zero, zero) if v is None else v for v, zero in zip(inputs, zeros, strict=True)]
-            active[index] = (op.apply(*(v[0] for v in full)), op.apply(*(v[1] for v in full)))
-    return {target: _ends(*active[target]) for target in targets if target in active}
+    rules = Forward(affine, _interval_sum, concat, lambda index, value: None)
+    found = dict(forward(network, source, _centred(low, high), rules, needed))
+    return {target: _ends(*found[target]) for target in targets if target in found}
 
 
 def interval_vjp(
@@ -313,33 +277,23 @@ def interval_vjp(
     cotangents (rows, classes); ranges[l] = (lowest, highest slope) of node l, numbers or tensors (rows, *shape), and a
     node without one is cut. Returns (low, high), each (rows, *shape), keyed by nonlinear node.
     """
-    last = len(network.nodes) - 1
-    active = {last: (cotangents, torch.zeros_like(cotangents))}
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for index in range(last, 0, -1):
-        if index not in active:
-            continue
-        here = active.pop(index)
-        op, inputs = network.nodes[index].op, network.nodes[index].inputs
-        shapes = [network.nodes[i].shape for i in inputs]
-        images: list[Interval | None]
-        if isinstance(op, AffineOp):
-            images = [_interval_image(*_transposes(op, shapes[0]), op.terms, here)]
-        elif isinstance(op, Add):
-            images = [here for _ in inputs]
-        elif isinstance(op, Concat):
-            images = list(zip(op.split(here[0], shapes), op.split(here[1], shapes), strict=True))
-        else:
-            found[index] = _ends(*here)
-            images = [_interval_product(*found[index], *ranges[index]) if index in ranges else None]
-        for i, image in zip(inputs, images, strict=True):
-            if image is not None:
-                active[i] = _interval_sum([image, active[i]]) if i in active else image
+
+    def affine(op: AffineOp, value: Interval, shape: Shape) -> Interval:
+        return _interval_image(
+            lambda y: op.transpose(y, shape), lambda y: op.absolute_transpose(y, shape), op.terms, value
+        )
+
+    def split(op: Concat, value: Interval, shapes: list[Shape]) -> list[Interval]:
+        return list(zip(op.split(value[0], shapes), op.split(value[1], shapes), strict=True))
+
+    def nonlinear(index: int, value: Interval) -> Interval | None:
+        found[index] = _ends(*value)
+        return _interval_product(*found[index], *ranges[index]) if index in ranges else None
+
+    rules = Backward(affine, split, nonlinear, lambda total, value: _interval_sum([value, total]))
+    backward(network, len(network.nodes) - 1, (cotangents, torch.zeros_like(cotangents)), rules)
     return found
-
-
-def _transposes(op: AffineOp, shape: tuple[int, ...]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    return lambda y: op.transpose(y, shape), lambda y: op.absolute_transpose(y, shape)
 
 
 def _centred(low: Tensor, high: Tensor) -> Interval:

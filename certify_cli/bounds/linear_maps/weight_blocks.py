@@ -17,8 +17,9 @@ from torch import Tensor
 
 from certify_cli.efforts import Budget
 from certify_cli.network.affine import AffineOp
-from certify_cli.network.graph import Add, Concat, Network
+from certify_cli.network.graph import Concat, Network, Shape
 from certify_cli.network.propagate import Slopes, Vectors, jvp, nonlinear_nodes, pre_activations, rows_cost, vjp
+from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.norms import matrix_norm
 from certify_cli.numerics.rounding import up, vector_norm_up
 
@@ -134,38 +135,31 @@ def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int]) 
 
 
 def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Composed]:
-    """For every head that `source` reaches: norms multiplied along the paths (theory section 3, 'Composition')."""
-    active = {source: _Composed(1.0, 1.0, 0)}
+    """For every pre-activation node that `source` reaches: norms multiplied along the paths (theory section 3,
+    "Composition")."""
+
+    def affine(op: AffineOp, v: _Composed, shape: Shape) -> _Composed:
+        norm, row, total = op.norm(shape), op.row_norm(shape), op.infinity_norm(shape)
+        return _Composed(up(norm * v.norm), min(up(row * v.norm), up(total * v.row)), v.parts + (norm != 1.0))
+
+    def add(parts: list[_Composed]) -> _Composed:
+        if len(parts) == 1:
+            return parts[0]
+        return _Composed(up(sum(v.norm for v in parts), len(parts)), up(sum(v.row for v in parts), len(parts)), 2)
+
+    def concat(op: Concat, parts: list[_Composed | None], shapes: list[Shape]) -> _Composed:
+        present = [v for v in parts if v is not None]
+        if len(present) == 1:
+            return present[0]
+        norm = up(math.hypot(*(v.norm for v in present)), len(present) + 2)
+        return _Composed(norm, max(v.row for v in present), 2)
+
+    def nonlinear(index: int, v: _Composed) -> _Composed | None:
+        if index not in centres:
+            return None
+        slope = centres[index].largest
+        return _Composed(up(slope * v.norm), up(slope * v.row), v.parts + (slope != 1.0))
+
     wanted = set(pre_activations(network))
-    for index in range(source + 1, len(network.nodes)):
-        node = network.nodes[index]
-        present = [active[i] for i in node.inputs if i in active]
-        if not present:
-            continue
-        op = node.op
-        if isinstance(op, AffineOp):
-            shape, v = network.nodes[node.inputs[0]].shape, present[0]
-            norm, row, total = op.norm(shape), op.row_norm(shape), op.infinity_norm(shape)
-            active[index] = _Composed(
-                up(norm * v.norm), min(up(row * v.norm), up(total * v.row)), v.parts + (norm != 1.0)
-            )
-        elif isinstance(op, Add):
-            active[index] = (
-                present[0]
-                if len(present) == 1
-                else _Composed(
-                    up(sum(v.norm for v in present), len(present)), up(sum(v.row for v in present), len(present)), 2
-                )
-            )
-        elif isinstance(op, Concat):
-            active[index] = (
-                present[0]
-                if len(present) == 1
-                else _Composed(
-                    up(math.hypot(*(v.norm for v in present)), len(present) + 2), max(v.row for v in present), 2
-                )
-            )
-        elif index in centres:
-            gain, v = centres[index].largest, present[0]
-            active[index] = _Composed(up(gain * v.norm), up(gain * v.row), v.parts + (gain != 1.0))
-    return {target: v for target, v in active.items() if target in wanted}
+    found = forward(network, source, _Composed(1.0, 1.0, 0), Forward(affine, add, concat, nonlinear))
+    return {target: v for target, v in found if target in wanted}
