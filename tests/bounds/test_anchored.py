@@ -152,7 +152,7 @@ def test_anchoring_both_factors_over_claims() -> None:
     units = AnchoredTable(from_name("tanh"))
     z1, z2 = x[0], 3 * torch.tanh(x[0])
     slope1, slope2 = (1 - torch.tanh(z).square() for z in (z1, z2))
-    bend1, bend2 = (units(z, torch.zeros_like(z)).bend for z in (z1, z2))
+    bend1, bend2 = (units(z, torch.zeros_like(z)).slope_lipschitz for z in (z1, z2))
     # per unit of |d|: |S' - S| <= bend |D|, |D_1| = 1, |D_2| <= 3; adjoints and Jacobians both at the sample
     mixed = float(slope2 * 3 * bend1 + bend2 * 3 * (3 * slope1))
     _, here = margins_and_gradients(network, x, point.prediction)
