@@ -152,13 +152,13 @@ def search_balls(
     start = torch.where(rough.radius > 0, torch.where(near, NARROWER * rough.radius, between), start)
     limits = model_bounds.effort.ball_search
     if linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
-        found = search.largest(bounds, start, floor, limits.balls, limits.close)
+        found = search.largest(bounds, start, floor, limits.balls, limits.tolerance)
     else:
         found = search.largest(bounds, start, floor / BEHIND, limits.balls, NEARLY)
         finer = tuple(optimised_linear_bound if bound is linear_bound else bound for bound in bounds)
         floor = torch.where(found.radius > 0, torch.maximum(floor, found.radius), torch.inf)
         begin = NARROWER_STILL * found.radius
-        finer_found = search.largest(finer, begin, floor, limits.balls, limits.close)
+        finer_found = search.largest(finer, begin, floor, limits.balls, limits.tolerance)
         found = found.where(finer_found.radius > found.radius, finer_found)
     radius[able], rival[able], bound[able] = found.radius, found.rival, found.bound
     return BallSearchResult(radius, rival, bound)

@@ -262,11 +262,11 @@ class LocalSearch:
         active = torch.arange(len(start), device=start.device)
         for count in range(limits.balls):
             on_balls = self._on_balls(pairs.at(active), bracket.radius[active])
-            found = on_balls.optimised(choice, limits.further if count else limits.first, enough[active])
+            found = on_balls.optimised(choice, limits.further_steps if count else limits.first_steps, enough[active])
             raised = bracket.update(active, on_balls.part(found.estimate) - SAFE)
             best = found.choice if best is None else best.put(active[raised], found.choice.at(raised.nonzero()[:, 0]))
             bracket.radius = torch.minimum(bracket.radius, cap)
-            following = bracket.unresolved(active, limits.close)
+            following = bracket.unresolved(active, limits.tolerance)
             choice = found.choice.at(torch.isin(active, following).nonzero()[:, 0])
             active = following
             if alone and not count:  # of all samples, resolved or not: none may depend on its neighbours
@@ -312,7 +312,7 @@ class LocalSearch:
     def _ranges(self, part: EvaluatedPoints, radius: Tensor) -> Ranges:
         """Ranges on balls of `radius` (batch,) from which an expansion begins: at `max` those of linear relaxation."""
         ranges = interval_ranges(part, self.model_bounds.weights, radius)
-        if self.limits is not None and self.limits.relaxed:
+        if self.limits is not None and self.limits.relaxed_ranges:
             ranges, _ = intermediate_bounds(part, ranges, self.model_bounds.memory)
         return ranges
 
