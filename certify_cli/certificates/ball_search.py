@@ -211,7 +211,7 @@ class _Search:
     ) -> BallSearchResult:
         """From `start` (batch,) on. Nothing where no ball beyond `floor` (batch,) passes."""
         ladder = _Ladder(self.beginning, close)
-        bracket = Bracket.around(start, STRIDE, inward=1.0, steady=True)
+        bracket = Bracket.around(start, STRIDE, shrink=1.0, steady=True)
         rival = self.point.margin.argmin(1)
         best = BallSearchResult(torch.zeros_like(start), rival, torch.zeros_like(rival))
         inside, outside = ladder.below(floor), torch.full_like(start, torch.inf)

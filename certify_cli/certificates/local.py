@@ -176,7 +176,7 @@ class LocalSearch:
             active = bracket.unresolved(active, FAST_CLOSE)
             if not len(active):
                 break
-        return bracket.inside, estimate
+        return bracket.lower.radius, estimate
 
     def radii(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """Certified radii (batch,) and the rivals that decide them. start (batch,): the first balls."""
@@ -274,7 +274,7 @@ class LocalSearch:
             if not len(active):
                 break
         assert best is not None
-        return self._prove(pairs, bracket.inside, best)
+        return self._prove(pairs, bracket.lower.radius, best)
 
     def _prove(self, pairs: RivalPairs, radius: Tensor, choice: Choice) -> Tensor:
         """Radii (count,) that are proved, at or a little below `radius`; 0 where none is."""
