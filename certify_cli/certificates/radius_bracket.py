@@ -64,7 +64,7 @@ class _End:
 
 @dataclass(eq=False)
 class _Trial:
-    """The last ball tried for every item, (items,) each: radius, loss, and side (1 passed, -1 failed, 0 no ball yet)."""
+    """The last ball tried, (items,) each: its radius, loss, and side (1 passed, -1 failed, 0: no ball yet)."""
 
     radius: Tensor
     loss: Tensor
