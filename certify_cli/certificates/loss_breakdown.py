@@ -17,7 +17,7 @@ from certify_cli.bounds.global_bounds.curvature import why_no_curvature
 from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
 from certify_cli.bounds.remainder.margin_bound import lower_bound
 from certify_cli.bounds.remainder.optimise import Problem, optimise
-from certify_cli.certificates.local import LocalSearch, RivalPairs, beginning, fits, searchable
+from certify_cli.certificates.local import LocalSearch, RivalPairs, first_balls, fits, searchable
 from certify_cli.certificates.methods import METHODS
 from certify_cli.efforts import NORMAL
 from certify_cli.errors import MethodError
@@ -103,7 +103,7 @@ def _losses(model_bounds: ModelBounds, point: EvaluatedPoints) -> Losses:
     known, rival = closed.radius, closed.rival
     search = LocalSearch(model_bounds, point)
     if bool(searchable(point, known)):
-        radius, decides = search.radii(beginning(point))
+        radius, decides = search.radii(first_balls(point))
         rival = torch.where(radius > known, decides, rival)
         known = torch.maximum(radius, known)
     if not 0 < float(known) < math.inf:
