@@ -2,8 +2,8 @@
 
 Nothing here is a bound: an attack counts only once it has been replayed (`replay`), and records say that a search found
 it. The search is DDN (Rony et al., CVPR 2019): gradient steps on the smallest margin, with the perturbation's norm
-decoupled from its direction; the norm shrinks while the prediction is flipped and grows while it is not. The search ends
-with a bisection along the ray.
+decoupled from its direction; the norm shrinks while the prediction is flipped and grows while it is not. A bisection
+along the ray ends the search.
 """
 
 from __future__ import annotations
