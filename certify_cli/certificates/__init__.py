@@ -5,6 +5,6 @@ that `auto` is a loop over one table. There are two kinds of methods:
 
 - Closed forms (`closed_form`, `anchoring`, `dual`, `dual_on_ball`) turn a margin, a gradient and a bound into a radius.
 - Searches (`local`, `ball_search`) look for the largest ball on which a bound of that ball keeps every margin positive.
-  `radius_bracket` proposes radii, and only a bound evaluated on a ball certifies it: what a search estimates changes
+  `radius_bracket` proposes radii, and only a bound evaluated on a ball certifies it: estimates made by a search change
   how large the radius is, never whether it holds.
 """

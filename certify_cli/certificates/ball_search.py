@@ -237,9 +237,11 @@ class _LadderSearch:
         return active, rung[active]
 
     def enter(self, index: Tensor, rung: Tensor, remaining: Tensor, result: BallSearchResult) -> None:
-        """Enter what the balls of the samples `index`, at `rung`, leave of the margins, and what they prove; (count,).
+        """Enter the results of the balls at `rung` around the samples `index`; all arguments (count,).
 
-        A ball that failed proves the rung below the radius that its bound certifies.
+        remaining: part of the margin left; a ball passes if it is positive.   result: the radii certified.
+
+        A failed ball raises the lower end to the rung below its certified radius.
         """
         self.bracket.update(index, remaining)
         passed, ladder = remaining > 0, self.ladder.at(index)
@@ -306,8 +308,8 @@ class _Search:
     ) -> tuple[Tensor, BallSearchResult]:
         """Evaluate the bounds on balls of `radius` (count,) around the samples `index` (count,).
 
-        Returns the part (count,) of the margin that the best bound leaves, for the rival with the smallest part; and
-        what the balls prove, which for a ball that fails is a smaller radius.
+        Returns the part of the margin (count,) that the best bound leaves, smallest over all rivals; and the radii
+        certified, which are smaller than the balls' where that part is not positive.
         """
         point = self.point.at(index)
         ranges = interval_ranges(point, self.model_bounds.weights, radius)

@@ -30,6 +30,8 @@ def lipschitz_radius(margin: Tensor, lipschitz: Tensor) -> Tensor:
 def curvature_radius(margin: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
     """2 f / (||g|| + sqrt(||g||^2 + 2 M f)), where M >= -lambda_min of the Hessian. inf where g = 0 and M = 0.
 
+    M must hold everywhere, or on a ball to which the caller then limits the radius.
+
     This form has no cancellation: (sqrt(||g||^2 + 2 M f) - ||g||) / M has an unbounded relative error as M f / ||g||^2
     approaches the unit roundoff.
     """

@@ -69,9 +69,9 @@ def extended_on_balls(
 
 @dataclass(frozen=True, eq=False)
 class _PairsOnBalls:
-    """Pairs of a sample and a rival, and what the sample's ball certifies for them; (count,) unless stated.
+    """Pairs of a sample and a rival with their radii on the sample's ball; (count,) unless stated.
 
-    radius: certified; at most the ball's, but at least the one certified before.
+    radius: certified; never smaller than the previous one, and otherwise at most the ball's.
     moved (count, *input shape): the point of the best tangent.
     useful: whether the bound on the ball was small enough for a descent.
     """

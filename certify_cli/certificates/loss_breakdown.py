@@ -1,8 +1,8 @@
 """How the local bound loses margin on one sample's ball, term by term (`curvcert bounds --sample`).
 
-`margin_bound.lower_bound` proves what is left of the margin. The loss is split into terms at the point where the bound
-is smallest; the terms are estimates, and add up to the proved loss with the gap between proof and estimate as one of
-them.
+`margin_bound.lower_bound` proves how much of the margin is left. The loss is split into terms at the point where the
+bound is smallest. The terms are estimates; with the gap between proof and estimate as one of them, they add up to the
+proved loss.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LossRow:
 
 @dataclass(frozen=True)
 class Losses:
-    """A margin, what is left of it on a ball, and the terms of the loss between them.
+    """A sample's margin, its lower bound on a ball, and the terms of the loss between the two.
 
     prediction, rival: classes of the margin.
     radius: of the ball, certified by the better of `curvature` and `local`.

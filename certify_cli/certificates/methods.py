@@ -33,7 +33,8 @@ from certify_cli.records import certifies, refutes
 Certify = Callable[[ModelBounds, EvaluatedPoints, bool, Certificates | None], Certificates]
 """(model bounds, samples, whether to certify attacks, previous certificates of these samples or None) -> certificates.
 
-The previous certificates are those of cheaper methods; the result is at least as good."""
+The previous certificates are those of cheaper methods: a search begins with them. The result may be worse than they
+are, and `certify_batch` keeps the better of the two."""
 
 
 @dataclass(frozen=True)
