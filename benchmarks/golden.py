@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 import certify_cli
+from certify_cli.efforts import EFFORTS
 from certify_cli.errors import MethodError
+from certify_cli.names import AUTO, METHOD_NAMES
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("lipschitz", "curvature", "dual", "local", "linear", "local-lipschitz", "auto")
-EFFORTS = ("fast", "normal", "max")
 SHIPPED = (("digits_mlp", "digits", "0:6"), ("digits_conv", "digits", "0:3"))
 SHARED = (
     ("marabou_mnist2x5_sigmoid", "mnist", "0:4"),
@@ -44,8 +44,8 @@ def records(models: Path | None, data_root: Path | None) -> dict[str, list[dict[
     for path, data, samples in cases:
         model = certify_cli.load_model(str(path))
         chosen = certify_cli.load_data(data, root=data_root, samples=samples)
-        for method, effort in itertools.product(METHODS, EFFORTS):
-            attack = "search" if method == "auto" else "certificate"
+        for method, effort in itertools.product((*METHOD_NAMES, AUTO), EFFORTS):
+            attack = "search" if method == AUTO else "certificate"
             try:
                 result = certify_cli.certify(model, chosen, method=method, effort=effort, attack=attack, device="cpu")
             except MethodError:

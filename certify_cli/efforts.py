@@ -1,7 +1,8 @@
-"""What `fast`, `normal` and `max` mean: the limits of every method, in one place that loads nothing.
+"""Efforts: what `fast`, `normal` and `max` mean, as the limits of every method.
 
-The command line knows an effort by its name; everything below the engine is handed the `Effort` itself. A limit decides
-how long is looked, or which proofs are afforded, never whether a bound holds.
+The command line knows an effort by its name; the engine hands the `Effort` itself to everything below it. A limit
+decides how long a search runs and which proofs are affordable, never whether a bound holds. This module imports the
+standard library only, because help and completion read it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """Floating-point operations that bounds of one matrix may take: a verified norm, and proved eigenvalues."""
+    """Upper limits of the floating-point operations for the bounds of one matrix.
+
+    norm: for a verified spectral norm.   eigenvalues: for proved eigenvalues.
+    """
 
     norm: float
     eigenvalues: float
@@ -23,32 +27,35 @@ class Budget:
 class LocalLimits:
     """Limits of the search of `local`.
 
-    balls: tried at most.   first, further: steps of the ascent on the first ball and on each further one.
-    close: relative accuracy of the radius.   relaxed: whether the search begins on the ranges of linear relaxation.
+    balls: largest number of balls tried.
+    first_steps, further_steps: ascent steps on the first ball, and on each further one.
+    tolerance: relative accuracy of the radius.
+    relaxed_ranges: whether every expansion begins with the pre-activation ranges of linear relaxation.
     """
 
     balls: int
-    first: int
-    further: int
-    close: float
-    relaxed: bool = False
+    first_steps: int
+    further_steps: int
+    tolerance: float
+    relaxed_ranges: bool = False
 
 
 @dataclass(frozen=True)
 class BallSearchLimits:
     """Limits of the search of `linear` and `local-lipschitz`.
 
-    balls: tried at most.   close: relative accuracy of the radius.
-    range_operations: floating-point operations for the ranges of one pre-activation node, a sample and ball.
-    slope_steps: of the ascent for the slopes of a margin's relaxation.
-    range_slope_steps: of the ascents for slopes of every range's own, in a second search behind the first.
-    range_slope_operations: floating-point operations that these may take, a sample and ball.
-    range_slope_depth: from how many relaxed pre-activation nodes on they are made.   kinks: whether also where every
-    activation is piecewise linear, so that lines above have no choice.
+    balls: largest number of balls tried.
+    tolerance: relative accuracy of the radius.
+    range_operations: floating-point operations for the ranges of one pre-activation node, per sample and ball.
+    slope_steps: ascent steps for the slopes of a margin's relaxation.
+    range_slope_steps: ascent steps for slopes optimised for each range, in a second search after the first.
+    range_slope_operations: floating-point operations that these ascents may take, per sample and ball.
+    range_slope_depth: number of relaxed pre-activation nodes from which on the second search is made.
+    kinks: whether it is made also where every activation is piecewise linear, which leaves the upper lines no choice.
     """
 
     balls: int
-    close: float
+    tolerance: float
     range_operations: float
     slope_steps: int
     range_slope_steps: int
@@ -59,15 +66,19 @@ class BallSearchLimits:
 
 @dataclass(frozen=True)
 class Effort:
-    """One effort. Numbers of points, balls and rounds are a sample's, and upper limits.
+    """Limits of one effort. Numbers of points, balls, steps and rivals are upper limits for one sample.
 
-    budget: of the global bounds.   tangents: further points at which `curvature` takes the closed form, for each rival
-    that can be the nearest.   dual_steps: the same of `dual`, which ends where a step gains nothing.
-    dual_balls: balls on which `dual` bounds the Hessian; attack_balls: the same for attacks.
-    ball_eigenvalue: floating-point operations for one eigenvalue of a pair on a ball; where one takes more, the layer's
-    bound does without.   local: None where `local` uses the tangent bound alone.
-    attack_steps: of the gradient search for attacks.   attack_rivals: rivals that it tries one by one.
-    every_verdict: whether `auto` runs expensive methods also on samples whose verdicts are known.
+    budget: for the global bounds.
+    tangents: further points at which `curvature` evaluates the closed form, per rival that can be the nearest.
+    dual_steps: the same for `dual`, which stops where a step gains nothing.
+    dual_balls, attack_balls: balls on which `dual` bounds the Hessian, for radii and for attacks.
+    ball_eigenvalue: floating-point operations for one eigenvalue on a ball; where one takes more, the layer's bound
+    uses no eigenvalue.
+    local: limits of `local`; None where it uses the tangent bound alone.
+    ball_search: limits of `linear` and `local-lipschitz`.
+    attack_steps: gradient steps of the search for attacks.
+    attack_rivals: rivals that this search tries one by one.
+    every_verdict: whether `auto` runs expensive methods also on samples whose verdicts earlier methods settled.
     """
 
     name: str
@@ -95,7 +106,7 @@ FAST = Effort(
     local=None,
     ball_search=BallSearchLimits(
         balls=8,
-        close=1e-2,
+        tolerance=1e-2,
         range_operations=2e9,
         slope_steps=0,
         range_slope_steps=0,
@@ -105,8 +116,8 @@ FAST = Effort(
     attack_steps=30,
     attack_rivals=0,
 )
-# On five layers of 200 sigmoids slopes of every range's own add 16 % to the radius, on three of 100 some 5 %, on a
-# single one next to nothing: hence `range_slope_depth`.
+# Slopes optimised for each range add 16 % to the radius on five layers of 200 sigmoids, some 5 % on three layers of 100
+# and next to nothing on a single layer: hence `range_slope_depth`.
 NORMAL = Effort(
     name="normal",
     budget=Budget(norm=2e10, eigenvalues=5e11),
@@ -115,10 +126,10 @@ NORMAL = Effort(
     dual_balls=1,
     attack_balls=0,
     ball_eigenvalue=1e8,
-    local=LocalLimits(balls=8, first=16, further=8, close=1e-2),
+    local=LocalLimits(balls=8, first_steps=16, further_steps=8, tolerance=1e-2),
     ball_search=BallSearchLimits(
         balls=20,
-        close=1e-3,
+        tolerance=1e-3,
         range_operations=5e10,
         slope_steps=10,
         range_slope_steps=5,
@@ -136,10 +147,10 @@ MAX = Effort(
     dual_balls=4,
     attack_balls=3,
     ball_eigenvalue=2e10,
-    local=LocalLimits(balls=14, first=40, further=20, close=2e-3, relaxed=True),
+    local=LocalLimits(balls=14, first_steps=40, further_steps=20, tolerance=2e-3, relaxed_ranges=True),
     ball_search=BallSearchLimits(
         balls=30,
-        close=1e-4,
+        tolerance=1e-4,
         range_operations=math.inf,
         slope_steps=40,
         range_slope_steps=10,
@@ -153,4 +164,4 @@ MAX = Effort(
 )
 
 EFFORTS: Mapping[str, Effort] = {effort.name: effort for effort in (FAST, NORMAL, MAX)}
-"""By name, from the least time to the tightest bounds."""
+"""Name -> effort, from the shortest run to the tightest bounds."""

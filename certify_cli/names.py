@@ -1,4 +1,4 @@
-"""The names of methods and efforts, declared once.
+"""Names of methods, declared once; `efforts` holds those of the efforts.
 
 `certificates.methods` gives every method its function; a test compares its table with METHOD_NAMES. This module imports
 nothing: help and completion read it and must answer at once.
@@ -19,6 +19,6 @@ SUMMARIES = {
 """Method -> one line on how it certifies, in the order in which `auto` runs them."""
 METHOD_NAMES = tuple(SUMMARIES)
 AUTO = "auto"
-"""In place of a method's name: the best of every method that applies, sample by sample."""
+"""In place of a method's name: every applicable method, and per sample the best result."""
 TANGENT_METHODS = ("curvature", "dual")
 """Methods whose certificate is the closed form at one point, which `certify --certificate` writes."""

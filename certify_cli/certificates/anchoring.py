@@ -1,4 +1,7 @@
-"""Certificates and attacks from bounds anchored at the sample, for the rivals that can decide (theory section 1)."""
+"""Certificates and attacks from bounds anchored at the sample (theory section 1).
+
+Anchored bounds are more expensive than global ones, and evaluated only for rivals that can decide a sample.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,11 @@ from certify_cli.network.evaluated import EvaluatedPoints
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """What a closed form takes, (batch, classes): bounds of -lambda_min (`lower`) and lambda_max (`upper`) of the
-    margins' Hessians, and Lipschitz constants; or what takes their place around a sample."""
+    """Upper bounds for the margins towards all classes, (batch, classes) each: the arguments of the closed forms.
+
+    lower, upper: of -lambda_min and lambda_max of the Hessian.   lipschitz: Lipschitz constants.
+    Entries may be replaced by constants anchored at the sample that take the same place in a closed form.
+    """
 
     lower: Tensor
     upper: Tensor
@@ -26,10 +32,11 @@ class Constants:
 def anchored(
     anchors: Anchored, point: EvaluatedPoints, radius: Tensor, constants: Constants
 ) -> tuple[Tensor, Constants]:
-    """The table of certified radii (batch, classes), raised where the anchored constants certify more, and the
-    constants that decided each entry. `constants` are the global ones.
+    """The table of certified radii, enlarged by anchored constants, and the constants that gave each entry.
 
-    Raised for the rivals that can be a sample's weakest: the same least radii as for all, at the price of few.
+    radius (batch, classes): certified already.   constants: the global ones.
+
+    Only rivals that can be a sample's weakest are treated; the smallest radius is the same as if all were.
     """
     radius = radius.clone()
     lower, lipschitz = constants.lower.clone(), constants.lipschitz.clone()
@@ -37,19 +44,19 @@ def anchored(
         curvature, slope = constants.lower[todo, rival], constants.lipschitz[todo, rival]
         change, remainder = anchors.change(todo, rival), anchors.lower(todo, rival)
         secant = anchors.lipschitz(todo, rival)
-        ways = torch.stack(
+        radii = torch.stack(
             anchored_radii(
                 point.margin_low[todo, rival], point.gradient_norm[todo, rival], curvature, slope,
                 change, remainder, secant,
             )
         )  # fmt: skip
-        best, way = ways.max(0)
+        best, form = radii.max(0)
         better = best > radius[todo, rival]
-        index, rival, way = todo[better], rival[better], way[better]
+        index, rival, form = todo[better], rival[better], form[better]
         radius[index, rival] = best[better]
-        used = torch.stack([change, remainder, curvature])[:, better].gather(0, way.unsqueeze(0)).squeeze(0)
+        used = torch.stack([change, remainder, curvature])[:, better].gather(0, form.unsqueeze(0)).squeeze(0)
         lower[index, rival] = torch.minimum(lower[index, rival], used)
-        used = torch.where(way == 2, secant[better], slope[better])
+        used = torch.where(form == 2, secant[better], slope[better])
         lipschitz[index, rival] = torch.minimum(lipschitz[index, rival], used)
     return radius, Constants(lower, constants.upper, lipschitz)
 
@@ -57,10 +64,10 @@ def anchored(
 def certified_attack(
     anchors: Anchored, point: EvaluatedPoints, constants: Constants
 ) -> tuple[Tensor, Tensor, Constants]:
-    """The nearest promised attack: its radius (batch,), inf where there is none, the class it is towards, and the
-    constants with those that promised it.
+    """The nearest certified attack of each sample.
 
-    Anchored for one rival a sample, the nearest to first order.
+    Returns its radius (batch,), rounded up, inf where there is none; its rival (batch,); and the constants, with
+    anchored ones where they were used. These are evaluated for one rival per sample, the nearest to first order.
     """
     blocked = point.own | ~point.finite.unsqueeze(1)
     every = torch.arange(len(blocked), device=blocked.device)
@@ -68,6 +75,6 @@ def certified_attack(
     rival = distance.argmin(1)
     upper = constants.upper.clone()
     upper[every, rival] = torch.minimum(upper[every, rival], anchors.upper(every, rival))
-    promised = attack_radius(point.margin_high, point.gradient_norm_low, upper).masked_fill(blocked, torch.inf)
-    nearest, target = promised.min(1)
+    certified = attack_radius(point.margin_high, point.gradient_norm_low, upper).masked_fill(blocked, torch.inf)
+    nearest, target = certified.min(1)
     return nearest, target, Constants(constants.lower, upper, constants.lipschitz)

@@ -1,18 +1,20 @@
-"""The largest ball on which bounds keep every rival's margin positive, for bounds that take all rivals at once.
+"""The largest ball on which a bound keeps every rival's margin positive, for bounds that hold for all rivals at once.
 
-All samples are searched together, each on its own. A ball that passes is a proof by itself, and of one that fails a
-smaller one passes (`AffineLoss.largest`), so the search needs no monotonicity. Several bounds in one search share their
-ranges, the later ones being asked only where the earlier ones leave little.
+Each ball on which the bound is positive is a proof by itself, and a ball that fails still proves a smaller one
+(`AffineLoss.largest`); so the search does not need the bounds to be monotone in the radius. Several bounds can share
+one search and its pre-activation ranges: the later bounds are evaluated only where the earlier ones leave little of the
+margin.
 
-Radii are looked for on a ladder, rung k being (1 + close)^k times a length of the sample's own: where a search ends
-does not depend on where it began, nor on what was known before, as far as the bounds are monotone: an ascent of few
-steps may part for a rounding, and its radii then differ by up to a percent on deep networks. Each is proved.
+All samples of a batch are searched at the same time, independently of each other. Radii are taken from a ladder whose
+rung k is (1 + tolerance)^k times a length that depends on the sample alone. As far as the bounds are monotone, the
+result then depends neither on the first ball nor on previously certified radii. A short ascent can still part at a
+rounding error, which on deep networks changes radii by up to a percent; each of them is proved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +25,7 @@ from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, falls, lines
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, falls, lines
 from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds, optimised_cost, reaches
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.certificates.local import footprint, searchable
@@ -37,92 +39,111 @@ from certify_cli.numerics.rounding import difference_down
 from certify_cli.numerics.trees import Batched
 
 STRIDE = 16.0
-"""How many times larger the next ball may be."""
-ROUGH_BALLS, ROUGH = 12, 0.2
+"""Largest ratio of the next radius to the last one, while no ball has failed."""
+ROUGH_BALLS, ROUGH_TOLERANCE = 12, 0.2
 """Balls tried on interval ranges, and the relative accuracy there: they only say where to begin."""
 NARROWER = 1.4
-"""What narrower ranges add to the radius, an estimate."""
+"""An estimate of the ratio by which the ranges of linear relaxation enlarge the radius."""
 START = 0.2
-"""The first ball otherwise, as a part of the radius to first order."""
-NARROWER_STILL, NEARLY = 1.1, 2e-2
-"""What slopes of every range's own add to the radius, an estimate; and the relative accuracy of the search before."""
-BEHIND = 1.25
-"""Where another method's radius is so many times larger, these are not tried."""
-HOPEFUL = -1.0
-"""The least bound, as a part of the margin at the sample, that an ascent may still make positive."""
-PLENTY = 0.1
-"""Where a bound leaves less than this part of the margin, the next bound is evaluated as well."""
+"""The first ball where no other estimate exists, as a part of the radius to first order."""
+OPTIMISED_GAIN, FIRST_TOLERANCE = 1.1, 2e-2
+"""An estimate of the ratio by which slopes optimised for each range enlarge the radius; and the relative accuracy of
+the search without them that comes first."""
+OVERTAKEN = 1.25
+"""Slopes are not optimised for each range where the previous radius is so many times larger."""
+HOPELESS = -1.0
+"""An ascent is not tried for a lower bound of the margin below this part of the margin at the sample."""
+NARROW = 0.1
+"""Where a bound leaves less than this part of the margin, an ascent and the next bound are tried as well."""
 
 BallBound = Callable[[ModelBounds, EvaluatedPoints, Ranges, Tensor], tuple[AffineLoss, Ranges]]
-"""(analysis, point, ranges on the balls, cotangents of the margins (batch, classes, classes)) -> how much the margins
-fall, (batch, classes), and ranges as narrow or narrower."""
+"""(model bounds, samples, ranges on their balls, cotangents of the margins (batch, classes, classes)) -> upper bounds
+(batch, classes) of the margins' losses on the balls, and ranges that are at least as narrow."""
 
 
 def linear_bound(
     model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor, range_steps: int = 0
 ) -> tuple[AffineLoss, Ranges]:
-    """Linear relaxation, on ranges found by it as well; with lines of their own for narrow margins.
+    """Linear relaxation on ranges narrowed by linear relaxation, with slopes optimised for narrow margins.
 
-    range_steps: of the ascents for the ranges' lines.
+    range_steps: ascent steps for slopes optimised for each range.
     """
-    ranges, between = intermediate_bounds(
+    ranges, relaxations = intermediate_bounds(
         point, ranges, model_bounds.memory, model_bounds.effort.ball_search.range_operations, range_steps
     )
-    fall = falls(point.network, between, cotangents)
+    loss = falls(point.network, relaxations, cotangents)
     steps = model_bounds.effort.ball_search.slope_steps
-    left = (point.margin_low - fall.on(ranges.radius)) / point.margin_low
-    sample, rival = ((left <= PLENTY) & (left > HOPEFUL)).nonzero().unbind(1)
-    if steps and len(sample) and has_slopes(point):
-        few, item = sample.unique(return_inverse=True)
-        mine = {k: line for k, line in between.items() if isinstance(line, LinearRelaxation)}
-        choice = slope_tables(point.at(few), ranges.at(few), {k: line.at(few) for k, line in mine.items()})
-        better = optimised_loss(
-            point.network,
-            ranges.radius[sample],
-            {k: e.at(item) for k, e in choice.items()},
-            {k: line.slopes[:, sample] for k, line in mine.items()},
-            cotangents[sample, rival],
-            steps,
-        )
-        here = AffineLoss(fall.rate[sample, rival].unsqueeze(1), fall.constant[sample, rival].unsqueeze(1))
-        least = here.least(better, ranges.radius[sample])
-        place = (sample, rival)
-        fall = AffineLoss(
-            fall.rate.index_put(place, least.rate[:, 0]), fall.constant.index_put(place, least.constant[:, 0])
-        )
-    return fall, ranges
+    if steps and has_slopes(point):
+        loss = _with_optimised_slopes(point, ranges, relaxations, cotangents, loss, steps)
+    return loss, ranges
+
+
+def _with_optimised_slopes(
+    point: EvaluatedPoints,
+    ranges: Ranges,
+    relaxations: Mapping[int, Relaxation],
+    cotangents: Tensor,
+    loss: AffineLoss,
+    steps: int,
+) -> AffineLoss:
+    """`loss` (batch, classes), replaced by that of optimised slopes where the margin left is narrow and this helps."""
+    remaining = (point.margin_low - loss.on(ranges.radius)) / point.margin_low
+    sample, rival = ((remaining <= NARROW) & (remaining > HOPELESS)).nonzero().unbind(1)
+    if not len(sample):
+        return loss
+    narrow, position = sample.unique(return_inverse=True)
+    linear = {k: relaxation for k, relaxation in relaxations.items() if isinstance(relaxation, LinearRelaxation)}
+    tables = slope_tables(point.at(narrow), ranges.at(narrow), {k: line.at(narrow) for k, line in linear.items()})
+    optimised = optimised_loss(
+        point.network,
+        ranges.radius[sample],
+        {k: table.at(position) for k, table in tables.items()},
+        {k: line.slopes[:, sample] for k, line in linear.items()},
+        cotangents[sample, rival],
+        steps,
+    )
+    pairs = AffineLoss(loss.rate[sample, rival].unsqueeze(1), loss.constant[sample, rival].unsqueeze(1))
+    smaller = pairs.least(optimised, ranges.radius[sample])
+    entries = (sample, rival)
+    return AffineLoss(
+        loss.rate.index_put(entries, smaller.rate[:, 0]), loss.constant.index_put(entries, smaller.constant[:, 0])
+    )
 
 
 def optimised_linear_bound(
     model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
 ) -> tuple[AffineLoss, Ranges]:
-    """`linear_bound`, and lines of its own for every range as well."""
+    """`linear_bound` with slopes optimised for each range as well."""
     return linear_bound(model_bounds, point, ranges, cotangents, model_bounds.effort.ball_search.range_slope_steps)
 
 
 def linear_bound_on_ranges(
     model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
 ) -> tuple[AffineLoss, Ranges]:
-    """Linear relaxation on the ranges given."""
+    """Linear relaxation on the given ranges."""
     return falls(point.network, lines(point, ranges), cotangents), ranges
 
 
 def lipschitz_bound(
     model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
 ) -> tuple[AffineLoss, Ranges]:
-    """Local Lipschitz constants; of as many samples at once as fit the memory."""
+    """Lipschitz constants on the balls, for as many samples at once as fit the memory."""
     fitting = model_bounds.memory // footprint(point.network)
     every = torch.arange(len(point.x), device=point.x.device)
-    parts = every.split(max(1, fitting))
+    chunks = every.split(max(1, fitting))
     budget = model_bounds.effort.ball_search.range_operations if fitting else 0.0
-    found = [lipschitz_loss(point.at(i), ranges.at(i), cotangents[i], budget) for i in parts]
-    return AffineLoss(torch.cat([f.rate for f in found]), torch.cat([f.constant for f in found])), ranges
+    losses = [lipschitz_loss(point.at(i), ranges.at(i), cotangents[i], budget) for i in chunks]
+    return AffineLoss(torch.cat([loss.rate for loss in losses]), torch.cat([loss.constant for loss in losses])), ranges
 
 
 @dataclass(frozen=True, eq=False)
 class BallSearchResult(Batched):
-    """Certified radii (batch,), rounded down, 0 where nothing was found; the rivals that decide them, and which of the
-    bounds it was."""
+    """Certified radii of a batch; (batch,) each.
+
+    radius: rounded down, 0 where nothing is proved.
+    rival: the class that decides the radius.
+    bound: position of the bound that gave the radius, among those searched with.
+    """
 
     radius: Tensor
     rival: Tensor
@@ -130,137 +151,191 @@ class BallSearchResult(Batched):
 
 
 def search_balls(
-    bounds: tuple[BallBound, ...], model_bounds: ModelBounds, point: EvaluatedPoints, known: Tensor
+    bounds: tuple[BallBound, ...], model_bounds: ModelBounds, point: EvaluatedPoints, previous: Tensor
 ) -> BallSearchResult:
-    """The largest balls on which one of the bounds holds. known (batch,): radii certified already.
+    """The largest balls on which at least one of the bounds keeps every margin positive.
 
-    What is found may be less than what is known.
+    previous (batch,): radii that other methods have certified. The search leaves out smaller balls, so that a sample
+    whose radius it cannot enlarge has radius 0.
     """
-    radius, rival = torch.zeros_like(known), point.margin.argmin(1)
+    radius, rival = torch.zeros_like(previous), point.margin.argmin(1)
     bound = torch.zeros_like(rival)
-    able = searchable(point, known).nonzero()[:, 0]
+    able = searchable(point, previous).nonzero()[:, 0]
     if not len(able) or not nonlinear_nodes(point.network):  # affine: margin over norm is exact
         return BallSearchResult(radius, rival, bound)
-    search, floor = _Search(model_bounds, point.at(able)), known[able]
-    rough = search.largest(
-        (linear_bound_on_ranges,), torch.where(floor > 0, floor, search.beginning), floor, ROUGH_BALLS, ROUGH
-    )
-    # what is known already may be all there is, where better bounds than a global one have been tried
-    near = (floor > 0.5 * search.beginning) | (len(point.slopes) > 0)
-    start = torch.where(near & (floor > 0), floor, search.beginning)
-    between = torch.maximum(NARROWER * rough.radius, (rough.radius * search.beginning).sqrt())
-    start = torch.where(rough.radius > 0, torch.where(near, NARROWER * rough.radius, between), start)
+    search, floor = _Search(model_bounds, point.at(able)), previous[able]
+    start = search.start(floor)
     limits = model_bounds.effort.ball_search
     if linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
-        found = search.largest(bounds, start, floor, limits.balls, limits.close)
+        best = search.largest(bounds, start, floor, limits.balls, limits.tolerance)
     else:
-        found = search.largest(bounds, start, floor / BEHIND, limits.balls, NEARLY)
-        finer = tuple(optimised_linear_bound if bound is linear_bound else bound for bound in bounds)
-        floor = torch.where(found.radius > 0, torch.maximum(floor, found.radius), torch.inf)
-        begin = NARROWER_STILL * found.radius
-        finer_found = search.largest(finer, begin, floor, limits.balls, limits.close)
-        found = found.where(finer_found.radius > found.radius, finer_found)
-    radius[able], rival[able], bound[able] = found.radius, found.rival, found.bound
+        best = search.largest(bounds, start, floor / OVERTAKEN, limits.balls, FIRST_TOLERANCE)
+        optimised = tuple(optimised_linear_bound if bound is linear_bound else bound for bound in bounds)
+        floor = torch.where(best.radius > 0, torch.maximum(floor, best.radius), torch.inf)
+        second = search.largest(optimised, OPTIMISED_GAIN * best.radius, floor, limits.balls, limits.tolerance)
+        best = best.where(second.radius > best.radius, second)
+    radius[able], rival[able], bound[able] = best.radius, best.rival, best.bound
     return BallSearchResult(radius, rival, bound)
 
 
 def _worth_optimising_ranges(point: EvaluatedPoints, limits: BallSearchLimits) -> bool:
-    """Whether lines of every range's own are worth their time. On kinks they seldom are: lines above have no choice."""
+    """Whether slopes optimised for each range are worth their time.
+
+    They seldom are where every activation is piecewise linear, because upper lines then have no choice of slope.
+    """
     network, steps = point.network, limits.range_slope_steps
     if not steps or not has_slopes(point) or optimised_cost(network, steps) > limits.range_slope_operations:
         return False
     ops = [network.nodes[k].op for k in nonlinear_nodes(network)]
-    bent = any(isinstance(op, Activation) and not is_piecewise_linear(op) for op in ops)
+    curved = any(isinstance(op, Activation) and not is_piecewise_linear(op) for op in ops)
     depth = sum(reaches(network, target) for target in pre_activations(network)[:-1])
-    return (bent or limits.kinks) and depth >= limits.range_slope_depth
+    return (curved or limits.kinks) and depth >= limits.range_slope_depth
 
 
 @dataclass(frozen=True, eq=False)
 class _Ladder(Batched):
-    """Radii unit * (1 + close)^k, (batch,) each, by their rungs k."""
+    """Radii unit * (1 + tolerance)^k, (batch,) each, for integers k, their rungs."""
 
     unit: Tensor
-    close: float
+    tolerance: float
 
     def rung(self, radius: Tensor) -> Tensor:
-        """About where a radius is, a real number: -inf at 0."""
-        return (radius / self.unit).log() / math.log1p(self.close)
+        """The real number k that belongs to a radius, rounded to nearest: -inf at 0."""
+        return (radius / self.unit).log() / math.log1p(self.tolerance)
 
     def radius(self, rung: Tensor) -> Tensor:
-        return self.unit * (rung * math.log1p(self.close)).exp()
+        return self.unit * (rung * math.log1p(self.tolerance)).exp()
 
     def below(self, radius: Tensor) -> Tensor:
-        """The highest rung that is no larger; -inf at 0."""
-        rung = self.rung(radius * (1 + self.close / 100)).floor()  # a rung's own radius must not fall a rung
+        """The highest rung whose radius is at most `radius`; -inf at 0."""
+        rung = self.rung(radius * (1 + self.tolerance / 100)).floor()  # a rung's own radius must not fall a rung
         return torch.where(self.radius(rung) <= radius, rung, rung - 1)
+
+
+@dataclass(eq=False)
+class _LadderSearch:
+    """The state of a search on the rungs of a ladder, updated in place. Tensors (batch,).
+
+    bracket: proposes radii, which are rounded to rungs.
+    lower: the highest rung that is proved, or that need not be tried.   upper: the lowest rung that failed.
+    best: the largest proved radii; 0 where no rung above the first `lower` is proved.
+    """
+
+    ladder: _Ladder
+    bracket: Bracket
+    lower: Tensor
+    upper: Tensor
+    best: BallSearchResult
+
+    def propose(self, active: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples of `active` (count,) that have a rung left to try, and their rungs, (remaining count,) each."""
+        rung = self.ladder.rung(self.bracket.radius).round().clamp(min=self.lower + 1, max=self.upper - 1)
+        self.bracket.radius = radius = self.ladder.radius(rung)
+        active = active[
+            (self.lower[active] + 1 < self.upper[active]) & radius[active].isfinite() & (radius[active] > 0)
+        ]
+        return active, rung[active]
+
+    def enter(self, index: Tensor, rung: Tensor, remaining: Tensor, result: BallSearchResult) -> None:
+        """Enter the results of the balls at `rung` around the samples `index`; all arguments (count,).
+
+        remaining: part of the margin left; a ball passes if it is positive.   result: the radii certified.
+
+        A failed ball raises the lower end to the rung below its certified radius.
+        """
+        self.bracket.update(index, remaining)
+        passed, ladder = remaining > 0, self.ladder.at(index)
+        self.upper[index] = torch.where(passed, self.upper[index], torch.minimum(self.upper[index], rung))
+        reached = torch.where(passed, rung, torch.minimum(ladder.below(result.radius), rung - 1))
+        certified = torch.where(passed, result.radius, torch.minimum(ladder.radius(reached), result.radius))
+        raised = reached > self.lower[index]
+        index, result = index[raised], result.at(raised.nonzero()[:, 0])
+        self.lower[index], self.best.radius[index] = reached[raised], certified[raised]
+        self.best.rival[index], self.best.bound[index] = result.rival, result.bound
 
 
 @dataclass(frozen=True, eq=False)
 class _Search:
+    """Searches for the largest balls of a batch of samples."""
+
     model_bounds: ModelBounds
     point: EvaluatedPoints
 
     @cached_property
-    def beginning(self) -> Tensor:
-        """Where to begin, (batch,)."""
+    def unit(self) -> Tensor:
+        """Lengths (batch,) that depend on each sample alone: the unit of its ladder, and its first ball by default."""
         start = START * self.point.distance_estimate.nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1)
         return torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
 
+    def start(self, previous: Tensor) -> Tensor:
+        """Radii (batch,) of the first balls, from a rough search on interval ranges.
+
+        A previous radius counts as close to the best one if it is large, or if the model is smooth, because better
+        bounds than a global Lipschitz constant have then been tried.
+        """
+        first = torch.where(previous > 0, previous, self.unit)
+        rough = self.largest((linear_bound_on_ranges,), first, previous, ROUGH_BALLS, ROUGH_TOLERANCE).radius
+        close = (previous > 0.5 * self.unit) | (len(self.point.slopes) > 0)
+        start = torch.where(close & (previous > 0), previous, self.unit)
+        between = torch.maximum(NARROWER * rough, (rough * self.unit).sqrt())
+        return torch.where(rough > 0, torch.where(close, NARROWER * rough, between), start)
+
     def largest(
-        self, bounds: tuple[BallBound, ...], start: Tensor, floor: Tensor, balls: int, close: float
+        self, bounds: tuple[BallBound, ...], start: Tensor, floor: Tensor, balls: int, tolerance: float
     ) -> BallSearchResult:
-        """From `start` (batch,) on. Nothing where no ball beyond `floor` (batch,) passes."""
-        ladder = _Ladder(self.beginning, close)
-        bracket = Bracket.around(start, STRIDE, inward=1.0, steady=True)
-        rival = self.point.margin.argmin(1)
-        best = BallSearchResult(torch.zeros_like(start), rival, torch.zeros_like(rival))
-        inside, outside = ladder.below(floor), torch.full_like(start, torch.inf)
+        """The largest proved balls; radius 0 where none larger than `floor` (batch,) is proved.
+
+        start (batch,): radii of the first balls.   balls: largest number tried.   tolerance: of the ladder.
+        """
+        ladder = _Ladder(self.unit, tolerance)
+        search = _LadderSearch(
+            ladder,
+            Bracket.around(start, STRIDE, shrink=1.0, steady=True),
+            lower=ladder.below(floor),
+            upper=torch.full_like(start, torch.inf),
+            best=_nothing(self.point),
+        )
         active = torch.arange(len(start), device=start.device)
         for _ in range(balls):
-            rung = ladder.rung(bracket.radius).round().clamp(min=inside + 1, max=outside - 1)
-            bracket.radius = ladder.radius(rung)
-            active = active[
-                (inside[active] + 1 < outside[active])
-                & bracket.radius[active].isfinite()
-                & (bracket.radius[active] > 0)
-            ]
+            active, rung = search.propose(active)
             if not len(active):
                 break
-            left, here = self._tried(bounds, active, bracket.radius[active])
-            bracket.update(active, left)
-            passed, here_rung, lower = left > 0, rung[active], ladder.at(active)
-            outside[active] = torch.where(passed, outside[active], torch.minimum(outside[active], here_rung))
-            # a part of a ball that failed counts by the rung below
-            reached = torch.where(passed, here_rung, torch.minimum(lower.below(here.radius), here_rung - 1))
-            certain = torch.where(passed, here.radius, torch.minimum(lower.radius(reached), here.radius))
-            raised = reached > inside[active]
-            index = active[raised]
-            inside[index], best.radius[index] = reached[raised], certain[raised]
-            best.rival[index], best.bound[index] = here.rival[raised], here.bound[raised]
-        return best
+            search.enter(active, rung, *self._evaluate(bounds, active, search.bracket.radius[active]))
+        return search.best
 
-    def _tried(self, bounds: tuple[BallBound, ...], index: Tensor, radius: Tensor) -> tuple[Tensor, BallSearchResult]:
-        """What balls of `radius` leave of the margins to the nearest rivals, as parts; and what that proves."""
-        whole = self.point.at(index)
-        ranges = interval_ranges(whole, self.model_bounds.weights, radius)
-        eye = torch.eye(whole.network.classes, dtype=radius.dtype, device=radius.device)
-        left = torch.full_like(radius, -torch.inf)
-        found = BallSearchResult(torch.zeros_like(radius), whole.margin.argmin(1), torch.zeros_like(index))
+    def _evaluate(
+        self, bounds: tuple[BallBound, ...], index: Tensor, radius: Tensor
+    ) -> tuple[Tensor, BallSearchResult]:
+        """Evaluate the bounds on balls of `radius` (count,) around the samples `index` (count,).
+
+        Returns the part of the margin (count,) that the best bound leaves, smallest over all rivals; and the radii
+        certified, which are smaller than the balls' where that part is not positive.
+        """
+        point = self.point.at(index)
+        ranges = interval_ranges(point, self.model_bounds.weights, radius)
+        eye = torch.eye(point.network.classes, dtype=radius.dtype, device=radius.device)
+        best_remaining, result = torch.full_like(radius, -torch.inf), _nothing(point)
         todo = torch.arange(len(index), device=index.device)
         for number, bound in enumerate(bounds):
-            point = whole.at(todo)
-            cotangents = eye[point.prediction].unsqueeze(1) - eye.unsqueeze(0)
-            fall, ranges = bound(self.model_bounds, point, ranges, cotangents)
-            remains = difference_down(point.margin_low, fall.on(ranges.radius)) / point.margin_low
-            least, rival = remains.masked_fill(point.own, torch.inf).min(1)
-            proved = fall.largest(point.margin_low, ranges.radius).masked_fill(point.own, torch.inf).amin(1)
-            proved = torch.where(least > 0, ranges.radius, proved)
-            left[todo] = torch.fmax(left[todo], least)
-            better = proved > found.radius[todo]
-            found.radius[todo[better]], found.rival[todo[better]] = proved[better], rival[better]
-            found.bound[todo[better]] = number
-            near = (least <= PLENTY).nonzero()[:, 0]
-            todo, ranges = todo[near], ranges.at(near)
+            samples = point.at(todo)
+            cotangents = eye[samples.prediction].unsqueeze(1) - eye.unsqueeze(0)
+            loss, ranges = bound(self.model_bounds, samples, ranges, cotangents)
+            remaining = difference_down(samples.margin_low, loss.on(ranges.radius)) / samples.margin_low
+            remaining, rival = remaining.masked_fill(samples.own, torch.inf).min(1)
+            smaller = loss.largest(samples.margin_low, ranges.radius).masked_fill(samples.own, torch.inf).amin(1)
+            proved = torch.where(remaining > 0, ranges.radius, smaller)
+            best_remaining[todo] = torch.fmax(best_remaining[todo], remaining)
+            better = proved > result.radius[todo]
+            result.radius[todo[better]], result.rival[todo[better]] = proved[better], rival[better]
+            result.bound[todo[better]] = number
+            narrow = (remaining <= NARROW).nonzero()[:, 0]
+            todo, ranges = todo[narrow], ranges.at(narrow)
             if not len(todo):
                 break
-        return left, found
+        return best_remaining, result
+
+
+def _nothing(point: EvaluatedPoints) -> BallSearchResult:
+    """Radius 0 for every sample, with the runner-up as rival."""
+    rival = point.margin.argmin(1)
+    return BallSearchResult(torch.zeros_like(point.x.flatten(1)[:, 0]), rival, torch.zeros_like(rival))

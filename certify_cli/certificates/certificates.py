@@ -1,4 +1,4 @@
-"""Certificates of a batch: what every method returns, and how two of them are combined."""
+"""Certificates of a batch: the result of every method, and how two results are combined."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from certify_cli.numerics.trees import Batched
 
 @dataclass(frozen=True, eq=False)
 class Certificates(Batched):
-    """One row a sample (batch,). NaN stands for "this method has none".
+    """Certified radii and attacks, one row per sample, (batch,) unless stated; NaN where the method has no figure.
 
-    `radius` is certified for the prediction: rounded down, 0 where nothing is certified, inf where nothing can flip
-    it. `rival` is the class that decides it, and `gradient`, `curvature_lower`, `curvature_upper` and `lipschitz`
-    (upper bounds) belong to the margin towards it. `attack` is the distance, rounded up, from the sample to the row of
-    `witness` (batch, *input shape), whose replay changed the prediction; NaN and the sample itself where there is none.
-    `near` (batch, *input shape) is where the tangent that gave the radius was taken (the sample itself if none was): a
-    search for attacks starts there.
+    radius: certified for the prediction; rounded down, 0 where nothing is certified, inf where no rival can win.
+    rival: the class that decides the radius.
+    gradient, curvature_lower, curvature_upper, lipschitz: upper bounds for the margin towards the rival: of the
+    gradient's norm, of -lambda_min and lambda_max of the Hessian, and of the Lipschitz constant.
+    attack: distance, rounded up, from the sample to its witness; NaN where there is none.
+    witness (batch, *input shape): a point whose replay changed the prediction; the sample where there is none.
+    near (batch, *input shape): where the tangent that gave the radius was taken, the sample unless at a further point.
+    A search for attacks starts there, because such points lie close to the decision boundary.
+    method: index of the method that gave the radius, in the table of methods.
     """
 
     radius: Tensor
@@ -32,10 +35,9 @@ class Certificates(Batched):
     witness: Tensor
     near: Tensor
     method: Tensor
-    """Index of the method that gave the radius, in the order of the table of methods."""
 
     def best_of(self, other: Certificates) -> Certificates:
-        """The larger certified radius and the smaller attack, sample by sample; ties go to self."""
+        """Per sample the larger certified radius and the smaller attack; on a tie those of self."""
         best = self.where(other.radius > self.radius, other)
         nearest = self.where(other.attack < torch.nan_to_num(self.attack, nan=torch.inf), other)
         return replace(best, attack=nearest.attack, witness=nearest.witness)

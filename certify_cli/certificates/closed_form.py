@@ -1,7 +1,12 @@
-"""From a margin, a gradient and a bound to a radius: the closed forms of theory section 1.
+"""Closed forms for radii, from a margin, a gradient's norm and a bound (theory section 1).
 
-Entrywise on float64 tensors of one shape. `margin` and `gradient_low` are lower bounds, everything else upper bounds;
-certified radii come out rounded down, attack radii up. A margin that is not positive gives radius 0.
+Entrywise on float64 tensors of one shape:
+
+- margin: lower bound of the margin f at the sample (for attacks an upper bound)
+- gradient: upper bound of the norm of its gradient g (for attacks a lower bound, gradient_low)
+- curvature, lipschitz and the like: upper bounds
+
+Certified radii are rounded down, attack radii up. A margin that is not positive gives radius 0.
 """
 
 from __future__ import annotations
@@ -18,14 +23,17 @@ TINY = 1e-150
 
 
 def lipschitz_radius(margin: Tensor, lipschitz: Tensor) -> Tensor:
-    """f / L: no smaller perturbation brings the margin to 0. inf where L = 0 (the rival cannot flip)."""
+    """f / L: below this norm no perturbation brings the margin to 0. inf where L = 0, because the rival cannot win."""
     return _positive(margin, down(margin / lipschitz, 2), lipschitz == 0)
 
 
 def curvature_radius(margin: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
-    """2 f / (||g|| + sqrt(||g||^2 + 2 M f)), M >= -lambda_min of the Hessian everywhere. inf where g = 0 and M = 0.
+    """2 f / (||g|| + sqrt(||g||^2 + 2 M f)), where M >= -lambda_min of the Hessian. inf where g = 0 and M = 0.
 
-    The form without cancellation: the textbook one over-claims without limit as M f / ||g||^2 approaches u.
+    M must hold everywhere, or on a ball to which the caller then limits the radius.
+
+    This form has no cancellation: (sqrt(||g||^2 + 2 M f) - ||g||) / M has an unbounded relative error as M f / ||g||^2
+    approaches the unit roundoff.
     """
     steep = gradient + TINY
     root = (steep.square() + 2.0 * curvature * margin).sqrt()
@@ -33,20 +41,21 @@ def curvature_radius(margin: Tensor, gradient: Tensor, curvature: Tensor) -> Ten
 
 
 def hybrid_radius(margin: Tensor, gradient: Tensor, curvature: Tensor, lipschitz: Tensor) -> Tensor:
-    """The radius from f(x+d) >= f - int_0^|d| min(||g|| + M t, L) dt.
+    """The radius from f(x+d) >= f - int_0^|d| min(||g|| + M t, L) dt, with M = curvature and L = lipschitz.
 
-    The integrand is bounded by ||g|| + M t up to any t and by L beyond it, so every split point t is a proof; the best
-    is t* = (L - ||g||)/M. L must hold on the whole ball (an anchored constant may not enter the integral).
+    For every split point the integrand is at most ||g|| + M t below it and at most L above it, so each one yields a
+    proof; the best one is (L - ||g||) / M. L must be a Lipschitz constant on the whole ball: a constant anchored at the
+    sample may not enter the integral.
     """
-    ends = curvature_radius(margin, gradient, curvature)
+    by_curvature = curvature_radius(margin, gradient, curvature)
     split = ((lipschitz - gradient) / curvature).nan_to_num(nan=0.0, posinf=math.inf).clamp(min=0.0)
-    split = torch.minimum(split, torch.where(ends.isfinite(), ends, torch.zeros_like(ends)))
+    split = torch.minimum(split, torch.where(by_curvature.isfinite(), by_curvature, torch.zeros_like(by_curvature)))
     zero = torch.zeros_like(split)
-    used = torch.where(split > 0, gradient * split + 0.5 * curvature * split * split, zero)
-    left = margin - used - 8 * UNIT * (margin + used)
-    beyond = down(left.clamp(min=0.0) / lipschitz, 2)
-    mixed = torch.where(left > 0, down(split + beyond, 1), zero)
-    return torch.maximum(ends, _positive(margin, mixed, lipschitz == 0))
+    loss = torch.where(split > 0, gradient * split + 0.5 * curvature * split * split, zero)
+    remaining = margin - loss - 8 * UNIT * (margin + loss)
+    after_split = down(remaining.clamp(min=0.0) / lipschitz, 2)
+    mixed = torch.where(remaining > 0, down(split + after_split, 1), zero)
+    return torch.maximum(by_curvature, _positive(margin, mixed, lipschitz == 0))
 
 
 def anchored_radii(
@@ -58,13 +67,15 @@ def anchored_radii(
     remainder: Tensor,
     secant: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three radii, each of them certified, from constants anchored at the sample.
+    """Three certified radii, from global constants and constants anchored at the sample.
 
-    1. `change`, at least ||grad f(x+d) - grad f(x)|| / ||d||, serves the integral as well as a global `curvature`, and
-       the global `lipschitz` constant bounds the gradient there.
-    2. `remainder` M: f(x+d) >= f + <g, d> - M ||d||^2 / 2, which says nothing of the gradient on the way.
-    3. `secant` L: |f(x+d) - f(x)| <= L ||d||, which does not either: joined to a curvature in the integral it
-       certified 1.6 where f = 0 at 1.414.
+    curvature, lipschitz: hold everywhere.   The anchored constants hold for all d:
+
+    1. change: ||grad f(x+d) - grad f(x)|| <= change ||d||. It may replace `curvature` in the integral of
+       `hybrid_radius`, together with the global `lipschitz`.
+    2. remainder: f(x+d) >= f + <g, d> - remainder ||d||^2 / 2. It does not bound the gradient between x and x+d.
+    3. secant: |f(x+d) - f(x)| <= secant ||d||. It does not bound the gradient either: in the integral, joined with a
+       curvature, it would certify 1.6 for a margin that is 0 at 1.414.
     """
     return (
         hybrid_radius(margin, gradient, torch.minimum(curvature, change), lipschitz),
@@ -74,20 +85,20 @@ def anchored_radii(
 
 
 def attack_radius(margin: Tensor, gradient_low: Tensor, curvature_upper: Tensor) -> Tensor:
-    """2 f / (||g|| + sqrt(||g||^2 - 2 M+ f)): along -g the margin reaches 0 within it. inf where no attack is proved.
+    """2 f / (||g|| + sqrt(||g||^2 - 2 M f)): within it the margin reaches 0 along -g. inf where no attack is proved.
 
-    Here `margin` is an upper bound (and may be any positive number), `gradient_low` a lower bound of ||g||.
+    margin: upper bound of f.   gradient_low: lower bound of ||g||.   curvature_upper: M >= lambda_max of the Hessian.
     """
     square = down(gradient_low.square(), 1)
     discriminant = square - up(2.0 * curvature_upper * margin, 3)
     discriminant = discriminant - 2 * UNIT * discriminant.abs()
     radius = up(2.0 * margin / (gradient_low + discriminant.clamp(min=0.0).sqrt()), 8)
-    promised = (gradient_low > 0) & (discriminant >= 0) & (margin > 0)
-    return torch.where(promised, radius, torch.full_like(radius, math.inf))
+    certified = (gradient_low > 0) & (discriminant >= 0) & (margin > 0)
+    return torch.where(certified, radius, torch.full_like(radius, math.inf))
 
 
 def _positive(margin: Tensor, radius: Tensor, never_flips: Tensor) -> Tensor:
-    """`radius` where the margin is positive, inf where the rival cannot flip; else 0: NaN and ties certify nothing."""
+    """`radius` where the margin is positive, but inf where `never_flips`; 0 for other margins, and where it is NaN."""
     zero = torch.zeros_like(margin)
     finite = torch.where(radius.isnan(), zero, radius)
     return torch.where(margin > 0, torch.where(never_flips, torch.full_like(margin, math.inf), finite), zero)

@@ -1,13 +1,13 @@
 """The closed form at another point than the sample: the dual certificate's building block (theory section 5).
 
-Where M bounds -lambda_min of the Hessian on the whole space, f + M/2 ||.||^2 is convex, and its tangent at any d0 gives
+Where M >= -lambda_min of the Hessian everywhere, f + M/2 ||.||^2 is convex. Its tangent at any d0 yields, for all d,
 
     f(x+d) >= f~ + <p, d> - M ||d||^2 / 2     with  p = grad f(x+d0) + M d0,
-                                                    f~ = f(x+d0) - <grad f(x+d0), d0> - M ||d0||^2 / 2
+                                                    f~ = f(x+d0) - <grad f(x+d0), d0> - M ||d0||^2 / 2 .
 
-for all d. d0 = 0 is the closed form at the sample. Every d0 is a proof by itself; a good one lies where the bound at
-the sample is least, which is where a majorise-minimise step leads. Where M holds on a ball around x only, so do
-convexity and the minorant: d0 must lie in the ball, and nothing beyond its radius is claimed.
+d0 = 0 is the closed form at the sample. Every d0 yields a proof; a good d0 lies where the bound of the sample's own
+tangent is smallest, and a majorise-minimise step leads there. Where M holds only on a ball around x, f + M/2 ||.||^2 is
+convex there only: d0 must lie in the ball, and no radius larger than the ball's is claimed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from certify_cli.network.propagate import vjp
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, up, vector_norm_up
 
 GAIN = 1e-4
-"""A relative gain below which no further point is tried."""
+"""No further point is tried after a relative gain of the radius below this."""
 
 
 def tangent(
     point: EvaluatedPoints, rival: Tensor, moved: Tensor, curvature: Tensor, within: Tensor | float = math.inf
 ) -> tuple[Tensor, Tensor]:
-    """Certified radii (batch,), down, of x against `rival` (batch,) by the tangent at the points `moved`, and p.
+    """Certified radii (batch,), rounded down, from the tangents at the points `moved`; and p (batch, *input shape).
 
-    curvature (batch,): M of the margin towards the rival, valid where ||d|| <= `within` (everywhere if infinite), which
-    no claim exceeds. 0 where f~ is not positive, and where the point lies outside.
+    rival (batch,): class of the margin.   moved (batch, *input shape): x + d0.
+    curvature (batch,): M for the margin towards the rival, valid for ||d|| <= within.
+    within: radius of the ball (batch,), or inf for everywhere. No larger radius is certified.
+
+    The radius is 0 where f~ is not positive, and where `moved` lies outside the ball.
     """
     there = EvaluatedPoints(point.network, moved)
     eye = torch.eye(point.network.classes, dtype=moved.dtype, device=moved.device)
@@ -46,42 +49,47 @@ def tangent(
     size = up(vector_norm_up(step))
     # <g, d0> from above: the dot product's rounding, the gradient's error, and the rounding of d0 itself
     inner = (gradient * step).sum(1)
-    error_term = up(gamma(n + 3) * (gradient * step).abs().sum(1) + gradient_error * size, n) + UNDERFLOW
-    inner = inner + 2 * UNIT * inner.abs() + error_term
-    bend = times(curvature, size, 0.5 * size)
-    margin, error = (t.gather(1, rival.unsqueeze(1)).squeeze(1) for t in there.margins_of(point.prediction))
-    level = margin - error - inner - bend
-    level = level - 4 * UNIT * (margin.abs() + error + inner.abs() + bend)
+    inner_error = up(gamma(n + 3) * (gradient * step).abs().sum(1) + gradient_error * size, n) + UNDERFLOW
+    inner = inner + 2 * UNIT * inner.abs() + inner_error
+    quadratic = times(curvature, size, 0.5 * size)
+    margin, margin_error = (t.gather(1, rival.unsqueeze(1)).squeeze(1) for t in there.margins_of(point.prediction))
+    value = margin - margin_error - inner - quadratic
+    value = value - 4 * UNIT * (margin.abs() + margin_error + inner.abs() + quadratic)
     p = gradient + curvature.unsqueeze(1) * step
     rounding = 4 * UNIT * (vector_norm_up(gradient) + curvature * size)
     slope = up(vector_norm_up(p) + gradient_error + rounding, 3)
-    radius = curvature_radius(down(level.clamp(min=0.0)), slope, curvature)
-    claimed = torch.minimum(radius, torch.as_tensor(within, dtype=radius.dtype, device=radius.device))
-    return torch.where(there.finite & (size <= within), claimed, 0.0), p.reshape(moved.shape)
+    radius = curvature_radius(down(value.clamp(min=0.0)), slope, curvature)
+    certified = torch.minimum(radius, torch.as_tensor(within, dtype=radius.dtype, device=radius.device))
+    return torch.where(there.finite & (size <= within), certified, 0.0), p.reshape(moved.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """`radius`: the table (batch, classes), improved; `ends`: where the deciding rival's best tangent was taken,
-    (batch, *input shape): close to the decision boundary when the bound is sharp."""
+    """Radii refined by tangents at further points.
+
+    radius (batch, classes): certified for each rival.
+    ends (batch, *input shape): where the deciding rival's best tangent was taken; the sharper the bound, the closer to
+    the decision boundary.
+    """
 
     radius: Tensor
     ends: Tensor
 
 
 def refined(point: EvaluatedPoints, radius: Tensor, lower: Tensor, upper: Tensor, steps: int) -> Refined:
-    """The table of radii (batch, classes) with its weakest entries improved by tangents at further points.
+    """The table of certified radii with its smallest entries enlarged by tangents at further points.
 
-    lower, upper (batch, classes): bounds of -lambda_min and lambda_max of the margins' Hessians, valid everywhere.
+    radius (batch, classes): certified already.
+    lower, upper (batch, classes): upper bounds of -lambda_min and lambda_max of the margins' Hessians everywhere.
+    steps: largest number of further points for a rival.
     """
     radius, ends = radius.clone(), point.x.clone()
     decided = torch.full_like(radius[:, 0], torch.inf)
     for todo, rival in weakest_rivals(point, radius) if steps else ():
-        known = radius[todo, rival]
-        best, moved = descend(point, todo, rival, known, lower[todo, rival], upper[todo, rival], steps)
+        best, moved = descend(point, todo, rival, radius[todo, rival], lower[todo, rival], upper[todo, rival], steps)
         radius[todo, rival] = best
-        nearer = best < decided[todo]
-        decided[todo[nearer]], ends[todo[nearer]] = best[nearer], moved[nearer]
+        smaller = best < decided[todo]
+        decided[todo[smaller]], ends[todo[smaller]] = best[smaller], moved[smaller]
     return Refined(radius, ends)
 
 
@@ -95,48 +103,52 @@ def descend(
     steps: int,
     within: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Best radius of projected gradient steps on f + M/2 ||.||^2 over the certified ball, and the best tangent's point.
+    """Certified radii (count,) from tangents along a projected gradient descent, and the points of the best tangents.
 
-    For the samples at `index`, each with its rival, its radius so far, and bounds of its margin's curvature, valid on
-    the ball of radius `within` (everywhere if None).
+    index, rival (count,): samples and their rivals.   radius (count,): certified already.
+    lower, upper (count,): upper bounds of -lambda_min and lambda_max of the margins' Hessians.   steps: at most.
+    within (count,): radius of the ball on which these bounds hold; None for everywhere.
 
-    The gradient there is p, its Lipschitz constant at most M- + M+; the minimum on the ball is the published dual's.
-    A sample is left alone once a step gains less than GAIN. Any step is sound: it only says where to look.
+    The descent minimises f + M/2 ||.||^2 on the certified ball: its gradient is p, with a Lipschitz constant of at most
+    the sum of the two bounds, and its minimum on the ball is the published dual's. A sample stops after a step that
+    gains less than GAIN. Steps decide only where tangents are taken, so that any step is sound.
     """
     shape = (-1, *[1] * (point.x.dim() - 1))
-    best, ends, places = radius.clone(), point.x[index].clone(), point.x[index].clone()
-    most = torch.full_like(best, -torch.inf)
+    best, moved, best_moved = radius.clone(), point.x[index].clone(), point.x[index].clone()
+    largest = torch.full_like(best, -torch.inf)
     p = point.gradients.value[index, rival]
     active = torch.arange(len(index), device=index.device)
     for _ in range(steps):
-        part, m = point.at(index[active]), lower[active]
-        smooth = m + upper[active]
-        aim = smooth.reshape(shape) * (ends[active] - part.x) - p
-        reach = torch.minimum(1 / smooth, best[active] / vector_norm_up(aim.flatten(1)))
-        ends[active] = part.x + reach.nan_to_num(nan=0.0, posinf=0.0).reshape(shape) * aim
-        value, p = tangent(part, rival[active], ends[active], m, torch.inf if within is None else within[active])
-        gained, better = value > best[active] * (1 + GAIN), value > most[active]
-        most[active[better]], places[active[better]] = value[better], ends[active[better]]
+        samples, m = point.at(index[active]), lower[active]
+        smoothness = m + upper[active]
+        target = smoothness.reshape(shape) * (moved[active] - samples.x) - p
+        scale = torch.minimum(1 / smoothness, best[active] / vector_norm_up(target.flatten(1)))
+        moved[active] = samples.x + scale.nan_to_num(nan=0.0, posinf=0.0).reshape(shape) * target
+        value, p = tangent(samples, rival[active], moved[active], m, torch.inf if within is None else within[active])
+        gained, better = value > best[active] * (1 + GAIN), value > largest[active]
+        largest[active[better]], best_moved[active[better]] = value[better], moved[active[better]]
         best[active] = torch.maximum(best[active], value)
         active, p = active[gained], p[gained]
         if not len(active):
             break
-    return best, places
+    return best, best_moved
 
 
 def weakest_rivals(point: EvaluatedPoints, radius: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rivals that can decide a sample, one at a time: samples and rivals, (count,) each.
+    """Pairs (count,) of a sample and its weakest rival, round by round, until no further rival can decide a sample.
 
-    Every sample's weakest rival comes first, then the next one if that has become the weakest: the caller raises
-    `radius` (batch, classes) in place between two steps. The least radius over all rivals results from few of them. A
-    sample whose least radius is 0 or infinite has no further rivals.
+    radius (batch, classes): certified radii, which the caller enlarges in place between two rounds.
+
+    The weakest rival is the one with the smallest radius. A sample takes part in the next round if another rival has
+    become its weakest; so few rivals are treated, and the smallest radius of all rivals is the same as if all were. A
+    sample whose smallest radius is 0 or infinite takes no part.
     """
     treated = point.own.clone()
     every = torch.arange(len(radius), device=radius.device)
     for _ in range(point.network.classes - 1):
         weakest = radius.masked_fill(point.own, torch.inf).argmin(1)
-        found = radius[every, weakest]
-        todo = (~treated[every, weakest] & (found > 0) & found.isfinite()).nonzero().squeeze(1)
+        smallest = radius[every, weakest]
+        todo = (~treated[every, weakest] & (smallest > 0) & smallest.isfinite()).nonzero().squeeze(1)
         if not len(todo):
             return
         rival = weakest[todo]

@@ -1,7 +1,7 @@
 """Certificates from a curvature bound that holds on a ball only (theory sections 1 and 5).
 
-The bound on a ball may be far below the one on the whole space, and the claim is the least of its radius and the
-ball's. So the ball is a little larger than what is certified already, and is chosen again as the claim grows.
+The bound on a ball can be much smaller than the one for the whole space, but certifies no radius larger than the
+ball's. So the ball is chosen a little larger than the certified radius, and again whenever that radius grows.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.numerics.rounding import down, up
 
 STRETCH = 1.5
-"""The first ball, in units of the radius certified so far."""
+"""Ratio of the first ball's radius to the certified one."""
 PROMISING = 0.8
-"""Descent is worth its steps where the bound on the ball is below this share of the global one."""
+"""A descent is made where the bound on the ball is below this part of the global one."""
 
 
 def extended_on_balls(
     model_bounds: ModelBounds, point: EvaluatedPoints, sharp: Refined, lower: Tensor, upper: Tensor, steps: int
 ) -> Refined:
-    """The table of radii (batch, classes) with its weakest entries grown on balls; see `tangent.refined`.
+    """The table of certified radii with its smallest entries enlarged by bounds on balls.
 
-    lower, upper (batch, classes): the global bounds of -lambda_min and lambda_max. In each round every sample
-    gets one ball, and where that helps the weakest rival, every rival whose radius is less than the ball's gets a bound
-    on it: next time a larger ball if all of them reached its edge, else one closer to what was reached.
+    sharp: radii (batch, classes) certified already, and where their tangents were taken.
+    lower, upper (batch, classes): upper bounds of -lambda_min and lambda_max of the margins' Hessians everywhere.
+    steps: largest number of further points for a rival.
+
+    Each round takes one ball per sample. Its weakest rival comes first; if the ball enlarges that radius, every other
+    rival with a radius smaller than the ball's is bounded on the ball as well. If all radii then equal the ball's, the
+    next ball is larger, otherwise closer to the smallest of them.
     """
     radius, ends = sharp.radius.masked_fill(point.own, torch.inf), sharp.ends.clone()
     stretch, every = torch.full_like(radius[:, 0], STRETCH), torch.arange(len(radius), device=radius.device)
@@ -40,43 +44,46 @@ def extended_on_balls(
         weakest, decider = radius.min(1)
         ball = weakest * stretch
         todo = (weakest > 0) & ball.isfinite() & (stretch > 1 + 10 * GAIN)
-        # the weakest rival first: where a ball brings it nothing, the others need not be asked
         sample = todo.nonzero().squeeze(1)
         if not len(sample):
             break
-        first = _claimed(model_bounds, point, sample, decider[sample], radius, ball, lower, upper, steps)
-        promising = todo.index_copy(0, sample, first.value > weakest[sample] * (1 + GAIN))
-        others = (radius < ball.unsqueeze(1)) & (radius > 0) & promising.unsqueeze(1)
-        others[every, decider] = False
-        sample, rival = others.nonzero().unbind(1)
-        rest = _claimed(model_bounds, point, sample, rival, radius, ball, lower, upper, steps)
-        for claim in (first, rest):
-            radius[claim.sample, claim.rival] = claim.value
+        first = _on_balls(model_bounds, point, sample, decider[sample], radius, ball, lower, upper, steps)
+        promising = todo.index_copy(0, sample, first.radius > weakest[sample] * (1 + GAIN))
+        is_other = (radius < ball.unsqueeze(1)) & (radius > 0) & promising.unsqueeze(1)
+        is_other[every, decider] = False
+        sample, rival = is_other.nonzero().unbind(1)
+        others = _on_balls(model_bounds, point, sample, rival, radius, ball, lower, upper, steps)
+        for pairs in (first, others):
+            radius[pairs.sample, pairs.rival] = pairs.radius
         reached = radius.amin(1)
-        for claim in (first, rest):
-            deciding = claim.useful & (claim.value == reached[claim.sample]) & promising[claim.sample]
-            ends[claim.sample[deciding]] = claim.moved[deciding]
-        # several rivals at the edge: the one that was weakest stays so, whatever the order of the classes
+        for pairs in (first, others):
+            deciding = pairs.useful & (pairs.radius == reached[pairs.sample]) & promising[pairs.sample]
+            ends[pairs.sample[deciding]] = pairs.moved[deciding]
+        # several rivals at the ball's radius: the one that was weakest stays so, whatever the order of the classes
         radius[every, decider] = torch.where(todo & (reached >= ball), down(ball), radius[every, decider])
-        # the claim falls as the ball grows: they meet where nothing more is to be had
+        # the certified radius decreases as the ball grows: where the two are equal nothing more can be gained
         new = torch.where(reached >= ball, STRETCH, (ball / reached).sqrt())
         stretch = torch.where(promising, new, torch.where(todo, 1.0, stretch))
     return Refined(torch.where(point.own, sharp.radius, radius), ends)
 
 
 @dataclass(frozen=True, eq=False)
-class _Claims:
-    """For pairs (count,) of a sample and a rival: radii certified on the sample's ball, never above it and never below
-    what was known; the last points of the descent; whether the bound on the ball was worth one."""
+class _PairsOnBalls:
+    """Pairs of a sample and a rival with their radii on the sample's ball; (count,) unless stated.
+
+    radius: certified; never smaller than the previous one, and otherwise at most the ball's.
+    moved (count, *input shape): the point of the best tangent.
+    useful: whether the bound on the ball was small enough for a descent.
+    """
 
     sample: Tensor
     rival: Tensor
-    value: Tensor
+    radius: Tensor
     moved: Tensor
     useful: Tensor
 
 
-def _claimed(
+def _on_balls(
     model_bounds: ModelBounds,
     point: EvaluatedPoints,
     sample: Tensor,
@@ -86,38 +93,51 @@ def _claimed(
     lower: Tensor,
     upper: Tensor,
     steps: int,
-) -> _Claims:
-    known, edge, moved = radius[sample, rival], ball[sample], point.x[sample]
+) -> _PairsOnBalls:
+    """Bound the pairs (sample, rival), (count,) each, on the samples' balls.
+
+    radius (batch, classes): certified already.   ball (batch,): radii of the balls.
+    lower, upper, steps: see `extended_on_balls`.
+    """
+    previous, edge, moved = radius[sample, rival], ball[sample], point.x[sample]
     if not len(sample):
-        return _Claims(sample, rival, known, moved, known > edge)
-    chosen, which = sample.unique(return_inverse=True)
-    m = _curvature(model_bounds, point.at(chosen), ball[chosen], rival, which).lower
+        return _PairsOnBalls(sample, rival, previous, moved, previous > edge)
+    samples, position = sample.unique(return_inverse=True)
+    m = _curvature(model_bounds, point.at(samples), ball[samples], rival, position).lower
     useful = (m < PROMISING * lower[sample, rival]) & lower[sample, rival].isfinite()
     margin, gradient = point.margin_low[sample, rival], point.gradient_norm[sample, rival]
-    value = torch.maximum(known, torch.minimum(curvature_radius(margin, gradient, m), edge))
-    on = (useful & (value < edge)).nonzero().squeeze(1)
-    if len(on) and steps:
-        # the other side's bound only says how far to step: as much smaller as this side's is, unproved
+    value = torch.maximum(previous, torch.minimum(curvature_radius(margin, gradient, m), edge))
+    todo = (useful & (value < edge)).nonzero().squeeze(1)
+    if len(todo) and steps:
+        # lambda_max on the ball only decides the length of steps: an unproved estimate, in the ratio of -lambda_min
         guess = upper[sample, rival] * (m / lower[sample, rival])
-        value[on], moved[on] = descend(point, sample[on], rival[on], value[on], m[on], guess[on], steps, edge[on])
-    return _Claims(sample, rival, value, moved, useful)
+        value[todo], moved[todo] = descend(
+            point, sample[todo], rival[todo], value[todo], m[todo], guess[todo], steps, edge[todo]
+        )
+    return _PairsOnBalls(sample, rival, value, moved, useful)
 
 
 def _curvature(
-    model_bounds: ModelBounds, point: EvaluatedPoints, radius: Tensor, rival: Tensor, which: Tensor
+    model_bounds: ModelBounds, point: EvaluatedPoints, radius: Tensor, rival: Tensor, position: Tensor
 ) -> BallCurvature:
-    """Of the margins of samples `which` towards `rival` (both (count,)), on the balls of `radius` (batch,)."""
-    pairs = torch.stack([point.prediction[which], rival], dim=1)
-    return BallCurvature(model_bounds, point, interval_ranges(point, model_bounds.weights, radius), pairs, which)
+    """Curvature bounds of the margins of the samples at `position` towards `rival`, (count,) each, on their balls.
+
+    radius (batch,): of the balls.
+    """
+    pairs = torch.stack([point.prediction[position], rival], dim=1)
+    return BallCurvature(model_bounds, point, interval_ranges(point, model_bounds.weights, radius), pairs, position)
 
 
 def certified_attack_on_ball(
     model_bounds: ModelBounds, point: EvaluatedPoints, nearest: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attack radii (batch,), up, along -g, and their rivals (batch,): `nearest`, `target` or what a ball promises.
+    """Attack radii (batch,) along -g, rounded up, and their rivals (batch,), improved by bounds on balls.
 
-    A bound of lambda_max on a ball counts only where the attack lies in the ball. An attack radius is between f/||g||
-    and twice that, so that the first ball holds any; a later one is as large as the last promise, or half way between.
+    nearest, target (batch,): attack radii certified by global bounds, inf where there is none; and their rivals.
+
+    A bound of lambda_max on a ball certifies only attacks that lie in the ball. The closed form lies between f/||g||
+    and twice that, so that the first ball contains every attack. The next ball is as large as a certified attack
+    radius, or half way to f/||g|| where the ball certified none.
     """
     straight = (point.margin_high / point.gradient_norm_low).masked_fill(point.own, torch.inf)
     straight = straight.masked_fill(straight.isnan(), torch.inf)
@@ -131,8 +151,8 @@ def certified_attack_on_ball(
             break
         upper = _curvature(model_bounds, point.at(index), ball[index], rival[index], every[: len(index)]).upper
         margin, gradient = (t[index, rival[index]] for t in (point.margin_high, point.gradient_norm_low))
-        found = attack_radius(margin, gradient, upper)
-        holds = found <= ball[index]
-        best[index] = torch.where(holds, torch.minimum(best[index], found), best[index])
-        ball[index] = torch.where(holds, found, 0.5 * (ball[index] + straight[index]))
+        attack = attack_radius(margin, gradient, upper)
+        holds = attack <= ball[index]
+        best[index] = torch.where(holds, torch.minimum(best[index], attack), best[index])
+        ball[index] = torch.where(holds, attack, 0.5 * (ball[index] + straight[index]))
     return best, rival

@@ -1,12 +1,12 @@
-"""Method `local`: the largest ball on which curvature local to it keeps every rival's margin positive.
+"""Method `local`: the largest ball on which a curvature bound of that ball keeps every rival's margin positive.
 
-1. The tangent bound, for all rivals at once and without a Jacobian, estimates which rival is nearest.
-2. The ball of that rival is searched: an optimised margin bound is estimated while the ball grows, then proved.
-3. On that ball every other rival is proved, by tangents where that suffices, else by a search of its own, which can
-   only make the ball smaller.
+1. The tangent bound, which takes all rivals at once and needs no Jacobian, estimates the nearest rival.
+2. The ball of that rival is searched with estimates of the optimised margin bound, and then proved.
+3. Every other rival is proved on that ball: by tangents where they suffice, else by a search of its own, which can only
+   make the ball smaller.
 
-Only proofs count: those of `tangent_bound` and of `margin_bound.lower_bound`. A proof on a ball holds on every smaller
-one, so the search needs no monotonicity of the bounds.
+Only `tangent_losses`, tangent expansions and `margin_bound.lower_bound` prove anything; estimates say where to look. A
+proof on a ball holds on every smaller one, so the search does not need the bounds to be monotone in the radius.
 """
 
 from __future__ import annotations
@@ -35,27 +35,29 @@ from certify_cli.numerics.trees import Batched
 START = 0.5
 """The first ball, as a part of the radius to first order."""
 ROUGH_BALLS, SHARP_BALLS = 14, 2
-"""Balls that the tangent bound tries: with ranges of phi'' alone, then with sharp remainders, which cost the most."""
-SHARPER = 1.08
-"""What sharp remainders add to the radius, an estimate."""
+"""Balls tried with the tangent bound: from ranges of phi'' alone, then with sharp remainders, which cost the most."""
+SHARP_GAIN = 1.08
+"""An estimate of the ratio by which sharp remainders enlarge the radius."""
 PROBES, MOST_PROBES = 2, 14
-"""Balls that are estimated before a search; the second number where none of the first tells anything of the radius."""
-ASCENT = 1.08
-"""What an ascent adds to the radius, an estimate."""
-ROUGH, FAST_CLOSE = 0.3, 1e-2
-"""Relative accuracy to which the probes, and the tangent bound, look for the largest ball."""
-SAFE = 4e-3
-"""Part of the margin taken off an estimate: a proof gives less by about that."""
-BACK = (1.0, 0.995, 0.98, 0.94, 0.8)
+"""Balls estimated before a search: at least and at most; more than PROBES only while the values are below HOPELESS."""
+ASCENT_GAIN = 1.08
+"""An estimate of the ratio by which an ascent enlarges the radius."""
+PROBE_TOLERANCE, FAST_TOLERANCE = 0.3, 1e-2
+"""Relative accuracy of the radius in the probes, and in the search with the tangent bound."""
+RESERVE = 4e-3
+"""Part of the margin by which estimates are lowered, because a proof yields less than the estimate by about that."""
+RETREATS = (1.0, 0.995, 0.98, 0.94, 0.8)
 """Parts of the estimated radius at which a proof is tried, in this order."""
 
 
 @dataclass(frozen=True, eq=False)
 class RivalPairs(Batched):
-    """Pairs of a sample and a rival, with what the margin bound takes.
+    """Pairs of a sample and a rival, and the arguments of the margin bound that belong to them.
 
-    sample: position in the batch.   rival: class.   margin: lower bound at the sample; all (count,).
-    cotangents (count, classes): one-hot of the prediction less one-hot of the rival.
+    sample (count,): position in the batch.
+    rival (count,): class.
+    margin (count,): lower bound of the margin at the sample.
+    cotangents (count, classes): one-hot of the prediction minus one-hot of the rival.
     """
 
     sample: Tensor
@@ -71,14 +73,14 @@ class RivalPairs(Batched):
 
 @dataclass(frozen=True, eq=False)
 class _PairsOnBalls:
-    """Pairs, each with the expansion on a ball of its own; point and expansion hold one row a pair."""
+    """Pairs with one ball each; `point` and `expansion` have one row per pair."""
 
     point: EvaluatedPoints
     expansion: BallExpansion
     pairs: RivalPairs
 
     def optimised(self, begin: Choice | None, steps: int, enough: Tensor | None = None) -> Optimised:
-        """The optimised bound, from `begin` or the ascent's own starts.
+        """The optimised bound, by an ascent from `begin` or, without it, from the default starts.
 
         enough (count,): parts of the margin at which the ascent may stop.
         """
@@ -87,48 +89,53 @@ class _PairsOnBalls:
         return optimise(self.point, self.expansion, margin, self.pairs.cotangents, begin, steps, target)
 
     def coarse(self) -> Tensor:
-        """An estimate (count,) of the bound, as a part of the margin, without an ascent."""
-        return self.part(coarse_estimate(self.point, self.expansion, self.pairs.margin, self.pairs.cotangents))
+        """An estimate (count,) of the bound as a part of the margin, without an ascent."""
+        return self.relative(coarse_estimate(self.point, self.expansion, self.pairs.margin, self.pairs.cotangents))
 
-    def part(self, value: Tensor) -> Tensor:
-        """A value (count,) as a part of the margin."""
+    def relative(self, value: Tensor) -> Tensor:
+        """Values (count,) as parts of the margins."""
         return value / self.pairs.margin
 
-    def proved(self, found: Optimised) -> Tensor:
-        """The proved lower bound (count,) of the margin on the balls: -inf where the estimate is not positive."""
-        value = torch.full_like(found.estimate, -torch.inf)
-        todo = (found.estimate > 0).nonzero().squeeze(1)
+    def proved(self, optimised: Optimised) -> Tensor:
+        """Proved lower bounds (count,) of the margins on the balls; -inf where the estimate is not positive."""
+        value = torch.full_like(optimised.estimate, -torch.inf)
+        todo = (optimised.estimate > 0).nonzero().squeeze(1)
         if len(todo):
             pairs = self.pairs.at(todo)
-            expansion, choice = self.expansion.at(todo), found.choice.at(todo)
+            expansion, choice = self.expansion.at(todo), optimised.choice.at(todo)
             value[todo] = lower_bound(self.point.at(todo), expansion, pairs.margin, pairs.cotangents, choice)
         return value
 
 
-def local_radii(model_bounds: ModelBounds, point: EvaluatedPoints, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Certified radii (batch,), rounded down, and the rivals that decide them; 0 where nothing was proved.
+def local_radii(model_bounds: ModelBounds, point: EvaluatedPoints, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Certified radii (batch,), rounded down, and the rivals (batch,) that decide them; 0 where nothing is proved.
 
-    known (batch,): radii certified already; where they are infinite nothing is searched. Samples are treated in chunks
-    that fit `model_bounds.memory`; where one sample's Jacobians do not fit, the tangent bound alone decides.
+    previous (batch,): radii that other methods have certified; infinite ones are not searched.
+
+    Samples are treated in chunks that fit `model_bounds.memory`. Where the Jacobians of one sample do not fit, the
+    tangent bound alone decides.
     """
-    start = beginning(point)
-    if not nonlinear_nodes(point.network):  # affine: there is no curvature
-        return torch.zeros_like(start), point.margin.argmin(1)
-    able = searchable(point, known).nonzero().squeeze(1)
+    start = first_balls(point)
     radius, rival = torch.zeros_like(start), point.margin.argmin(1)
-    for part in able.split(max(1, model_bounds.memory // footprint(point.network))) if len(able) else ():
-        search = LocalSearch(model_bounds, point.at(part), jacobians=fits(model_bounds))
-        radius[part], rival[part] = search.radii(start[part])
+    if not nonlinear_nodes(point.network):  # affine: there is no curvature
+        return radius, rival
+    able = searchable(point, previous).nonzero().squeeze(1)
+    for chunk in able.split(max(1, model_bounds.memory // footprint(point.network))) if len(able) else ():
+        search = LocalSearch(model_bounds, point.at(chunk), jacobians=fits(model_bounds))
+        radius[chunk], rival[chunk] = search.radii(start[chunk])
     return radius, rival
 
 
-def searchable(point: EvaluatedPoints, known: Tensor) -> Tensor:
-    """(batch,): whether a ball can be found at all: every margin is positive, and the radius known is not infinite."""
-    return (point.margin_low > 0).all(1) & ~known.isinf()
+def searchable(point: EvaluatedPoints, previous: Tensor) -> Tensor:
+    """Mask (batch,): samples with positive margins whose previously certified radius is not infinite already."""
+    return (point.margin_low > 0).all(1) & ~previous.isinf()
 
 
-def beginning(point: EvaluatedPoints) -> Tensor:
-    """Radii (batch,) of the first balls. They must not depend on radii known already, or the radius found would."""
+def first_balls(point: EvaluatedPoints) -> Tensor:
+    """Radii (batch,) of the first balls.
+
+    They do not depend on previously certified radii, so that the result of the search does not either.
+    """
     start = START * point.first_order.amin(1)
     return torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
 
@@ -139,18 +146,21 @@ def fits(model_bounds: ModelBounds) -> bool:
 
 
 def footprint(network: Network) -> int:
-    """An estimate of the bytes that the Jacobians of one sample, and the tables made from them, take."""
+    """An estimate, in bytes, of the Jacobians of one sample and the tables made from them."""
     targets = sorted({pre_activation(network, k) for k in nonlinear_nodes(network)})
-    inputs, before, entries, count = network.nodes[0].size, 0, 0, 0
+    inputs, entries, count = network.nodes[0].size, 0, 0
     for target in targets:
         size = network.nodes[target].size
-        entries += 3 * size * (inputs + before) + 2 * size * size
-        before, count = before + size, count + size
+        entries += 3 * size * (inputs + count) + 2 * size * size
+        count += size
     return 8 * (entries + 4 * min(count, inputs) ** 2 + 80 * count)
 
 
 class LocalSearch:
-    """The search for the largest balls of a batch of samples, and their proofs."""
+    """The search for the largest balls of a batch of samples, and their proofs.
+
+    jacobians: whether the samples' Jacobians fit the memory; without them the tangent bound alone is used.
+    """
 
     def __init__(self, model_bounds: ModelBounds, point: EvaluatedPoints, jacobians: bool = True) -> None:
         self.model_bounds, self.point = model_bounds, point
@@ -158,129 +168,152 @@ class LocalSearch:
         self.linearisation: Linearisation | None = None
 
     def fast(self, start: Tensor, balls: int, sharp: bool) -> tuple[Tensor, Tensor]:
-        """Radii (batch,) proved by the tangent bound, for all rivals at once, and an estimate (batch, classes) of each
-        rival's radius.
+        """Radii (batch,) proved by the tangent bound for all rivals, and estimates (batch, classes) of each rival's
+        radius.
 
-        start (batch,): the first balls.   sharp: see `tangent_losses`.
+        start (batch,): radii of the first balls.   balls: largest number tried.   sharp: see `tangent_losses`.
         """
         bracket = Bracket.around(start)
         estimate = torch.full_like(self.point.margin_low, torch.inf)
         active = torch.arange(len(start), device=start.device)
         for _ in range(balls):
-            part, here = self.point.at(active), bracket.radius[active]
-            ranges = interval_ranges(part, self.model_bounds.weights, here)
-            left = difference_down(part.margin_low, tangent_losses(part, ranges, part.adjoints, sharp=sharp))
-            left = (left / part.margin_low).masked_fill(part.own, torch.inf)
-            estimate[active] = power_step(here.unsqueeze(1), left).masked_fill(part.own, torch.inf)
-            bracket.update(active, left.amin(1))
-            active = bracket.unresolved(active, FAST_CLOSE)
+            samples, radius = self.point.at(active), bracket.radius[active]
+            ranges = interval_ranges(samples, self.model_bounds.weights, radius)
+            losses = tangent_losses(samples, ranges, samples.adjoints, sharp=sharp)
+            remaining = difference_down(samples.margin_low, losses)
+            remaining = (remaining / samples.margin_low).masked_fill(samples.own, torch.inf)
+            estimate[active] = power_step(radius.unsqueeze(1), remaining).masked_fill(samples.own, torch.inf)
+            bracket.update(active, remaining.amin(1))
+            active = bracket.unresolved(active, FAST_TOLERANCE)
             if not len(active):
                 break
-        return bracket.inside, estimate
+        return bracket.lower.radius, estimate
 
     def radii(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Certified radii (batch,) and the rivals that decide them. start (batch,): the first balls."""
+        """Certified radii (batch,) and the rivals that decide them. start (batch,): radii of the first balls."""
         if self.limits is None:
-            return self._fast(start)
+            return self._by_tangents(start)
         point = self.point
         every = torch.arange(len(start), device=start.device)
         begin = self._probe(RivalPairs.of(point, every, point.first_order.argmin(1)), start)
         order = self._estimated_radii(begin)
-        decides = order.argmin(1)
-        first = decides.clone()
-        found = self._search(RivalPairs.of(point, every, first), begin, torch.full_like(start, torch.inf))
-        rivals = (~point.own).nonzero()
-        rivals = rivals[(rivals[:, 1] != first[rivals[:, 0]]) & (found[rivals[:, 0]] > 0)]
-        rivals = rivals[~self._proved_by_tangents(rivals, found)]
-        while len(rivals):  # the nearest of each sample's rivals that are not proved yet
-            near = torch.full_like(order, torch.inf)
-            near[rivals[:, 0], rivals[:, 1]] = order[rivals[:, 0], rivals[:, 1]]
-            sample = rivals[:, 0].unique()
-            rival = near[sample].argmin(1)
-            part = self._search(RivalPairs.of(point, sample, rival), found[sample], found[sample])
-            smaller = part < found[sample]
-            found[sample[smaller]], decides[sample[smaller]] = part[smaller], rival[smaller]
-            treated = _lookup(sample, rival, len(start))[rivals[:, 0]]
-            rivals = rivals[(rivals[:, 1] != treated) & (found[rivals[:, 0]] > 0)]
-        lost = (found == 0).nonzero()[:, 0]
-        if len(lost):
-            found[lost], decides[lost] = LocalSearch(self.model_bounds, point.at(lost))._fast(start[lost])
-        return found, decides
+        first = order.argmin(1)
+        radius = self._search(RivalPairs.of(point, every, first), begin, torch.full_like(start, torch.inf))
+        radius, decides = self._prove_other_rivals(radius, first, order)
+        failed = (radius == 0).nonzero()[:, 0]
+        if len(failed):
+            radius[failed], decides[failed] = LocalSearch(self.model_bounds, point.at(failed))._by_tangents(
+                start[failed]
+            )
+        return radius, decides
 
-    def _fast(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """By the tangent bound alone."""
+    def _prove_other_rivals(self, radius: Tensor, first: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """The radii (batch,) lowered until every rival is proved, and the rivals (batch,) that decide them.
+
+        radius (batch,): proved for the rivals `first` (batch,).
+        order (batch, classes): estimates of each rival's radius; smaller ones are treated first.
+        """
+        point, radius, decides = self.point, radius.clone(), first.clone()
+        rivals = (~point.own).nonzero()
+        rivals = rivals[(rivals[:, 1] != first[rivals[:, 0]]) & (radius[rivals[:, 0]] > 0)]
+        rivals = rivals[~self._proved_by_tangents(rivals, radius)]
+        while len(rivals):  # in each round the nearest unproved rival of each sample
+            unproved = torch.full_like(order, torch.inf)
+            unproved[rivals[:, 0], rivals[:, 1]] = order[rivals[:, 0], rivals[:, 1]]
+            sample = rivals[:, 0].unique()
+            rival = unproved[sample].argmin(1)
+            proved = self._search(RivalPairs.of(point, sample, rival), radius[sample], radius[sample])
+            smaller = proved < radius[sample]
+            radius[sample[smaller]], decides[sample[smaller]] = proved[smaller], rival[smaller]
+            treated = _lookup(sample, rival, len(radius))[rivals[:, 0]]
+            rivals = rivals[(rivals[:, 1] != treated) & (radius[rivals[:, 0]] > 0)]
+        return radius, decides
+
+    def _by_tangents(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Radii (batch,) and deciding rivals by the tangent bound alone."""
         rough, _ = self.fast(start, ROUGH_BALLS, sharp=False)
-        radius, order = self.fast(torch.where(rough > 0, SHARPER * rough, start), SHARP_BALLS, sharp=True)
+        radius, order = self.fast(torch.where(rough > 0, SHARP_GAIN * rough, start), SHARP_BALLS, sharp=True)
         return torch.maximum(rough, radius), order.argmin(1)
 
     def _estimated_radii(self, radius: Tensor) -> Tensor:
-        """An estimate (batch, classes) of each rival's radius, from the tangent bound on balls of `radius` (batch,)."""
+        """Estimates (batch, classes) of each rival's radius, from the tangent bound on balls of `radius` (batch,)."""
         every = torch.arange(len(radius), device=radius.device)
-        known = self.expand(every, radius)
+        expansion = self.expand(every, radius)
         low, own = self.point.margin_low, self.point.own
-        left = (low - tangent_losses(self.point, known.ranges, self.point.adjoints, known)) / low
-        return power_step(radius.unsqueeze(1), left).nan_to_num(nan=0.0).masked_fill(own, torch.inf)
+        remaining = (low - tangent_losses(self.point, expansion.ranges, self.point.adjoints, expansion)) / low
+        return power_step(radius.unsqueeze(1), remaining).nan_to_num(nan=0.0).masked_fill(own, torch.inf)
 
     def _proved_by_tangents(self, rivals: Tensor, radius: Tensor) -> Tensor:
-        """Which rows (sample, rival) are proved on the samples' balls by tangents at the samples: by one bound for all
-        rivals, or by the trust region, one rival at a time."""
+        """Mask (count,) of the pairs proved on the samples' balls by tangents at the samples.
+
+        rivals (count, 2): sample and rival.   radius (batch,): of the samples' balls.
+
+        The tangent bound takes all rivals at once; where it fails, a trust-region bound takes one rival at a time.
+        """
         sample = rivals[:, 0].unique()
         if not len(sample):
             return torch.zeros(0, dtype=torch.bool, device=rivals.device)
-        part, known = self.point.at(sample), self.expand(sample, radius[sample])
-        low, adjoints = part.margin_low, part.adjoints
-        value = difference_down(low, tangent_losses(part, known.ranges, adjoints, known))
+        samples, expansion = self.point.at(sample), self.expand(sample, radius[sample])
+        low, adjoints = samples.margin_low, samples.adjoints
+        value = difference_down(low, tangent_losses(samples, expansion.ranges, adjoints, expansion))
         unproved = torch.zeros_like(self.point.own)
         unproved[rivals[:, 0], rivals[:, 1]] = True
         unproved = unproved[sample] & (value <= 0) & (value > HOPELESS * low)
-        parts = node_remainders(part, known.ranges, adjoints)
+        remainders = node_remainders(samples, expansion.ranges, adjoints)
         while bool(unproved.any()):
-            some = unproved.any(1).nonzero()[:, 0]
-            rival = unproved[some].int().argmax(1)
-            unproved[some, rival] = False
-            each = tangent_expansions(known, parts, adjoints, some, rival)
-            hints = estimated_minimiser(each.quadratic, each.gradient, each.radius, None)
+            index = unproved.any(1).nonzero()[:, 0]
+            rival = unproved[index].int().argmax(1)
+            unproved[index, rival] = False
+            tangents = tangent_expansions(expansion, remainders, adjoints, index, rival)
+            hints = estimated_minimiser(tangents.quadratic, tangents.gradient, tangents.radius, None)
             estimate = 0.5 * (
-                hints.mu * each.radius.square() + hints.form + (1 + 1 / hints.tau) * each.quadratic.residual_sum
+                hints.mu * tangents.radius.square() + hints.form + (1 + 1 / hints.tau) * tangents.quadratic.residual_sum
             )
-            todo = (estimate + each.flat < low[some, rival]).nonzero()[:, 0]
+            todo = (estimate + tangents.flat < low[index, rival]).nonzero()[:, 0]
             if len(todo):
-                losses = each.at(todo).losses(hints.mu[todo], hints.tau[todo])
-                value[some[todo], rival[todo]] = difference_down(low[some[todo], rival[todo]], losses)
+                losses = tangents.at(todo).losses(hints.mu[todo], hints.tau[todo])
+                value[index[todo], rival[todo]] = difference_down(low[index[todo], rival[todo]], losses)
         whole = torch.full_like(self.point.margin_low, -torch.inf).index_copy(0, sample, value)
         return whole[rivals[:, 0], rivals[:, 1]] > 0
 
     def _search(self, pairs: RivalPairs, start: Tensor, cap: Tensor) -> Tensor:
-        """The largest proved balls (count,), at most `cap` (count,); 0 where none was proved."""
+        """Radii (count,) of the largest proved balls, at most `cap` (count,); 0 where none is proved.
+
+        start (count,): radii of the first balls.   cap: inf for each sample's first search, whose first round of balls
+        also yields the linearisation for all later ones.
+        """
         limits = self.limits
         assert limits is not None
-        alone = not bool(cap.isfinite().any())  # each sample's first search: its balls make the linearisation
+        is_first = not bool(cap.isfinite().any())
         bracket = Bracket.around(torch.minimum(start, cap))
-        enough = either(cap.isfinite(), 2 * SAFE, torch.inf)
+        enough = either(cap.isfinite(), 2 * RESERVE, torch.inf)
         best: Choice | None = None
         choice: Choice | None = None
         active = torch.arange(len(start), device=start.device)
         for count in range(limits.balls):
             on_balls = self._on_balls(pairs.at(active), bracket.radius[active])
-            found = on_balls.optimised(choice, limits.further if count else limits.first, enough[active])
-            raised = bracket.update(active, on_balls.part(found.estimate) - SAFE)
-            best = found.choice if best is None else best.put(active[raised], found.choice.at(raised.nonzero()[:, 0]))
+            optimised = on_balls.optimised(
+                choice, limits.further_steps if count else limits.first_steps, enough[active]
+            )
+            raised = bracket.update(active, on_balls.relative(optimised.estimate) - RESERVE)
+            improved = optimised.choice.at(raised.nonzero()[:, 0])
+            best = optimised.choice if best is None else best.put(active[raised], improved)
             bracket.radius = torch.minimum(bracket.radius, cap)
-            following = bracket.unresolved(active, limits.close)
-            choice = found.choice.at(torch.isin(active, following).nonzero()[:, 0])
+            following = bracket.unresolved(active, limits.tolerance)
+            choice = optimised.choice.at(torch.isin(active, following).nonzero()[:, 0])
             active = following
-            if alone and not count:  # of all samples, resolved or not: none may depend on its neighbours
+            if is_first and not count:  # of all samples, resolved or not: none may depend on others of its batch
                 self._linearise(pairs.sample, torch.where(bracket.radius.isfinite(), bracket.radius, start))
             if not len(active):
                 break
         assert best is not None
-        return self._prove(pairs, bracket.inside, best)
+        return self._prove(pairs, bracket.lower.radius, best)
 
     def _prove(self, pairs: RivalPairs, radius: Tensor, choice: Choice) -> Tensor:
-        """Radii (count,) that are proved, at or a little below `radius`; 0 where none is."""
+        """Radii (count,) that are proved, equal to `radius` or a little smaller; 0 where none is."""
         proved = torch.zeros_like(radius)
         active = (radius > 0).nonzero()[:, 0]
-        for part in BACK:
+        for part in RETREATS:
             if not len(active):
                 break
             on_balls = self._on_balls(pairs.at(active), part * radius[active])
@@ -290,41 +323,44 @@ class LocalSearch:
         return proved
 
     def _probe(self, pairs: RivalPairs, radius: Tensor) -> Tensor:
-        """An estimate (batch,) of the radius that an ascent reaches, to begin at. One pair for every sample."""
+        """Estimates (batch,) of the radii that an ascent reaches, where a search begins.
+
+        pairs: one for each sample, in order.   radius (batch,): of the first balls.
+        """
         self._linearise(pairs.sample, radius)
         bracket = Bracket.around(radius)
         active = torch.arange(len(radius), device=radius.device)
         for count in range(1, MOST_PROBES + 1):
-            on_balls = self._on_balls(pairs.at(active), bracket.radius[active])
-            left = on_balls.coarse()
-            bracket.update(active, left)
-            active = bracket.unresolved(active[(left < HOPELESS) | (count < PROBES)], ROUGH)
+            remaining = self._on_balls(pairs.at(active), bracket.radius[active]).coarse()
+            bracket.update(active, remaining)
+            active = bracket.unresolved(active[(remaining < HOPELESS) | (count < PROBES)], PROBE_TOLERANCE)
             if not len(active):
                 break
-        return ASCENT * bracket.radius
+        return ASCENT_GAIN * bracket.radius
 
     def _linearise(self, samples: Tensor, radius: Tensor) -> None:
-        """A linearisation made for balls of these radii, of all samples in their order."""
+        """Make the linearisation for balls of `radius` (batch,). samples (batch,): all of the batch, in order."""
         assert len(samples) == len(self.point.x)
         expansion = expand_on_ball(self.point, self._ranges(self.point, radius), like=self.linearisation)
         self.linearisation = expansion.linearisation
 
-    def _ranges(self, part: EvaluatedPoints, radius: Tensor) -> Ranges:
-        """Ranges on balls of `radius` (batch,) from which an expansion begins: at `max` those of linear relaxation."""
-        ranges = interval_ranges(part, self.model_bounds.weights, radius)
-        if self.limits is not None and self.limits.relaxed:
-            ranges, _ = intermediate_bounds(part, ranges, self.model_bounds.memory)
+    def _ranges(self, point: EvaluatedPoints, radius: Tensor) -> Ranges:
+        """Pre-activation ranges on balls of `radius` (count,), for an expansion: interval bounds, or at `max` those of
+        linear relaxation."""
+        ranges = interval_ranges(point, self.model_bounds.weights, radius)
+        if self.limits is not None and self.limits.relaxed_ranges:
+            ranges, _ = intermediate_bounds(point, ranges, self.model_bounds.memory)
         return ranges
 
     def expand(self, samples: Tensor, radius: Tensor) -> BallExpansion:
-        """On balls (count,) of the samples (count,) of the batch, in the linearisation made for the search."""
-        part, given = self.point.at(samples), self.linearisation
-        if given is not None and len(samples) != len(self.point.x):
-            given = given.at(samples)
-        return expand_on_ball(part, self._ranges(part, radius), given)
+        """The expansion on balls of `radius` (count,) around the samples (count,), with the search's linearisation."""
+        point, linearisation = self.point.at(samples), self.linearisation
+        if linearisation is not None and len(samples) != len(self.point.x):
+            linearisation = linearisation.at(samples)
+        return expand_on_ball(point, self._ranges(point, radius), linearisation)
 
     def _on_balls(self, pairs: RivalPairs, radius: Tensor) -> _PairsOnBalls:
-        """radius (count,): of the pairs' balls; pairs of one sample must have one ball."""
+        """The pairs on balls of `radius` (count,), which must be equal for pairs of one sample."""
         samples, position = pairs.sample.unique(return_inverse=True)
         first = torch.empty_like(samples).index_copy(0, position, torch.arange(len(position), device=position.device))
         expansion = self.expand(samples, radius[first]).at(position)
@@ -332,6 +368,7 @@ class LocalSearch:
 
 
 def _lookup(sample: Tensor, rival: Tensor, batch: int) -> Tensor:
+    """Table (batch,) of each sample's rival; -1 for samples that are not in `sample`. sample, rival: (count,)."""
     table = torch.full((batch,), -1, dtype=rival.dtype, device=rival.device)
     table[sample] = rival
     return table

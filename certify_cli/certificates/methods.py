@@ -1,8 +1,8 @@
-"""The methods: one table, from a name to a function that certifies a batch.
+"""Certification methods: a table from name to function.
 
-A new method is one entry here. `auto` runs every method that applies, in the table's order, and keeps the largest
-certified radius and the nearest attack of each sample. First comes what costs little, then what leaves little to do for
-those behind it, which look no further where they cannot certify more.
+To add a method, add an entry to METHODS, and its name and summary to `names.SUMMARIES`. `auto` runs every applicable
+method in table order and keeps, per sample, the largest certified radius and the nearest attack. The order is by cost:
+cheap methods first, so that expensive ones can skip samples that they cannot improve.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ from certify_cli.certificates.dual_on_ball import certified_attack_on_ball, exte
 from certify_cli.certificates.local import fits, local_radii
 from certify_cli.certificates.local_attack import certified_local_attack
 from certify_cli.errors import MethodError, UsageError, quoted
+from certify_cli.names import AUTO
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-
-AUTO = "auto"
-TANGENT_METHODS = ("curvature", "dual")
-
+from certify_cli.records import certifies, refutes
 
 Certify = Callable[[ModelBounds, EvaluatedPoints, bool, Certificates | None], Certificates]
-"""(analysis, point, attack?, what cheaper methods have found for these samples or None) -> certificates."""
+"""(model bounds, samples, whether to certify attacks, previous certificates of these samples or None) -> certificates.
+
+The previous certificates are those of cheaper methods: a search begins with them. The result may be worse than they
+are, and `certify_batch` keeps the better of the two."""
 
 
 @dataclass(frozen=True)
 class Method:
     """A method of certification, and how `auto` uses it.
 
-    applies: gives None, or why the method cannot apply to a network.
-    attacks: whether it can certify attacks. Of several methods only the first that can does: on the models measured,
-    expensive ones add an attack for few samples, at the price of a search.
-    expensive: `auto` leaves out a sample whose verdicts are known.   searched: it tries many balls a sample, so that
-    small batches suffice.
+    applies: network -> None, or the reason why the method cannot apply to it.
+    certify: certifies a batch.
+    attacks: whether it can certify attacks. Of several methods only the first such one does, because on the models
+    measured expensive methods certify attacks for few further samples, at the cost of a search.
+    expensive: whether `auto` skips samples whose verdicts earlier methods settled.
+    searched: whether it tries many balls per sample, so that small batches suffice.
     """
 
     name: str
-    summary: str
     applies: Callable[[Network], str | None]
     certify: Certify
     attacks: bool = False
@@ -57,9 +58,9 @@ class Method:
 
 
 def by_lipschitz(
-    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
 ) -> Certificates:
-    """Margin over Lipschitz constant, for every rival."""
+    """Margin over the global Lipschitz constant, for every rival."""
     lipschitz = model_bounds.lipschitz_pairs.rows(point.prediction)
     radius, rival = _weakest(point, lipschitz_radius(point.margin_low, lipschitz))
     none = torch.full_like(radius, torch.nan)
@@ -78,18 +79,21 @@ def by_lipschitz(
 
 
 def by_curvature(
-    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
 ) -> Certificates:
-    """The closed form with the global curvature bound, joined with the Lipschitz constant, at the sample and at few
-    further points, or with bounds anchored at the sample, whichever certifies more; attack along -g."""
+    """The best of two closed forms, and attacks along -g.
+
+    The one combines the global curvature bound with the Lipschitz constant, at the sample and at few further points;
+    the other uses bounds anchored at the sample.
+    """
     return _by_tangents("curvature", model_bounds.effort.tangents, model_bounds, point, attack)
 
 
 def by_dual(
-    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
 ) -> Certificates:
-    """The same, at further points until the gap stops closing: the published dual (CRC) for all rivals; then with the
-    curvature of balls little larger than what is certified."""
+    """`by_curvature` with further points until the radius stops growing, which is the published dual (CRC) for all
+    rivals; then with curvature bounds of balls a little larger than the certified ones."""
     return _by_tangents("dual", model_bounds.effort.dual_steps, model_bounds, point, attack, balls=True)
 
 
@@ -101,20 +105,21 @@ def _by_tangents(
     attack: bool,
     balls: bool = False,
 ) -> Certificates:
+    """Certificates of the method `name` from tangents at `steps` further points; balls: and from bounds on balls."""
     predicted = point.prediction
-    everywhere = Constants(
+    constants = Constants(
         lower=model_bounds.curvature_pairs.rows(predicted),
         upper=model_bounds.curvature_pairs.columns(predicted),
         lipschitz=model_bounds.lipschitz_pairs.rows(predicted),
     )
     gradient, anchors = point.gradient_norm, model_bounds.anchored.around(point)
-    table = hybrid_radius(point.margin_low, gradient, everywhere.lower, everywhere.lipschitz)
-    # a tangent at another point needs a bound of the Hessian: the global one
-    sharp = refined(point, table, everywhere.lower, everywhere.upper, steps)
-    raised, decided = anchored(anchors, point, sharp.radius, everywhere)
-    sharp = replace(sharp, radius=raised)
+    table = hybrid_radius(point.margin_low, gradient, constants.lower, constants.lipschitz)
+    # tangents at other points need a bound of the Hessian, so the global one and no anchored constant
+    sharp = refined(point, table, constants.lower, constants.upper, steps)
+    enlarged, decided = anchored(anchors, point, sharp.radius, constants)
+    sharp = replace(sharp, radius=enlarged)
     if balls:
-        sharp = extended_on_balls(model_bounds, point, sharp, everywhere.lower, everywhere.upper, steps)
+        sharp = extended_on_balls(model_bounds, point, sharp, constants.lower, constants.upper, steps)
     radius, rival = _weakest(point, sharp.radius)
     norm, witness = torch.full_like(radius, torch.nan), point.x
     if attack:
@@ -137,139 +142,114 @@ def _by_tangents(
 
 
 def by_local(
-    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+    model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
 ) -> Certificates:
-    """Curvature on the ball around the sample, expanded there layer by layer; never less than what was found before, or
-    `curvature` finds."""
-    found = by_curvature(model_bounds, point, attack, None) if before is None else before
-    radius, rival = local_radii(model_bounds, point, found.radius)
+    """Curvature on the ball around the sample, expanded there layer by layer.
+
+    The radius is at least the previous one or, without previous certificates, that of `curvature`.
+    """
+    base = by_curvature(model_bounds, point, attack, None) if previous is None else previous
+    radius, rival = local_radii(model_bounds, point, base.radius)
     own = torch.full_like(rival, _index("local"))
-    found = _raised(point, found, radius, rival, own, alone=before is None)
-    open_ = found.attack.isnan().nonzero()[:, 0]
-    if not attack or not len(open_):
-        return found
-    part = point.at(open_)
+    certificates = _enlarged(point, base, radius, rival, own, alone=previous is None)
+    todo = certificates.attack.isnan().nonzero()[:, 0]
+    if not attack or not len(todo):
+        return certificates
+    samples = point.at(todo)
     nearest, target = certified_local_attack(
-        model_bounds, part, model_bounds.effort.local is not None and fits(model_bounds)
+        model_bounds, samples, model_bounds.effort.local is not None and fits(model_bounds)
     )
-    witness, norm = _along_gradient(part, target, nearest)
+    witness, norm = _along_gradient(samples, target, nearest)
     return replace(
-        found,
-        attack=found.attack.index_copy(0, open_, norm),
-        witness=found.witness.index_copy(0, open_, witness),
+        certificates,
+        attack=certificates.attack.index_copy(0, todo, norm),
+        witness=certificates.witness.index_copy(0, todo, witness),
     )
 
 
 def by_ball_search(*names: str) -> Certify:
-    """The bounds of `names` in one search, for networks with or without curvature; never less than what was found
-    before, or `lipschitz` finds."""
+    """A method that searches balls by the bounds `names` of BALL_BOUNDS, for networks with or without curvature.
+
+    The radius is at least the previous one or, without previous certificates, that of `lipschitz`.
+    """
     bounds = tuple(BALL_BOUNDS[name] for name in names)
 
     def certify(
-        model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, before: Certificates | None
+        model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
     ) -> Certificates:
-        found = by_lipschitz(model_bounds, point, False, None) if before is None else before
-        balls = search_balls(bounds, model_bounds, point, found.radius)
+        base = by_lipschitz(model_bounds, point, False, None) if previous is None else previous
+        balls = search_balls(bounds, model_bounds, point, base.radius)
         own = torch.tensor([_index(name) for name in names], dtype=torch.int64, device=balls.bound.device)[balls.bound]
-        return _raised(point, found, balls.radius, balls.rival, own, alone=before is None)
+        return _enlarged(point, base, balls.radius, balls.rival, own, alone=previous is None)
 
     return certify
 
 
 BALL_BOUNDS: dict[str, BallBound] = {"linear": linear_bound, "local-lipschitz": lipschitz_bound}
-"""Bounds that hold for all rivals at once, and where the earlier ones' ranges are as good for the later ones: `auto`
-searches them together."""
+"""Bounds that hold for all rivals at once. `auto` searches with all of them together, because the ranges of each are
+good enough for the later ones."""
 
 
-def _raised(
-    point: EvaluatedPoints, found: Certificates, radius: Tensor, rival: Tensor, own: Tensor, alone: bool
+def _enlarged(
+    point: EvaluatedPoints, base: Certificates, radius: Tensor, rival: Tensor, own: Tensor, alone: bool
 ) -> Certificates:
-    """`found` with the larger radii, of the methods `own` (batch,), and NaN for their figures. alone: every sample is
-    theirs, larger or not."""
-    better = radius > found.radius
+    """`base` with the radii of another method where these are larger, and NaN for the upper bounds that it lacks.
+
+    radius, rival (batch,): of the other method.   own (batch,): index of that method.
+    alone: whether that method runs by itself, and every sample counts as certified by it.
+    """
+    better = radius > base.radius
     none = torch.full_like(radius, torch.nan)
     gradient = _at(point.gradient_norm, rival) if point.smooth else none
     return replace(
-        found,
-        radius=torch.where(better, radius, found.radius),
-        rival=torch.where(better, rival, found.rival),
-        gradient=torch.where(better, gradient, found.gradient),
-        curvature_lower=torch.where(better, none, found.curvature_lower),
-        curvature_upper=torch.where(better, none, found.curvature_upper),
-        lipschitz=torch.where(better, none, found.lipschitz),
-        method=own if alone else torch.where(better, own, found.method),
+        base,
+        radius=torch.where(better, radius, base.radius),
+        rival=torch.where(better, rival, base.rival),
+        gradient=torch.where(better, gradient, base.gradient),
+        curvature_lower=torch.where(better, none, base.curvature_lower),
+        curvature_upper=torch.where(better, none, base.curvature_upper),
+        lipschitz=torch.where(better, none, base.lipschitz),
+        method=own if alone else torch.where(better, own, base.method),
     )
 
 
 def _along_gradient(point: EvaluatedPoints, target: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """Adversarial examples promised at `radius` (batch,) down the margin to `target` (batch,), and their norms."""
+    """Witnesses (batch, *input shape) of attacks certified along -g, and their norms (batch,); see `replayed_along`.
+
+    target (batch,): rival of the margin whose gradient is g.   radius (batch,): of the certified attack.
+    """
     every = torch.arange(len(target), device=target.device)
     return replayed_along(point, -point.gradients.value[every, target], radius)
 
 
 def _weakest(point: EvaluatedPoints, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """The least radius over all rivals and the rival that has it; the prediction itself is no rival."""
-    least, rival = radius.masked_fill(point.own, torch.inf).min(1)
+    """The smallest radius (batch,) over all rivals, and its rival: the runner-up where the radius is infinite."""
+    smallest, rival = radius.masked_fill(point.own, torch.inf).min(1)
     runner_up = point.margin.masked_fill(point.own, torch.inf).argmin(1)
-    return least, torch.where(least.isinf(), runner_up, rival)
+    return smallest, torch.where(smallest.isinf(), runner_up, rival)
 
 
 def _at(table: Tensor, rival: Tensor) -> Tensor:
+    """The entries (batch,) of a table (batch, classes) at each sample's rival."""
     return table.gather(1, rival.unsqueeze(1)).squeeze(1)
 
 
 def _everywhere(network: Network) -> None:
-    return None
+    """No network is refused."""
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(
-            "lipschitz", "margin over a global Lipschitz constant (product of norms, LipLT)", _everywhere, by_lipschitz
-        ),
-        Method(
-            "curvature",
-            "closed form with curvature and Lipschitz bounds, global or anchored at the sample; attack certificates",
-            why_no_curvature,
-            by_curvature,
-            attacks=True,
-        ),
-        Method(
-            "dual",
-            "the same closed form at further points until the gap stops closing (CRC, all rivals)",
-            why_no_curvature,
-            by_dual,
-            attacks=True,
-            expensive=True,
-        ),
-        Method(
-            "local",
-            "curvature on the ball around the sample, expanded there layer by layer, proved ball by ball",
-            why_no_curvature,
-            by_local,
-            attacks=True,
-            expensive=True,
-            searched=True,
-        ),
-        Method(
-            "linear",
-            "linear relaxation over the ball, substituted backward, for every activation and max pooling",
-            _everywhere,
-            by_ball_search("linear"),
-            expensive=True,
-            searched=True,
-        ),
-        Method(
-            "local-lipschitz",
-            "margin over a Lipschitz constant on the ball, by the slopes that its pre-activations allow",
-            _everywhere,
-            by_ball_search("local-lipschitz"),
-            expensive=True,
-            searched=True,
-        ),
+        Method("lipschitz", _everywhere, by_lipschitz),
+        Method("curvature", why_no_curvature, by_curvature, attacks=True),
+        Method("dual", why_no_curvature, by_dual, attacks=True, expensive=True),
+        Method("local", why_no_curvature, by_local, attacks=True, expensive=True, searched=True),
+        Method("linear", _everywhere, by_ball_search("linear"), expensive=True, searched=True),
+        Method("local-lipschitz", _everywhere, by_ball_search("local-lipschitz"), expensive=True, searched=True),
     )
 }
+"""Name -> method, in the order in which `auto` runs them. A batch of certificates holds positions in this table."""
 
 
 def _index(name: str) -> int:
@@ -281,10 +261,9 @@ def method_name(index: int) -> str:
 
 
 def select(name: str, network: Network) -> tuple[Method, ...]:
-    """The methods that `name` stands for on this network: itself, or for `auto` every one that applies, those of
-    BALL_BOUNDS as one.
+    """The methods of a name for this network: one, or for `auto` all that apply, those of BALL_BOUNDS joined in one.
 
-    Raises UsageError for an unknown name and MethodError (naming the layer) for one that cannot apply.
+    Raises UsageError for an unknown name, and MethodError, naming the layer, for a method that cannot apply.
     """
     if name == AUTO:
         applying = [method for method in METHODS.values() if method.applies(network) is None]
@@ -307,27 +286,29 @@ def certify_batch(
     attack: bool,
     levels: tuple[float, ...] = (),
 ) -> Certificates:
-    """The best of the given methods, sample by sample, in their order.
+    """Certificates by the given methods in their order: per sample the largest radius and the nearest attack.
 
-    levels: radii whose verdicts are wanted. Where they are given, a sample for which every verdict is known (certified
-    above the level, or attacked at or below it) is spared the dear methods, unless the effort is `max`.
+    attack: whether to certify attacks.
+    levels: radii eps whose verdicts matter. If any are given, expensive methods skip samples that are certified or
+    attacked at each of them, unless the effort asks for every verdict.
     """
     best = methods[0].certify(model_bounds, point, attack and methods[0].attacks, None)
-    asked = methods[0].attacks
+    attack = attack and not methods[0].attacks  # only the first method that can certify attacks does
     for method in methods[1:]:
         todo = torch.arange(len(point.x), device=point.x.device)
         if method.expensive and levels and not model_bounds.effort.every_verdict:
             todo = (~_decided(best, levels)).nonzero().squeeze(1)
         if not len(todo):
             continue
-        part = point if len(todo) == len(point.x) else point.at(todo)
-        known = best.at(todo)
-        found = method.certify(model_bounds, part, attack and method.attacks and not asked, known)
-        best = best.put(todo, known.best_of(found))
-        asked = asked or method.attacks
+        samples = point if len(todo) == len(point.x) else point.at(todo)
+        previous = best.at(todo)
+        certificates = method.certify(model_bounds, samples, attack and method.attacks, previous)
+        best = best.put(todo, previous.best_of(certificates))
+        attack = attack and not method.attacks
     return best
 
 
-def _decided(found: Certificates, levels: tuple[float, ...]) -> Tensor:
-    known = [(found.radius > level) | (found.attack <= level) for level in levels]
-    return torch.stack(known).all(0)
+def _decided(certificates: Certificates, levels: tuple[float, ...]) -> Tensor:
+    """Mask (batch,): samples that are certified or attacked at every level."""
+    verdicts = [certifies(certificates.radius, eps) | refutes(certificates.attack, eps) for eps in levels]
+    return torch.stack(verdicts).all(0)

@@ -13,6 +13,7 @@ from certify_cli.audit.judge import Verdict, judge
 from certify_cli.audit.policy import POLICY, Policy, Requirement
 from certify_cli.cli import options as opt
 from certify_cli.cli.configuration import OWN_FILE, PROJECT_FILE, PolicyFile, tell
+from certify_cli.cli.exit_codes import DONE, NOT_MET
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import RunOptions, spread
 from certify_cli.cli.sink import job_summary, sink
@@ -26,7 +27,6 @@ from certify_cli.run.settings import Settings
 if TYPE_CHECKING:
     from certify_cli.run.engine import Job
 
-NOT_MET = 1
 OF_ATTACKS = ("attack_accuracy",)
 LARGEST_BATCH = 64
 """Samples between two looks at whether the verdict is certain."""
@@ -76,7 +76,7 @@ def check(
         out.last(RENDERED[form](verdict, job.run, out.view))
         if form == "github":
             job_summary(as_markdown(verdict, job.run, View(all_rows=True)))
-    return 0 if verdict.met else NOT_MET
+    return DONE if verdict.met else NOT_MET
 
 
 def _policy(context: typer.Context) -> Policy:

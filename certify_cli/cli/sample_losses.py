@@ -28,17 +28,16 @@ COLUMNS = (
     Column("loss", right=True),
     Column("of margin", right=True),
 )
-"""For every layer: half the mean width of the pre-activation bounds on the ball, and which part of it the linearisation
-does not explain; then the three parts of the layer's loss: how far below the activation its quadratic minorants begin,
-their quadratic terms at the linearised pre-activations, and the increase of these by the residuals."""
+"""The columns between "term" and "loss" are the fields of `LossRow`, and empty for the gradient and the proof gap."""
 
 
 def sample_losses(
     network: Network, x: Tensor, index: int, memory: int | None, info: ModelInfo, form: str, view: View
 ) -> str:
-    """The losses of the sample x (1, *input shape), number `index` of its data, as text in the format `form`.
+    """The losses of one sample as text.
 
-    form: json or table. memory: bytes, or None for the default.
+    x (1, *input shape): the sample.   index: its position in the data set.   memory: bytes, or None for the default.
+    form: json or table.
     """
     from certify_cli.certificates.loss_breakdown import of_sample
 
@@ -67,8 +66,8 @@ def _rows(losses: Losses) -> list[tuple[str, ...]]:
     blank = ("",) * 5
     rows: list[tuple[str, ...]] = [("gradient", *blank, number(losses.gradient), share(losses.gradient))]
     for row in losses.layers:
-        parts = (number(value) for value in (row.constant, row.curved, row.beyond, row.total))
+        parts = (number(value) for value in (row.intercept, row.quadratic, row.residual, row.total))
         title = layer_title(row.name, row.kind, row.shape)
-        rows.append((title, number(row.range), f"{100 * row.bent:.1f} %", *parts, share(row.total)))
+        rows.append((title, number(row.half_width), f"{100 * row.nonlinear:.1f} %", *parts, share(row.total)))
     rows.append(("proof gap", *blank, number(losses.gap), share(losses.gap)))
     return rows

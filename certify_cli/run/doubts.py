@@ -1,14 +1,15 @@
-"""Figures of a finished run that look wrong, in sentences: most often the input is not what the model expects."""
+"""Warnings about figures of a finished run that look wrong, most often because the model expects another input."""
 
 from __future__ import annotations
 
 from certify_cli.records import Run, Summary
 
 CHANCE_SAMPLES = 20
+"""With fewer labelled samples an accuracy says nothing."""
 
 
 def doubts(run: Run, summary: Summary) -> list[str]:
-    """Sentences that warn of figures which look wrong."""
+    """The warnings, as sentences."""
     classes = run.model.classes
     if not at_chance_level(summary, classes):
         return []
@@ -19,10 +20,10 @@ def doubts(run: Run, summary: Summary) -> list[str]:
 
 
 def at_chance_level(summary: Summary, classes: int) -> bool:
-    """Whether the accuracy suggests that the model sees inputs it was not trained on.
+    """Whether the accuracy is so low that the model probably sees inputs it was not trained on.
 
-    Half as much again as guessing, but never more than a tenth above it: 0.75 of two classes is an honest accuracy.
-    Fewer than twenty labelled samples say nothing.
+    The threshold is 1.5 times the accuracy of guessing, but at most 0.1 above it: 0.75 is an honest accuracy for two
+    classes.
     """
     if summary.accuracy is None or summary.samples < CHANCE_SAMPLES:
         return False

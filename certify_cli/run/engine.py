@@ -1,7 +1,7 @@
-"""The engine: a run as a stream of records, in the data's order, as batches are done.
+"""The engine: a run as a stream of records, in the data's order, one batch after another.
 
-Whatever consumes a run (the command line, `certify` of the library, `check`) consumes `Job.records` or `Job.samples`;
-progress bars and writers are consumers of them.
+The command line, `certify` of the library and `check` all consume `Job.records` or `Job.samples`. The engine itself
+writes nothing and shows no progress.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
 from certify_cli.bounds.relaxation.intermediate_bounds import ball_cost
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import TANGENT_METHODS, certify_batch, select
+from certify_cli.certificates.methods import certify_batch, select
 from certify_cli.data.datasets import Dataset
 from certify_cli.efforts import EFFORTS, FAST
 from certify_cli.errors import DataError, UsageError, first_line, quoted
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.load.preprocessing import fit
+from certify_cli.names import TANGENT_METHODS
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
@@ -38,18 +39,18 @@ from certify_cli.run.sample_records import sample_records
 from certify_cli.run.settings import Settings
 
 DEFAULT_MEMORY = 2**29
-"""Bytes for the tensors of one batch on a CPU, unless `--memory` says otherwise."""
+"""Bytes for the tensors of one batch on a CPU, if `--memory` is not given."""
 LARGEST_BATCH, SEARCHED_BATCH = 512, 128
-"""Samples a batch; fewer where a method searches, so that a run shows progress."""
+"""Largest number of samples in a batch, without and with a method that searches; smaller batches show progress."""
 SEARCHED_WORK = 3e10
-"""Floating-point operations that one ball of a batch may take where a method searches."""
+"""Floating-point operations that one ball of a batch may take if a method searches."""
 
 
 @dataclass(frozen=True, eq=False)
 class Witness:
     """A replayed attack: the prediction at x + d differs from that at x.
 
-    index: position in the data set.   x, moved: the sample and x + d as rounded, shape of x, float64, data units.
+    index: position in the data set.   x, moved: the sample and x + d, rounded; shape of x, float64, data units.
     """
 
     index: int
@@ -83,11 +84,14 @@ class CertifiedSample:
 
 
 def unwatched(sample: CertifiedSample) -> None:
-    """The `watch` of whoever does not."""
+    """A `watch` that does nothing."""
 
 
 class Job:
-    """A run made ready: `run` is known before the first sample, `samples()` does the work."""
+    """A prepared run: its run record, and iterators that certify the samples.
+
+    run: the run record, complete before the first sample.   total: number of samples.
+    """
 
     def __init__(self, network: Network, data: Dataset, settings: Settings, run: Run) -> None:
         self.run = run
@@ -98,32 +102,33 @@ class Job:
         self._effort = EFFORTS[settings.effort]
 
     @cached_property
-    def _analysis(self) -> ModelBounds:
-        """For the classes that are predicted anywhere in the data: it is the same wherever a run begins."""
+    def _model_bounds(self) -> ModelBounds:
+        """Bounds for all classes that are predicted in the data, so that they are the same when a run is resumed."""
         memory = _memory(self._network.device, self._settings.memory, MEMORY)
         with exact_kernels():
-            predicted = torch.cat([self._network(self._batch(part)).argmax(1) for part in self._parts(0)])
+            predicted = torch.cat([self._network(self._batch(rows)).argmax(1) for rows in self._slices(0)])
         return ModelBounds(self._network, self._effort, memory, predicted)
 
-    def _parts(self, first: int) -> Iterator[slice]:
+    def _slices(self, first: int) -> Iterator[slice]:
+        """The batches from sample number `first` on."""
         for start in range(first, self.total, self.run.batch_size):
             yield slice(start, min(start + self.run.batch_size, self.total))
 
-    def _batch(self, part: slice) -> Tensor:
-        return self._data.x[part].to(self._network.device, torch.float64)
+    def _batch(self, rows: slice) -> Tensor:
+        return self._data.x[rows].to(self._network.device, torch.float64)
 
     @property
     def indices(self) -> Sequence[int]:
-        """Of the samples in their data set, in order."""
+        """Positions of the samples in their data set, in order."""
         return self._data.indices
 
     def records(
         self, past: Begun | None = None, watch: Callable[[CertifiedSample], None] = unwatched
     ) -> Iterator[Record]:
-        """The run line, every sample as its batch is done, and the sealed summary.
+        """The run record, a record for every sample as soon as its batch is done, and the sealed summary.
 
-        past: an earlier part of the same run; its records are counted, and not repeated. watch: called with every
-        sample once its record has been taken; what it raises ends the run there.
+        past: an earlier part of the same run. Its records count in the summary, but are not repeated.
+        watch: called with every sample after its record has been consumed; an exception that it raises ends the run.
         """
         start = time.perf_counter()
         if past is None:
@@ -137,54 +142,57 @@ class Job:
         yield sealed(self.run if past is None else past.run, done, summary)
 
     def samples(self, first: int = 0) -> Iterator[CertifiedSample]:
-        """The samples in the data's order, a batch at a time, from number `first` on, which must begin a batch."""
-        for part in self._parts(first):
+        """The samples in the data's order, batch by batch, from number `first` on, which must be a batch's first."""
+        for rows in self._slices(first):
             with exact_kernels():
-                point = EvaluatedPoints(self._network, self._batch(part))
+                point = EvaluatedPoints(self._network, self._batch(rows))
                 settings = self._settings
                 certificates = certify_batch(
-                    self._methods, self._analysis, point, settings.attack != "none", settings.levels
+                    self._methods, self._model_bounds, point, settings.attack != "none", settings.levels
                 )
-                promised = certificates.attack.isfinite()
+                by_certificate = certificates.attack.isfinite()
                 if settings.attack == "search":
-                    certificates, promised = self._with_nearer_attacks(point, certificates)
-                batch = self._certified(part, point, certificates, promised)
+                    certificates, by_certificate = self._with_nearer_attacks(point, certificates)
+                batch = self._certified(rows, point, certificates, by_certificate)
             yield from batch
 
     def model_figures(self) -> dict[str, float]:
-        """Bounds of the model as it meets the data, by the keys that a policy has for them; inf where there is none."""
+        """Global bounds of the model, fitted to the data, by the names that policies use; inf where there is none."""
         last = layer_table(self._network)[-1]
         curvature = math.inf if last.curvature is None else last.curvature
         return {"largest_lipschitz": last.lipschitz, "largest_curvature": curvature}
 
-    def _with_nearer_attacks(self, point: EvaluatedPoints, found: Certificates) -> tuple[Certificates, Tensor]:
-        """The certificates with nearer attacks where a search finds them; and (batch,) which attacks a certificate
-        promised."""
+    def _with_nearer_attacks(self, point: EvaluatedPoints, certificates: Certificates) -> tuple[Certificates, Tensor]:
+        """The certificates with the attacks of a search where these are nearer.
+
+        Returns as well a mask (batch,) of the attacks that are still those of a certificate.
+        """
         start = time.perf_counter()
-        witness, norm = nearest_attacks(point, found.near, found.radius, self._effort)
-        nearer = norm < found.attack.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        witness, norm = nearest_attacks(point, certificates.near, certificates.radius, self._effort)
+        nearer = norm < certificates.attack.nan_to_num(nan=torch.inf, posinf=torch.inf)
         shape = (-1, *[1] * (witness.dim() - 1))
-        better = replace(
-            found,
-            attack=torch.where(nearer, norm, found.attack),
-            witness=torch.where(nearer.reshape(shape), witness, found.witness),
+        nearest = replace(
+            certificates,
+            attack=torch.where(nearer, norm, certificates.attack),
+            witness=torch.where(nearer.reshape(shape), witness, certificates.witness),
         )
         self._search_seconds = (self._search_seconds or 0.0) + time.perf_counter() - start
-        return better, found.attack.isfinite() & ~nearer
+        return nearest, certificates.attack.isfinite() & ~nearer
 
     def _certified(
-        self, part: slice, point: EvaluatedPoints, found: Certificates, promised: Tensor
+        self, rows: slice, point: EvaluatedPoints, certificates: Certificates, by_certificate: Tensor
     ) -> list[CertifiedSample]:
+        """The samples of a batch. by_certificate (batch,): whether a certificate gave the attack, and not a search."""
         data = self._data
-        indices = data.indices[part]
-        labels = data.y[part].tolist() if data.y is not None else None
+        indices = data.indices[rows]
+        labels = data.y[rows].tolist() if data.y is not None else None
         batch = []
-        for row, record in enumerate(sample_records(point, found, promised, indices, labels, data.image)):
+        for row, record in enumerate(sample_records(point, certificates, by_certificate, indices, labels, data.image)):
             witness = tangent = None
             if record.attack_radius is not None:
-                witness = Witness(record.index, point.x[row].cpu(), found.witness[row].cpu())
+                witness = Witness(record.index, point.x[row].cpu(), certificates.witness[row].cpu())
             if record.method in TANGENT_METHODS and record.rival is not None:
-                tangent = TangentPoint(record.index, record.rival, (found.near[row] - point.x[row]).cpu())
+                tangent = TangentPoint(record.index, record.rival, (certificates.near[row] - point.x[row]).cpu())
             batch.append(CertifiedSample(record, witness, tangent))
         return batch
 
@@ -196,10 +204,10 @@ def prepare(
     arguments: dict[str, Any] | None = None,
     largest_batch: int | None = None,
 ) -> Job:
-    """Fit the model to the data, choose device and batch size, and refuse what cannot run.
+    """Fit the model to the data and choose device and batch size.
 
-    `arguments` goes into the run record as it is. largest_batch: a bound of the batch size that is chosen. Raises
-    UsageError, DataError or MethodError.
+    arguments: copied into the run record.   largest_batch: upper limit of a batch size that is chosen here.
+    Raises UsageError, DataError or MethodError for a run that is impossible.
     """
     if not len(data.x):
         raise DataError(f"{data.name}: no sample selected")
@@ -220,9 +228,9 @@ def prepare(
         torch.set_num_threads(settings.threads)
     searched = any(method.searched for method in select(settings.method, network)) and settings.effort != FAST.name
     fitting = max(1, int(SEARCHED_WORK / max(1.0, ball_cost(network))))
-    most = min(SEARCHED_BATCH, fitting) if searched else LARGEST_BATCH
-    most = min(most, largest_batch or most)
-    batch_size = settings.batch_size or min(len(data.x), most, _batch_size(network, device, settings.memory))
+    limit = min(SEARCHED_BATCH, fitting) if searched else LARGEST_BATCH
+    limit = min(limit, largest_batch or limit)
+    batch_size = settings.batch_size or min(len(data.x), limit, _batch_size(network, device, settings.memory))
     run = describe(
         model,
         data,
@@ -237,6 +245,7 @@ def prepare(
 
 
 def _device(name: str) -> torch.device:
+    """The device of a `--device` text. Raises UsageError for a device that does not exist or cannot hold float64."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name, re.ASCII) is None:  # others lack float64, or values altogether
@@ -254,15 +263,15 @@ def _device(name: str) -> torch.device:
 
 
 def _batch_size(network: Network, device: torch.device, memory: int | None) -> int:
-    """Samples a batch such that its tensors fit: values, errors and one cotangent per class at the widest nodes."""
+    """The number of samples whose values, errors and cotangents of all classes at the widest nodes fit the memory."""
     every = sum(node.size for node in network.nodes)
     widest = max(node.size for node in network.nodes)
     sample = 8 * (4 * every + 8 * network.classes * widest)
     return max(1, _memory(device, memory, DEFAULT_MEMORY) // sample)
 
 
-def _memory(device: torch.device, asked: int | None, otherwise: int) -> int:
-    """Bytes that a batch may take: as asked, half of what a GPU has free, or `otherwise`."""
-    if asked is not None:
-        return asked
-    return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else otherwise
+def _memory(device: torch.device, requested: int | None, default: int) -> int:
+    """Bytes that a batch may take: as requested, else half of a GPU's free memory, or on a CPU `default`."""
+    if requested is not None:
+        return requested
+    return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else default

@@ -1,4 +1,4 @@
-"""How a run came about: versions, device, hashes. Enough to repeat it."""
+"""The provenance of a run: versions, device and hashes, enough to repeat it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LIBRARIES = ("torch", "numpy", "onnx", "onnx2torch", "onnxruntime", "safetensors
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the libraries on which the numbers depend."""
+    versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def describe(
@@ -38,7 +38,10 @@ def describe(
     batch_size: int,
     notes: tuple[str, ...],
 ) -> Run:
-    """The run record, complete before the first sample."""
+    """The run record.
+
+    arguments: as given by the user.   threads, batch_size: as chosen.   notes: of the model and the data.
+    """
     return Run(
         tool="curvcert",
         version=__version__,

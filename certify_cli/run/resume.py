@@ -1,6 +1,6 @@
-"""A run that goes on where it was stopped: JSON lines that hold the run line and the samples done so far.
+"""Resuming a run from its JSON lines: the run record and the samples done so far.
 
-Batches are computed anew from their first sample, so that every sample is computed among the same others as in a run
+An incomplete batch is computed again from its first sample. Every sample is then computed in the same batch as in a run
 that was never stopped, and its record is the same byte for byte.
 """
 
@@ -17,15 +17,18 @@ from certify_cli.records import SCHEMA, Run, Sample, linked
 from certify_cli.run.settings import Settings
 
 BEGINNING = b'{"type": "run"'
-"""Of the run line, which may have been cut off itself."""
+"""How a file begins whose run line may have been cut off."""
 ELSEWHERE = ("model", "data", "data_root", "offline")
-"""Arguments that may differ: where files lie. Their hashes may not."""
+"""Arguments that may differ, because they only locate files: the hashes of these may not differ."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a file of records holds of a run: `size` is where the last complete record ends, `ends` where each sample's
-    does, in bytes, `links` what links each to those before it."""
+    """The part of a run that a file of records holds. Positions are in bytes.
+
+    start: end of the run line.   ends: end of each sample's line.
+    finished: whether the file has a summary.   links: each sample's link to all earlier ones (`records.linked`).
+    """
 
     path: str
     run: Run
@@ -36,7 +39,7 @@ class Begun:
     links: tuple[str, ...]
 
     def settings(self, wanted: Settings) -> Settings:
-        """With the batch size and threads of the run so far, where none are asked for."""
+        """The settings with the batch size and threads of this run, where `wanted` leaves them open."""
         return replace(
             wanted,
             batch_size=wanted.batch_size or self.run.batch_size,
@@ -44,11 +47,14 @@ class Begun:
         )
 
     def check(self, now: Run, indices: Sequence[int]) -> None:
-        """Raises UsageError, naming what differs, unless the run now would go on with the same work."""
+        """Raise UsageError, naming the first difference, if `now` is another run than this one.
+
+        indices: positions of the samples of `now` in their data set.
+        """
         before, after = _identity(self.run), _identity(now)
-        apart = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-        if apart:
-            name = apart[0]
+        different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        if different:
+            name = different[0]
             raise UsageError(
                 f"--resume: {self.path} holds another run: its {shown(name)} is {quoted(before.get(name))}, not "
                 f"{quoted(after.get(name))}; repeat the command that began it, or write to another file"
@@ -63,22 +69,25 @@ class Begun:
 
     @property
     def whole(self) -> int:
-        """Samples of whole batches: those that are kept."""
+        """The number of samples that are kept: those of complete batches."""
         return len(self.samples) if self.finished else len(self.samples) // self.run.batch_size * self.run.batch_size
 
     @property
     def chain(self) -> str:
-        """The link of the last sample that is kept."""
+        """The link of the last kept sample; "" if none is kept."""
         return self.links[self.whole - 1] if self.whole else ""
 
     @property
     def size(self) -> int:
-        """Bytes that are kept."""
+        """The number of bytes that are kept."""
         return self.ends[self.whole - 1] if self.whole else self.start
 
 
 def begun(path: str) -> Begun | None:
-    """What is in the file; None where there is none, or no whole line yet. Raises UsageError for any other content."""
+    """The part of a run in a file; None if there is no file, or no complete line in it.
+
+    Raises UsageError for any other content, and for records that were changed.
+    """
     if Path(path).exists() and not Path(path).is_file():
         raise UsageError(f"--resume: {path} is no file that can be gone on with")
     try:
@@ -112,7 +121,7 @@ def begun(path: str) -> Begun | None:
                 finished = True
                 continue
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UsageError):
-            pass  # told below
+            pass  # reported below
         raise _changed(path, number) if changed else _foreign(path, number)
     if run is None:
         if content[:offset] or not BEGINNING.startswith(content[: len(BEGINNING)]):
@@ -122,6 +131,7 @@ def begun(path: str) -> Begun | None:
 
 
 def _changed(path: str, line: int) -> UsageError:
+    """The error for a record whose link does not belong to it and its predecessors."""
     return UsageError(
         f"--resume: {path}, line {line}: this record, or one before it, was changed after it was written; delete this "
         "line and all that follow if those before are as certify wrote them, or write to another file"
@@ -129,6 +139,7 @@ def _changed(path: str, line: int) -> UsageError:
 
 
 def _foreign(path: str, line: int = 1) -> UsageError:
+    """The error for a line that is no record of a run."""
     return UsageError(
         f"--resume: {path}, line {line}: is no record of a run that certify began; delete this line and all that "
         "follow, or write to another file"
@@ -136,6 +147,7 @@ def _foreign(path: str, line: int = 1) -> UsageError:
 
 
 def _record(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; empty if it holds none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -144,7 +156,7 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What must be the same for the samples to come out the same, by what a user calls it."""
+    """Everything on which the sample records depend, by names that a user knows."""
     return {
         **{_option(name): value for name, value in _plain(run.arguments).items() if name not in ELSEWHERE},
         "model (sha256)": run.model.sha256,
@@ -163,9 +175,9 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """As they come back from JSON; threads and batch size are compared as they came out."""
-    found: dict[str, Any] = json.loads(json.dumps(arguments))
-    return {name: value for name, value in found.items() if name not in ("threads", "batch_size", "device")}
+    """Arguments in the types that JSON returns, without those that the run record holds as chosen."""
+    plain: dict[str, Any] = json.loads(json.dumps(arguments))
+    return {name: value for name, value in plain.items() if name not in ("threads", "batch_size", "device")}
 
 
 def _option(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Records of a batch of certificates: numbers instead of tensors, a status, and a reason where none is certified."""
+"""Records of a batch of certificates: numbers instead of tensors, a status, and a reason where it is not certified."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIED = "the two largest logits are equal up to rounding error"
 NOT_FINITE = "a logit is not a finite number"
 NO_BOUND = "the bound on this network is too large for a positive radius"
 HUGE = 1e100
-"""A larger radius is no distance any more: the margins do not depend on the input, but for rounding."""
+"""A radius larger than this means that, up to rounding, the margins do not depend on the input."""
 NEVER = f"no perturbation of norm below {HUGE:g} changes the prediction: its margins do not depend on the input"
 
 COLUMNS = (
@@ -30,31 +30,33 @@ COLUMNS = (
     "attack",
     "method",
 )
+"""Fields of `Certificates` that records take over as numbers."""
 
 
 def sample_records(
     point: EvaluatedPoints,
-    found: Certificates,
-    promised: Tensor,
+    certificates: Certificates,
+    by_certificate: Tensor,
     indices: Sequence[int],
     labels: Sequence[int] | None,
     image: bool,
 ) -> list[Sample]:
     """The records of a batch.
 
-    promised (batch,): whether a certificate promised the attack, else a search found it. indices: positions in the data
-    set. image: whether the samples are images, whose attacks lie in [0, 1] or not.
+    by_certificate (batch,): whether a certificate gave the attack, and not a search.
+    indices: positions in the data set.   labels: None if the data has none.
+    image: whether the samples are images, so that records say whether attacks lie in [0, 1].
     """
     margin, runner_up = point.margin.min(1)
-    columns = {name: getattr(found, name).tolist() for name in COLUMNS}
+    columns = {name: getattr(certificates, name).tolist() for name in COLUMNS}
     columns |= {
         "margin": margin.tolist(),
         "runner_up": runner_up.tolist(),
         "prediction": point.prediction.tolist(),
         "finite": point.finite.tolist(),
-        "promised": promised.tolist(),
+        "by_certificate": by_certificate.tolist(),
         "safe": (point.margin_low.min(1).values > 0).tolist(),
-        "inside": ((found.witness >= 0) & (found.witness <= 1)).flatten(1).all(1).tolist(),
+        "inside": ((certificates.witness >= 0) & (certificates.witness <= 1)).flatten(1).all(1).tolist(),
     }
     return [
         _record(
@@ -68,6 +70,7 @@ def sample_records(
 
 
 def _record(index: int, label: int | None, values: dict[str, Any], image: bool) -> Sample:
+    """One record. values: the sample's entries of COLUMNS and of the further columns of `sample_records`."""
     finite = values["finite"]
     radius = values["radius"]
     reason = None
@@ -95,7 +98,7 @@ def _record(index: int, label: int | None, values: dict[str, Any], image: bool) 
         lipschitz=_number(values["lipschitz"]),
         certified_radius=radius if reason is None else None,
         attack_radius=attack,
-        attack_kind=None if attack is None else "certificate" if values["promised"] else "search",
+        attack_kind=None if attack is None else "certificate" if values["by_certificate"] else "search",
         attack_in_range=values["inside"] if image and attack is not None else None,
         method=method_name(values["method"]) if status == CERTIFIED else None,
         status=status,
@@ -104,5 +107,5 @@ def _record(index: int, label: int | None, values: dict[str, Any], image: bool) 
 
 
 def _number(value: float) -> float | None:
-    """Records hold finite numbers: what is not one (a bound that a method lacks, an infinite bound) is null."""
+    """The value, or None if it is not finite (an infinite bound, or one that the method lacks), as records require."""
     return value if math.isfinite(value) else None

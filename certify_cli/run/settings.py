@@ -1,4 +1,4 @@
-"""What a run is asked to do. Plain data, checked once."""
+"""The options of a run: plain data, checked once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ LAYOUTS = ("nchw", "nhwc", "flat")
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a run; None and "auto" leave the choice to the engine. `memory` is in bytes.
+    """Options of a run.
 
+    None and "auto" leave the choice to the engine.   eps: radii as typed.   memory: bytes.
     Raises UsageError, naming the option, for a value that cannot be used.
     """
 
@@ -49,7 +50,7 @@ class Settings:
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The radii of `eps` as numbers."""
+        """The radii `eps` as numbers."""
         return tuple(parse_eps(text) for text in self.eps)
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from certify_cli.attacks.ddn import nearest_attacks
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import AUTO, certify_batch, select
+from certify_cli.certificates.methods import certify_batch, select
 from certify_cli.data.datasets import load_data
 from certify_cli.load.model import load_model
 from certify_cli.load.preprocessing import fit
+from certify_cli.names import AUTO
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network

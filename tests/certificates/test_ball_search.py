@@ -61,7 +61,7 @@ def test_a_search_ends_on_the_last_rung_wherever_it_began(name: str, kind: str) 
         found = search_balls(bounds, model_bounds, point, torch.zeros(6, dtype=D)).radius
         assert bool((found > 0).all())
         assert bool(holds(bounds, model_bounds, x, found).all())
-        assert not bool(holds(bounds, model_bounds, x, found * (1 + FAST.ball_search.close)).any())
+        assert not bool(holds(bounds, model_bounds, x, found * (1 + FAST.ball_search.tolerance)).any())
         for part in (0.01, 0.7, 0.985):
             again = search_balls(bounds, model_bounds, point, part * found).radius
             assert torch.allclose(again, found, rtol=1e-12, atol=0.0)

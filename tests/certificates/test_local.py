@@ -29,7 +29,7 @@ from tests.soundness.common import certify, dense_stack, tensor
 
 D = torch.float64
 MODELS = Path(__file__).parents[2] / "models"
-RESOLUTION = 3 * local.FAST_CLOSE
+RESOLUTION = 3 * local.FAST_TOLERANCE
 """What two searches of the same bound may differ by, relatively."""
 
 

@@ -28,7 +28,7 @@ def test_the_parts_add_up_to_a_proved_loss(name: str) -> None:
     parts = found.gradient + sum(row.total for row in found.layers) + found.gap
     assert math.isclose(found.margin - found.left, parts, rel_tol=1e-9)
     assert abs(found.gap) < 0.2 * found.margin  # the account is of nearly all of it
-    assert all(row.constant >= -1e-9 and row.curved >= 0 and row.beyond >= 0 for row in found.layers)
+    assert all(row.intercept >= -1e-9 and row.quadratic >= 0 and row.residual >= 0 for row in found.layers)
     cotangent = torch.zeros(1, network.classes, dtype=D)
     cotangent[0, found.prediction], cotangent[0, found.rival] = 1.0, -1.0
     with exact_kernels():
@@ -37,12 +37,12 @@ def test_the_parts_add_up_to_a_proved_loss(name: str) -> None:
     assert found.to_dict()["layers"][0]["total"] == found.layers[0].total
 
 
-def test_the_first_layer_bends_nothing() -> None:
-    """Its offsets are linear in the perturbation."""
+def test_the_first_layer_is_linear_in_the_perturbation() -> None:
+    """Its linearised offsets are exact: no part of their width is nonlinear, and no residual is left."""
     rows = of_sample(SMOOTH["three layers, softplus"], points(SMOOTH["three layers, softplus"], 1)).layers
-    assert rows[0].bent < 1e-9
-    assert rows[0].beyond < 1e-9
-    assert rows[1].bent > 1e-6
+    assert rows[0].nonlinear < 1e-9
+    assert rows[0].residual < 1e-9
+    assert rows[1].nonlinear > 1e-6
 
 
 def test_what_cannot_be_shown_says_why() -> None:

@@ -27,8 +27,8 @@ def test_zeros_of_powers(power: float, start: float) -> None:
         if not len(active):
             break
     assert not len(active)
-    assert bool((bracket.inside < zeros).all())
-    assert bool((bracket.inside > zeros * (1 - 5e-3)).all())
+    assert bool((bracket.lower.radius < zeros).all())
+    assert bool((bracket.lower.radius > zeros * (1 - 5e-3)).all())
 
 
 def test_a_curve_with_a_step_and_values_that_are_no_numbers() -> None:
@@ -42,8 +42,8 @@ def test_a_curve_with_a_step_and_values_that_are_no_numbers() -> None:
         ]
         bracket.update(active, value.double())
         active = bracket.unresolved(active, 1e-3)
-    assert 0.36 < float(bracket.inside[0]) < 0.37
-    assert bool((bracket.inside[1:] == 0).all())
+    assert 0.36 < float(bracket.lower.radius[0]) < 0.37
+    assert bool((bracket.lower.radius[1:] == 0).all())
 
 
 def test_a_ball_that_was_outside_before_the_bound_became_better() -> None:
@@ -54,4 +54,4 @@ def test_a_ball_that_was_outside_before_the_bound_became_better() -> None:
         bracket.update(active, value)
         if not len(bracket.unresolved(active, 1e-2)):
             break
-    assert 1.28 < float(bracket.inside) < 1.3
+    assert 1.28 < float(bracket.lower.radius) < 1.3

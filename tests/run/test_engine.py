@@ -135,7 +135,7 @@ def test_effort_never_lowers_a_radius_by_more_than_where_a_search_stops() -> Non
         for effort in ("fast", "normal", "max")
     ]
     for less, more in pairwise(radii):
-        assert all(b >= a * (1 - MAX.local.close) for a, b in zip(less, more, strict=True))
+        assert all(b >= a * (1 - MAX.local.tolerance) for a, b in zip(less, more, strict=True))
 
 
 def test_radii_and_normalisation_as_a_caller_would_write_them() -> None:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import AUTO, METHODS, certify_batch, select
+from certify_cli.certificates.methods import METHODS, certify_batch, select
 from certify_cli.efforts import EFFORTS
+from certify_cli.names import AUTO
 from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints

@@ -12,8 +12,9 @@ import torch
 
 from certify_cli.attacks.ddn import nearest_attacks
 from certify_cli.bounds.global_bounds.layer_report import layer_table
-from certify_cli.certificates.methods import AUTO, METHODS
+from certify_cli.certificates.methods import METHODS
 from certify_cli.efforts import EFFORTS
+from certify_cli.names import AUTO
 from certify_cli.network.activations.table import ACTIVATIONS, from_name
 from certify_cli.network.affine import Dense, Reshape, Select
 from certify_cli.network.convolution import Conv, ConvTranspose

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.curvature import RULES
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
-from certify_cli.certificates.methods import AUTO, METHODS, certify_batch, select
+from certify_cli.certificates.methods import METHODS, certify_batch, select
+from certify_cli.names import AUTO
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
 from certify_cli.network.evaluate import exact_kernels
