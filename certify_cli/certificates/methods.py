@@ -107,7 +107,7 @@ def _by_tangents(
         upper=model_bounds.curvature_pairs.columns(predicted),
         lipschitz=model_bounds.lipschitz_pairs.rows(predicted),
     )
-    gradient, anchors = point.gradient_norm, model_bounds.anchored.around(point)
+    gradient, anchors = point.gradient_norm, model_bounds.anchored_at(point)
     table = hybrid_radius(point.margin_low, gradient, everywhere.lower, everywhere.lipschitz)
     # a tangent at another point needs a bound of the Hessian: the global one
     sharp = refined(point, table, everywhere.lower, everywhere.upper, steps)

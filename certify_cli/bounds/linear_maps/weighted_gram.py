@@ -93,9 +93,7 @@ def _perron(matrix: Tensor, weights: Tensor) -> Tensor:
         return trace
     length = vector_norm_up(matrix)
     gram = (matrix @ matrix.T).abs()
-    gram += (gamma(columns + 2) * length).unsqueeze(1) * length.unsqueeze(
-        0
-    )  # from here on at least |G|
+    gram += (gamma(columns + 2) * length).unsqueeze(1) * length.unsqueeze(0)  # from here on at least |G|
     p = torch.ones_like(weights)
     best = trace
     for _ in range(PERRON_STEPS):
