@@ -85,7 +85,7 @@ def linear_bound(
             steps,
         )
         here = AffineLoss(fall.rate[sample, rival].unsqueeze(1), fall.constant[sample, rival].unsqueeze(1))
-        least = here.least(better, ranges.radius[sample])
+        least = here.minimum(better, ranges.radius[sample])
         place = (sample, rival)
         fall = AffineLoss(
             fall.rate.index_put(place, least.rate[:, 0]), fall.constant.index_put(place, least.constant[:, 0])

@@ -64,7 +64,7 @@ class ModelBounds:
     def __init__(
         self, network: Network, effort: Effort = NORMAL, memory: int = MEMORY, expected: Tensor | None = None
     ) -> None:
-        """memory: bytes that a batch's bounds may take.   expected: classes that will be predicted (see `PairTable`)."""
+        """memory: bytes for the bounds of a batch.   expected: classes that will be predicted (for `PairTable`)."""
         self.network = network
         self.effort = effort
         self.memory = memory
