@@ -23,8 +23,8 @@ from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, falls, lines
-from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds, optimised_cost, reaches
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, relax_all, relaxation_loss
+from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, intermediate_bounds, optimised_cost
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
@@ -68,7 +68,7 @@ def linear_bound(
     ranges, between = intermediate_bounds(
         point, ranges, model_bounds.memory, model_bounds.effort.ball_search.range_operations, range_steps
     )
-    fall = falls(point.network, between, cotangents)
+    fall = relaxation_loss(point.network, between, cotangents)
     steps = model_bounds.effort.ball_search.slope_steps
     left = (point.margin_low - fall.on(ranges.radius)) / point.margin_low
     sample, rival = ((left <= PLENTY) & (left > HOPEFUL)).nonzero().unbind(1)
@@ -104,7 +104,7 @@ def linear_bound_on_ranges(
     model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
 ) -> tuple[AffineLoss, Ranges]:
     """Linear relaxation on the ranges given."""
-    return falls(point.network, lines(point, ranges), cotangents), ranges
+    return relaxation_loss(point.network, relax_all(point, ranges), cotangents), ranges
 
 
 def lipschitz_bound(
@@ -171,7 +171,7 @@ def _worth_optimising_ranges(point: EvaluatedPoints, limits: BallSearchLimits) -
         return False
     ops = [network.nodes[k].op for k in nonlinear_nodes(network)]
     bent = any(isinstance(op, Activation) and not is_piecewise_linear(op) for op in ops)
-    depth = sum(reaches(network, target) for target in pre_activations(network)[:-1])
+    depth = sum(follows_nonlinear(network, target) for target in pre_activations(network)[:-1])
     return (bent or limits.kinks) and depth >= limits.range_slope_depth
 
 
