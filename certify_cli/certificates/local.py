@@ -243,7 +243,7 @@ class LocalSearch:
             estimate = 0.5 * (
                 hints.mu * each.radius.square() + hints.form + (1 + 1 / hints.tau) * each.quadratic.residual_sum
             )
-            todo = (estimate + each.flat < low[some, rival]).nonzero()[:, 0]
+            todo = (estimate + each.constant < low[some, rival]).nonzero()[:, 0]
             if len(todo):
                 losses = each.at(todo).losses(hints.mu[todo], hints.tau[todo])
                 value[some[todo], rival[todo]] = difference_down(low[some[todo], rival[todo]], losses)
