@@ -64,13 +64,13 @@ class LinearRelaxation(Batched):
     q_norm: Tensor
 
     @classmethod
-    def of(cls, here: ActivationOnInterval, shape: Shape) -> LinearRelaxation:
+    def of(cls, on: ActivationOnInterval, shape: Shape) -> LinearRelaxation:
         """On the range of a node's pre-activation, (batch, size); shape: of the node."""
-        slopes = supporting_slopes(here)
-        magnitude = torch.maximum(-here.lo, here.hi)
+        slopes = supporting_slopes(on)
+        magnitude = torch.maximum(-on.lo, on.hi)
         steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())
-        q_norm = vector_norm_up(up((here.activation.lipschitz + steepest) * magnitude, 3))
-        (lower, _), (_, upper) = (here.remainders(slope) for slope in slopes)
+        q_norm = vector_norm_up(up((on.activation.lipschitz + steepest) * magnitude, 3))
+        (lower, _), (_, upper) = (on.remainders(slope) for slope in slopes)
         below, above = (slope.reshape(-1, *shape) for slope in slopes)
         return cls((below, -lower), (above, upper), q_norm)
 
@@ -104,21 +104,21 @@ def select_by_sign(vectors: Vectors, below: Tensor, above: Tensor) -> Vectors:
     return Vectors(value, up(largest * (vectors.error + 8 * UNIT * vectors.size), 4) + UNDERFLOW)
 
 
-def supporting_slopes(here: ActivationOnInterval) -> tuple[Tensor, Tensor]:
+def supporting_slopes(on: ActivationOnInterval) -> tuple[Tensor, Tensor]:
     """Slopes (batch, size) of a line below and one above phi, each as close to phi as possible in the range's middle.
 
     Such a line leaves the smallest area between itself and phi. The slope is that of the tangent in the middle if this
     does not cross phi, else of the chord if this does not, else of the best line on a grid. None of these is proved:
     the constants are (`LinearRelaxation.of`).
     """
-    grid, phi = Grid.of(here), here.activation
-    middle = (0.5 * (here.lo + here.hi)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    tangent = phi.slope(here.z + middle)
-    increment = phi.value(here.z + middle) - phi.value(here.z)
+    grid, phi = Grid.of(on), on.activation
+    middle = (0.5 * (on.lo + on.hi)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    tangent = phi.slope(on.z + middle)
+    increment = phi.value(on.z + middle) - phi.value(on.z)
     (first, last), (start, end) = grid.ends, grid.end_increments
     chord = ((end - start) / (last - first)).nan_to_num(nan=0.0)
     close = TIGHT * (grid.increments.amax(0) - grid.increments.amin(0))
-    close = close + 16 * UNIT * (phi.value(here.z).abs() + phi.lipschitz * here.z.abs())  # the increments' own rounding
+    close = close + 16 * UNIT * (phi.value(on.z).abs() + phi.lipschitz * on.z.abs())  # the increments' own rounding
     slopes = []
     for side in (1.0, -1.0):
         sign = torch.full_like(tangent, side)
@@ -126,10 +126,10 @@ def supporting_slopes(here: ActivationOnInterval) -> tuple[Tensor, Tensor]:
         at_ends = torch.minimum(side * (start - chord * first), side * (end - chord * last))
         crosses = -grid.line_offset(sign, chord) < at_ends - close
         slope = torch.where(touches, tangent, chord)
-        rest = crosses & ~touches
-        if bool(rest.any()):
-            slope = torch.where(rest, grid.supporting_line(middle, sign)[0], slope)
-        slopes.append(torch.where(slope.isfinite(), slope, phi.slope(here.z)))
+        neither = crosses & ~touches
+        if bool(neither.any()):
+            slope = torch.where(neither, grid.supporting_line(middle, sign)[0], slope)
+        slopes.append(torch.where(slope.isfinite(), slope, phi.slope(on.z)))
     return slopes[0], slopes[1]
 
 

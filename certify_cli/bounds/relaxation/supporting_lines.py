@@ -55,20 +55,20 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
     q_norm: Tensor
 
     @classmethod
-    def of(cls, here: ActivationOnInterval, lines: LinearRelaxation) -> SlopeTable:
+    def of(cls, on: ActivationOnInterval, lines: LinearRelaxation) -> SlopeTable:
         """On the ranges of a node's pre-activation, (samples, size), with every sample an item.
 
         lines: the relaxation there, used alone where the slopes of all supporting lines are equal.
         """
-        grid, (samples, size) = Grid.of(here), here.z.shape
-        one_kink = is_piecewise_linear(here.activation) and len(kinks(here.activation)) == 1
+        grid, (samples, size) = Grid.of(on), on.z.shape
+        one_kink = is_piecewise_linear(on.activation) and len(kinks(on.activation)) == 1
         count = OF_ONE_KINK if one_kink else LINES
         slopes, constants = [], []
         for side, (given_slope, given_constant) in enumerate((lines.below, lines.above)):
             spread = _spread(grid, 1.0 - 2.0 * side, count)
             several = spread[-1] - spread[0] > CLOSE * (spread[-1].abs() + spread[0].abs())  # false for NaN
             slope, constant = (t.reshape(samples, size).repeat(count, 1, 1) for t in (given_slope, given_constant))
-            part, spread_slopes = here.at(several), spread[:, several]
+            part, spread_slopes = on.at(several), spread[:, several]
             error = torch.as_tensor(part.error, dtype=torch.float64, device=part.z.device)
             wide = ActivationOnInterval(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
             lower, upper = wide.remainders(spread_slopes.reshape(-1))
@@ -77,10 +77,10 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
             slopes.append(slope)
             constants.append(constant)
         all_slopes = torch.stack(slopes)
-        magnitude = torch.maximum(-here.lo, here.hi)
-        q_norm = vector_norm_up(up((here.activation.lipschitz + all_slopes.abs().amax((0, 1))) * magnitude, 3))
+        magnitude = torch.maximum(-on.lo, on.hi)
+        q_norm = vector_norm_up(up((on.activation.lipschitz + all_slopes.abs().amax((0, 1))) * magnitude, 3))
         steepness, _, width = grid.scales()
-        every = torch.arange(samples, device=here.z.device)
+        every = torch.arange(samples, device=on.z.device)
         ends = all_slopes[:, 0], all_slopes[:, -1]
         return cls(lines.shape, every, all_slopes, torch.stack(constants), ends, magnitude, steepness / width, q_norm)
 

@@ -170,12 +170,12 @@ def expand_on_ball(
     return BallExpansion(given, Ranges(radius, low, high, start.norm), residual)
 
 
-def chosen_slopes(point: EvaluatedPoints, layer: int, here: ActivationOnInterval) -> tuple[Slope, Tensor]:
+def chosen_slopes(point: EvaluatedPoints, layer: int, on: ActivationOnInterval) -> tuple[Slope, Tensor]:
     """A slope for every neuron, and the mask (batch, size) of the neurons where it is the chord's."""
     tangent = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
-    bottom, top = here.quadratic_coefficients()
-    chord, lower, upper = chords(here, tangent)
-    half_square = 0.5 * torch.maximum(-here.lo, here.hi).square()
+    bottom, top = on.quadratic_coefficients()
+    chord, lower, upper = chords(on, tangent)
+    half_square = 0.5 * torch.maximum(-on.lo, on.hi).square()
     chorded = torch.maximum(-lower, upper) < MIXED * torch.maximum(-bottom, top) * half_square
     slope = torch.where(chorded, chord, tangent)
     return Slope(slope.reshape(-1, *point.network.nodes[layer].shape)), chorded
@@ -184,7 +184,7 @@ def chosen_slopes(point: EvaluatedPoints, layer: int, here: ActivationOnInterval
 def range_of_remainder(
     point: EvaluatedPoints,
     layer: int,
-    here: ActivationOnInterval,
+    on: ActivationOnInterval,
     slope: Slope,
     chorded: Tensor,
     residual: Tensor,
@@ -196,26 +196,26 @@ def range_of_remainder(
     `RemainderRange`.
     """
     error = point.slopes[layer].error.flatten(1)  # type: ignore[union-attr]
-    magnitude = torch.maximum(-here.lo, here.hi)
+    magnitude = torch.maximum(-on.lo, on.hi)
     linear = up(error * magnitude)  # the computed slope is not exactly phi'(z)
     bottom, top, lower, upper = torch.zeros_like(magnitude), torch.zeros_like(magnitude), -linear, linear
     if bool(chorded.any()):
-        lower[chorded], upper[chorded] = here.at(chorded).remainders(slope.value.flatten(1)[chorded])  # type: ignore[union-attr]
+        lower[chorded], upper[chorded] = on.at(chorded).remainders(slope.value.flatten(1)[chorded])  # type: ignore[union-attr]
     if not bool(chorded.all()):
-        low, high = here.at(~chorded).quadratic_coefficients()
+        low, high = on.at(~chorded).quadratic_coefficients()
         bottom[~chorded], top[~chorded] = low.clamp(max=0.0), high.clamp(min=0.0)
     return RemainderRange(bottom, top, lower, upper, up(0.5 * magnitude.square(), 2), residual, squared)
 
 
-def chords(here: ActivationOnInterval, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def chords(on: ActivationOnInterval, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Slopes of the chords over the ranges, and bounds (lower, upper) of their remainders.
 
     otherwise: the slope where a range is a single point.
     """
-    phi = here.activation.value
-    slope = (phi(here.z + here.hi) - phi(here.z + here.lo)) / (here.hi - here.lo)
+    phi = on.activation.value
+    slope = (phi(on.z + on.hi) - phi(on.z + on.lo)) / (on.hi - on.lo)
     slope = torch.where(slope.isfinite(), slope, otherwise)
-    return slope, *here.remainders(slope)
+    return slope, *on.remainders(slope)
 
 
 def remainder_sums(

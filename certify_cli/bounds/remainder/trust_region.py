@@ -59,7 +59,7 @@ class Quadratic(Batched):
 
     @property
     def without_residual(self) -> Tensor:
-        """(batch,): whether every entry has weight 0 or residual 0; `residual_sum` may be NaN there (0 times infinity)."""
+        """(batch,): whether every entry has weight or residual 0; `residual_sum` can be NaN then (0 times inf)."""
         return ((self.weights == 0) | (self.residual == 0)).all(1)
 
     @property
