@@ -1,8 +1,8 @@
 """Bounds of every pre-activation's change, for slopes near given centres: the network's part of `anchored`.
 
-Slopes enter as a centre and a radius for each unit. The centres are those of the global Lipschitz constants, which has
-two sets of them: LipLT's, and none at all (the product of norms). The linearised networks' norms are then those of the
-global bounds, computed once, and only the radii belong to a sample.
+Slopes enter as a centre and a radius for each unit. The centres are those of the global Lipschitz constants, in
+two sets: LipLT's, and none at all (the product of norms). The linearised networks' norms are then those of the global
+bounds, computed once, and only the radii belong to a sample.
 """
 
 from __future__ import annotations
