@@ -25,8 +25,8 @@ from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, falls, lines
-from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds, optimised_cost, reaches
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, relax_all, relaxation_loss
+from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, intermediate_bounds, optimised_cost
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
@@ -71,7 +71,7 @@ def linear_bound(
     ranges, relaxations = intermediate_bounds(
         point, ranges, model_bounds.memory, model_bounds.effort.ball_search.range_operations, range_steps
     )
-    loss = falls(point.network, relaxations, cotangents)
+    loss = relaxation_loss(point.network, relaxations, cotangents)
     steps = model_bounds.effort.ball_search.slope_steps
     if steps and has_slopes(point):
         loss = _with_optimised_slopes(point, ranges, relaxations, cotangents, loss, steps)
@@ -103,7 +103,7 @@ def _with_optimised_slopes(
         steps,
     )
     pairs = AffineLoss(loss.rate[sample, rival].unsqueeze(1), loss.constant[sample, rival].unsqueeze(1))
-    smaller = pairs.least(optimised, ranges.radius[sample])
+    smaller = pairs.minimum(optimised, ranges.radius[sample])
     entries = (sample, rival)
     return AffineLoss(
         loss.rate.index_put(entries, smaller.rate[:, 0]), loss.constant.index_put(entries, smaller.constant[:, 0])
@@ -121,7 +121,7 @@ def linear_bound_on_ranges(
     model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
 ) -> tuple[AffineLoss, Ranges]:
     """Linear relaxation on the given ranges."""
-    return falls(point.network, lines(point, ranges), cotangents), ranges
+    return relaxation_loss(point.network, relax_all(point, ranges), cotangents), ranges
 
 
 def lipschitz_bound(
@@ -188,7 +188,7 @@ def _worth_optimising_ranges(point: EvaluatedPoints, limits: BallSearchLimits) -
         return False
     ops = [network.nodes[k].op for k in nonlinear_nodes(network)]
     curved = any(isinstance(op, Activation) and not is_piecewise_linear(op) for op in ops)
-    depth = sum(reaches(network, target) for target in pre_activations(network)[:-1])
+    depth = sum(follows_nonlinear(network, target) for target in pre_activations(network)[:-1])
     return (curved or limits.kinks) and depth >= limits.range_slope_depth
 
 

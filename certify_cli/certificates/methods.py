@@ -112,7 +112,7 @@ def _by_tangents(
         upper=model_bounds.curvature_pairs.columns(predicted),
         lipschitz=model_bounds.lipschitz_pairs.rows(predicted),
     )
-    gradient, anchors = point.gradient_norm, model_bounds.anchored.around(point)
+    gradient, anchors = point.gradient_norm, model_bounds.anchored_at(point)
     table = hybrid_radius(point.margin_low, gradient, constants.lower, constants.lipschitz)
     # tangents at other points need a bound of the Hessian, so the global one and no anchored constant
     sharp = refined(point, table, constants.lower, constants.upper, steps)

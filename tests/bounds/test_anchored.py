@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.anchored import Anchored, level_bound
+from certify_cli.bounds.global_bounds.anchored import Anchored
+from certify_cli.bounds.global_bounds.anchored_network import level_bound
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.anchoring import Constants, anchored
 from certify_cli.certificates.closed_form import hybrid_radius
@@ -106,7 +107,7 @@ def test_no_perturbation_exceeds_an_anchored_bound(name: str, effort: str) -> No
     network = SMOOTH[name]
     with exact_kernels():
         point = EvaluatedPoints(network, points(network, BATCH))
-        anchors = ModelBounds(network, EFFORTS[effort]).anchored.around(point)
+        anchors = ModelBounds(network, EFFORTS[effort]).anchored_at(point)
         names = ("lipschitz", "adjoint_anchored", "jacobian_anchored", "lower", "upper")
         lipschitz, adjoint, jacobian, lower, upper = (table(n, anchors, BATCH, network.classes) for n in names)
     value, gradient = margins_and_gradients(network, point.x, point.prediction)
@@ -147,7 +148,7 @@ def test_anchoring_both_factors_over_claims() -> None:
     network, x = scalar(1.0, 3.0, 1.0), torch.tensor([[3.0]], dtype=torch.float64)
     with exact_kernels():
         point = EvaluatedPoints(network, x)
-        anchors = ModelBounds(network).anchored.around(point)
+        anchors = ModelBounds(network).anchored_at(point)
         zero, one = torch.tensor([0]), torch.tensor([1])
         valid = float(anchors.adjoint_anchored(zero, one)), float(anchors.jacobian_anchored(zero, one))
     units = AnchoredTable(from_name("tanh"))
@@ -171,7 +172,7 @@ def test_one_unit_by_construction(place: float) -> None:
     network, x = scalar(1.5, 2.0), torch.tensor([[place]], dtype=torch.float64)
     with exact_kernels():
         point = EvaluatedPoints(network, x)
-        anchors = ModelBounds(network).anchored.around(point)
+        anchors = ModelBounds(network).anchored_at(point)
         rival = 1 - point.prediction
         found = [float(getattr(anchors, n)(torch.tensor([0]), rival)) for n in ("lipschitz", "change", "lower")]
     t = torch.cat([s * torch.logspace(-3, 3, 40001, dtype=torch.float64) for s in (-1, 1)])
@@ -193,7 +194,7 @@ def test_a_linear_network_has_its_exact_constants() -> None:
     network = SMOOTH["linear"]
     with exact_kernels():
         point = EvaluatedPoints(network, points(network, 6))
-        anchors = ModelBounds(network).anchored.around(point)
+        anchors = ModelBounds(network).anchored_at(point)
         index, rival = torch.arange(6), (point.prediction + 1) % 3
         assert anchors.lipschitz(index, rival) == pytest.approx(point.gradient_norm[index, rival], rel=1e-12)
         assert (anchors.change(index, rival) == 0).all()
@@ -214,7 +215,7 @@ def assert_never_worse(network: Network, x: Tensor) -> float:
         model_bounds, point = ModelBounds(network), EvaluatedPoints(network, x)
         constants = everywhere(model_bounds, point)
         closed = hybrid_radius(point.margin_low, point.gradient_norm, constants.lower, constants.lipschitz)
-        raised, decided = anchored(model_bounds.anchored.around(point), point, closed, constants)
+        raised, decided = anchored(model_bounds.anchored_at(point), point, closed, constants)
         assert (raised >= closed)[~point.own].all()
         assert (decided.lower <= constants.lower).all()
         assert (decided.lipschitz <= constants.lipschitz).all()
@@ -256,7 +257,7 @@ def test_samples_out_of_range_and_weights_that_overflow_give_no_claim() -> None:
     with exact_kernels():
         point = EvaluatedPoints(network, torch.tensor([[1e150], [0.1], [math.nan]], dtype=torch.float64))
         model_bounds = ModelBounds(network)
-        anchors = model_bounds.anchored.around(point)
+        anchors = model_bounds.anchored_at(point)
         index = torch.arange(3)
         for bound in ("lipschitz", "change", "lower", "upper"):
             value = getattr(anchors, bound)(index, 1 - point.prediction)

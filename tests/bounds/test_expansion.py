@@ -23,7 +23,7 @@ from certify_cli.bounds.remainder.expansion import (
 from certify_cli.bounds.remainder.margin_bound import Choice, lower_bound
 from certify_cli.bounds.remainder.optimise import Problem, optimise, starts
 from certify_cli.bounds.remainder.tangent_bound import tangent_losses
-from certify_cli.bounds.remainder.weighted_squares import together
+from certify_cli.bounds.remainder.weighted_squares import joint
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
@@ -126,9 +126,9 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
                     mixed_rows = torch.randn(1, block.value.shape[1], outer.value.shape[1], generator=g, dtype=D)
                     lines = Vectors(mixed_rows @ outer.value[:1], torch.zeros(1, block.value.shape[1], dtype=D))
                     sides = remainder_sums(block, q, sparsity, sparsity.products(lines, outer))
-                    more, less = (side.alone(found.radius) for side in sides)
-                    rise, fall = (together(lines.size, found.radius, [side]) for side in sides)
-                    rises = together(lines.size, found.radius, [sides[0], sides[0]])
+                    more, less = (side.separate(found.radius) for side in sides)
+                    rise, fall = (joint(lines.size, found.radius, [side]) for side in sides)
+                    rises = joint(lines.size, found.radius, [sides[0], sides[0]])
                     off = torch.randn(block.value.shape, generator=g, dtype=D)
                     off = off / off.norm(dim=2, keepdim=True) * block.error.unsqueeze(2)  # the exact block
                     for step, after in zip(steps, moved, strict=True):

@@ -15,7 +15,7 @@ from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss, matrix_norms
 from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation
 from certify_cli.bounds.relaxation import backward
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, falls, lines
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, relax_all, relaxation_loss
 from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
@@ -83,8 +83,10 @@ def climbing(point: EvaluatedPoints, fast: Ranges, rows: Tensor, steps: int = 6)
 def bounds_of(point: EvaluatedPoints, fast: Ranges) -> dict[str, Callable[[Tensor], Tensor]]:
     more = {"climbed": lambda rows: climbing(point, fast, rows)} if has_slopes(point) else {}
     return more | {
-        "lines": lambda rows: falls(point.network, lines(point, fast), rows).on(fast.radius),
-        "relaxed": lambda rows: falls(point.network, intermediate_bounds(point, fast, MEMORY)[1], rows).on(fast.radius),
+        "lines": lambda rows: relaxation_loss(point.network, relax_all(point, fast), rows).on(fast.radius),
+        "relaxed": lambda rows: relaxation_loss(point.network, intermediate_bounds(point, fast, MEMORY)[1], rows).on(
+            fast.radius
+        ),
         "slopes": lambda rows: lipschitz_loss(point, fast, rows).on(fast.radius),
         "slopes, no Jacobian": lambda rows: lipschitz_loss(point, fast, rows, budget=0.0).on(fast.radius),
     }
@@ -163,7 +165,7 @@ def test_lines_hold_the_activation(name: str) -> None:
         assert float(gap.quantile(0.9)) < 2e-2
     steepest = torch.maximum(found.below[0].abs(), found.above[0].abs())
     left = torch.maximum((rise - found.below[0] * t).abs(), (rise - found.above[0] * t).abs()).amax(0)
-    assert float(found.far) >= float(left.norm()) * (1 - 1e-9)
+    assert float(found.q_norm) >= float(left.norm()) * (1 - 1e-9)
     assert bool((steepest <= phi.lipschitz * (1 + 1e-9) + 1e-9).all())
 
 
@@ -188,8 +190,8 @@ def test_every_line_of_an_envelope_holds(name: str) -> None:
             assert bool((left >= -slack).all())
             if isinstance(part, Tensor) or 0 <= part <= 1:
                 assert float((left.amin(0) / spread).quantile(0.9)) < 2e-2
-                assert bool((touch.abs() <= found.reach).all())
-                assert bool(((rise - slope * t).norm(dim=2).amax(0) <= found.far * (1 + 1e-9)).all())
+                assert bool((touch.abs() <= found.magnitude).all())
+                assert bool(((rise - slope * t).norm(dim=2).amax(0) <= found.q_norm * (1 + 1e-9)).all())
         line = found.lines(torch.stack([ends[0] - 1.0, ends[1] + 1.0])).slopes
         assert torch.equal(line[side], ends[side])
 
@@ -342,7 +344,7 @@ def test_a_wrong_line_would_be_noticed(mutant: str, line: str, monkeypatch: pyte
         other = found.above if mutant == "below" else found.below
         pair = (slope, 0 * constant) if line == "constant" else (other[0], constant)
         parts = {"below": found.below, "above": found.above, mutant: pair}
-        return LinearRelaxation(parts["below"], parts["above"], found.far)
+        return LinearRelaxation(parts["below"], parts["above"], found.q_norm)
 
     monkeypatch.setattr(backward.LinearRelaxation, "of", wrong)
     with pytest.raises(AssertionError):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.remainder.weighted_squares import RemainderSum, together
+from certify_cli.bounds.remainder.weighted_squares import RemainderSum, joint
 
 D = torch.float64
 SIZE = 6
@@ -24,20 +24,20 @@ def largest(a: Tensor, q: Tensor, e: float) -> float:
     return float(0.5 * (high * e**2 + (parts / (high - values)).sum()))
 
 
-def swing(a: Tensor, q: Tensor, rest: float = 0.0) -> RemainderSum:
+def remainder_sum(a: Tensor, q: Tensor, residual: float = 0.0) -> RemainderSum:
     """As `bounds.remainder.expansion` makes it, with the exact eigenvalue."""
     one = torch.ones(1, 1, dtype=D)
     return RemainderSum(
-        largest=torch.linalg.eigvalsh(q)[-1] * one,
-        along=(a @ q @ a) * one,
-        rest=rest * one,
-        whole=1e9 * one,
-        flat=0 * one,
+        eigenvalue=torch.linalg.eigvalsh(q)[-1] * one,
+        row_form=(a @ q @ a) * one,
+        residual=residual * one,
+        square_sum=1e9 * one,
+        constant=0 * one,
     )
 
 
 def bound(a: Tensor, e: float, *sums: RemainderSum) -> float:
-    return float(together(a.norm().reshape(1, 1), torch.tensor([e], dtype=D), sums))
+    return float(joint(a.norm().reshape(1, 1), torch.tensor([e], dtype=D), sums))
 
 
 @pytest.mark.parametrize("e", [1e-3, 0.3, 1.0, 30.0])
@@ -50,10 +50,10 @@ def test_never_below_the_exact_maximum(lean: float, e: float) -> None:
         q = root @ root.T
         top = torch.linalg.eigh(q)[1][:, -1]
         a = (1 - lean) * torch.randn(SIZE, generator=g, dtype=D) + lean * 5 * torch.rand(1, generator=g, dtype=D) * top
-        exact, found = largest(a, q, e), bound(a, e, swing(a, q))
+        exact, found = largest(a, q, e), bound(a, e, remainder_sum(a, q))
         assert found >= exact * (1 - 1e-9)
         assert found <= float(a.norm()) * e + 0.5 * float(torch.linalg.eigvalsh(q)[-1]) * e**2 + 1e-9 * exact
-        halves = bound(a, e, swing(a, q / 2), swing(a, q / 2))
+        halves = bound(a, e, remainder_sum(a, q / 2), remainder_sum(a, q / 2))
         assert halves >= exact * (1 - 1e-9)
 
 
@@ -61,26 +61,26 @@ def test_exact_where_the_gradient_is_an_eigenvector() -> None:
     """Along the direction of most curvature the two add up; across it the larger one decides."""
     q = torch.diag(torch.tensor([2.0, 0.0], dtype=D))
     along, across = torch.tensor([3.0, 0.0], dtype=D), torch.tensor([0.0, 3.0], dtype=D)
-    assert bound(along, 1.0, swing(along, q)) == pytest.approx(4.0, rel=1e-6)
-    assert bound(across, 1.0, swing(across, q)) == pytest.approx(3.0, rel=1e-6)
-    assert bound(across, 5.0, swing(across, q)) == pytest.approx(largest(across, q, 5.0), rel=1e-2)
+    assert bound(along, 1.0, remainder_sum(along, q)) == pytest.approx(4.0, rel=1e-6)
+    assert bound(across, 1.0, remainder_sum(across, q)) == pytest.approx(3.0, rel=1e-6)
+    assert bound(across, 5.0, remainder_sum(across, q)) == pytest.approx(largest(across, q, 5.0), rel=1e-2)
     assert bound(along, 1.0) == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("rest", [1e-6, 0.1, 10.0])
-def test_a_rest_is_paid_for(rest: float) -> None:
-    """(A d + r)^2 / 2 with |r|^2 = rest, all along one axis: the exact maximum is (sqrt(2) e + sqrt(rest))^2 / 2."""
+@pytest.mark.parametrize("residual", [1e-6, 0.1, 10.0])
+def test_a_residual_is_paid_for(residual: float) -> None:
+    """(A d + r)^2 / 2, |r|^2 = residual, along one axis: the exact maximum is (sqrt(2) e + sqrt(residual))^2 / 2."""
     q, e = torch.diag(torch.tensor([2.0, 0.0], dtype=D)), 0.7
     across = torch.tensor([0.0, 1e-6], dtype=D)
-    exact = 0.5 * (2.0**0.5 * e + rest**0.5) ** 2
-    assert exact <= bound(across, e, swing(across, q, rest)) <= exact * (1 + 1e-3)
+    exact = 0.5 * (2.0**0.5 * e + residual**0.5) ** 2
+    assert exact <= bound(across, e, remainder_sum(across, q, residual)) <= exact * (1 + 1e-3)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-200, 1e150, torch.inf, torch.nan])
 def test_extremes_are_no_bound_that_is_too_small(value: float) -> None:
     a, q = torch.tensor([1.0, 0.0], dtype=D), torch.eye(2, dtype=D)
-    for name in ("largest", "along", "rest"):
-        parts = vars(swing(a, q)) | {name: torch.full((1, 1), value, dtype=D)}
+    for name in ("eigenvalue", "row_form", "residual"):
+        parts = vars(remainder_sum(a, q)) | {name: torch.full((1, 1), value, dtype=D)}
         found = bound(a, 1.0, RemainderSum(**parts))
-        floor = 1.0 + 0.5 * value if name == "rest" and value == value else 1.0
+        floor = 1.0 + 0.5 * value if name == "residual" and value == value else 1.0
         assert not found < min(floor, 1e9) * (1 - 1e-9)

@@ -3,9 +3,9 @@
     Hess f = sum over nonlinear nodes l of  A_l^T diag(v_l o phi''(z_l)) A_l
 
 holds at every point, with A_l = dz_l/dx and v_l the margin's adjoint at node l's output. Each layer's term is bounded
-by the least of the rules in `RULES`, and the terms add up. Two of the rules are the published compositional bound
-(unrolled, so that each layer may use another rule), the others keep the signs of v_l phi'', which need intervals of
-v_l over all inputs: with v_l taken at a sample the bound fails from three layers on.
+by the smallest result of the rules in `RULES`, and the terms add up. The rules in `COMPOSITION` are the published
+compositional bound, unrolled so that each layer may use another rule. The others keep the signs of v_l phi'', for which
+they need intervals of v_l over all inputs: with v_l taken at a sample the bound fails from three layers on.
 
 The pre-activation is written z_l = T u with one block of u per source, each of norm at most ||d||: T stacks the blocks
 W_lk scaled by the Lipschitz constants of their sources, so ||u||^2 <= parts * ||d||^2.
@@ -34,7 +34,7 @@ from certify_cli.numerics.rounding import UNDERFLOW, UNIT, power_of_two, times, 
 
 
 def why_no_curvature(network: Network) -> str | None:
-    """None if every nonlinear node has a bounded second derivative, else the first that has none, in words."""
+    """None if every nonlinear node has a bounded second derivative, else a sentence that names the first without."""
     for k in nonlinear_nodes(network):
         op = network.nodes[k].op
         if not isinstance(op, Activation) or op.curvature_range is None:
@@ -44,7 +44,12 @@ def why_no_curvature(network: Network) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """T of one layer: z_l = T u. All upper bounds; `matrix` is None where it is too large to write out."""
+    """The matrix T of one layer, z_l = T u (see the module's docstring). Norms and errors are upper bounds.
+
+    parts: number of blocks of u.   norm: spectral norm.   rows: norms of the rows, (size,).
+    matrix: T (size, all sources' sizes), or None where it is too large to write out.
+    matrix_error: Frobenius norm of the difference between `matrix` and T.
+    """
 
     parts: int
     norm: float
@@ -55,9 +60,9 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class Adjoints:
-    """Where the adjoints v_l of a batch of margins can lie, over all inputs, keyed by layer.
+    """Bounds of the adjoints v_l of a batch of margins that hold for all inputs, keyed by layer.
 
-    `norms` (count,): upper bounds of ||v_l||; `ranges`: lower and upper bounds (count, size) of its entries.
+    norms: upper bounds (count,) of ||v_l||.   ranges: lower and upper bounds (count, size) of the entries of v_l.
     """
 
     norms: Mapping[int, Tensor]
@@ -66,7 +71,11 @@ class Adjoints:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """What the rules need of one layer, for a batch of margins: `weights` >= the part of -v phi'' that is positive."""
+    """One layer's term of the Hessian for a batch of margins: the argument of every rule.
+
+    weights: w (count, size), upper bounds of the positive part of -v phi'' over all inputs.
+    adjoints: bounds of all layers' adjoints, for the same margins.
+    """
 
     curvature: Curvature
     layer: int
@@ -75,6 +84,7 @@ class Term:
 
     @property
     def adjoint(self) -> Tensor:
+        """Upper bounds (count,) of ||v_l||."""
         return self.adjoints.norms[self.layer]
 
     @property
@@ -82,7 +92,8 @@ class Term:
         return self.curvature.stack(self.layer)
 
     @property
-    def bend(self) -> float:
+    def curvature_sup(self) -> float:
+        """Upper bound h of |phi''|."""
         return _activation(self.curvature.network, self.layer).curvature_sup
 
 
@@ -111,13 +122,13 @@ def weighted_gram(term: Term) -> Tensor | None:
 def longest_row(term: Term) -> Tensor:
     """h V row_l Lip_l: the compositional bound with |A_l d| <= row_l in every entry."""
     lipschitz, target = term.curvature.lipschitz, pre_activation(term.curvature.network, term.layer)
-    return times(term.adjoint, term.bend, lipschitz.rows(target), lipschitz.to_pre_activation(target))
+    return times(term.adjoint, term.curvature_sup, lipschitz.rows(target), lipschitz.to_pre_activation(target))
 
 
 def scaled_rows(term: Term) -> Tensor | None:
     """h V ||diag(||T_1||, ..., ||T_q||) T|| * parts: the published J_k, with ||.|| verified."""
     norm = term.curvature.scaled_rows_norm(term.layer)
-    return None if norm is None else times(term.adjoint, term.bend, norm, term.stack.parts)
+    return None if norm is None else times(term.adjoint, term.curvature_sup, norm, term.stack.parts)
 
 
 def two_layers(term: Term) -> Tensor | None:
@@ -129,7 +140,7 @@ def two_layers(term: Term) -> Tensor | None:
     if norm is None:
         return None
     outer = term.curvature.later_adjoint(term.layer, term.adjoints)
-    return times(outer, term.bend, norm, term.stack.norm, term.stack.parts)
+    return times(outer, term.curvature_sup, norm, term.stack.norm, term.stack.parts)
 
 
 RULES: dict[str, Callable[[Term], Tensor | None]] = {
@@ -139,15 +150,18 @@ RULES: dict[str, Callable[[Term], Tensor | None]] = {
     "scaled rows": scaled_rows,
     "two layers": two_layers,
 }
-"""Every rule bounds the same term; a rule gives None where it does not apply. The least counts."""
+"""Upper bounds (count,) of one and the same term; None where the rule does not apply. The smallest counts."""
 
 COMPOSITION = ("longest row", "scaled rows", "two layers")
-"""The rules that keep no sign: the published compositional bound."""
+"""The rules that use |v_l| and |phi''| alone: the published compositional bound."""
 
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """Curvature bounds of a network's margins. Valid on the whole input space."""
+    """Curvature bounds of a network's margins that hold on the whole input space.
+
+    weights: the network's blocks W_lk.   lipschitz: its global Lipschitz constants.
+    """
 
     network: Network
     weights: Mapping[tuple[int, int], Block]
@@ -155,9 +169,9 @@ class Curvature:
     budget: Budget
 
     def terms(self, pairs: Tensor, rules: tuple[str, ...] = tuple(RULES)) -> Tensor:
-        """Bounds (count, layers), up, of each layer's part of -lambda_min of the Hessian of z_a - z_b.
+        """Upper bounds (count, layers) of each layer's part of -lambda_min of the Hessian of z_a - z_b.
 
-        pairs: (count, 2) classes (a, b). The bound of lambda_max is that of the reversed pair (b, a).
+        pairs: (count, 2), classes (a, b). The bound of lambda_max is that of the reversed pair (b, a).
         """
         layers = nonlinear_nodes(self.network)
         if not layers:
@@ -166,7 +180,7 @@ class Curvature:
         return torch.stack([self._term(layer, adjoints, rules) for layer in layers], dim=1)
 
     def lower(self, pairs: Tensor, rules: tuple[str, ...] = tuple(RULES)) -> Tensor:
-        """Bounds (count,), up, of -lambda_min of the Hessian of z_a - z_b over all inputs, at least 0."""
+        """Upper bounds (count,), >= 0, of -lambda_min of the Hessian of z_a - z_b over all inputs."""
         terms = self.terms(pairs, rules)
         return up(terms.sum(1), terms.shape[1] + 1)
 
@@ -176,13 +190,17 @@ class Curvature:
         return torch.stack(values).amin(0)
 
     def _signed_weights(self, layer: int, low: Tensor, high: Tensor) -> Tensor:
-        """w (count, size) = the largest of 0 and -v phi'' over all v_l in [low, high] and all z_l."""
+        """w (count, size), up: the largest of 0 and -v phi'' over all v_l in [low, high] and all z_l."""
         bottom, top = _activation(self.network, layer).curvature_range or (-math.inf, math.inf)
         corners = torch.stack([-low * bottom, -low * top, -high * bottom, -high * top]).amax(0)
         return up(corners.clamp(min=0.0), 1)
 
     def adjoints(self, pairs: Tensor) -> Adjoints:
-        """Interval arithmetic backward, intersected with LipLT's v^C_l +- sum over later k of ||B_kl e_i|| r_k V_k."""
+        """Bounds of all layers' adjoints, for margins of pairs (count, 2).
+
+        Ranges come from interval arithmetic backward, intersected, for the centres and radii of each expansion of the
+        Lipschitz constants, with v^C_l +- sum over later k of ||B_kl e_i|| r_k V_k; V_k bounds ||v_k||.
+        """
         layers = nonlinear_nodes(self.network)
         norms = {k: self.lipschitz.sensitivity(k, pairs) for k in layers}
         eye = torch.eye(self.network.classes, dtype=torch.float64, device=pairs.device)
@@ -195,8 +213,8 @@ class Curvature:
                 spread = rows.error.unsqueeze(1)
                 for k in layers:
                     if k > layer and (block := expansion.blocks.get((pre_activation(self.network, k), layer))):
-                        reach = times(norms[k], expansion.radii[k])
-                        spread = spread + times(block.columns.unsqueeze(0), reach.unsqueeze(1))
+                        deviation = times(norms[k], expansion.radii[k])
+                        spread = spread + times(block.columns.unsqueeze(0), deviation.unsqueeze(1))
                 spread = up(spread + 2.0**-52 * rows.value.abs(), 2 * len(self.network.nodes))
                 low, high = torch.maximum(low, rows.value - spread), torch.minimum(high, rows.value + spread)
             ranges[layer] = low, high
@@ -262,26 +280,26 @@ class Curvature:
         before_error = up(stack.matrix_error / second)
         (left,), (left_error,) = gram(after.T.unsqueeze(0))
         (right,), (right_error,) = gram(before.unsqueeze(0))
-        # |P o Q - P' o Q'|_F <= |P - P'|_F max|Q'| + max|P| |Q - Q'|_F, the entries of P, Q at most their diagonals
+        # |P o Q - P' o Q'|_F <= |P - P'|_F max|Q'| + max|P| |Q - Q'|_F, where no entry of P or Q exceeds the diagonal
         product = left * right
-        most_left, most_right = float(left.diagonal().max()), float(right.diagonal().max())
+        largest_left, largest_right = float(left.diagonal().max()), float(right.diagonal().max())
         left_slack = float(left_error) + 2 * error * frobenius_norm(after) + error * error
         right_slack = float(right_error) + 2 * before_error * frobenius_norm(before) + before_error * before_error
-        slack = left_slack * (most_right + 2 * right_slack) + right_slack * (most_left + 2 * left_slack)
+        slack = left_slack * (largest_right + 2 * right_slack) + right_slack * (largest_left + 2 * left_slack)
         slack += UNIT * frobenius_norm(product) + UNDERFLOW
         scaled = up(math.sqrt(float(largest_eigenvalue(product.unsqueeze(0), up(slack, 12)))), 2)
         return times(scaled, first, second)
 
     def later_adjoint(self, layer: int, adjoints: Adjoints) -> Tensor:
-        """Bound (count,) of the norm of the adjoints at all heads that `layer` feeds, stacked."""
-        found = []
+        """Upper bounds (count,) of the norm of the stacked adjoints at all pre-activations and logits after `layer`."""
+        norms = []
         last = len(self.network.nodes) - 1
         for target in (t for t in pre_activations(self.network) if (t, layer) in self.weights):
             own = math.sqrt(2.0) * (1 + 2.0**-50) if target == last else 0.0
-            here = torch.full_like(adjoints.norms[layer], own)
+            norm = torch.full_like(adjoints.norms[layer], own)
             for k in (
                 k for k in nonlinear_nodes(self.network) if pre_activation(self.network, k) == target and k > layer
             ):
-                here = up(here + times(adjoints.norms[k], node_lipschitz(self.network, k)))
-            found.append(here)
-        return vector_norm_up(torch.stack(found, dim=1))
+                norm = up(norm + times(adjoints.norms[k], node_lipschitz(self.network, k)))
+            norms.append(norm)
+        return vector_norm_up(torch.stack(norms, dim=1))

@@ -1,4 +1,4 @@
-"""Layer by layer: where a network's Lipschitz constant and curvature come from (`curvcert bounds`)."""
+"""The table of `curvcert bounds`: how much each layer adds to a network's Lipschitz constant and curvature."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from certify_cli.numerics.rounding import up
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One nonlinear layer, or the logits at the end. Every number is an upper bound.
+    """One row of the table: a nonlinear layer, or the logits in the last row. Every number is an upper bound.
 
-    `norm`: of the weights that feed the layer; `slope`: the largest of the nonlinearity; `lipschitz`: of input ->
-    the layer's value (logits: of the worst margin); `curvature`: this and all earlier layers' part of the worst
-    margin's Hessian norm; `share`: that part over the whole, up to 1. None where the network has no curvature.
+    norm: spectral norm of the weights that lead to the layer.
+    slope: largest slope of the nonlinearity; None for the logits.
+    lipschitz: Lipschitz constant of input -> the layer's value; for the logits, of the worst margin.
+    curvature: part of this and all earlier layers in the worst margin's Hessian norm.
+    share: that part over the whole, at most 1.
+
+    `curvature` and `share` are None where a nonlinearity has no bounded second derivative.
     """
 
     name: str

@@ -6,7 +6,7 @@ source s, with B the blocks of the network linearised at the centres,
     m_l = ||B_ls|| + sum over nonlinear k between s and l of  ||B_lk|| r_k m_k
 
 bounds the change of pre-activation l per unit of change at s. c = (a + b)/2, r = (b - a)/2 is LipLT; c cut (0) and
-r = max |slope| is the product of norms. The least of the two holds.
+r = max |slope| is the product of norms. Both hold, so the smaller of the two is the bound.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ def node_lipschitz(network: Network, index: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """A network split into centre slopes and what is left: r_k >= |slope - centre| at every nonlinear node k.
+    """A network as its linearisation at centre slopes, plus a deviation of the slopes at every nonlinear node.
 
-    `blocks` belong to the network linearised at the centres (cut nodes have none).
+    centres: centre slope by node; nodes without one are cut.
+    radii: by node, upper bounds r_k of |slope - centre|.
+    blocks: of the network linearised at the centres, keyed (target, source).
     """
 
     network: Network
@@ -48,26 +50,26 @@ class Expansion:
 
     @cached_property
     def _change(self) -> dict[tuple[int, int], float]:
-        """m_ls: change of head l per unit of change at source s (s's own output cut free)."""
+        """m_ls, up: change of target l per unit of change at source s, whose output is taken as a free variable."""
         table: dict[tuple[int, int], float] = {}
         nodes = nonlinear_nodes(self.network)
         for source in (0, *nodes):
             for target in (t for t in pre_activations(self.network) if t >= source):
                 terms = [self.blocks[target, source].norm] if (target, source) in self.blocks else []
                 for k in nodes:
-                    before = table.get((pre_activation(self.network, k), source), 0.0)
-                    if source < k <= target and (target, k) in self.blocks and before:
-                        terms.append(times(self.blocks[target, k].norm, self.radii[k], before))
+                    previous = table.get((pre_activation(self.network, k), source), 0.0)
+                    if source < k <= target and (target, k) in self.blocks and previous:
+                        terms.append(times(self.blocks[target, k].norm, self.radii[k], previous))
                 if terms:
                     table[target, source] = up(sum(terms), len(terms))
         return table
 
     def change(self, target: int, source: int) -> float:
-        """Upper bound of the change of head `target` per unit of change at `source`; 0 if it does not depend on it."""
+        """Upper bound of the change of `target` per unit of change at `source`; 0 if it does not depend on it."""
         return self._change.get((target, source), 0.0)
 
     def rows(self, target: int) -> Tensor:
-        """Per unit of head `target` (or one entry for all): bound of its change per unit of change of the input."""
+        """Upper bounds (size or 1,) of the change of each unit of `target` per unit of change of the input."""
         zero = torch.zeros(1, dtype=torch.float64, device=self.network.device)
         total = self.blocks[target, 0].rows if (target, 0) in self.blocks else zero
         count = 1
@@ -81,12 +83,12 @@ class Expansion:
 
     @cached_property
     def _logit_rows(self) -> dict[int, Vectors]:
-        """Rows v_k (1, classes, *shape) of the linearised network: the logits as functions of each source."""
+        """By source k, the rows v_k (1, classes, *shape): derivatives of the logits in the linearised network."""
         eye = torch.eye(self.network.classes, dtype=torch.float64, device=self.network.device)
         return vjp(self.network, eye.unsqueeze(0), self.centres)
 
     def adjoint_rows(self, source: int, pairs: Tensor) -> Vectors:
-        """v_source for margins z_a - z_b, pairs (count, 2): value (count, size)."""
+        """v_source (count, size) of the margins z_a - z_b in the linearised network; pairs: (count, 2)."""
         rows = self._logit_rows.get(source)
         if rows is None:
             size = self.network.nodes[source].size
@@ -98,7 +100,7 @@ class Expansion:
         return Vectors(difference, up(error[a] + error[b] + UNIT * vector_norm_up(difference), 4))
 
     def adjoint_norms(self, source: int, pairs: Tensor) -> Tensor:
-        """||v_source|| in the linearised network, up, (count,)."""
+        """Upper bounds (count,) of ||v_source|| in the linearised network."""
         rows = self.adjoint_rows(source, pairs)
         return up(vector_norm_up(rows.value) + rows.error, 2)
 
@@ -116,12 +118,15 @@ class Expansion:
 
 
 def product_expansion(network: Network, weights: Mapping[tuple[int, int], Block]) -> Expansion:
-    """The product of norms: every nonlinear node cut, its whole slope left over. `weights`: the blocks W_lk."""
+    """The product of norms: every nonlinear node is cut, and its radius is its Lipschitz constant.
+
+    weights: the network's blocks W_lk.
+    """
     return Expansion(network, {}, {k: node_lipschitz(network, k) for k in nonlinear_nodes(network)}, weights)
 
 
 def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
-    """LipLT: the slope ranges' midpoints as centres; group maps stay cut."""
+    """LipLT: centres are the midpoints of the activations' slope ranges. Group maps (max pooling, MaxMin) are cut."""
     centres: dict[int, Slope] = {}
     radii: dict[int, float] = {}
     for k in nonlinear_nodes(network):
@@ -137,7 +142,7 @@ def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
 
 @dataclass(frozen=True, eq=False)
 class Lipschitz:
-    """Global Lipschitz constants of a network, by the product of norms and by LipLT; the least is what counts."""
+    """Global Lipschitz constants of a network, rounded up: the smaller of the product of norms and LipLT."""
 
     network: Network
     expansions: tuple[Expansion, ...]
@@ -159,7 +164,7 @@ class Lipschitz:
         )
 
     def rows(self, target: int) -> float:
-        """The 2 -> infinity norm of input -> pre-activation `target`: the change of any one unit."""
+        """Lipschitz constant of input -> any one unit of pre-activation `target`."""
         return min([float(e.rows(target).max()) for e in self.expansions] + [self.to_pre_activation(target)])
 
     def sensitivity(self, source: int, pairs: Tensor) -> Tensor:
@@ -172,5 +177,5 @@ class Lipschitz:
 
 
 def weight_blocks(network: Network, budget: Budget) -> dict[tuple[int, int], Block]:
-    """The network's own weights W_lk between consecutive nonlinear nodes, matrices kept where affordable."""
+    """The network's own weights W_lk between consecutive nonlinear nodes, as matrices where the budget affords it."""
     return blocks(network, {}, budget, keep=True)

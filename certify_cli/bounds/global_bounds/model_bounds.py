@@ -8,20 +8,26 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.anchored import AnchoredBounds
+from certify_cli.bounds.global_bounds.anchored import Anchored
+from certify_cli.bounds.global_bounds.anchored_network import AnchoredNetwork
 from certify_cli.bounds.global_bounds.curvature import Curvature
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, weight_blocks
 from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.efforts import NORMAL, Effort
+from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 
 MEMORY = 2**31
-"""Bytes, unless the caller knows better."""
+"""Bytes that the bounds of a batch may take, unless the caller states another figure."""
 
 
 class PairTable:
-    """A bound for each ordered pair of classes, computed when first asked for: together with those that `expected`
-    classes will ask for, so that a rounding does not depend on who came first."""
+    """A bound for each ordered pair of classes, computed when first used.
+
+    expected: classes that will be predicted. Their pairs are computed in one batch with the first that is used: the
+        rounding of a bound depends on its batch, and must not depend on the order of the samples.
+    bound: from pairs (count, 2) to their bounds (count,).
+    """
 
     def __init__(self, classes: int, expected: Tensor, bound: Callable[[Tensor], Tensor]) -> None:
         device = expected.device
@@ -48,17 +54,17 @@ class PairTable:
         pairs = (wanted & view.isnan()).nonzero()
         if len(pairs):
             bound = self._bound(pairs.flip(1) if swap else pairs)
-            # NaN means not computed yet; as a bound (0 times an overflow) it says nothing, which is inf
+            # NaN marks a bound that is not computed yet; one that is NaN itself (0 times an overflow) becomes inf
             view[pairs[:, 0], pairs[:, 1]] = bound.masked_fill(bound.isnan(), torch.inf)
 
 
 class ModelBounds:
-    """Global bounds of one network at one effort, each computed when first used. Hold it for as long as the network."""
+    """Global bounds of one network at one effort. Each is computed when first used, and kept with the object."""
 
     def __init__(
         self, network: Network, effort: Effort = NORMAL, memory: int = MEMORY, expected: Tensor | None = None
     ) -> None:
-        """memory: bytes that the bounds of a batch of samples may take. expected: classes that will be predicted."""
+        """memory: bytes for the bounds of a batch.   expected: classes that will be predicted (for `PairTable`)."""
         self.network = network
         self.effort = effort
         self.memory = memory
@@ -80,16 +86,20 @@ class ModelBounds:
         return Curvature(self.network, self.weights, self.lipschitz, self.budget)
 
     @cached_property
-    def anchored(self) -> AnchoredBounds:
-        """Bounds around a sample; only where every nonlinear node has a curvature."""
-        return AnchoredBounds(self.network, self.weights, self.lipschitz, self.budget)
+    def anchored_network(self) -> AnchoredNetwork:
+        """The network's part of the anchored bounds; every nonlinear node must have a bounded second derivative."""
+        return AnchoredNetwork(self.network, self.weights, self.lipschitz, self.budget)
+
+    def anchored_at(self, samples: EvaluatedPoints) -> Anchored:
+        """Bounds around the samples; every nonlinear node must have a bounded second derivative."""
+        return Anchored(self.anchored_network, samples)
 
     @cached_property
     def lipschitz_pairs(self) -> PairTable:
-        """Lipschitz constants of the margins."""
+        """Upper bounds of the margins' Lipschitz constants."""
         return PairTable(self.network.classes, self.expected, self.lipschitz.of_margins)
 
     @cached_property
     def curvature_pairs(self) -> PairTable:
-        """Bounds of -lambda_min of the margins' Hessians; the reversed pair's bounds lambda_max."""
+        """Upper bounds of -lambda_min of the margins' Hessians; the reversed pair's bound is that of lambda_max."""
         return PairTable(self.network.classes, self.expected, self.curvature.lower)

@@ -2,8 +2,8 @@
 
     z_l(x+d) - z_l(x) = A_l d + sum over earlier nonlinear k of  B_lk q_k ,      q_k = phi(z_k+D_k) - phi(z_k) - s_k D_k
 
-A_l = dz_l/dx and B_lk = dz_l/dh_k (total derivatives with h_k cut free) are pulled back from unit vectors at head l.
-Each row carries a bound of its Euclidean error.
+A_l = dz_l/dx and B_lk = dz_l/dh_k are total derivatives, h_k taken as a free variable. Both are computed by pulling
+unit vectors back from pre-activation l. Every row carries a bound of its Euclidean error.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from certify_cli.numerics.trees import Batched
 
 @dataclass(frozen=True, eq=False)
 class Rows(Batched, shared=("blocks", "errors", "gram"), constant=("sparsity",)):
-    """A_l of several pre-activations, stacked.
+    """The Jacobians A_l of several pre-activations, stacked into one matrix A of `count` rows.
 
-    blocks: one a pre-activation, (batch or 1, size, inputs); batch 1 where all samples share it.
-    errors: of each block, (batch or 1, size): bounds of the Euclidean error of each row.
-    sparsity: of each block's rows.   operators: the blocks to multiply with; whole where the Gram matrix is the smaller
-    side.   gram: A A^T as computed, (batch or 1, count, count), where that is the smaller side, else None.
-    estimates: A A^T / unit^2, else the blocks of A / unit, in the precision of what proves nothing; unit: a power of 2.
+    blocks: A_l, one per pre-activation, (batch or 1, size, inputs); batch 1 where all samples share it.
+    errors: per block, (batch or 1, size): upper bounds of the Euclidean error of each row.
+    sparsity: per block, which columns its rows use; dense where `gram` is given.
+    operators: the blocks in the form in which they are multiplied.
+    gram: A A^T as computed, (batch or 1, count, count); None where A has more rows than columns.
+    estimates: A A^T / unit^2 where `gram` is given, else the blocks of A / unit. They may be in single precision, and
+        serve estimates only, no bound.
+    unit: a power of two near the largest entry of A.
     """
 
     blocks: tuple[Tensor, ...]
@@ -89,7 +92,7 @@ class Rows(Batched, shared=("blocks", "errors", "gram"), constant=("sparsity",))
 
 
 def _stacked_gram(blocks: tuple[Tensor, ...]) -> Tensor:
-    """A A^T as computed, (batch or 1, count, count); the products of each pair of blocks once."""
+    """A A^T as computed, (batch or 1, count, count). Each pair of blocks is multiplied once."""
     number = range(len(blocks))
     products = {(i, j): blocks[i] @ blocks[j].mT for i in number for j in range(i + 1)}
     batch = max(len(product) for product in products.values())
@@ -101,9 +104,11 @@ def _stacked_gram(blocks: tuple[Tensor, ...]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Jacobians(Batched, shared=("outer", "inner")):
-    """A_l by pre-activation, in topological order, and B_lk by (pre-activation, nonlinear node).
+    """The Jacobians of every pre-activation, as vectors (batch or 1, rows, size).
 
-    Vectors (batch or 1, rows, size). rows: all A_l, stacked in the order of `outer`.
+    outer: A_l by pre-activation, in topological order.
+    inner: B_lk by (pre-activation, nonlinear node).
+    rows: all A_l, stacked in the order of `outer`.
     """
 
     outer: Mapping[int, Vectors]
@@ -122,8 +127,11 @@ class Jacobians(Batched, shared=("outer", "inner")):
 
 
 def pulled_rows(network: Network, target: int, node_vjps: Mapping[int, NodeVjp]) -> dict[int, Vectors]:
-    """A (key 0) and B (keyed by nonlinear node) of one head, in the network made linear by `node_vjps`."""
+    """The rows A_l (key 0) and B_lk (keyed by nonlinear node) of pre-activation `target`, (batch or 1, size, inputs).
+
+    node_vjps: the linear map that stands for each nonlinear node; a node without one is cut.
+    """
     node = network.nodes[target]
     units = torch.eye(node.size, dtype=torch.float64, device=network.device).reshape(1, node.size, *node.shape)
-    found = vjp(network, units, node_vjps, target)
-    return {source: Vectors(rows.value.flatten(2), rows.error) for source, rows in found.items()}
+    adjoints = vjp(network, units, node_vjps, target)
+    return {source: Vectors(rows.value.flatten(2), rows.error) for source, rows in adjoints.items()}

@@ -1,4 +1,4 @@
-"""A matrix of rows as something to multiply with: whole, or where its rows see few columns each, group by group."""
+"""Matrices in the form in which they are multiplied: whole, or by groups of rows that use the same few columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from certify_cli.numerics.trees import Batched
 
 @dataclass(frozen=True, eq=False)
 class Whole(Batched, shared=("values",)):
-    """A (batch or 1, m, n)."""
+    """A matrix A as it is: values (batch or 1, m, n)."""
 
     values: Tensor
 
@@ -40,9 +40,12 @@ class Whole(Batched, shared=("values",)):
 
 @dataclass(frozen=True, eq=False)
 class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape")):
-    """The same by groups of rows that share their columns: values (batch or 1, groups, r, c), filled up with zeros.
+    """A matrix A in groups of rows that use the same columns. It is zero outside of them.
 
-    rows (groups, r) and columns (groups, c) say which they are, m and n where there is none; shape is (m, n).
+    values: (batch or 1, groups, r, c), the groups padded with zeros to one size.
+    rows: (groups, r), indices of each group's rows; m in the padding.
+    columns: (groups, c), indices of each group's columns; n in the padding.
+    shape: (m, n).
     """
 
     values: Tensor
@@ -52,7 +55,10 @@ class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape")
 
     @classmethod
     def of(cls, matrix: Tensor, groups: tuple[tuple[Tensor, Tensor], ...]) -> Grouped:
-        """Of a matrix (batch or 1, m, n) that is zero outside of these groups, which have all its rows."""
+        """The groups, (rows, columns) each, of a matrix (batch or 1, m, n) that is zero outside of them.
+
+        Every row is in one group.
+        """
         m, n = matrix.shape[1:]
         rows = matrix.new_full((len(groups), max(len(r) for r, _ in groups)), m, dtype=torch.long)
         columns = matrix.new_full((len(groups), max(1, *(len(c) for _, c in groups))), n, dtype=torch.long)
@@ -64,24 +70,24 @@ class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape")
 
     def times(self, d: Tensor) -> Tensor:
         """A d: (batch, n) -> (batch, m)."""
-        seen = pad(d, (0, 1))[:, self.columns]
+        entries = pad(d, (0, 1))[:, self.columns]
         if len(self.values) == 1:
-            found = torch.einsum("grc,bgc->bgr", self.values[0], seen)
+            products = torch.einsum("grc,bgc->bgr", self.values[0], entries)
         else:
-            found = (self.values @ seen.unsqueeze(3)).squeeze(3)
+            products = (self.values @ entries.unsqueeze(3)).squeeze(3)
         total = d.new_zeros(len(d), self.shape[0] + 1)
-        total[:, self.rows.flatten()] = found.flatten(1)
+        total[:, self.rows.flatten()] = products.flatten(1)
         return total[:, :-1]
 
     def transposed(self, p: Tensor) -> Tensor:
         """A^T p: (batch, m) -> (batch, n)."""
-        seen = pad(p, (0, 1))[:, self.rows]
+        entries = pad(p, (0, 1))[:, self.rows]
         if len(self.values) == 1:
-            found = torch.einsum("grc,bgr->bgc", self.values[0], seen)
+            products = torch.einsum("grc,bgr->bgc", self.values[0], entries)
         else:
-            found = (seen.unsqueeze(2) @ self.values).squeeze(2)
+            products = (entries.unsqueeze(2) @ self.values).squeeze(2)
         total = p.new_zeros(len(p), self.shape[1] + 1)
-        return total.index_add_(1, self.columns.flatten(), found.flatten(1))[:, :-1]
+        return total.index_add_(1, self.columns.flatten(), products.flatten(1))[:, :-1]
 
     def over(self, unit: float, dtype: torch.dtype) -> Grouped:
         """A / unit, in another precision."""
@@ -92,16 +98,16 @@ Operator = Whole | Grouped
 
 
 def operator(matrix: Tensor, sparsity: RowSparsity) -> Operator:
-    """Of a matrix (batch or 1, m, n), as its supports suggest."""
+    """The operator of a matrix (batch or 1, m, n): grouped where its sparsity has groups."""
     return Whole(matrix) if sparsity.groups is None else Grouped.of(matrix, sparsity.groups)
 
 
 def times(stack: Sequence[Operator], d: Tensor) -> Tensor:
-    """A d of matrices on top of each other: (batch, n) -> (batch, all rows)."""
+    """A d, the matrices stacked on top of each other: (batch, n) -> (batch, all rows)."""
     return torch.cat([part.times(d) for part in stack], dim=1)
 
 
 def transposed(stack: Sequence[Operator], p: Tensor) -> Tensor:
-    """A^T p of the same: (batch, all rows) -> (batch, n)."""
+    """A^T p, the matrices stacked on top of each other: (batch, all rows) -> (batch, n)."""
     pieces = p.split([part.shape[0] for part in stack], dim=1)
     return torch.stack([part.transposed(piece) for part, piece in zip(stack, pieces, strict=True)]).sum(0)

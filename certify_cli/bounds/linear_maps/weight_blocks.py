@@ -1,8 +1,8 @@
 """Linear blocks between nodes: norms of W_lk, A_l and B_lk (theory sections 2 to 4).
 
-A block runs from a source (the input, or a nonlinear node's output) to a later head (a pre-activation, or the logits)
-of the network in which every nonlinear node is replaced by a centre slope, or cut. With all of them cut the blocks are
-the network's own weights W_lk; with centre slopes they are A_l (from the input) and B_lk.
+A block is the linear map from a source (the input, or a nonlinear node's output) to a later target (a pre-activation,
+or the logits) in the network in which every nonlinear node is replaced by a centre slope, or cut. With all of them cut
+the blocks are the network's own weights W_lk; with centre slopes they are A_l (from the input) and B_lk.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from certify_cli.numerics.norms import matrix_norm
 from certify_cli.numerics.rounding import up, vector_norm_up
 
 MATRIX_ENTRIES = 2**24
-"""Largest block that is written out as a matrix (128 MiB)."""
+"""Number of entries up to which a block is written out as a matrix (128 MiB)."""
 CHUNK_ENTRIES = 2**20
-"""Unit vectors are sent through the network in chunks whose widest value holds this many entries (8 MiB)."""
+"""Unit vectors pass through the network in chunks whose widest value has about this many entries (8 MiB)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A linear map from one source to one head. All upper bounds.
+    """The linear map from one source to one target. Norms and errors are upper bounds.
 
-    `rows` and `columns` bound the Euclidean norms of its rows and columns: one entry each, or a single one for all.
-    `matrix` (head size, source size) differs from the exact block by at most `matrix_error` in the Frobenius norm.
+    norm: the spectral norm.
+    rows, columns: Euclidean norms of the rows and columns, one entry each, or a single entry that holds for all.
+    matrix: (target size, source size), or None where it is not written out.
+    matrix_error: Frobenius norm of the difference between `matrix` and the exact block.
     """
 
     norm: float
@@ -45,7 +47,7 @@ class Block:
 
     @cached_property
     def magnitudes(self) -> Tensor:
-        """|matrix|, kept: a pass of intervals asks for it once a batch."""
+        """|matrix|, entry by entry; cached, since every interval pass needs it."""
         if self.matrix is None:
             raise ValueError("this block is not written out as a matrix")
         return self.matrix.abs()
@@ -53,35 +55,43 @@ class Block:
 
 @dataclass(frozen=True)
 class _Composed:
-    """Norms multiplied along the paths, and how many factors other than 1 went in."""
+    """Norms of one block, multiplied along the paths from its source to its target.
+
+    norm: spectral norm.   row: norm of the longest row.   factors: number of factors other than 1.
+    """
 
     norm: float
     row: float
-    parts: int
+    factors: int
 
 
 def blocks(network: Network, centres: Slopes, budget: Budget, keep: bool = False) -> dict[tuple[int, int], Block]:
-    """All blocks, keyed (head, source), that are not identically zero. `keep`: keep the matrices."""
-    found: dict[tuple[int, int], Block] = {}
+    """All blocks that are not identically zero, keyed (target, source). keep: whether to keep the matrices."""
+    by_norm: dict[tuple[int, int], Block] = {}
     for source in (0, *nonlinear_nodes(network)):
         composed = _composed(network, source, centres)
         size = network.nodes[source].size
         wanted = {
-            h for h in composed if network.nodes[h].size * size <= MATRIX_ENTRIES and _worth(network, h, size, budget)
+            t
+            for t in composed
+            if network.nodes[t].size * size <= MATRIX_ENTRIES and _affordable(network, t, size, budget)
         }
         matrices = _matrices(network, source, centres, wanted) if wanted else {}
         for target, bound in composed.items():
-            found[target, source] = _block(bound, matrices.get(target), keep, network.device)
-    return found | _with_rows(network, centres, budget, found)
+            by_norm[target, source] = _block(bound, matrices.get(target), keep, network.device)
+    return by_norm | _with_rows(network, centres, budget, by_norm)
 
 
 def _with_rows(
-    network: Network, centres: Slopes, budget: Budget, found: Mapping[tuple[int, int], Block]
+    network: Network, centres: Slopes, budget: Budget, by_norm: Mapping[tuple[int, int], Block]
 ) -> dict[tuple[int, int], Block]:
-    """The blocks that have one bound for all rows, where a row each can be afforded: unit vectors pulled back."""
-    better: dict[tuple[int, int], Block] = {}
+    """The blocks with one bound for all rows, given a bound for each row by pulling unit vectors back.
+
+    Only targets whose rows the budget affords; the others are left out.
+    """
+    refined: dict[tuple[int, int], Block] = {}
     for target in pre_activations(network):
-        sources = [k for t, k in found if t == target and len(found[t, k].rows) == 1]
+        sources = [k for t, k in by_norm if t == target and len(by_norm[t, k].rows) == 1]
         size = network.nodes[target].size
         if not sources or size == 1 or rows_cost(network, target) > budget.norm:
             continue
@@ -93,12 +103,12 @@ def _with_rows(
             for k in sources:
                 parts[k].append(up(adjoints[k].size + adjoints[k].error, 2)[0])
         for k in sources:
-            block = found[target, k]
-            better[target, k] = replace(block, rows=torch.minimum(torch.cat(parts[k]), block.rows))
-    return better
+            block = by_norm[target, k]
+            refined[target, k] = replace(block, rows=torch.minimum(torch.cat(parts[k]), block.rows))
+    return refined
 
 
-def _worth(network: Network, target: int, size: int, budget: Budget) -> bool:
+def _affordable(network: Network, target: int, size: int, budget: Budget) -> bool:
     rows = network.nodes[target].size
     return min(rows, size) ** 2 * float(max(rows, size)) <= budget.norm
 
@@ -107,17 +117,17 @@ def _block(composed: _Composed, image: Vectors | None, keep: bool, device: torch
     if image is None:
         row, norm_ = (torch.tensor([v], dtype=torch.float64, device=device) for v in (composed.row, composed.norm))
         return Block(composed.norm, row, norm_)
-    matrix = image.value.flatten(1).T  # one source unit a row before, a column now
+    matrix = image.value.flatten(1).T  # a source unit was a row, and is a column now
     error = float(vector_norm_up(image.error))
-    # a path of one factor has its verified norm already; else the product of factors may be far from the block's norm
-    norm = composed.norm if composed.parts <= 1 else min(composed.norm, up(matrix_norm(matrix) + error, 2))
+    # a single factor's norm is verified already; a product of several may be far above the block's norm
+    norm = composed.norm if composed.factors <= 1 else min(composed.norm, up(matrix_norm(matrix) + error, 2))
     rows = up(vector_norm_up(matrix) + error, 2).clamp(max=composed.row)
     columns = up(vector_norm_up(matrix.T) + image.error, 2).clamp(max=norm)
     return Block(norm, rows, columns, matrix.contiguous() if keep else None, error)
 
 
 def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int]) -> dict[int, Vectors]:
-    """The blocks from `source` as rows of images of its unit vectors (source size, *head shape)."""
+    """The transposed blocks from `source`, keyed by target: images of its unit vectors (source size, *target shape)."""
     node = network.nodes[source]
     chunk = max(8, CHUNK_ENTRIES // max(n.size for n in network.nodes))
     parts: dict[int, list[Vectors]] = {target: [] for target in wanted}
@@ -140,7 +150,7 @@ def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Comp
 
     def affine(op: AffineOp, v: _Composed, shape: Shape) -> _Composed:
         norm, row, total = op.norm(shape), op.row_norm(shape), op.infinity_norm(shape)
-        return _Composed(up(norm * v.norm), min(up(row * v.norm), up(total * v.row)), v.parts + (norm != 1.0))
+        return _Composed(up(norm * v.norm), min(up(row * v.norm), up(total * v.row)), v.factors + (norm != 1.0))
 
     def add(parts: list[_Composed]) -> _Composed:
         if len(parts) == 1:
@@ -158,7 +168,7 @@ def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Comp
         if index not in centres:
             return None
         slope = centres[index].largest
-        return _Composed(up(slope * v.norm), up(slope * v.row), v.parts + (slope != 1.0))
+        return _Composed(up(slope * v.norm), up(slope * v.row), v.factors + (slope != 1.0))
 
     wanted = set(pre_activations(network))
     found = forward(network, source, _Composed(1.0, 1.0, 0), Forward(affine, add, concat, nonlinear))

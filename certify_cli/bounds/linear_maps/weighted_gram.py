@@ -12,16 +12,21 @@ from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, gamma, power_of
 CHUNK_ENTRIES = 2**22
 """Matrices are proved in chunks of at most this many entries (32 MiB, and a few times that while proving)."""
 SLIGHT = 1e-100
+"""Weights below this part of the largest one enter by their trace alone."""
 PERRON_STEPS = 30
+"""Number of matrix products in a Perron bound."""
 PERRON_ENTRIES = 2**25
+"""Largest Gram matrix of the rows that a Perron bound forms; beyond it the trace is the bound (256 MiB)."""
 
 
 def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: float = 0.0) -> Tensor:
     """Upper bounds (count,) of lambda_max(T^T diag(w) T) for w (count, rows) >= 0.
 
-    matrix: T (rows, columns), within `error` of the exact one in the Frobenius norm. Proved eigenvalues where the
-    budget allows, on the smaller of three sides: the rows with a positive weight, all rows, the columns. Beyond it a
-    Perron bound, which needs one matrix product a step: every positive vector p gives
+    matrix: T (rows, columns), within `error` of the exact one in the Frobenius norm.
+    weights: w (count, rows), >= 0; the bounds are inf where a weight or an entry of T is not finite.
+
+    Eigenvalues are proved where the budget allows it, on the smaller side: the rows with a positive weight, or the
+    columns. Beyond the budget a Perron bound takes one matrix product a step: every positive vector p gives
     lambda_max(D G D) <= max_i (|G| w o p)_i / p_i with G = T T^T, D = diag(sqrt(w)) (Collatz and Wielandt).
     """
     count, (rows, columns) = len(weights), matrix.shape
@@ -31,7 +36,7 @@ def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: 
         return torch.zeros(count, dtype=torch.float64, device=weights.device)
     largest, scale, height = weights.amax(1), power_of_two(matrix), power_of_two(weights)
     matrix, weights = matrix / scale, weights / height  # so that no square or product overflows, or vanishes
-    # weights that only rounding made positive: their whole trace is added instead, they would bring denormal numbers
+    # weights that only rounding made positive would bring denormal numbers: their trace is added instead
     slight = weights < SLIGHT * weights.amax(1, keepdim=True)
     trace = up(torch.where(slight, weights, 0.0) @ up(matrix.square().sum(1), columns + 2), rows + 2)
     weights = torch.where(slight, 0.0, weights)
@@ -51,10 +56,10 @@ def _proved(matrix: Tensor, weights: Tensor, side: int, by_columns: bool) -> Ten
     rows, columns = matrix.shape
     squares = up(matrix.square().sum(1), columns + 2)
     size = up(weights @ squares, rows + 2)  # >= ||diag(sqrt w) T||_F^2
-    # the product's own rounding; on the rows' side also two square roots and two scalings an entry
+    # the product's own rounding; by rows, every entry also has two square roots and two scalings
     slack = up((gamma(rows + 3) if by_columns else gamma(columns + 2) + 8 * UNIT) * size, 4)
     gram = None if by_columns else matrix @ matrix.T
-    # one product for all weights, where a matrix each would be read again and again
+    # all weights share one product per step, instead of reading a matrix for each
     if gram is None:
         estimate, residual = ritz_estimate(
             lambda q: (weights * (q @ matrix.T)) @ matrix, starting_vectors(len(weights), columns, matrix)
@@ -88,11 +93,11 @@ def _perron(matrix: Tensor, weights: Tensor) -> Tensor:
         return trace
     length = vector_norm_up(matrix)
     gram = (matrix @ matrix.T).abs()
-    gram += (gamma(columns + 2) * length).unsqueeze(1) * length.unsqueeze(0)  # now at least |G|, entry by entry
+    gram += (gamma(columns + 2) * length).unsqueeze(1) * length.unsqueeze(0)  # from here on at least |G|
     p = torch.ones_like(weights)
     best = trace
     for _ in range(PERRON_STEPS):
         image = (weights * p) @ gram
         best = torch.minimum(best, up((image / p).amax(1), rows + 6))
-        p = image / image.amax(1, keepdim=True).clamp(min=TINY) + 1e-12  # any positive vector will do
+        p = image / image.amax(1, keepdim=True).clamp(min=TINY) + 1e-12  # any positive vector gives a bound
     return best

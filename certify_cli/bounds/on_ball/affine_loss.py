@@ -1,4 +1,4 @@
-"""How much margins fall on balls, as bounds that hold on every smaller ball as well."""
+"""Upper bounds of margins' drops on balls, affine in the radius, that hold on every smaller ball as well."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from certify_cli.numerics.trees import Batched
 
 @dataclass(frozen=True, eq=False)
 class AffineLoss(Batched):
-    """At most rate e + constant, (batch, rows), on every ball of radius e that is no larger than the one bounded.
+    """A margin drops by at most rate e + constant on every ball of radius e up to the radius that was bounded.
 
-    The constant is the loss of the remainders on the largest of these balls. Both >= 0.
+    rate: (batch, rows), >= 0.
+    constant: (batch, rows), >= 0: the loss by the nonlinear remainders on the largest ball.
     """
 
     rate: Tensor
@@ -24,20 +25,23 @@ class AffineLoss(Batched):
 
     @classmethod
     def of(cls, rate: Tensor, parts: Sequence[Tensor]) -> AffineLoss:
-        """With the sum of `parts`, (batch, rows) each, as the constant."""
+        """The loss with the sum of `parts`, (batch, rows) each, as its constant."""
         constant = up(torch.stack(list(parts)).sum(0), len(parts)) if parts else torch.zeros_like(rate)
         return cls(*torch.broadcast_tensors(rate, constant))
 
     def on(self, radius: Tensor) -> Tensor:
-        """Upper bounds (batch, rows) on balls of `radius` (batch,); inf where it is no number."""
+        """Upper bounds (batch, rows) of the drops on balls of `radius` (batch,); inf where a bound is NaN."""
         return up(self.rate * radius.unsqueeze(1) + self.constant, 3).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
-    def least(self, other: AffineLoss, radius: Tensor) -> AffineLoss:
-        """Entry by entry whichever is less on the balls of `radius` (batch,)."""
+    def minimum(self, other: AffineLoss, radius: Tensor) -> AffineLoss:
+        """Of the two losses, entry by entry the smaller on balls of `radius` (batch,)."""
         return other.where(self.on(radius) <= other.on(radius), self)
 
     def largest(self, margin: Tensor, radius: Tensor) -> Tensor:
-        """Radii (batch, rows), at most `radius` (batch,), below which the fall is less than `margin` (batch, rows)."""
-        spare = difference_down(margin, self.constant).clamp(min=0.0)
-        reach = down(spare / self.rate, 1).nan_to_num(nan=0.0)
-        return torch.minimum(reach, radius.unsqueeze(1))
+        """Radii (batch, rows), rounded down, below which the drop is less than `margin` (batch, rows).
+
+        radius: (batch,), the largest for which the loss holds; no result exceeds it.
+        """
+        slack = difference_down(margin, self.constant).clamp(min=0.0)
+        certified = down(slack / self.rate, 1).nan_to_num(nan=0.0)
+        return torch.minimum(certified, radius.unsqueeze(1))

@@ -1,12 +1,13 @@
-"""Where every pre-activation can go on a ball around the sample: the fast tier of theory section 4.
+"""Intervals of every pre-activation on a ball around the sample: the fast tier of theory section 4.
 
 With z_l = U_l x + sum over sources k of W_lk h_k + b, a perturbation d of norm at most e moves pre-activation l by
 
     D_l = U_l d + sum_k W_lk Dh_k ,     Dh_k = phi(z_k + D_k) - phi(z_k) .
 
-Every Dh_k is known in two ways: entry by entry as an interval, carried through W_lk by its midpoint and radius, and by
-its norm, which moves unit i by at most ||W_lk,i|| times as much. The tighter counts, source by source and unit by unit.
-It takes a few forward passes and no Jacobian, and holds for every network: what has no slope enters by its gain.
+Every Dh_k is bounded in two ways: entry by entry by an interval, carried through W_lk by its midpoint and radius, and
+by its norm, which moves unit i by at most ||W_lk,i|| times as much. The tighter bound counts, source by source and unit
+by unit. This takes a few forward passes and no Jacobian, and holds for every network: a node without slopes enters by
+its Lipschitz constant.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from certify_cli.numerics.trees import Batched
 
 @dataclass(frozen=True, eq=False)
 class Ranges(Batched):
-    """Offsets D_l = z_l(x+d) - z_l(x) of exact pre-activations for all ||d|| <= radius, rounded outward.
+    """Bounds of the offsets D_l = z_l(x+d) - z_l(x) of exact pre-activations for all ||d|| <= radius, rounded outward.
 
-    radius (batch,): the ball, one a sample, in the network's input units. Keyed by head (the pre-activation's node of
-    every nonlinear node, and the logits): `low` <= 0 <= `high` (batch, size) entry by entry, and `norm` (batch,), at
-    least ||D_l||. Infinite where nothing is known.
+    radius: (batch,), of the ball around each sample, in the network's input units.
+    low, high: by node, (batch, size), low <= 0 <= high: bounds of the entries of D_l.
+    norm: by node, (batch,): upper bounds of ||D_l||.
+
+    The nodes are all pre-activations and the logits. Bounds are infinite where a value overflows.
     """
 
     radius: Tensor
@@ -45,7 +48,10 @@ class Ranges(Batched):
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """The change of one node's value: an interval (batch, size) around 0, and a bound (batch,) of its norm."""
+    """Bounds of the change of one node's value.
+
+    low, high: (batch, size), low <= 0 <= high, of its entries.   norm: (batch,), of its norm, up.
+    """
 
     low: Tensor
     high: Tensor
@@ -53,7 +59,7 @@ class Change:
 
     @classmethod
     def of(cls, low: Tensor, high: Tensor, norm: Tensor) -> Change:
-        """Both made sharper by each other; NaN (an overflow) says nothing, which is inf."""
+        """The change with interval and norm intersected; NaN (an overflow) becomes infinite."""
         norm = norm.masked_fill(norm.isnan(), torch.inf)
         low, high = low.masked_fill(low.isnan(), -torch.inf), high.masked_fill(high.isnan(), torch.inf)
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -63,19 +69,21 @@ class Change:
 
 
 def interval_ranges(point: EvaluatedPoints, weights: Mapping[tuple[int, int], Block], radius: Tensor) -> Ranges:
-    """Ranges on the balls of `radius` (batch,) around the samples. weights: the network's blocks W_lk.
+    """Ranges on the balls around the samples.
 
-    Where a value overflows, or is no number, the ranges are infinite, for that sample alone.
+    weights: the network's blocks W_lk.   radius: (batch,).
+
+    Where a value overflows or is NaN, the ranges of that sample are infinite.
     """
     network = point.network
     radius = radius.clamp(min=0.0)
     parts: dict[int, list[Change]] = {target: [] for target in pre_activations(network)}
-    found: dict[int, Change] = {}
+    totals: dict[int, Change] = {}
 
     def at(target: int) -> Change:
-        if target not in found:
-            found[target] = _total(parts[target], len(radius), network.nodes[target].size, radius)
-        return found[target]
+        if target not in totals:
+            totals[target] = _total(parts[target], len(radius), network.nodes[target].size, radius)
+        return totals[target]
 
     for source in (0, *nonlinear_nodes(network)):
         if source == 0:
@@ -83,7 +91,7 @@ def interval_ranges(point: EvaluatedPoints, weights: Mapping[tuple[int, int], Bl
             change = Change(-box, box, radius)
         else:
             change = _through_nonlinear(point, source, at(pre_activation(network, source)))
-        for target, part in _sent(network, source, change, weights).items():
+        for target, part in _contributions(network, source, change, weights).items():
             parts[target].append(part)
     changes = {target: at(target) for target in parts}
     return Ranges(
@@ -95,44 +103,49 @@ def interval_ranges(point: EvaluatedPoints, weights: Mapping[tuple[int, int], Bl
 
 
 def _total(parts: list[Change], batch: int, size: int, like: Tensor) -> Change:
-    """The sum of what the sources contribute."""
+    """The sum of the sources' contributions to one pre-activation."""
     low, high, norm = like.new_zeros(batch, size), like.new_zeros(batch, size), like.new_zeros(batch)
     for part in parts:
         low, high, norm = low + part.low, high + part.high, norm + part.norm
     return Change.of(-up(-low, len(parts)), up(high, len(parts)), up(norm, len(parts)))
 
 
-def _sent(network: Network, source: int, change: Change, weights: Mapping[tuple[int, int], Block]) -> dict[int, Change]:
-    """The change of a source as every head that it reaches directly sees it."""
+def _contributions(
+    network: Network, source: int, change: Change, weights: Mapping[tuple[int, int], Block]
+) -> dict[int, Change]:
+    """The contributions of a source's change to those of all pre-activations and logits that it leads to."""
     blocks = {t: weights[t, source] for t in pre_activations(network) if (t, source) in weights}
-    # where the norm of every row is known, the box around the input's ball is never tighter
-    useful = {t: block for t, block in blocks.items() if source or block.matrix is None}
-    intervals = _intervals(network, source, change, useful)
-    sent = {}
+    # the box around the input's ball is never tighter than the rows' norms, which a matrix has for every row
+    boxed = {t: block for t, block in blocks.items() if source or block.matrix is None}
+    intervals = _intervals(network, source, change, boxed)
+    contributions = {}
     for t, block in blocks.items():
-        reach = (up(change.norm.unsqueeze(1) * block.rows) + UNDERFLOW).expand(-1, network.nodes[t].size)
-        low, high = intervals.get(t, (-reach, reach))
+        by_norm = (up(change.norm.unsqueeze(1) * block.rows) + UNDERFLOW).expand(-1, network.nodes[t].size)
+        low, high = intervals.get(t, (-by_norm, by_norm))
         norm = up(block.norm * change.norm) + UNDERFLOW
-        sent[t] = Change.of(torch.fmax(low, -reach), torch.fmin(high, reach), norm)
-    return sent
+        contributions[t] = Change.of(torch.fmax(low, -by_norm), torch.fmin(high, by_norm), norm)
+    return contributions
 
 
 def _intervals(
     network: Network, source: int, change: Change, blocks: Mapping[int, Block]
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """The interval of a source at each head, by the block's matrix or, where that is not written out, on foot."""
-    found = {t: _times_matrix(block, change) for t, block in blocks.items() if block.matrix is not None}
-    walked = [t for t in blocks if t not in found]
-    if walked:
+    """A source's interval carried through each block, keyed by target: low and high, (batch, size), outward.
+
+    By the block's matrix or, where that is not written out, operator by operator.
+    """
+    intervals = {t: _times_matrix(block, change) for t, block in blocks.items() if block.matrix is not None}
+    by_operators = [t for t in blocks if t not in intervals]
+    if by_operators:
         shape = network.nodes[source].shape
         low, high = change.low.reshape(-1, *shape), change.high.reshape(-1, *shape)
-        for t, ends in interval_jvp(network, source, low, high, walked).items():
-            found[t] = ends[0].flatten(1), ends[1].flatten(1)
-    return found
+        for t, ends in interval_jvp(network, source, low, high, by_operators).items():
+            intervals[t] = ends[0].flatten(1), ends[1].flatten(1)
+    return intervals
 
 
 def _times_matrix(block: Block, change: Change) -> tuple[Tensor, Tensor]:
-    """The interval through a block that is written out; its distance from the exact block enters by norms."""
+    """The interval through a block's matrix, outward; the matrix' error enters by norms."""
     rounding = gamma(block.magnitudes.shape[1] + 2)
     middle = 0.5 * (change.low + change.high)
     radius = up(torch.maximum(change.high - middle, middle - change.low) + rounding * middle.abs(), 3)
@@ -143,7 +156,7 @@ def _times_matrix(block: Block, change: Change) -> tuple[Tensor, Tensor]:
 
 
 def _through_nonlinear(point: EvaluatedPoints, index: int, before: Change) -> Change:
-    """The change of nonlinear node `index` from that of its pre-activation."""
+    """The change of nonlinear node `index`; before: the change of its pre-activation."""
     op = point.network.nodes[index].op
     if isinstance(op, Activation):
         return _activated(point, index, op, before)
@@ -151,12 +164,13 @@ def _through_nonlinear(point: EvaluatedPoints, index: int, before: Change) -> Ch
         return _pooled(point, index, op, before)
     if not isinstance(op, Nonlinear):
         raise TypeError(f"{op.title} is affine")
-    norm = _gained(point, index, before)
+    norm = _norm_after(point, index, before)
     box = norm.unsqueeze(1).expand(-1, point.network.nodes[index].size)
     return Change.of(-box, box, norm)
 
 
-def _gained(point: EvaluatedPoints, index: int, before: Change) -> Tensor:
+def _norm_after(point: EvaluatedPoints, index: int, before: Change) -> Tensor:
+    """The norm (batch,) of a nonlinear node's change, up, by its Lipschitz constant."""
     op = point.network.nodes[index].op
     assert isinstance(op, Nonlinear)
     return (
@@ -166,13 +180,13 @@ def _gained(point: EvaluatedPoints, index: int, before: Change) -> Tensor:
 
 
 def pre_activation_bounds(point: EvaluatedPoints, ranges: Ranges, index: int) -> tuple[Tensor, Tensor]:
-    """Where the pre-activation of nonlinear node `index` can be on the ball: (low, high), (batch, *shape), outward."""
+    """Lower and upper bounds (batch, *shape) of the pre-activation of nonlinear node `index` on the ball, outward."""
     target = pre_activation(point.network, index)
     return _around(point, target, ranges.low[target], ranges.high[target])
 
 
 def _around(point: EvaluatedPoints, target: int, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """z - error + low and z + error + high, outward; the whole line where z is no number."""
+    """z - error + low and z + error + high, outward; infinite where they are NaN."""
     z, error = point.evaluation.values[target].flatten(1), point.evaluation.errors[target].flatten(1)
     slack = error + 4 * UNIT * (z.abs() + error) + UNDERFLOW
     bottom, top = z + (low - up(slack - UNIT * 4 * low)), z + (high + up(slack + UNIT * 4 * high))
@@ -184,33 +198,36 @@ def _around(point: EvaluatedPoints, target: int, low: Tensor, high: Tensor) -> t
 
 
 def _activated(point: EvaluatedPoints, index: int, op: Activation, before: Change) -> Change:
-    """By the slopes on the range, and by the values at hand: a saturated unit has little left to gain."""
+    """The change of an activation by its slopes on the range, intersected with its values there less the sample's.
+
+    The values are tighter where a unit is near saturation.
+    """
     bottom, top = _around(point, pre_activation(point.network, index), before.low, before.high)
-    least, most = (part.flatten(1) for part in op.slope_on(bottom, top))
-    steepest = torch.maximum(-least, most)
-    high = torch.maximum(most * before.high, least * before.low)
-    low = torch.minimum(most * before.low, least * before.high)
+    slope_low, slope_high = (part.flatten(1) for part in op.slope_on(bottom, top))
+    lipschitz = torch.maximum(-slope_low, slope_high)
+    high = torch.maximum(slope_high * before.high, slope_low * before.low)
+    low = torch.minimum(slope_high * before.low, slope_low * before.high)
     low, high = -up((-low).clamp(min=0.0)) - UNDERFLOW, up(high.clamp(min=0.0)) + UNDERFLOW
     value, error = point.evaluation.values[index].flatten(1), point.evaluation.errors[index].flatten(1)
     floor, ceiling = (part.flatten(1) for part in op.value_on(bottom, top))
     slack = up(error + 4 * UNIT * (value.abs() + error), 3)
     high = torch.fmin(high, ceiling - value + slack + 4 * UNIT * ceiling.abs())
     low = torch.fmax(low, floor - value - slack - 4 * UNIT * floor.abs())
-    return Change.of(low, high, up(steepest.amax(1) * before.norm) + UNDERFLOW)
+    return Change.of(low, high, up(lipschitz.amax(1) * before.norm) + UNDERFLOW)
 
 
 def _pooled(point: EvaluatedPoints, index: int, op: GroupMap, before: Change) -> Change:
-    """A largest or smallest member moves by no more than the largest move in its group, in either direction."""
+    """The change of a group map: each output changes by at most the largest change in its group, up or down."""
     shape = (-1, *point.network.nodes[pre_activation(point.network, index)].shape)
     low, high = before.low.reshape(shape), before.high.reshape(shape)
-    # where -inf pads the groups, the least move is found as the largest of the negated ones
+    # groups are padded with -inf, so the smallest change is taken as the largest negated one
     return Change.of(
-        -op.largest_change(-low).flatten(1), op.largest_change(high).flatten(1), _gained(point, index, before)
+        -op.largest_change(-low).flatten(1), op.largest_change(high).flatten(1), _norm_after(point, index, before)
     )
 
 
 def span(point: EvaluatedPoints, layer: int, ranges: Ranges) -> ActivationOnInterval:
-    """Nonlinear node `layer` on its range, (batch, size)."""
+    """The activation of nonlinear node `layer` on the range of its pre-activation, (batch, size)."""
     op, target = point.network.nodes[layer].op, pre_activation(point.network, layer)
     assert isinstance(op, Activation)
     z, error = point.evaluation.values[target].flatten(1), point.evaluation.errors[target].flatten(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, falls
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, relaxation_loss
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -74,7 +74,7 @@ def optimised_loss(
             best[k] = climber.value = torch.where(take, climber.value, best[k])
             climber.mean = torch.where(take, climber.mean, 0.0)
             gradient[k] = torch.where(take, found[k], gradient[k])
-    return falls(network, {k: e.lines(best[k]) for k, e in choice.items()}, problem.cotangents, start)
+    return relaxation_loss(network, {k: e.lines(best[k]) for k, e in choice.items()}, problem.cotangents, start)
 
 
 @dataclass(frozen=True, eq=False)

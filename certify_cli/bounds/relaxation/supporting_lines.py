@@ -1,9 +1,9 @@
-"""A table of supporting lines of an activation on its range, from which an optimiser chooses (theory section 7).
+"""A table of supporting lines of an activation on its range, from which an optimiser selects (theory section 7).
 
-A line below phi is given by its slope and the constant that it needs, the proved extreme of phi less the line
-(`ActivationOnInterval.remainders`). Every mean of two lines below is a line below, with the mean of the constants; a
-slope beyond the table needs at most its distance times the largest |t| of the range more. So a few proved slopes prove
-all others.
+A line below phi is given by its slope and its constant, the proved extreme of phi less the line
+(`ActivationOnInterval.remainders`). Every mean of two lines below phi is a line below phi, with the mean of their
+constants; for a slope outside of the table, the constant grows by at most the distance to the table times the largest
+|t| of the range. So a few proved lines give proved constants for all slopes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, chosen
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, select_by_sign
 from certify_cli.network.activations.grid_estimates import Grid, is_piecewise_linear, kinks
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.graph import Shape
@@ -23,20 +23,26 @@ from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_nor
 from certify_cli.numerics.trees import Batched
 
 LINES, OF_ONE_KINK = 16, 2
-"""Slopes in the table, evenly from the flattest that supports to the steepest. Where phi has one kink and is straight
-on both sides, these two support all there is."""
+"""Number of slopes in a table, evenly spaced over the slopes of supporting lines; and the same where phi has one kink
+and is straight on both sides: there the means of the two extreme lines are all supporting lines."""
 
 CLOSE = 1e-9
-"""Of the range: from places that are nearer than that no secant is taken."""
+"""Secants are taken between points that are further apart than this part of the range."""
 
 
 @dataclass(frozen=True, eq=False)
 class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"ends": 1}):
-    """Lines below (side 0) and above (side 1) an activation on its ranges, of `items` that are each one of the samples.
+    """Lines below (side 0) and above (side 1) an activation on its ranges.
 
-    slopes (sides, lines, samples, size), never decreasing by line, and the constants >= 0 that they need; `ends`
-    (sides, items, size) each: the least and the largest slope; `reach` (items, size): at least every |t| of the range;
-    `scale` (items, size): by how much slopes differ that matter; `far` (items,): at least ||q|| for slopes in between.
+    An item is a row to be optimised; each belongs to one of the samples, whose lines it shares.
+
+    shape: of the node.   sample: (items,), the sample of each item.
+    slopes: (sides, lines, samples, size), non-decreasing by line.
+    constants: of the lines, (sides, lines, samples, size), >= 0, rounded up.
+    ends: the smallest and the largest slope, (sides, items, size) each.
+    magnitude: (items, size), the largest |t| of the range.
+    scale: (items, size), the size of a change of slope that matters; an estimate.
+    q_norm: (items,), upper bounds of ||q|| for all slopes between the ends.
     """
 
     shape: Shape
@@ -44,51 +50,54 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
     slopes: Tensor
     constants: Tensor
     ends: tuple[Tensor, Tensor]
-    reach: Tensor
+    magnitude: Tensor
     scale: Tensor
-    far: Tensor
+    q_norm: Tensor
 
     @classmethod
-    def of(cls, here: ActivationOnInterval, lines: LinearRelaxation) -> SlopeTable:
-        """On a span (samples, size), every sample an item. `lines` there are all there is where phi has no more."""
-        grid, (samples, size) = Grid.of(here), here.z.shape
-        one_kink = is_piecewise_linear(here.activation) and len(kinks(here.activation)) == 1
+    def of(cls, on: ActivationOnInterval, lines: LinearRelaxation) -> SlopeTable:
+        """On the ranges of a node's pre-activation, (samples, size), with every sample an item.
+
+        lines: the relaxation there, used alone where the slopes of all supporting lines are equal.
+        """
+        grid, (samples, size) = Grid.of(on), on.z.shape
+        one_kink = is_piecewise_linear(on.activation) and len(kinks(on.activation)) == 1
         count = OF_ONE_KINK if one_kink else LINES
         slopes, constants = [], []
-        for side, (given, needed) in enumerate((lines.below, lines.above)):
+        for side, (given_slope, given_constant) in enumerate((lines.below, lines.above)):
             spread = _spread(grid, 1.0 - 2.0 * side, count)
-            several = spread[-1] - spread[0] > CLOSE * (spread[-1].abs() + spread[0].abs())  # and no NaN
-            slope, constant = (t.reshape(samples, size).repeat(count, 1, 1) for t in (given, needed))
-            part, chosen_slopes = here.at(several), spread[:, several]
+            several = spread[-1] - spread[0] > CLOSE * (spread[-1].abs() + spread[0].abs())  # false for NaN
+            slope, constant = (t.reshape(samples, size).repeat(count, 1, 1) for t in (given_slope, given_constant))
+            part, spread_slopes = on.at(several), spread[:, several]
             error = torch.as_tensor(part.error, dtype=torch.float64, device=part.z.device)
             wide = ActivationOnInterval(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
-            least, most = wide.remainders(chosen_slopes.reshape(-1))
-            slope[:, several] = chosen_slopes
-            constant[:, several] = (most if side else -least).reshape(count, -1)
+            lower, upper = wide.remainders(spread_slopes.reshape(-1))
+            slope[:, several] = spread_slopes
+            constant[:, several] = (upper if side else -lower).reshape(count, -1)
             slopes.append(slope)
             constants.append(constant)
-        table = torch.stack(slopes)
-        reach = torch.maximum(-here.lo, here.hi)
-        far = vector_norm_up(up((here.activation.lipschitz + table.abs().amax((0, 1))) * reach, 3))
+        all_slopes = torch.stack(slopes)
+        magnitude = torch.maximum(-on.lo, on.hi)
+        q_norm = vector_norm_up(up((on.activation.lipschitz + all_slopes.abs().amax((0, 1))) * magnitude, 3))
         steepness, _, width = grid.scales()
-        every = torch.arange(samples, device=here.z.device)
-        ends = table[:, 0], table[:, -1]
-        return cls(lines.shape, every, table, torch.stack(constants), ends, reach, steepness / width, far)
+        every = torch.arange(samples, device=on.z.device)
+        ends = all_slopes[:, 0], all_slopes[:, -1]
+        return cls(lines.shape, every, all_slopes, torch.stack(constants), ends, magnitude, steepness / width, q_norm)
 
     def lines(self, slopes: Tensor) -> OptimisableRelaxation:
-        """With slopes (sides, items, size), those nearest to them that support."""
+        """The relaxation with the slopes of the table's range that are nearest to `slopes`, (sides, items, size)."""
         return OptimisableRelaxation(self, torch.minimum(torch.maximum(slopes, self.ends[0]), self.ends[1]))
 
     def needed(self, above: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """Proved constants of lines of the given slopes, and about where these touch: (items, size) each.
+        """Proved constants of lines, up, and estimates of the offsets t where they touch phi: (items, size) each.
 
-        above (items, size): whether the line is to be above phi, else below it.
+        above: (items, size), True for a line above phi, False for one below.   slope: (items, size).
         """
         _, lines, samples, size = self.slopes.shape
         side = above.long()
-        least, most = (torch.where(above, end[1], end[0]) for end in self.ends)
-        step = (most - least) / (lines - 1)
-        line = ((slope - least) / step).nan_to_num(nan=0.0).clamp(min=0, max=lines - 2).long()
+        flattest, steepest = (torch.where(above, end[1], end[0]) for end in self.ends)
+        step = (steepest - flattest) / (lines - 1)
+        line = ((slope - flattest) / step).nan_to_num(nan=0.0).clamp(min=0, max=lines - 2).long()
         entry = self.sample.unsqueeze(1) * size + torch.arange(size, device=slope.device)
         first = (side * lines + line) * (samples * size) + entry
         second = first + samples * size
@@ -97,44 +106,50 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
         inside = torch.minimum(torch.maximum(slope, start), end)
         part = ((inside - start) / (end - start)).nan_to_num(nan=0.0)
         mean = low + part * (high - low) + 16 * UNIT * torch.maximum(low, high)
-        beyond = up((slope - inside).abs() * self.reach, 3)
+        outside = up((slope - inside).abs() * self.magnitude, 3)
         touch = (high - low) / (end - start) * either(above, -1.0, 1.0)
-        return up(mean + beyond, 4).nan_to_num(nan=torch.inf, posinf=torch.inf), torch.minimum(
-            torch.maximum(touch.nan_to_num(nan=0.0), -self.reach), self.reach
+        return up(mean + outside, 4).nan_to_num(nan=torch.inf, posinf=torch.inf), torch.minimum(
+            torch.maximum(touch.nan_to_num(nan=0.0), -self.magnitude), self.magnitude
         )
 
 
 @dataclass(frozen=True, eq=False)
 class OptimisableRelaxation:
-    """A `Relaxation` with lines of each item's own, one row an item: slopes (sides, items, size), between the ends."""
+    """A `Relaxation` with slopes for each item, one row per item.
 
-    slope_tables: SlopeTable
+    slopes: (sides, items, size), between the ends of the table.
+    """
+
+    table: SlopeTable
     slopes: Tensor
 
     def back(self, vectors: Vectors) -> Vectors:
-        below, above = self.slopes.reshape(2, -1, *self.slope_tables.shape)
-        return chosen(vectors, below, above)
+        below, above = self.slopes.reshape(2, -1, *self.table.shape)
+        return select_by_sign(vectors, below, above)
 
     def loss(self, vectors: Vectors) -> Tensor:
         v = vectors.value[:, 0].flatten(1)
-        constant, _ = self.slope_tables.needed(v < 0, self.used(v))
-        lost = up((v.abs() * constant).sum(1), 2) * (1 + gamma(v.shape[1] + 4))
-        lost = up(lost + vectors.error[:, 0] * self.slope_tables.far, 4) + UNDERFLOW
-        return lost.unsqueeze(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        constant, _ = self.table.needed(v < 0, self.used(v))
+        loss = up((v.abs() * constant).sum(1), 2) * (1 + gamma(v.shape[1] + 4))
+        loss = up(loss + vectors.error[:, 0] * self.table.q_norm, 4) + UNDERFLOW
+        return loss.unsqueeze(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def used(self, v: Tensor) -> Tensor:
-        """Which slopes meet v, (items, size)."""
+        """The slopes that the signs of v select, (items, size)."""
         return torch.where(v < 0, self.slopes[1], self.slopes[0])
 
 
 def _spread(grid: Grid, side: float, lines: int) -> Tensor:
-    """Slopes (lines, samples, size), evenly between those of the envelope of side * phi at the ends of the range."""
+    """Slopes (lines, samples, size), evenly spaced between those of phi's envelope at the two ends of the range.
+
+    side: 1 for the convex envelope below phi, -1 for the concave one above.   lines: number of slopes.
+    """
     (first, last), (start, end) = grid.ends, grid.end_increments
     outer = []
-    for place, rise, sign in ((first, start, side), (last, end, -side)):  # below: the least from the left end
-        away = grid.offsets - place
-        secants = sign * (grid.increments - rise) / away
-        outer.append(sign * secants.masked_fill(away.abs() <= CLOSE * (last - first), torch.inf).amin(0))
+    for end_point, increment, sign in ((first, start, side), (last, end, -side)):  # below, left: the smallest secant
+        distance = grid.offsets - end_point
+        secants = sign * (grid.increments - increment) / distance
+        outer.append(sign * secants.masked_fill(distance.abs() <= CLOSE * (last - first), torch.inf).amin(0))
     ends = torch.stack(outer)
     steps = torch.linspace(0, 1, lines, dtype=ends.dtype, device=ends.device).reshape(-1, 1, 1)
     return torch.lerp(ends.amin(0), ends.amax(0), steps).cummax(0).values

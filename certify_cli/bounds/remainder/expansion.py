@@ -1,10 +1,10 @@
-"""How a ball around the sample moves every pre-activation: the Jacobian tier of theory section 4.
+"""Bounds of every pre-activation's change on a ball around the sample: the Jacobian tier of theory section 4.
 
     D_l = z_l(x+d) - z_l(x) = A_l d + sum over earlier nonlinear k of B_lk q_k(D_k)                                (2)
 
-holds for any slopes s, one a neuron, with A_l and B_lk of the network linearised with them, q_k(t) = phi(z_k+t) -
-phi(z_k) - s_k t. A neuron has its tangent, or its chord where the range is wide; `expand_on_ball` bounds D_l layer by
-layer. The margin is bounded on top of it, with slopes of its own, in `margin_bound`.
+holds for any slopes s, one per neuron, with A_l and B_lk of the network linearised with them, q_k(t) = phi(z_k+t) -
+phi(z_k) - s_k t. The slope is the tangent's, or the chord's where the range is wide; `expand_on_ball` bounds D_l layer
+by layer. `margin_bound` builds on these bounds, with other slopes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from certify_cli.bounds.linear_maps.jacobians import Jacobians, pulled_rows
 from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
-from certify_cli.bounds.remainder.weighted_squares import RemainderSum, together
+from certify_cli.bounds.remainder.weighted_squares import RemainderSum, joint
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import Slope, Vectors, consumers, nonlinear_nodes, pre_activation
@@ -27,16 +27,19 @@ from certify_cli.numerics.rounding import UNDERFLOW, positive_up, up, vector_nor
 from certify_cli.numerics.trees import Batched
 
 MIXED = 0.2
-"""An interval or a line takes the place of a quadratic where it leaves less than this part of it."""
+"""A neuron's remainder is bounded by an interval, not a quadratic, where the interval is below this part of it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Linearisation(Batched, shared=("squared", "crossed"), constant=("sparsity",)):
-    """What (2) is linearised at, and what follows from it whatever the ball.
+    """The slopes of (2), and all that depends on them but not on the ball.
 
-    `slopes` of every nonlinear node that a pre-activation follows, `chorded` (batch, size) where it is no tangent, the
-    Jacobians with these slopes, the squares of their Gram matrices by head (batch or 1, size, size), the supports of
-    the inner Jacobians' rows, and for them the squared products of A_l and A_k (see `RowSparsity.products`).
+    slopes: of every nonlinear node that a pre-activation follows.
+    chorded: by the same nodes, (batch, size): where the slope is the chord's, not the tangent's.
+    jacobians: A_l and B_lk with these slopes.
+    squared: by pre-activation, upper bounds (batch or 1, size, size) of the squared entries of A_l A_l^T.
+    sparsity: by (pre-activation, nonlinear node), of the rows of B_lk.
+    crossed: by the same, the squared products of the rows of A_l and A_k (see `RowSparsity.products`).
     """
 
     slopes: Mapping[int, Slope]
@@ -49,10 +52,11 @@ class Linearisation(Batched, shared=("squared", "crossed"), constant=("sparsity"
 
 @dataclass(frozen=True, eq=False)
 class BallExpansion(Batched):
-    """The expansion (2) on a ball: A_l d, and how far D_l can be from it.
+    """The expansion (2) on a ball: D_l as A_l d plus a bounded residual.
 
-    ranges: of D_l.   residual: by pre-activation, (batch, size): at least |D_l - A_l d| for all d of the ball. A_l is
-    the computed Jacobian; its error times the radius is part of the residual.
+    ranges: of D_l.
+    residual: by pre-activation, (batch, size): upper bounds of |D_l - A_l d| for all d of the ball. A_l is the computed
+        Jacobian; its error times the radius is part of the residual.
     """
 
     linearisation: Linearisation
@@ -68,7 +72,7 @@ class BallExpansion(Batched):
         return self.ranges.radius
 
     def at(self, index: Tensor) -> BallExpansion:
-        """The samples at `index`; itself where these are all of them in order, as most often they are."""
+        """The samples at `index`; the object itself for all samples in order, which is the most frequent case."""
         if len(index) == len(self.radius) and bool((index == torch.arange(len(index), device=index.device)).all()):
             return self
         return super().at(index)
@@ -76,35 +80,40 @@ class BallExpansion(Batched):
 
 @dataclass(frozen=True, eq=False)
 class RemainderRange:
-    """q_k on its range, for the slopes s_k chosen: k t^2 / 2 with k in [bottom, top], plus something in [least, most].
+    """Bounds of q_k(t) for t in the range of D_k: c t^2 / 2 with c in [bottom, top], plus a number in [lower, upper].
 
-    (batch, size) each. `beyond` (batch, size) is the rest of D_k and `squared` the square of its Gram matrix.
+    bottom, top, lower, upper: (batch, size); bottom, lower <= 0 <= top, upper.
+    half_square: (batch, size), t^2 / 2 at its largest, up.
+    residual: (batch, size), upper bounds of |D_k - A_k d|.
+    squared: (batch or 1, size, size), the squared entries of A_k A_k^T, up.
     """
 
     bottom: Tensor
     top: Tensor
-    least: Tensor
-    most: Tensor
+    lower: Tensor
+    upper: Tensor
     half_square: Tensor
-    beyond: Tensor
+    residual: Tensor
     squared: Tensor
 
     @property
     def norm(self) -> Tensor:
-        """At least ||q_k||, (batch,)."""
+        """Upper bounds (batch,) of ||q_k||."""
         curved = up(torch.maximum(-self.bottom, self.top) * self.half_square)
-        return vector_norm_up(up(curved + torch.maximum(-self.least, self.most)))
+        return vector_norm_up(up(curved + torch.maximum(-self.lower, self.upper)))
 
 
 def expand_on_ball(
     point: EvaluatedPoints, start: Ranges, given: Linearisation | None = None, like: Linearisation | None = None
 ) -> BallExpansion:
-    """The expansion on the balls of `start`, whose ranges it never widens: layer by layer, as each needs earlier ones.
+    """The expansion on the balls of `start`, with ranges that are never wider.
 
-    given: a linearisation made for other balls of the same samples; without it one is made for these. There a neuron's
-    slope is phi'(z), with the quadratic remainder of theory section 4, or, where that would be much larger than the
-    remainder of the chord (a wide range, saturated ends), the chord's, with an interval. like: another linearisation of
-    the network, from which the Gram matrices are taken that no slope changes.
+    given: a linearisation made for other balls of the same samples. By default one is made for these balls.
+    like: another linearisation of the network, to take the Gram matrices from that do not depend on slopes.
+
+    In a new linearisation a neuron's slope is phi'(z), with the quadratic remainder of theory section 4, or the
+    chord's, with an interval, where the quadratic would be much larger (a wide range, saturated ends). Pre-activations
+    are treated in topological order, as each needs the earlier remainders.
     """
     network, radius = point.network, start.radius
     low, high, residual = dict(start.low), dict(start.high), {}
@@ -115,7 +124,7 @@ def expand_on_ball(
     squared: dict[int, Tensor] = {}
     sparsity: dict[tuple[int, int], RowSparsity] = {}
     crossed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-    known: dict[int, RemainderRange] = {}
+    remainders: dict[int, RemainderRange] = {}
     last = nonlinear_nodes(network)[-1]
     for target in sorted({pre_activation(network, k) for k in nonlinear_nodes(network)}):
         if given is None:
@@ -133,27 +142,27 @@ def expand_on_ball(
                 crossed[pair] = sparsity[pair].products(outer[target], outer[pre_activation(network, source)])
             else:
                 crossed[pair] = given.crossed[pair]
-            sums.append(remainder_sums(block, known[source], sparsity[pair], crossed[pair]))
+            sums.append(remainder_sums(block, remainders[source], sparsity[pair], crossed[pair]))
         size = up(outer[target].size + outer[target].error, 2)
-        rise, fall = (together(size, radius, side) for side in ([s[0] for s in sums], [s[1] for s in sums]))
-        apart = [torch.maximum(*(side.alone(radius) for side in sides)) for sides in sums]
+        upper, lower = (joint(size, radius, side) for side in ([s[0] for s in sums], [s[1] for s in sums]))
+        separate = [torch.maximum(*(side.separate(radius) for side in sides)) for sides in sums]
         error_term = radius.unsqueeze(1) * outer[target].error
-        residual[target] = up(torch.stack([*apart, error_term]).sum(0), len(apart) + 4) + UNDERFLOW
+        residual[target] = up(torch.stack([*separate, error_term]).sum(0), len(separate) + 4) + UNDERFLOW
         norm = start.norm[target].unsqueeze(1)
-        low[target] = torch.fmax(torch.fmax(low[target], -fall), -norm)
-        high[target] = torch.fmin(torch.fmin(high[target], rise), norm)
-        here = Ranges(radius, low, high, start.norm)
+        low[target] = torch.fmax(torch.fmax(low[target], -lower), -norm)
+        high[target] = torch.fmin(torch.fmin(high[target], upper), norm)
+        ranges = Ranges(radius, low, high, start.norm)
         for layer in (k for k in consumers(network, target) if k < last):
             if target not in squared:
                 same = given if given is not None or slopes else like
                 own = outer[target]
                 squared[target] = own.squared_products(own) if same is None else same.squared[target]
-            on = span(point, layer, here)
+            on = span(point, layer, ranges)
             if given is None:
                 slopes[layer], chorded[layer] = chosen_slopes(point, layer, on)
             else:
                 slopes[layer], chorded[layer] = given.slopes[layer], given.chorded[layer]
-            known[layer] = range_of_remainder(
+            remainders[layer] = range_of_remainder(
                 point, layer, on, slopes[layer], chorded[layer], residual[target], squared[target]
             )
     if given is None:
@@ -161,63 +170,75 @@ def expand_on_ball(
     return BallExpansion(given, Ranges(radius, low, high, start.norm), residual)
 
 
-def chosen_slopes(point: EvaluatedPoints, layer: int, here: ActivationOnInterval) -> tuple[Slope, Tensor]:
-    """A slope for every neuron, and where (batch, size) it is the chord's."""
+def chosen_slopes(point: EvaluatedPoints, layer: int, on: ActivationOnInterval) -> tuple[Slope, Tensor]:
+    """A slope for every neuron, and the mask (batch, size) of the neurons where it is the chord's."""
     tangent = point.slopes[layer].value.flatten(1)  # type: ignore[union-attr]
-    bottom, top = here.quadratic_coefficients()
-    chord, least, most = chords(here, tangent)
-    half_square = 0.5 * torch.maximum(-here.lo, here.hi).square()
-    flat = torch.maximum(-least, most) < MIXED * torch.maximum(-bottom, top) * half_square
-    slope = torch.where(flat, chord, tangent)
-    return Slope(slope.reshape(-1, *point.network.nodes[layer].shape)), flat
+    bottom, top = on.quadratic_coefficients()
+    chord, lower, upper = chords(on, tangent)
+    half_square = 0.5 * torch.maximum(-on.lo, on.hi).square()
+    chorded = torch.maximum(-lower, upper) < MIXED * torch.maximum(-bottom, top) * half_square
+    slope = torch.where(chorded, chord, tangent)
+    return Slope(slope.reshape(-1, *point.network.nodes[layer].shape)), chorded
 
 
 def range_of_remainder(
     point: EvaluatedPoints,
     layer: int,
-    here: ActivationOnInterval,
+    on: ActivationOnInterval,
     slope: Slope,
-    flat: Tensor,
-    beyond: Tensor,
+    chorded: Tensor,
+    residual: Tensor,
     squared: Tensor,
 ) -> RemainderRange:
-    """Tangents leave quadratics, and what their own error makes of the offset; `flat` neurons leave an interval."""
+    """Bounds of a node's remainders: an interval where the slope is the chord's (`chorded`), else a quadratic.
+
+    With the quadratic there is an interval for the error of the computed tangent. residual, squared: see
+    `RemainderRange`.
+    """
     error = point.slopes[layer].error.flatten(1)  # type: ignore[union-attr]
-    reach = torch.maximum(-here.lo, here.hi)
-    linear = up(error * reach)  # the computed slope is not phi'(z)
-    bottom, top, least, most = torch.zeros_like(reach), torch.zeros_like(reach), -linear, linear
-    if bool(flat.any()):
-        least[flat], most[flat] = here.at(flat).remainders(slope.value.flatten(1)[flat])  # type: ignore[union-attr]
-    if not bool(flat.all()):
-        low, high = here.at(~flat).quadratic_coefficients()
-        bottom[~flat], top[~flat] = low.clamp(max=0.0), high.clamp(min=0.0)
-    return RemainderRange(bottom, top, least, most, up(0.5 * reach.square(), 2), beyond, squared)
+    magnitude = torch.maximum(-on.lo, on.hi)
+    linear = up(error * magnitude)  # the computed slope is not exactly phi'(z)
+    bottom, top, lower, upper = torch.zeros_like(magnitude), torch.zeros_like(magnitude), -linear, linear
+    if bool(chorded.any()):
+        lower[chorded], upper[chorded] = on.at(chorded).remainders(slope.value.flatten(1)[chorded])  # type: ignore[union-attr]
+    if not bool(chorded.all()):
+        low, high = on.at(~chorded).quadratic_coefficients()
+        bottom[~chorded], top[~chorded] = low.clamp(max=0.0), high.clamp(min=0.0)
+    return RemainderRange(bottom, top, lower, upper, up(0.5 * magnitude.square(), 2), residual, squared)
 
 
-def chords(here: ActivationOnInterval, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes of the chords over the spans, and the range of what they leave; slope `otherwise` on an empty span."""
-    phi = here.activation.value
-    slope = (phi(here.z + here.hi) - phi(here.z + here.lo)) / (here.hi - here.lo)
+def chords(on: ActivationOnInterval, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes of the chords over the ranges, and bounds (lower, upper) of their remainders.
+
+    otherwise: the slope where a range is a single point.
+    """
+    phi = on.activation.value
+    slope = (phi(on.z + on.hi) - phi(on.z + on.lo)) / (on.hi - on.lo)
     slope = torch.where(slope.isfinite(), slope, otherwise)
-    return slope, *here.remainders(slope)
+    return slope, *on.remainders(slope)
 
 
 def remainder_sums(
     block: Vectors, q: RemainderRange, sparsity: RowSparsity, crossed: tuple[Tensor, ...]
 ) -> tuple[RemainderSum, RemainderSum]:
-    """Of sum_j B_ij q_j over the ball, and of its negative; crossed: squared products of A_i and A_j."""
+    """Bounds of sum_j B_ij q_j on the ball, and of its negative.
+
+    block: B.   q: of the source.   sparsity: of B's rows.   crossed: squared products of the rows of A_i and A_j.
+    """
     terms = block.value.shape[2] + 6
     slack = up(block.error * q.norm.unsqueeze(1)) + UNDERFLOW
     positive, negative = block.value.clamp(min=0.0), (-block.value).clamp(min=0.0)
 
-    def swing(plus: Tensor, minus: Tensor) -> RemainderSum:
+    def remainder_sum(plus: Tensor, minus: Tensor) -> RemainderSum:
         u = plus * q.top.unsqueeze(1) + minus * (-q.bottom).unsqueeze(1)
         return RemainderSum(
-            largest=up((up(sparsity.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt(), 2),
-            along=up(sparsity.sums(u, crossed), terms) + UNDERFLOW,
-            rest=up(vector_times_matrix(positive_up(q.beyond.square()), u.mT), terms) + UNDERFLOW,
-            whole=up(vector_times_matrix(q.half_square, u.mT), terms),
-            flat=up(up(vector_times_matrix(q.most, plus.mT) + vector_times_matrix(-q.least, minus.mT), terms) + slack),
+            eigenvalue=up((up(sparsity.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt(), 2),
+            row_form=up(sparsity.sums(u, crossed), terms) + UNDERFLOW,
+            residual=up(vector_times_matrix(positive_up(q.residual.square()), u.mT), terms) + UNDERFLOW,
+            square_sum=up(vector_times_matrix(q.half_square, u.mT), terms),
+            constant=up(
+                up(vector_times_matrix(q.upper, plus.mT) + vector_times_matrix(-q.lower, minus.mT), terms) + slack
+            ),
         )
 
-    return swing(positive, negative), swing(negative, positive)
+    return remainder_sum(positive, negative), remainder_sum(negative, positive)

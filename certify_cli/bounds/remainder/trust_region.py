@@ -1,15 +1,15 @@
-"""The largest value of -<g, d> + 1/2 sum w D^2 on a ball, when D is A d up to a known rest: an upper bound.
+"""Upper bounds of the maximum of -<g, d> + 1/2 sum w D^2 on a ball, where D differs from A d by a bounded residual.
 
-With |D - A d| <= rho entrywise, for every tau > 0,  D^2 <= (1 + tau) (A d)^2 + (1 + 1/tau) rho^2.  What remains is a
+With |D - A d| <= rho entrywise, for every tau > 0,  D^2 <= (1 + tau) (A d)^2 + (1 + 1/tau) rho^2.  This leaves a
 trust-region problem, bounded by its dual (theory section 4): for every mu with
 H = mu I - (1+tau) A^T diag(w) A >= lam I, lam > 0, and every y,
 
     sup_{||d|| <= e}  -<g,d> + (1+tau)/2 d^T A^T diag(w) A d  <=  mu e^2/2 + 1/2 g^T H^-1 g
                                             g^T H^-1 g        <=  g^T y + y^T r + ||r||^2 / lam ,      r = g - H y.
 
-mu, tau and y decide how sharp it is, never whether it holds; lam comes from a proved eigenvalue. One Cholesky factor,
-in single precision, gives both: its residual is measured in double precision (`eigen.shifted_cholesky`), and conjugate
-gradients preconditioned by it find y.
+The bound is sharp for good mu, tau and y, and holds for any; lam comes from a proved eigenvalue. One Cholesky factor
+in single precision serves for both: its residual, measured in double precision, proves the eigenvalue
+(`eigen.shifted_cholesky`), and it preconditions the conjugate gradients that compute y.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, down, gamma, po
 from certify_cli.numerics.trees import Batched
 
 NEAREST = 2.0**-16
-"""How close, relatively, mu may come to the largest eigenvalue: beyond, the proof of lam drowns in rounding."""
+"""Smallest relative distance of mu from the largest eigenvalue: closer, rounding would exceed lam."""
 TRIES = 7
+"""Number of shifts that `shifted_cholesky` may try."""
 CACHE = 2**24
-"""Bytes of the matrices treated at once."""
-LEAST_TAU = 1e-9
+"""Bytes of the matrices that are treated at once."""
+SMALLEST_TAU = 1e-9
+"""Smallest tau where there is a residual; without one tau is 0."""
 STEPS = 2
-"""Of conjugate gradients; the preconditioner differs from H by about NEAREST."""
+"""Number of conjugate gradient steps; the preconditioner differs from H by about NEAREST."""
 
 
 @dataclass(frozen=True, eq=False)
 class Quadratic(Batched):
-    """sum_i w_i D_i^2 with |D - A d| <= rest: rows A, weights w >= 0 (batch, count), rest (batch, count), upper bounds.
+    """The quadratic form sum_i w_i D_i^2 of the pre-activations' changes D, with |D - A d| <= residual.
 
-    `rest` covers the rows' own errors on the ball in question.
+    rows: A.   weights: w (batch, count), >= 0.
+    residual: (batch, count), upper bounds that include the errors of A times the ball's radius.
     """
 
     rows: Rows
@@ -51,22 +54,25 @@ class Quadratic(Batched):
 
     @property
     def residual_sum(self) -> Tensor:
-        """sum w rest^2, up, (batch,)."""
+        """sum w residual^2, up, (batch,)."""
         return up((self.weights * up(self.residual.square())).sum(1), self.weights.shape[1] + 5) + UNDERFLOW
 
     @property
     def without_residual(self) -> Tensor:
-        """Where no weight meets a rest, (batch,); not so for NaN (no weight times an infinite rest)."""
+        """(batch,): whether every entry has weight or residual 0; `residual_sum` can be NaN then (0 times inf)."""
         return ((self.weights == 0) | (self.residual == 0)).all(1)
 
     @property
     def trace(self) -> Tensor:
-        """Of A^T diag(w) A, up, (batch,)."""
+        """Trace of A^T diag(w) A, up, (batch,)."""
         squares = torch.cat([up(s.square(), 2).expand(len(self.weights), -1) for s in self.rows.sizes], dim=1)
         return up((self.weights * squares).sum(1), self.weights.shape[1] + 3) + UNDERFLOW
 
     def matrix(self) -> tuple[Tensor, Tensor]:
-        """A matrix with the eigenvalues of A^T diag(w) A (but for zeros), on the smaller side, and its rounding."""
+        """A matrix (batch, n, n) with the nonzero eigenvalues of A^T diag(w) A, and its rounding error (batch,), up.
+
+        Of D^(1/2) A A^T D^(1/2), D = diag(w), and A^T D A, the smaller.
+        """
         batch, count = self.weights.shape
         if self.rows.gram is not None:
             root = self.weights.sqrt()
@@ -81,31 +87,33 @@ class Quadratic(Batched):
 
     @property
     def by_rows(self) -> bool:
+        """Whether the matrix of `matrix` has the size of the rows, not of the inputs."""
         return self.rows.count <= self.rows.inputs
 
 
 def trust_region_loss(
     quadratic: Quadratic, gradient: Tensor, error: Tensor, radius: Tensor, mu: Tensor, tau: Tensor
 ) -> Tensor:
-    """Upper bounds (batch,) of sup -<g,d> + 1/2 sum w D^2 over ||d|| <= radius; inf where something overflows.
+    """Upper bounds (batch,) of sup -<g,d> + 1/2 sum w D^2 over ||d|| <= radius; inf where a value overflows.
 
-    gradient (batch, inputs) within `error` (batch,) of the exact g. mu, tau (batch,): hints (see the module).
+    gradient: (batch, inputs), within `error` (batch,) of the exact g.   radius: (batch,).
+    mu, tau: (batch,), hints (see the module); any values give a bound.
     """
     side = min(quadratic.rows.count, quadratic.rows.inputs)
     at_once = max(1, CACHE // (8 * side * side))
-    if len(gradient) > at_once:  # matrices that the allocator hands out again, and caches hold in part
+    if len(gradient) > at_once:  # in parts, so that memory is reused and stays in the caches
         every = torch.arange(len(gradient), device=gradient.device)
         parts = [(quadratic.at(i), gradient[i], error[i], radius[i], mu[i], tau[i]) for i in every.split(at_once)]
         return torch.cat([trust_region_loss(*part) for part in parts])
     n = gradient.shape[1]
     matrix, slack = quadratic.matrix()
-    of_rest = quadratic.residual_sum
-    bare = quadratic.without_residual & of_rest.isfinite()
-    tau = torch.where(bare, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=LEAST_TAU, max=1e9))
+    residual_sum = quadratic.residual_sum
+    exact = quadratic.without_residual & residual_sum.isfinite()
+    tau = torch.where(exact, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=SMALLEST_TAU, max=1e9))
     t, lower, proved = shifted_cholesky(matrix, mu / (1 + tau) * (1 - 2 * NEAREST), TRIES)
     largest = times(up(proved + slack, 2), up(1 + tau, 2))
     mu = torch.fmax(mu, largest * (1 + NEAREST) + UNDERFLOW)
-    least = down(mu - largest, 1)  # both are float64 numbers: one subtraction
+    lam = down(mu - largest, 1)  # both are float64 numbers: one rounding
     y = _solve(_Factor(quadratic, t, lower), gradient, mu, tau)
     size = vector_norm_up(y)
     residual = gradient - (mu.unsqueeze(1) * y - (1 + tau).unsqueeze(1) * quadratic.product(y))
@@ -114,24 +122,28 @@ def trust_region_loss(
     )
     r = up(vector_norm_up(residual) + rounding, 6) + UNDERFLOW
     inner = (gradient * y).sum(1)
-    inner = inner + gamma(n + 3) * (gradient * y).abs().sum(1) + UNDERFLOW  # its own rounding, and a little more
-    form = up(inner.clamp(min=0.0) + size * r + up(r * up(r / least)), 6)  # r^2 could vanish before the division
-    rest = torch.where(bare, torch.zeros_like(tau), times(of_rest, up(1 + 1 / tau.clamp(min=LEAST_TAU), 2)))
-    total = up(0.5 * (times(mu, radius, radius) + form + rest) + times(error, radius), 6)
-    good = total.isfinite() & (least > 0) & mu.isfinite()
-    return torch.where(good, total, torch.full_like(total, torch.inf))
+    inner = inner + gamma(n + 3) * (gradient * y).abs().sum(1) + UNDERFLOW  # with the rounding of the sum
+    form = up(inner.clamp(min=0.0) + size * r + up(r * up(r / lam)), 6)  # r^2 alone could underflow
+    factor = up(1 + 1 / tau.clamp(min=SMALLEST_TAU), 2)
+    residual_loss = torch.where(exact, torch.zeros_like(tau), times(residual_sum, factor))
+    total = up(0.5 * (times(mu, radius, radius) + form + residual_loss) + times(error, radius), 6)
+    valid = total.isfinite() & (lam > 0) & mu.isfinite()
+    return torch.where(valid, total, torch.full_like(total, torch.inf))
 
 
 @dataclass(frozen=True, eq=False)
 class _Factor:
-    """L L^T, about I - S / t, S being the quadratic's matrix. Nothing it gives is a bound."""
+    """A preconditioner from the Cholesky factor L, L L^T approximating I - S / t for the quadratic's matrix S.
+
+    t: (batch,).   lower: L (batch, n, n), single precision. Its results are estimates, and no bound depends on them.
+    """
 
     quadratic: Quadratic
     t: Tensor
     lower: Tensor
 
     def solve(self, r: Tensor) -> Tensor:
-        """About (I - A^T diag(w) A / t)^-1 r, (batch, inputs) both."""
+        """An approximation of (I - A^T diag(w) A / t)^-1 r, (batch, inputs) -> the same."""
         if not self.quadratic.by_rows:
             return self._on_side(r)
         root, rows = self.quadratic.weights.sqrt(), self.quadratic.rows
@@ -139,15 +151,15 @@ class _Factor:
         return r + rows.transpose(root * inside) / self.t.unsqueeze(1)
 
     def _on_side(self, r: Tensor) -> Tensor:
-        size = r.abs().amax(1, keepdim=True).clamp(min=TINY)  # nothing may leave the range of single precision
+        size = r.abs().amax(1, keepdim=True).clamp(min=TINY)  # keeps all in the range of single precision
         single = (r / size).to(self.lower.dtype).unsqueeze(2)
         return torch.cholesky_solve(single, self.lower).squeeze(2).to(r.dtype) * size
 
 
 def _solve(factor: _Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
-    """About H^-1 g by preconditioned conjugate gradients on H / mu: any answer will do."""
+    """An approximation y of H^-1 g by preconditioned conjugate gradients on H / mu; any y gives a bound."""
     ratio = ((1 + tau) / mu).unsqueeze(1)
-    unit = powers_of_two(gradient).unsqueeze(1)  # no square of a gradient may vanish
+    unit = powers_of_two(gradient).unsqueeze(1)  # so that no square of a gradient underflows
     r, y = gradient / unit, torch.zeros_like(gradient)
     z = factor.solve(r)
     p, square = z, (r * z).sum(1, keepdim=True)

@@ -1,14 +1,14 @@
-"""The trust-region problem's minimiser, about: what the ascent needs of it at every step. Nothing here is a bound.
+"""Estimates of the trust-region problem's minimiser, for every step of an ascent. Nothing here is a bound.
 
-A few Lanczos steps from the gradient give the quadratic's eigenvalues as the gradient sees them: nodes theta and masses
-m with g^T p(Q) g about sum m p(theta). In them the loss of `bounds.remainder.trust_region`,
+A few Lanczos steps from the gradient give a Gauss quadrature of the quadratic's spectrum: nodes theta and masses m with
+g^T p(Q) g approximately sum m p(theta). With them the loss of `bounds.remainder.trust_region`,
 
-    mu e^2/2 + 1/2 sum m / (mu - (1+tau) theta) + 1/2 (1 + 1/tau) rest ,
+    mu e^2/2 + 1/2 sum m / (mu - (1+tau) theta) + 1/2 (1 + 1/tau) residual_sum ,
 
-costs nothing, and the best mu (where y = (mu I - (1+tau) Q)^-1 g has the ball's radius as its length) and tau follow.
-Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in the place of g; matrices
-are in the precision of `Rows.estimates`. A gradient may be blind to the largest eigenvalue, so Lanczos steps of
-their own follow that one from call to call.
+is a sum of a few terms, and the best tau and mu (where y = (mu I - (1+tau) Q)^-1 g has the ball's radius as its length)
+follow. Where rows are fewer than inputs, Lanczos runs on their Gram matrix, with sqrt(w) A g in place of g; matrices
+are in the precision of `Rows.estimates`. A gradient may be orthogonal to the eigenvector of the largest eigenvalue, so
+that other Lanczos steps estimate this one, and continue from call to call.
 """
 
 from __future__ import annotations
@@ -25,24 +25,29 @@ from certify_cli.numerics.rounding import TINY
 from certify_cli.numerics.trees import Batched
 
 STEPS = 7
-"""Of Lanczos, from the gradient, and for the largest eigenvalue in the first call."""
+"""Number of Lanczos steps from the gradient, and for the largest eigenvalue in the first call."""
 FURTHER = 2
-"""For the largest eigenvalue, from the call before."""
+"""Number of Lanczos steps for the largest eigenvalue in later calls."""
 ROOT_STEPS = 8
+"""Number of Newton's steps for mu."""
 MARGIN = 1.0 + 2.0**-12
-"""How far above the largest eigenvalue (an estimate from below) mu stays."""
+"""Smallest ratio of mu to the largest eigenvalue, whose estimate is from below."""
 TAUS = (1e-9, 1e9)
-LEAST_MISSING = 1e-3
-"""A smaller part of the radius' square needs no direction of its own."""
+"""Smallest and largest tau."""
+SMALLEST_SHORTFALL = 1e-3
+"""A shortfall of ||y||^2 below this part of the radius' square is ignored."""
 
 
 @dataclass(frozen=True, eq=False)
 class Solution(Batched):
-    """y (batch, inputs), mu and tau (batch,), and `form` (batch,), about g^T H^-1 g; top: of most curvature.
+    """An estimated solution of the trust-region problem.
 
-    Where mu is all but the largest eigenvalue, y does not reach the sphere (the hard case): the minimisers are y and
-    what is missing along either side of the direction u of most curvature. `ridge` (batch, count) is what that adds to
-    (A d)^2, missing^2 (A u)^2.
+    y: (batch, inputs), minus the minimiser.   mu, tau: (batch,), of the dual.   form: (batch,), g^T H^-1 g.
+    top: (batch, n), the eigenvector of the largest eigenvalue, on the side of `_Side`.
+    ridge: (batch, count), the addition to (A d)^2 in the hard case, else 0.
+
+    In the hard case mu is almost the largest eigenvalue and ||y|| is smaller than the radius: the minimisers are -y
+    plus or minus a multiple of the unit eigenvector u that completes the length. The addition is multiple^2 (A u)^2.
     """
 
     y: Tensor
@@ -55,7 +60,7 @@ class Solution(Batched):
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """A matrix with the nonzero eigenvalues of A^T diag(w) A on the smaller side, over unit^2."""
+    """A matrix with the nonzero eigenvalues of A^T diag(w) A over unit^2: by rows or by inputs, whichever are fewer."""
 
     quadratic: Quadratic
     unit: Tensor
@@ -66,23 +71,23 @@ class _Side:
 
     @property
     def root(self) -> Tensor:
-        """sqrt(w), divided so that the largest is 1."""
+        """sqrt(w) over its largest entry, (batch, count)."""
         root = self.quadratic.weights.sqrt()
         return (root / root.amax(1, keepdim=True).clamp(min=TINY)).to(self.quadratic.rows.estimates[0].values.dtype)
 
     @property
-    def first(self) -> Tensor:
-        """Where the search for the largest eigenvalue begins: rows added up by the roots of their weights."""
+    def begin(self) -> Tensor:
+        """The first vector of Lanczos for the largest eigenvalue: the rows' sum, weighted by sqrt(w)."""
         if self.quadratic.by_rows:
             return self.root
-        return self._gathered(self.root)
+        return self._transpose(self.root)
 
-    def _gathered(self, p: Tensor) -> Tensor:
+    def _transpose(self, p: Tensor) -> Tensor:
         """A^T p over the unit, (batch, count) -> (batch, inputs)."""
         return transposed(self.quadratic.rows.estimates, p)
 
     def product(self) -> Callable[[Tensor], Tensor]:
-        """(batch, n) to the same, in the precision of `Rows.estimates`."""
+        """The product with the matrix, (batch, n) -> (batch, n), in the precision of `Rows.estimates`."""
         parts = self.quadratic.rows.estimates
         root = self.root
         if self.quadratic.by_rows:
@@ -91,12 +96,12 @@ class _Side:
 
         def through(q: Tensor) -> Tensor:
             moved = root * times(parts, q)
-            return self._gathered(root * moved)
+            return self._transpose(root * moved)
 
         return through
 
     def along(self, top: Tensor) -> Tensor:
-        """A u, (batch, count), for u the unit vector of the inputs that `top` stands for."""
+        """A u, (batch, count), for the unit vector u of the inputs that corresponds to `top` on this side."""
         parts, unit = self.quadratic.rows.estimates, self.quadratic.rows.unit
         if not self.quadratic.by_rows:
             return self.quadratic.rows.apply((top / top.norm(dim=1, keepdim=True).clamp(min=1e-30)).double())
@@ -106,28 +111,31 @@ class _Side:
         return unit * (moved / length).double()
 
     def start(self, g: Tensor) -> Tensor:
-        """g as this side sees it, double precision."""
+        """g (batch, inputs) mapped to this side, (batch, n), double precision."""
         if not self.quadratic.by_rows:
             return g
         return self.quadratic.weights.sqrt() * self.quadratic.rows.apply(g)
 
 
-def estimated_minimiser(quadratic: Quadratic, g: Tensor, radius: Tensor, before: Solution | None) -> Solution:
-    """For gradients g (batch, inputs) on balls of `radius` (batch,); `before` knows the direction of most curvature."""
+def estimated_minimiser(quadratic: Quadratic, g: Tensor, radius: Tensor, previous: Solution | None) -> Solution:
+    """The estimated solution for gradients g (batch, inputs) on balls of `radius` (batch,).
+
+    previous: the solution of a similar problem, whose `top` is improved instead of computed anew.
+    """
     side = _Side.of(quadratic)
     product, square = side.product(), side.unit.squeeze(1).square()
-    top, largest = _leading(product, *((side.first, STEPS) if before is None else (before.top, FURTHER)))
+    top, largest = _leading(product, *((side.begin, STEPS) if previous is None else (previous.top, FURTHER)))
     begin = side.start(g)
     size = begin.norm(dim=1).clamp(min=TINY)
     values, vectors, basis = _lanczos(product, (begin / size.unsqueeze(1)).to(top.dtype), STEPS)
     nodes = values.clamp(min=0.0).double() * square.unsqueeze(1)
     masses = (vectors[:, 0].double() * size.unsqueeze(1)).square()
-    if quadratic.by_rows:  # as g sees it: what is in no row has eigenvalue 0
+    if quadratic.by_rows:  # by inputs: the part of g orthogonal to all rows has eigenvalue 0
         masses = masses / nodes.clamp(min=TINY)
         masses = torch.where(nodes > 1e-6 * nodes.amax(1, keepdim=True), masses, torch.zeros_like(masses))
-        left = (g.square().sum(1) - masses.sum(1)).clamp(min=0.0)
-        nodes = torch.cat([nodes, torch.zeros_like(left).unsqueeze(1)], dim=1)
-        masses = torch.cat([masses, left.unsqueeze(1)], dim=1)
+        orthogonal = (g.square().sum(1) - masses.sum(1)).clamp(min=0.0)
+        nodes = torch.cat([nodes, torch.zeros_like(orthogonal).unsqueeze(1)], dim=1)
+        masses = torch.cat([masses, orthogonal.unsqueeze(1)], dim=1)
     largest = torch.maximum(largest.double() * square, nodes.amax(1))
     mu, tau = _balanced(nodes, masses, largest, radius, quadratic.residual_sum)
     gaps = mu.unsqueeze(1) - (1 + tau).unsqueeze(1) * nodes
@@ -140,21 +148,25 @@ def estimated_minimiser(quadratic: Quadratic, g: Tensor, radius: Tensor, before:
 
 
 def _ridge(side: _Side, top: Tensor, radius: Tensor, y: Tensor) -> Tensor:
-    missing = (1 - LEAST_MISSING - y.square().sum(1) / radius.square()).clamp(min=0.0)
-    if not bool((missing > 0).any()):
+    """`Solution.ridge`, (batch, count)."""
+    shortfall = (1 - SMALLEST_SHORTFALL - y.square().sum(1) / radius.square()).clamp(min=0.0)
+    if not bool((shortfall > 0).any()):
         return torch.zeros_like(side.quadratic.weights)
-    return (missing * radius.square()).unsqueeze(1) * side.along(top).square()
+    return (shortfall * radius.square()).unsqueeze(1) * side.along(top).square()
 
 
 def largest_eigenvalue_estimate(quadratic: Quadratic, steps: int) -> Tensor:
-    """The largest eigenvalue of A^T diag(w) A, (batch,): an estimate from below."""
+    """An estimate from below of the largest eigenvalue of A^T diag(w) A, (batch,), by `steps` Lanczos steps."""
     side = _Side.of(quadratic)
-    _, value = _leading(side.product(), side.first, steps)
+    _, value = _leading(side.product(), side.begin, steps)
     return value.double() * side.unit.squeeze(1).square()
 
 
 def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values (batch, k), their vectors (batch, k, k) in the basis (batch, k, n); q (batch, n) of length 1 or 0."""
+    """Ritz values (batch, k), their vectors (batch, k, k) in the basis, and the basis (batch, k, n).
+
+    q: (batch, n), the first vector, of length 1 or 0.
+    """
     steps = min(steps, q.shape[1])
     basis, alphas, betas = [q], [], []
     for step in range(steps):
@@ -162,8 +174,8 @@ def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tupl
         alphas.append((q * w).sum(1))
         if step + 1 == steps:
             break
-        found = torch.stack(basis, dim=1)
-        w = w - ((found @ w.unsqueeze(2)).mT @ found).squeeze(1)
+        previous = torch.stack(basis, dim=1)
+        w = w - ((previous @ w.unsqueeze(2)).mT @ previous).squeeze(1)
         beta = w.norm(dim=1)
         beta = torch.where(beta > 1e-5 * torch.stack(alphas).amax(0), beta, torch.zeros_like(beta))
         q = torch.where((beta > 0).unsqueeze(1), w / beta.clamp(min=1e-30).unsqueeze(1), torch.zeros_like(w))
@@ -178,14 +190,19 @@ def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tupl
 
 
 def _leading(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The direction (batch, n) of the largest eigenvalue, about, and an estimate of that from below, (batch,)."""
+    """Estimates of the largest eigenvalue's eigenvector, (batch, n), and of the eigenvalue, from below, (batch,)."""
     q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-30)
     values, vectors, basis = _lanczos(product, q, steps)
     return (vectors[:, :, -1:].mT @ basis).squeeze(1), values[:, -1]
 
 
-def _balanced(nodes: Tensor, masses: Tensor, largest: Tensor, radius: Tensor, of_rest: Tensor) -> tuple[Tensor, Tensor]:
-    """The best (mu, tau), (batch,) each: Newton's steps on 1/||y|| = 1/radius, and the tau of each mu."""
+def _balanced(
+    nodes: Tensor, masses: Tensor, largest: Tensor, radius: Tensor, residual_sum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Estimates of the best (mu, tau), (batch,) each: Newton's steps on 1/||y|| = 1/radius, tau the best at each mu.
+
+    nodes, masses: of the quadrature, (batch, k).   largest: (batch,), the largest eigenvalue.
+    """
     e = radius.clamp(min=TINY)
     tau = torch.zeros_like(e)
     mu = MARGIN * largest + masses.sum(1).sqrt() / e + TINY
@@ -196,6 +213,6 @@ def _balanced(nodes: Tensor, masses: Tensor, largest: Tensor, radius: Tensor, of
         newton = mu + (size / e - 1) * size.square() / (squares / gaps).sum(1)
         mu = torch.where(newton.isfinite(), newton, mu)
         curved = (squares * nodes).sum(1) * (e / size).square()  # as if y had the ball's radius already
-        tau = (of_rest / curved.clamp(min=TINY)).sqrt().nan_to_num(nan=1.0).clamp(*TAUS)
+        tau = (residual_sum / curved.clamp(min=TINY)).sqrt().nan_to_num(nan=1.0).clamp(*TAUS)
         mu = torch.maximum(mu, (1 + tau) * largest * MARGIN + TINY)
     return mu, tau
