@@ -269,7 +269,7 @@ class LocalSearch:
             estimate = 0.5 * (
                 hints.mu * tangents.radius.square() + hints.form + (1 + 1 / hints.tau) * tangents.quadratic.residual_sum
             )
-            todo = (estimate + tangents.flat < low[index, rival]).nonzero()[:, 0]
+            todo = (estimate + tangents.constant < low[index, rival]).nonzero()[:, 0]
             if len(todo):
                 losses = tangents.at(todo).losses(hints.mu[todo], hints.tau[todo])
                 value[index[todo], rival[todo]] = difference_down(low[index[todo], rival[todo]], losses)

@@ -84,9 +84,13 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
         ends = all_slopes[:, 0], all_slopes[:, -1]
         return cls(lines.shape, every, all_slopes, torch.stack(constants), ends, magnitude, steepness / width, q_norm)
 
+    def clamped(self, slopes: Tensor) -> Tensor:
+        """The slopes nearest to `slopes` (sides, items, size) that support."""
+        return torch.minimum(torch.maximum(slopes, self.ends[0]), self.ends[1])
+
     def lines(self, slopes: Tensor) -> OptimisableRelaxation:
-        """The relaxation with the slopes of the table's range that are nearest to `slopes`, (sides, items, size)."""
-        return OptimisableRelaxation(self, torch.minimum(torch.maximum(slopes, self.ends[0]), self.ends[1]))
+        """The relaxation with these slopes (sides, items, size), or the nearest that support."""
+        return OptimisableRelaxation(self, self.clamped(slopes))
 
     def needed(self, above: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """Proved constants of lines, up, and estimates of the offsets t where they touch phi: (items, size) each.

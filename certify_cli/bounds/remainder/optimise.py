@@ -31,11 +31,13 @@ from certify_cli.network.activations.grid_estimates import Grid, SoftMinimiser
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import Slope, nonlinear_nodes, offsets, pre_activation, vjp
 from certify_cli.numerics.choose import either
-from certify_cli.numerics.momentum import LONGEST, RATE, SLOPE_STEP, WEIGHT_STEP, MomentumAscent, adjoint_sizes
+from certify_cli.numerics.momentum import RATE, SLOPE_STEP, WEIGHT_STEP, MomentumAscent, adjoint_sizes, ascend
 from certify_cli.numerics.trees import Batched
 
 SLIP, SHORTER, CALMER, LONGER = 0.03, 0.4, 0.7, 1.3
-"""A step may lose this part of the margin against the best one; one that loses more is taken back and shortened."""
+"""A step may lose this part of the margin against the best one; one that loses more is taken back. Factors of the rate
+after a step that is taken back, that loses, and that gains."""
+SLOPE, WEIGHT = "slope", "weight"
 COARSE_STEPS = 6
 
 
@@ -76,39 +78,28 @@ def optimise(
     done = _reached(best, enough)
     if not steps or bool(done.all()):
         return best
-    layers = nonlinear_nodes(point.network)
-    slopes, weights = {}, {}
-    for k in layers:
+    variables: dict[tuple[str, int], MomentumAscent] = {}
+    for k in nonlinear_nodes(point.network):
         w, (steepness, bending, width) = best.choice.weights[k], problem.grids[k].scales()
         v = adjoint_sizes(first.adjoints[k])
         # gradients by slopes are at most about |v| width, by weights about width^2 / 8
-        slopes[k] = MomentumAscent(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
-        weights[k] = MomentumAscent(w, WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square())
-    state, rate = first, torch.full_like(margin, RATE)
-    for count in range(1, steps + 1):
-        by_slope, by_weight = problem.gradient(state)
-        share = (rate * (1 - (count - 1) / steps)).unsqueeze(1)
-        held = [(a, a.value) for a in (*slopes.values(), *weights.values())]
-        for k in layers:
-            slopes[k].step(by_slope[k], share, count)
-            weights[k].step(by_weight[k], share, count)
-            weights[k].value = weights[k].value.clamp(min=0.0)
-        moved = Choice(
-            {k: a.value for k, a in slopes.items()},
-            {k: a.value for k, a in weights.items()},
-            state.optimised.choice.mu,
-            state.optimised.choice.tau,
-        )
-        after = problem.at(moved, state)
-        best = best.better_of(after.optimised, ~done)  # what is done stays as it is, whatever the others need
-        # a step too long for an item is taken back, and its next ones are shorter
+        variables[SLOPE, k] = MomentumAscent(best.choice.slopes[k], SLOPE_STEP * steepness / (v * width))
+        scale = WEIGHT_STEP * 8 * torch.maximum(w, v * bending) / width.square()
+        variables[WEIGHT, k] = MomentumAscent(w, scale, lambda value: value.clamp(min=0.0))
+
+    def evaluate(before: _State) -> _State:
+        slopes, weights = ({k: a.value for (of, k), a in variables.items() if of == kind} for kind in (SLOPE, WEIGHT))
+        return problem.at(Choice(slopes, weights, before.optimised.choice.mu, before.optimised.choice.tau), before)
+
+    def judge(before: _State, after: _State) -> tuple[Tensor, Tensor]:
+        nonlocal best
+        best = best.better_of(after.optimised, ~done)  # a finished item stays as it is, whatever the others need
         good = after.optimised.estimate > best.estimate - SLIP * margin
-        better = after.optimised.estimate > state.optimised.estimate
-        rate = (rate * torch.where(better, LONGER, either(good, CALMER, SHORTER))).clamp(max=LONGEST)
-        for climber, value in held:
-            climber.value = torch.where(good.unsqueeze(1), climber.value, value)
-            climber.mean = torch.where(good.unsqueeze(1), climber.mean, 0.0)
-        state = after.where(~good, state)
+        better = after.optimised.estimate > before.optimised.estimate
+        return good, torch.where(better, LONGER, either(good, CALMER, SHORTER))
+
+    rate = torch.full_like(margin, RATE)
+    for _ in ascend(variables, first, steps, evaluate, problem.gradient, judge, rate):
         done = _reached(best, enough)
         if bool(done.all()):
             break
@@ -263,20 +254,20 @@ class Problem:
         sources = {k: touch[k].increment - choice.slopes[k] * touch[k].offset for k in self.layers}
         return offsets(self.network, -state.solution.y, choice.slopes, sources)
 
-    def gradient(self, state: _State) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def gradient(self, state: _State) -> dict[tuple[str, int], Tensor]:
         """By slopes and by weights, at the state's minimiser d = -y and its touching points."""
         choice, touch = state.optimised.choice, state.touch
         d = -state.solution.y
         straight, ridge = self.straight(d), self._by_pre_activation(state.solution.ridge)
         moved = self._moved(state)
-        by_slope, by_weight = {}, {}
+        found = {}
         for k in self.layers:
             t, target = touch[k].offset, pre_activation(self.network, k)
-            by_slope[k] = state.adjoints[k] * (moved[target] - t)
+            found[SLOPE, k] = state.adjoints[k] * (moved[target] - t)
             second = (1 + choice.tau).unsqueeze(1) * (straight[target].square() + ridge[target])
             second = second + (1 + 1 / choice.tau).unsqueeze(1) * self.ball.residual[target].square()
-            by_weight[k] = 0.5 * (touch[k].square - second)
-        return by_slope, by_weight
+            found[WEIGHT, k] = 0.5 * (touch[k].square - second)
+        return found
 
 
 def _total(touch: Mapping[int, SoftMinimiser]) -> Tensor:
