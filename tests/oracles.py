@@ -107,7 +107,9 @@ def chords(span: ActivationOnInterval) -> Tensor:
 def hard_places(activation: Activation) -> list[float]:
     """Turns, jumps and their neighbours; saturated, far, ordinary and at 0."""
     curves = [activation.slope] + ([activation.curvature] if activation.curvature is not None else [])
-    critical_points = {turn.abscissa for curve in curves for turn in curve.critical_points if math.isfinite(turn.place)}
+    critical_points = {
+        point.abscissa for curve in curves for point in curve.critical_points if math.isfinite(point.abscissa)
+    }
     return sorted(
         {side + place for place in critical_points for side in (-1e-13, 0.0, 1e-3)}
         | {-31.0, -1e4, 0.0, -1.7, 0.6, 25.0}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_errands import ARCHITECTURE, section, without_code
+from tests.pages import ARCHITECTURE, section, without_code
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "certify_cli"

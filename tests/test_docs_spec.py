@@ -17,7 +17,7 @@ from certify_cli.load.safetensors.declared_layers import DECLARED
 from certify_cli.network.activations import ACTIVATIONS
 from certify_cli.network.graph import Network
 from certify_cli.network.lowering.fx_graph import lower
-from tests.load.test_safetensors import LAYER_CASES
+from tests.layers import LAYER_CASES
 
 PAGE = (Path(__file__).parents[1] / "docs" / "safetensors-spec.md").read_text(encoding="utf-8")
 TABLES = PAGE[PAGE.index("## torch.nn's layers") :]

@@ -80,7 +80,7 @@ def test_the_table_of_activations_is_the_code_s(names: str, slope: str, curvatur
             least, most = map(float, text.split(", "))
             assert 0 <= low - least + ROUNDING < DECIMALS
             assert 0 <= most - high + ROUNDING < DECIMALS
-        assert 0 <= float(third) - (activation.third or math.nan) + ROUNDING < DECIMALS
+        assert 0 <= float(third) - (activation.third_sup or math.nan) + ROUNDING < DECIMALS
 
 
 def test_the_table_has_every_activation_with_curvature() -> None:

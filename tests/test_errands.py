@@ -19,11 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_docs import matches
+from tests.pages import ACTIVATION, ARCHITECTURE, BLOCK, ROOT, matches, section, without_code
 
-ROOT = Path(__file__).parents[1]
-ARCHITECTURE, ACTIVATION = ROOT / "docs" / "architecture.md", ROOT / "docs" / "adding-an-activation.md"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INSTRUCTION = re.compile(
     r"\*\*\d+\.\*\* (Append to|Create|In) `([^`]+)`"
     r"(?:, (after|before|in place of) (?:`` (.+?) ``|`([^`]+)`))?[^\n]*:\n\n\Z"
@@ -98,21 +95,6 @@ def parsed(text: str) -> Errand:
         elif block[1] in ("python", "console"):
             steps.append((block[1], block[2]))
     return Errand(tuple(edits), tuple(steps))
-
-
-def section(page: Path, heading: str) -> str:
-    """From a heading of any level to the next one of its level or above."""
-    text = page.read_text(encoding="utf-8")
-    plain = without_code(text)
-    found = re.search(rf"^(#+) {re.escape(heading)}$", plain, re.MULTILINE)
-    assert found, f"{page.name} has no heading {heading!r}"
-    end = re.compile(rf"^#{{1,{len(found[1])}}} ", re.MULTILINE).search(plain, found.end())
-    return text[found.end() : end.start() if end else None]
-
-
-def without_code(text: str) -> str:
-    """The page with blanks in place of its code, which may hold lines that look like headings."""
-    return BLOCK.sub(lambda block: " " * len(block[0]), text)
 
 
 TOY = parsed(section(ARCHITECTURE, "A model to try things on"))

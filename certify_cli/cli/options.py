@@ -17,13 +17,14 @@ from certify_cli.efforts import EFFORTS
 from certify_cli.errors import UsageError, quoted
 from certify_cli.names import AUTO, METHOD_NAMES
 from certify_cli.output.formats import FORMATS
+from certify_cli.output.verdict import RENDERED
 from certify_cli.plain import decimal, integer
 from certify_cli.run.settings import ATTACKS, LAYOUTS
 
 DATA_LAYOUTS = ("nchw", "nhwc")
 SPLITS = ("test", "train")
 PLAIN_FORMATS = ("table", "json")
-CHECK_FORMATS = ("table", "json", "markdown", "junit", "sarif", "github")
+CHECK_FORMATS = tuple(RENDERED)
 SUFFIXES = {"md": "markdown", "xml": "junit"}
 """Suffixes of files that are not the format's name."""
 

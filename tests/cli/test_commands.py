@@ -17,6 +17,7 @@ import certify_cli
 from certify_cli.cli import doctor as doctor_module
 from certify_cli.cli.selftest import PROBLEMS
 from certify_cli.load.loaded_model import LoadedModel
+from certify_cli.names import METHOD_NAMES
 from certify_cli.network.activations import rows as activations
 from certify_cli.network.activations.table import from_name
 from certify_cli.network.affine import Dense
@@ -65,14 +66,7 @@ def test_inspect_json(curvcert: Curvcert) -> None:
     assert [node["parameters"] for node in found["nodes"]] == [0, 25, 0, 18]
     assert found["nodes"][3]["inputs"] == ["act"]
     assert found["nodes"][2]["operation"] == "softplus(beta=10)"
-    assert {method["name"]: method["applies"] for method in found["methods"]} == {
-        "lipschitz": True,
-        "curvature": True,
-        "dual": True,
-        "local": True,
-        "linear": True,
-        "local-lipschitz": True,
-    }
+    assert {method["name"]: method["applies"] for method in found["methods"]} == dict.fromkeys(METHOD_NAMES, True)
     assert all(method["reason"] is None for method in found["methods"])
 
 

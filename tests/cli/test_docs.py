@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Outcome
+from tests.pages import matches
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,16 +77,6 @@ def test_sessions_in_python_show_what_is_printed(page: Path, tmp_path: Path, mon
     found = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert found.failed == 0
     assert found.attempted > 5 or page.name != "library.md"
-
-
-def matches(shown: str, printed: str) -> bool:
-    """Whether the printed text is the one shown, trailing blanks and the times that runs take left out."""
-
-    def lines(text: str) -> list[str]:
-        return [re.sub(r"^(time\b.*?  +).*", r"\1", line).rstrip() for line in text.strip().splitlines()]
-
-    pattern = "".join(r"(?:.*\n)*" if line.strip() == "..." else re.escape(line) + r"\n" for line in lines(shown))
-    return re.fullmatch(pattern, "".join(f"{line}\n" for line in lines(printed))) is not None
 
 
 def test_what_matches() -> None:

@@ -12,30 +12,11 @@ from torch import Tensor
 
 from certify_cli.network.activations import ACTIVATIONS, Activation
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
-from tests.network.test_activations import EVERY_CASE, EXACT, Exact, double
+from tests.oracles import EVERY_CASE, EXACT, Exact, chords, double, hard_places, length, random_spans
 
 D = torch.float64
 SMALL = 1e-4
 """Below this offset samples in float64 are worth nothing: 50 digits look there."""
-
-
-def length(activation: Activation) -> float:
-    sup = activation.curvature_sup
-    return 3.0 if math.isinf(sup) else activation.lipschitz / sup
-
-
-def random_spans(activation: Activation, count: int, longest: float) -> ActivationOnInterval:
-    """z over all features, ends from a thousandth of `longest` to `longest`, in units of the activation's length."""
-    generator = torch.Generator().manual_seed(7)
-    uniform = torch.rand(3, count, generator=generator, dtype=D)
-    unit = length(activation)
-    low, high = (longest * unit * 10 ** (3 * row - 3) for row in uniform[1:])
-    return ActivationOnInterval(activation, (2 * uniform[0] - 1) * 4 * unit, 0.0, -low, high)
-
-
-def chords(span: ActivationOnInterval) -> Tensor:
-    phi = span.activation.value
-    return (phi(span.z + span.hi) - phi(span.z + span.lo)) / (span.hi - span.lo)
 
 
 def answers(span: ActivationOnInterval, slope: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -102,15 +83,6 @@ def test_samples_stay_inside_and_come_near(name: str, numbers: tuple[float, ...]
         worst = int(gap.argmax())
         allowed = (0.05 if name == "hard_swish" else 0.02) * scale[key]
         assert float(gap[worst]) <= allowed, f"{key}: z={span.z[worst]}, [{span.lo[worst]}, {span.hi[worst]}]"
-
-
-def hard_places(activation: Activation) -> list[float]:
-    """Turns, jumps and their neighbours; saturated, far, ordinary and at 0."""
-    curves = [activation.slope] + ([activation.curvature] if activation.curvature is not None else [])
-    turns = {point.abscissa for curve in curves for point in curve.critical_points if math.isfinite(point.abscissa)}
-    return sorted(
-        {side + place for place in turns for side in (-1e-13, 0.0, 1e-3)} | {-31.0, -1e4, 0.0, -1.7, 0.6, 25.0}
-    )
 
 
 @EVERY_CASE

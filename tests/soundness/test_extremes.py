@@ -63,7 +63,7 @@ def test_units_of_the_input_change_nothing(power: int, activation: str, effort: 
     phi = from_name(activation)
     if method == "local" and ((effort, activation) == ("fast", "tanh") or abs(power) not in (60, 200, 400, 700)):
         pytest.skip("some scales of a method that searches suffice")
-    plain = certify(dense_stack((FIRST, BIAS), phi, (LAST, None)), X, method, effort)
+    plain = plain_radius(activation, method, effort)
     c = 2.0**power
     scaled = certify(dense_stack((c * FIRST, BIAS), phi, (LAST, None)), X / c, method, effort)
     # never more than in plain units, whatever is lost at the ends of the range; beyond 2^400 other points of the dual's
