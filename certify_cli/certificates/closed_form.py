@@ -18,7 +18,7 @@ from torch import Tensor
 
 from certify_cli.numerics.rounding import UNIT, down, up
 
-TINY = 1e-150
+SQUARABLE = 1e-150
 """Added to gradient norms (a sound direction), so that no square or product below them can vanish by underflow."""
 
 
@@ -35,7 +35,7 @@ def curvature_radius(margin: Tensor, gradient: Tensor, curvature: Tensor) -> Ten
     This form has no cancellation: (sqrt(||g||^2 + 2 M f) - ||g||) / M has an unbounded relative error as M f / ||g||^2
     approaches the unit roundoff.
     """
-    steep = gradient + TINY
+    steep = gradient + SQUARABLE
     root = (steep.square() + 2.0 * curvature * margin).sqrt()
     return _positive(margin, down(margin / (0.5 * (steep + root)), 11), (gradient == 0) & (curvature == 0))
 

@@ -12,13 +12,13 @@ so lambda_max(S) <= t + ||B - L L^T||_F (rounding of the residual and of the dia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from certify_cli.numerics.batched import estimate_dtype
-from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, gamma, powers_of_two, times, up
+from certify_cli.numerics.lanczos import Product, lanczos
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, powers_of_two, times, up
 
 LANCZOS_STEPS = 40
 BREAKDOWN = 1e-10
@@ -32,39 +32,14 @@ UNSCALED = (1e-50, 1e50)
 """Range of the largest entry in which squares, and sums of them, neither underflow nor overflow."""
 
 
-Product = Callable[[Tensor], Tensor]
-"""Matrix times vector for a whole batch: (batch, n) -> (batch, n)."""
-
-
 def ritz_estimate(product: Product, start: Tensor, steps: int = LANCZOS_STEPS) -> tuple[Tensor, Tensor]:
     """Lanczos estimates (from below) of the largest eigenvalues of a batch of Hermitian matrices.
 
     start: (batch, n), any non-zero vectors. Returns (estimate, residual), both (batch,). No bounds.
     """
-    q = start / start.norm(dim=-1, keepdim=True)
-    steps = min(steps, start.shape[-1])
-    basis = q.new_zeros(len(q), steps, q.shape[-1])
-    alphas, betas = [], []
-    for step in range(steps):
-        basis[:, step] = q
-        w = product(q)
-        alphas.append((q.conj() * w).sum(-1).real)
-        previous = basis[:, : step + 1]
-        for _ in range(2):  # full reorthogonalisation, twice
-            w = w - (previous.mT @ (previous.conj() @ w.unsqueeze(-1))).squeeze(-1)
-        beta = w.norm(dim=-1)
-        betas.append(beta)
-        if step + 1 < steps:
-            # else the subspace is invariant: w is rounding alone, and no direction
-            independent = beta > BREAKDOWN * torch.stack(alphas).abs().amax(0)
-            betas[-1] = beta = torch.where(independent, beta, torch.zeros_like(beta))
-            q = torch.where(independent.unsqueeze(-1), w / beta.clamp(min=TINY).unsqueeze(-1), torch.zeros_like(w))
-    diagonal = torch.diag_embed(torch.stack(alphas, dim=1))
-    if steps > 1:
-        off = torch.stack(betas[:-1], dim=1)
-        diagonal = diagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    values, vectors = torch.linalg.eigh(diagonal)  # a (steps x steps) matrix, not the matrix itself
-    return values[:, -1], (betas[-1] * vectors[:, -1, -1]).abs()
+    unit = start / start.norm(dim=-1, keepdim=True)
+    found = lanczos(product, unit, steps, BREAKDOWN, passes=2, residual=True)
+    return found.values[:, -1], found.residual
 
 
 def starting_vectors(batch: int, n: int, like: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from certify_cli.numerics.rounding import UNDERFLOW, times, up, vector_norm_up
 
 LEVELS = (0.0, 0.25, 0.5)
 """Levels c that `level_bound` tries besides the largest weight, as parts of it."""
-TINY = 1e-140
+SQUARABLE = 1e-140
 """Smaller numbers are raised to it previous they are squared, so that no square underflows."""
 SHARES = 1e4
 """One eigenvalue for one sample may take the eigenvalue budget divided by this (`normal`: 250 units or inputs)."""
@@ -53,7 +53,7 @@ def level_bound(weights: Tensor, total: Tensor, parts: Tensor) -> Tensor:
 
 def square_up(values: Tensor) -> Tensor:
     """Squares of non-negative numbers, rounded up, and never 0."""
-    return up(values.clamp(min=TINY).square())
+    return up(values.clamp(min=SQUARABLE).square())
 
 
 @dataclass(frozen=True, eq=False)

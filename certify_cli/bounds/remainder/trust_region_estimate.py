@@ -21,6 +21,7 @@ from torch import Tensor
 
 from certify_cli.bounds.linear_maps.row_operators import times, transposed
 from certify_cli.bounds.remainder.trust_region import Quadratic
+from certify_cli.numerics.lanczos import lanczos
 from certify_cli.numerics.rounding import TINY
 from certify_cli.numerics.trees import Batched
 
@@ -28,6 +29,7 @@ STEPS = 7
 """Number of Lanczos steps from the gradient, and for the largest eigenvalue in the first call."""
 FURTHER = 2
 """Number of Lanczos steps for the largest eigenvalue in later calls."""
+BREAKDOWN = 1e-5
 ROOT_STEPS = 8
 """Number of Newton's steps for mu."""
 MARGIN = 1.0 + 2.0**-12
@@ -127,7 +129,8 @@ def estimated_minimiser(quadratic: Quadratic, g: Tensor, radius: Tensor, previou
     top, largest = _leading(product, *((side.begin, STEPS) if previous is None else (previous.top, FURTHER)))
     begin = side.start(g)
     size = begin.norm(dim=1).clamp(min=TINY)
-    values, vectors, basis = _lanczos(product, (begin / size.unsqueeze(1)).to(top.dtype), STEPS)
+    krylov = lanczos(product, (begin / size.unsqueeze(1)).to(top.dtype), STEPS, BREAKDOWN)
+    values, vectors, basis = krylov.values, krylov.vectors, krylov.basis
     nodes = values.clamp(min=0.0).double() * square.unsqueeze(1)
     masses = (vectors[:, 0].double() * size.unsqueeze(1)).square()
     if quadratic.by_rows:  # by inputs: the part of g orthogonal to all rows has eigenvalue 0
@@ -162,38 +165,11 @@ def largest_eigenvalue_estimate(quadratic: Quadratic, steps: int) -> Tensor:
     return value.double() * side.unit.squeeze(1).square()
 
 
-def _lanczos(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values (batch, k), their vectors (batch, k, k) in the basis, and the basis (batch, k, n).
-
-    q: (batch, n), the first vector, of length 1 or 0.
-    """
-    steps = min(steps, q.shape[1])
-    basis, alphas, betas = [q], [], []
-    for step in range(steps):
-        w = product(q)
-        alphas.append((q * w).sum(1))
-        if step + 1 == steps:
-            break
-        previous = torch.stack(basis, dim=1)
-        w = w - ((previous @ w.unsqueeze(2)).mT @ previous).squeeze(1)
-        beta = w.norm(dim=1)
-        beta = torch.where(beta > 1e-5 * torch.stack(alphas).amax(0), beta, torch.zeros_like(beta))
-        q = torch.where((beta > 0).unsqueeze(1), w / beta.clamp(min=1e-30).unsqueeze(1), torch.zeros_like(w))
-        basis.append(q)
-        betas.append(beta)
-    diagonal = torch.diag_embed(torch.stack(alphas, dim=1))
-    if betas:
-        off = torch.stack(betas, dim=1)
-        diagonal = diagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    values, vectors = torch.linalg.eigh(diagonal.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-    return values, vectors, torch.stack(basis, dim=1)
-
-
 def _leading(product: Callable[[Tensor], Tensor], q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Estimates of the largest eigenvalue's eigenvector, (batch, n), and of the eigenvalue, from below, (batch,)."""
     q = q / q.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    values, vectors, basis = _lanczos(product, q, steps)
-    return (vectors[:, :, -1:].mT @ basis).squeeze(1), values[:, -1]
+    found = lanczos(product, q, steps, BREAKDOWN)
+    return (found.vectors[:, :, -1:].mT @ found.basis).squeeze(1), found.values[:, -1]
 
 
 def _balanced(
