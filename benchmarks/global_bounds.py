@@ -46,7 +46,7 @@ def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: st
     from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
     from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
     from certify_cli.certificates.dual import refined
-    from certify_cli.certificates.methods import METHODS, TANGENTS, certify_batch, select
+    from certify_cli.certificates.methods import METHODS, certify_batch, select
     from certify_cli.efforts import EFFORTS
     from certify_cli.network.evaluate import exact_kernels
     from certify_cli.network.evaluated import EvaluatedPoints
@@ -94,7 +94,7 @@ def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: st
             upper = analysis.curvature_pairs.columns(point.prediction)
             lipschitz = analysis.lipschitz_pairs.rows(point.prediction)
             closed = hybrid_radius(point.margin_low, point.gradient_norm, lower, lipschitz)
-            radius = refined(point, closed, lower, upper, TANGENTS[effort]).radius
+            radius = refined(point, closed, lower, upper, EFFORTS[effort].tangents).radius
             return mean(radius.masked_fill(point.own, torch.inf).amin(1))
 
         return {

@@ -70,7 +70,7 @@ def text(x: float, y: float, words: str, colour: str, more: str = "") -> str:
 def drawing(result: Result, colours: dict[str, str]) -> str:
     right = [sample for sample in result.samples if counts(sample)]
     total = len(result.samples)
-    certified = [radius(sample) for sample in right]
+    certified = [counted_radius(sample) for sample in right]
     attacks = [math.inf if sample.attack_radius is None else sample.attack_radius for sample in right]
     proved, unattacked = steps(certified, total), steps(attacks, total)
     between, share_between = widest(certified, attacks)
