@@ -208,8 +208,10 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value out of JSON has the type `hint`. An int may stand for a float; numbers must fit into float64 and
-    int64."""
+    """Whether a value out of JSON has the type `hint`.
+
+    An int may stand for a float; numbers must fit into float64 and int64.
+    """
     origin, of = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_is(value, part) for part in of)
@@ -264,8 +266,10 @@ def collect(records: Iterable[Record]) -> Result:
 
 
 def certifies(radius: Any, eps: float) -> Any:
-    """Whether certified radii (a float, or a tensor of them) cover the closed ball of radius `eps`: they are larger,
-    for a certificate leaves out the boundary of its own ball."""
+    """Whether certified radii (a float, or a tensor of them) cover the closed ball of radius `eps`.
+
+    They do if they are larger than it, for a certificate leaves out the boundary of its own ball.
+    """
     return radius > eps
 
 
@@ -360,4 +364,5 @@ def linked(chain: str, sample: Sample) -> str:
 
 
 def sealed(run: Run, samples: Sequence[Sample], summary: Summary) -> Summary:
+    """The summary with its seal over the run, the samples and itself."""
     return replace(summary, seal=seal(run, samples, summary))

@@ -51,8 +51,10 @@ class SampleChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs side by side. old, new: the models' names.   count: of all samples.   samples: those that changed, the
-    largest fall first."""
+    """Two runs side by side.
+
+    old, new: the models' names.   count: of all samples.   samples: those that changed, the largest fall first.
+    """
 
     old: str
     new: str

@@ -168,10 +168,10 @@ class LocalSearch:
         self.linearisation: Linearisation | None = None
 
     def fast(self, start: Tensor, balls: int, sharp: bool) -> tuple[Tensor, Tensor]:
-        """Radii (batch,) proved by the tangent bound for all rivals, and estimates (batch, classes) of each rival's
-        radius.
+        """Radii that the tangent bound proves for all rivals, and estimates of each rival's radius.
 
-        start (batch,): radii of the first balls.   balls: largest number tried.   sharp: see `tangent_losses`.
+        start: (batch,), radii of the first balls.   balls: largest number tried.   sharp: see `tangent_losses`.
+        Returns radii (batch,), and estimates (batch, classes), inf at the prediction; an estimate is no bound.
         """
         bracket = Bracket.around(start)
         estimate = torch.full_like(self.point.margin_low, torch.inf)
@@ -345,8 +345,10 @@ class LocalSearch:
         self.linearisation = expansion.linearisation
 
     def _ranges(self, point: EvaluatedPoints, radius: Tensor) -> Ranges:
-        """Pre-activation ranges on balls of `radius` (count,), for an expansion: interval bounds, or at `max` those of
-        linear relaxation."""
+        """Pre-activation ranges on balls of `radius` (count,), for an expansion.
+
+        Interval bounds, or at `max` those of linear relaxation.
+        """
         ranges = interval_ranges(point, self.model_bounds.weights, radius)
         if self.limits is not None and self.limits.relaxed_ranges:
             ranges, _ = intermediate_bounds(point, ranges, self.model_bounds.memory)

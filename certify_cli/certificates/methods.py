@@ -92,8 +92,10 @@ def by_curvature(
 def by_dual(
     model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
 ) -> Certificates:
-    """`by_curvature` with further points until the radius stops growing, which is the published dual (CRC) for all
-    rivals; then with curvature bounds of balls a little larger than the certified ones."""
+    """`by_curvature` with further points until the radius stops growing, then with curvature bounds on balls.
+
+    The first part is the published dual (CRC) for all rivals; the balls are a little larger than the certified ones.
+    """
     return _by_tangents("dual", model_bounds.effort.dual_steps, model_bounds, point, attack, balls=True)
 
 
@@ -257,6 +259,7 @@ def _index(name: str) -> int:
 
 
 def method_name(index: int) -> str:
+    """The name of the method at this position in METHODS."""
     return list(METHODS)[index]
 
 

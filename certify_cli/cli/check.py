@@ -90,8 +90,11 @@ def _policy(context: typer.Context) -> Policy:
 
 
 def _levels(settings: Settings, requirements: tuple[Requirement, ...], exact: bool) -> Settings:
-    """With the radii of the policy, so that a sample whose verdicts are known is spared dear methods; without any where
-    radii themselves are asked for."""
+    """The settings with the policy's radii added to `eps`, or with no `eps` where radii themselves are needed.
+
+    With `eps`, a sample is spared expensive methods once its verdicts are known. Radii are needed if `exact`, or if a
+    requirement is about a figure of them.
+    """
     if exact or any(asked.figure.radius for asked in requirements):
         return replace(settings, eps=())
     levels = [asked.eps for asked in requirements if asked.eps is not None]

@@ -53,15 +53,18 @@ def diff(
 
 
 def as_json(found: Comparison, view: View) -> str:
+    """The comparison as JSON."""
     return pretty({"schema": SCHEMA, "diff": found.to_dict()}) + "\n"
 
 
 def as_table(found: Comparison, view: View) -> str:
+    """The comparison as text with tables."""
     models = f"{found.old} -> {found.new}, {found.count} samples"
     return blocks.as_text([models, _figures(found), verdict(found), *_samples(found, view)], view)
 
 
 def as_markdown(found: Comparison, view: View) -> str:
+    """The comparison as Markdown."""
     models = f"{escaped(found.old)} -> {escaped(found.new)}"
     return blocks.as_markdown(models, [verdict(found), _figures(found), *_samples(found, view)])
 

@@ -128,6 +128,7 @@ def self_test(known: Known, device: str) -> Check:
 
 
 def as_text(found: dict[str, Any], checks: list[Check], view: View) -> str:
+    """What doctor found, as text: the installation, then a table of the checks."""
     head = pairs(
         [
             ("curvcert", found["version"]),

@@ -94,6 +94,7 @@ NODE_COLUMNS = (
 
 
 def as_text(found: dict[str, Any], view: View) -> str:
+    """What inspect found, as text: the model, then a table of its nodes."""
     model = found["model"]
     opset = f", opset {model['opset']}" if model["opset"] is not None else ""
     head = pairs(

@@ -46,8 +46,10 @@ class Reporter:
             self._progress.update(self._task, description=text)
 
     def counter(self, total: int, text: str, done: int = 0) -> Callable[[], None]:
-        """Begin to count (from `done` on), with rate and time left: what it gives counts one more. The bar goes with
-        the last."""
+        """Start to count up to `total`, with rate and time left: each call of the returned function counts one more.
+
+        text: name of the stage.   done: the count to start from.   The bar disappears at `total`.
+        """
         self.stage(text)
         if self._progress is not None and self._task is not None:
             self._progress.reset(self._task, total=total, completed=done, description=text)

@@ -58,8 +58,10 @@ class EvaluatedPoints:
         return torch.nn.functional.one_hot(self.prediction, self.network.classes).bool()
 
     def margins_of(self, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Margins of class `reference` (batch,) towards every class, and error bounds: rounding of the evaluation, and
-        the distance between activations as deployed and as bounded."""
+        """Margins of class `reference` (batch,) towards every class, and bounds of their errors, each (batch, classes).
+
+        The bounds cover the rounding of the evaluation and the distance between activations as deployed and as bounded.
+        """
         value, error = margins(self.evaluation.logits, self.evaluation.logit_errors, reference)
         apart = deviation(self.network).to(value.device)
         return value, up(error + apart[reference].unsqueeze(1) + apart.unsqueeze(0), 3)
@@ -111,8 +113,10 @@ class EvaluatedPoints:
 
     @cached_property
     def adjoints(self) -> dict[int, Vectors]:
-        """Adjoints v_l of the margins towards every class, (batch, classes, *shape), at every nonlinear node's output;
-        0: at the input."""
+        """Adjoints v_l of the margins towards every class, (batch, classes, *shape).
+
+        Keyed by nonlinear node, at its output; 0: at the input.
+        """
         if self.whole is not None:
             whole, positions = self.whole
             return select(whole.adjoints, positions)
@@ -137,8 +141,10 @@ class EvaluatedPoints:
 
     @cached_property
     def distance_estimate(self) -> Tensor:
-        """Distances (batch, classes) to every rival to first order, for networks with or without curvature; inf at the
-        prediction. An estimate, no bound."""
+        """Distances (batch, classes) to every rival's decision boundary to first order; inf at the prediction.
+
+        For networks with or without curvature. An estimate, no bound.
+        """
         if self.smooth:
             return self.first_order
         with torch.enable_grad():

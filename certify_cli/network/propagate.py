@@ -148,8 +148,10 @@ def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tens
 
 
 def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
-    """The product with slopes that broadcast to the vectors; their own error e enters as ||e o vector|| <= max e
-    ||vector||."""
+    """The product with slopes that broadcast to the vectors.
+
+    The vectors' own error e enters the bound as ||e o vector|| <= max e ||vector||.
+    """
     dims = vectors.error.dim()
     largest, off = _largest(slope.value, dims), _largest(slope.error, dims)
     error = (largest + off) * vectors.error + (UNIT * largest + off) * vectors.size

@@ -21,8 +21,11 @@ MOST_SAMPLES = 10
 
 @dataclass(frozen=True)
 class Case:
-    """One case. rule: name of the rule it is judged by.   outcome: PASS, FAIL, BROKEN or OPEN.   message: one sentence,
-    empty where it passes."""
+    """One case of a test report.
+
+    rule: name of the rule it is judged by.   outcome: PASS, FAIL, BROKEN or OPEN.
+    message: one sentence, empty where it passes.
+    """
 
     rule: str
     name: str
@@ -90,6 +93,7 @@ def rule(finding: Finding) -> str:
 
 
 def demand(finding: Finding) -> str:
+    """A sentence on what the requirement asks for."""
     return f"The {finding.requirement.title} is asked to be {threshold_text(finding)}."
 
 

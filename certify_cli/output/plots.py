@@ -59,8 +59,11 @@ POINTS = 400
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot. name: of its file.   says: its caption, which also describes it to screen readers.   fits: whether the
-    runs hold the figures that it draws."""
+    """One plot.
+
+    name: of its file.   says: its caption, which also describes it to screen readers.
+    fits: whether the runs hold the figures that it draws.
+    """
 
     name: str
     title: str
@@ -90,8 +93,10 @@ def share_of(result: Result) -> str:
 
 
 def curves(results: Sequence[Result]) -> tuple[NDArray[Any], list[tuple[NDArray[Any], NDArray[Any] | None]]]:
-    """Radii (POINTS,), and for every run two shares of its samples at each of them: certified at the radius, and not
-    attacked at it (None where no attack is known)."""
+    """Radii (POINTS,), and for every run two shares of its samples at each of them.
+
+    The shares: certified at the radius, and not attacked at it (None where no attack is known), each (POINTS,).
+    """
     import numpy as np
 
     furthest = max((counted_radius(s) for result in results for s in result.samples), default=0.0)

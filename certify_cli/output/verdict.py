@@ -30,14 +30,17 @@ Renderer = Callable[[Verdict, Run, View], str]
 
 
 def as_table(verdict: Verdict, run: Run, view: View) -> str:
+    """The verdict as text with tables."""
     return blocks.as_text(_blocks(verdict, run, view), view)
 
 
 def as_markdown(verdict: Verdict, run: Run, view: View) -> str:
+    """The verdict as Markdown."""
     return blocks.as_markdown("policy met" if verdict.met else "policy not met", _blocks(verdict, run, view))
 
 
 def as_json(verdict: Verdict, run: Run, view: View) -> str:
+    """The verdict as JSON, with the run that it is about."""
     return pretty({"schema": SCHEMA, "run": run.to_dict(), "check": verdict.to_dict()}) + "\n"
 
 

@@ -27,8 +27,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Verified:
-    """A verified run. records, model: paths.   outcomes: meaning of each.   of_run: contradictions of the whole run.
-    notes: sentences on checks that could not be made."""
+    """A verified run.
+
+    records, model: paths.   outcomes: meaning of each.   of_run: contradictions of the whole run.
+    notes: sentences on checks that could not be made.
+    """
 
     run: Run
     records: str
@@ -62,15 +65,18 @@ WRONG = (Column("sample", right=True), Column("contradiction", wraps=True))
 
 
 def as_table(found: Verified, view: View) -> str:
+    """The outcomes of the check as text with tables."""
     return blocks.as_text(_blocks(found, view), view)
 
 
 def as_markdown(found: Verified, view: View) -> str:
+    """The outcomes of the check as Markdown."""
     verdict = "records contradicted" if found.contradictions else "records verified"
     return blocks.as_markdown(verdict, _blocks(found, view))
 
 
 def as_json(found: Verified, view: View) -> str:
+    """The outcomes of the check as JSON."""
     data = {
         "records": found.records,
         "model": found.model,

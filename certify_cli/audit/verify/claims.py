@@ -1,5 +1,8 @@
-"""Contradictions in records that need no proof to be found: against the model and the data (labels, predictions,
-margins, gradients), and between the parts of a record, its run and the summary."""
+"""Contradictions in records that need no proof to be found.
+
+They lie between a record and the model and data (labels, predictions, margins, gradients), or between the parts of a
+record, its run and the summary.
+"""
 
 from __future__ import annotations
 

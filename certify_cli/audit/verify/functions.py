@@ -1,5 +1,7 @@
-"""Activations by torch's own functions, for the check of a run: derivatives by automatic differentiation, ranges of
-derivatives from their known extreme points (theory section 0's table).
+"""Activations by torch's own functions, for the check of a run.
+
+Derivatives come from automatic differentiation, ranges of derivatives from their known extreme points (theory
+section 0's table).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Proofs of radii for the check of a run, by three rules: the closed form with a global Lipschitz or curvature bound at
-the sample; the same at further points; the expansion at the sample with its remainders on the ball (theory sections 1,
-4 and 5).
+"""Proofs of radii for the check of a run, by three rules (theory sections 1, 4 and 5).
+
+- The closed form with a global Lipschitz or curvature bound at the sample.
+- The same at further points.
+- The expansion at the sample with its remainders on the ball.
 
 The inequality that ends a proof is decided between fractions, without rounding.
 """
@@ -52,10 +54,10 @@ def stays_positive_capped(margin: float, gradient: float, curvature: float, lips
 
 
 def proved(prover: Prover, x: Tensor, prediction: Tensor, radius: Tensor, points: Tensor | None = None) -> list[bool]:
-    """For every sample of x (batch, inputs): whether it is proved that no perturbation of norm below its radius changes
-    its prediction.
+    """Whether it is proved, for every sample, that no perturbation of norm below its radius changes its prediction.
 
-    prediction, radius: (batch,).   points: d (batch, inputs), where the first tangent is taken; by default 0.
+    x: (batch, inputs).   prediction, radius: (batch,).
+    points: d (batch, inputs), where the first tangent is taken; by default 0.
     Each rival may be excluded by another rule.
     """
     values, top = prover.values(x), prediction.tolist()
@@ -160,8 +162,11 @@ def _descend(prover: Prover, at: Samples, unproved: list[Pair]) -> list[Pair]:
 def _tangents(
     prover: Prover, x: Tensor, d: Tensor, top: Tensor, rival: Tensor, m: Tensor, radius: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether the minorant f~ + <p, .> - m ||.||^2 / 2 from x + d (theory section 5) is positive in the ball, an
-    estimate of its shortfall, and p. A row of each argument is a pair: x, d (pairs, inputs), the others (pairs,)."""
+    """Whether the minorant f~ + <p, .> - m ||.||^2 / 2 from x + d (theory section 5) is positive in the ball.
+
+    A row of each argument is a pair: x, d (pairs, inputs), the others (pairs,).
+    Returns that verdict (pairs,), an estimate (pairs,) of the minorant's shortfall, and p (pairs, inputs).
+    """
     moved = x + d
     step = moved - x  # rounded once more, entry by entry
     values = prover.values(moved)

@@ -1,8 +1,7 @@
-"""Bounds of a network for the check of a run: margins and gradients at samples, global Lipschitz and curvature
-constants (theory section 3).
+"""Bounds of a network for the check of a run: margins and gradients at samples, and global constants.
 
-Everything is computed in float64 with its error bounded, as the Euclidean norm of a whole vector or the Frobenius norm
-of a whole matrix.
+The constants are of Lipschitz continuity and of curvature (theory section 3). Everything is computed in float64 with
+its error bounded, as the Euclidean norm of a whole vector or the Frobenius norm of a whole matrix.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ ORTHONORMAL = 1e-11
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """Computed vectors, `value` (..., entries), and `error` (...): upper bounds of their Euclidean distances from the
-    exact ones."""
+    """Computed vectors with bounds of their errors.
+
+    value: (..., entries).   error: (...), upper bounds of the Euclidean distances from the exact vectors.
+    """
 
     value: Tensor
     error: Tensor
@@ -149,8 +150,11 @@ class Prover:
 
     @cached_property
     def _expansions(self) -> list[dict[tuple[int, int], Matrix]]:
-        """Blocks B_lk of two expansions (theory section 3): of the network linearised at the middle slopes, and of the
-        network cut at its activations, W_lk."""
+        """Blocks B_lk of two expansions of the network (theory section 3), each keyed by (l, k).
+
+        The first is of the network linearised at the middle slopes; the second of the network cut at its activations,
+        where the blocks are the weights W_lk.
+        """
         linear: dict[tuple[int, int], Matrix] = {}
         for t, layer in enumerate(self.layers):
             for source in [INPUT, *range(t)]:
@@ -245,8 +249,10 @@ class Prover:
         return self._curvatures[top, rival]
 
     def adjoint_ranges(self, top: int, rival: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Lower and upper bounds, by layer and entrywise, of the margin's v_k whatever the slopes: by interval
-        arithmetic backward, and within those of the linearised network."""
+        """Lower and upper bounds, by layer and entrywise, of the margin's adjoints v_k whatever the slopes.
+
+        The tighter of two: interval arithmetic backward, and the bounds of `linearised_adjoint`.
+        """
         row = torch.zeros(self.classes, dtype=torch.float64)
         row[top], row[rival] = 1.0, -1.0
         at_preactivation = {self.last: (row, row)}
@@ -270,8 +276,10 @@ class Prover:
         return low, high
 
     def linearised_adjoint(self, k: int, top: int, rival: int) -> tuple[Tensor, Tensor]:
-        """v_k in the network linearised at the middle slopes, and an upper bound of the distance of the true v_k from
-        it, entrywise: the sum over later j of ||B_jk e|| r_j ||v_j||."""
+        """v_k in the network linearised at the middle slopes, and an upper bound of its distance from the true v_k.
+
+        Both entrywise, (entries of k,); the distance is bounded by the sum over later j of ||B_jk e|| r_j ||v_j||.
+        """
         blocks, radius = self._expansions[0], self._radii[0]
         size = len(self.layers[k].bias)
         centre, spread = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
@@ -294,8 +302,11 @@ class Prover:
 
     @cached_property
     def input_weights(self) -> dict[int, Matrix]:
-        """The weights on the input in an orthonormal basis of the space that their rows span, where that is smaller:
-        norms and inner products of rows stay the same up to ORTHONORMAL and the errors."""
+        """The weights on the input by layer, in an orthonormal basis of the space that their rows span.
+
+        Norms and inner products of rows stay the same up to ORTHONORMAL and the errors. Where that space is not smaller
+        than the input, or the computed basis is not orthonormal within ORTHONORMAL, they are the weights as they stand.
+        """
         weights = {k: layer.weights[INPUT] for k, layer in enumerate(self.layers) if INPUT in layer.weights}
         stacked = torch.cat([matrix.value for matrix in weights.values()])
         if len(stacked) >= stacked.shape[1]:

@@ -80,8 +80,11 @@ def upper_norm(a: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
 
 
 def spectral(a: Tensor) -> float:
-    """Upper bound of ||a||: from a computed SVD and its residuals (theory section 2), else from the powers of a Gram
-    matrix, ||a||^2 <= ||(a a^T)^q||_F^(1/q), every rounding counted."""
+    """Upper bound of the spectral norm ||a||, every rounding counted.
+
+    From a computed SVD and its residuals (theory section 2); where that is too much work, from the powers of a Gram
+    matrix, ||a||^2 <= ||(a a^T)^q||_F^(1/q); beyond GRAM_WORK the Frobenius norm.
+    """
     a = a if a.shape[0] <= a.shape[1] else a.T
     m, n = a.shape
     scale = float(a.abs().max())

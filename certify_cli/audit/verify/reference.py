@@ -1,5 +1,6 @@
-"""A dense reference in plain float64 for radii that are not proved anew, such as those of `local`, `linear` and
-`local-lipschitz`. Roundings are not counted: its verdict is a second opinion, no proof.
+"""A dense reference for radii that are not proved anew, such as those of `local`, `linear` and `local-lipschitz`.
+
+It computes in plain float64 and does not count roundings: its verdict is a second opinion, no proof.
 
 For any slopes s and weights w >= 0, one of each a neuron, a lower bound of a margin in the ball of radius e is (theory
 section 4)
@@ -71,8 +72,10 @@ class Reference:
         return function
 
     def _relax(self, z: list[Tensor], ball: Balls | None, radius: float) -> None:
-        """Set `lines`, the linear relaxations, and `low` and `high`, bounds of every D_l: the tighter of those by
-        backward substitution of the lines and of the ball's."""
+        """Set `lines`, the linear relaxations, and `low` and `high`, bounds of every D_l.
+
+        Each bound is the tighter of two: by backward substitution of the lines, and the ball's where there is one.
+        """
         self.low: dict[int, Tensor] = {}
         self.high: dict[int, Tensor] = {}
         self.lines: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
@@ -85,8 +88,10 @@ class Reference:
             self.lines[k] = self._relaxation(self._function(k), z[k], low, high)
 
     def _substituted(self, layer: int, rows: Tensor, radius: float) -> Tensor:
-        """Upper bounds (rows,) of rows . D_layer: a neuron's upper line where its coefficient is positive, else the
-        lower one."""
+        """Upper bounds (rows,) of rows . D_layer, by backward substitution.
+
+        A neuron is replaced by its upper line where its coefficient is positive, else by the lower one.
+        """
         at_preactivation: dict[int, Tensor] = {layer: rows}
         upper = torch.zeros(len(rows), dtype=torch.float64)
         for k in range(layer - 1, -1, -1):
@@ -164,8 +169,11 @@ class Reference:
     def _starts(
         self, z: list[Tensor], ball: Balls | None, rows: Tensor
     ) -> list[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-        """Slopes and logarithms of the weights to start from: the linear relaxation's with (almost) no weights, and
-        where there is curvature first the tangents' at the sample, with weights from the curvature bounds."""
+        """Starting points of the optimisation: slopes and logarithms of the weights, each by layer.
+
+        Where there is curvature, first the tangents at the sample, with weights from the curvature bounds; then the
+        slopes of the linear relaxation, with (almost) no weights.
+        """
         by_relaxation: dict[int, Tensor] = {}
         by_tangent: dict[int, Tensor] = {}
         logs: dict[int, Tensor] = {}
@@ -227,8 +235,10 @@ class Reference:
 
 
 def _grid(f: Function, z: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Points t (count, entries): a grid from low to high, 0 and the kinks. And an upper bound (entries,) of the
-    distance of phi from its chord between two of them."""
+    """A grid of points t, and an upper bound of the distance of phi from its chord between two neighbours.
+
+    t: (count, entries), from low to high, with 0 and the kinks.   The bound: (entries,).
+    """
     part = torch.linspace(0, 1, GRID - 1, dtype=torch.float64)[:, None]
     marked = [torch.zeros_like(low), *(kink - z for kink in f.kinks)]
     points = torch.cat([low + part * (high - low), *(point.clamp(low, high)[None] for point in marked)])

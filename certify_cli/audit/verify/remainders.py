@@ -82,8 +82,10 @@ def balls(prover: Prover, values: Values, radius: Tensor) -> Balls:
 
 
 def remainders(prover: Prover, values: Values, adjoints: dict[int, Vectors], radius: Tensor) -> Tensor:
-    """Upper bounds, (batch, classes), of how far a margin lies below its tangent at the sample, anywhere in the ball of
-    `radius` (batch,). adjoints: of the margins, as `Prover.adjoints` gives them."""
+    """Upper bounds, (batch, classes), of how far a margin lies below its tangent at the sample, anywhere in the ball.
+
+    radius: of the ball, (batch,).   adjoints: of the margins, as `Prover.adjoints` gives them.
+    """
     if not prover.last:  # affine: nothing remains
         return torch.zeros_like(adjoints[INPUT].error)
     ball = balls(prover, values, radius)
@@ -112,8 +114,10 @@ def _quotients(function: Function, z: Vectors, low: Tensor, high: Tensor) -> tup
 
 
 def _jacobians(prover: Prover, values: Values) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-    """A_k at (k, INPUT) and B_kj at (k, j), each (batch, entries of k, entries of the source), and upper bounds of the
-    Frobenius norms of their errors, (batch,)."""
+    """Jacobians of the pre-activations, with upper bounds of the Frobenius norms of their errors.
+
+    A_k is at (k, INPUT) and B_kj at (k, j), each (batch, entries of k, entries of the source); the bounds are (batch,).
+    """
     found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     count = len(values.h[INPUT].value)
     none = torch.zeros(count, dtype=torch.float64)

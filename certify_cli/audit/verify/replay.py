@@ -1,5 +1,8 @@
-"""Attacks replayed: the witnesses that the run kept, or, where it kept none, attacks along the gradients, as
-certificates promise them; and the ONNX file itself in onnxruntime, where that is installed."""
+"""Attacks replayed, and the ONNX file itself run in onnxruntime, where that is installed.
+
+Replayed are the witnesses that the run kept or, where it kept none, attacks along the gradients, as certificates
+promise them.
+"""
 
 from __future__ import annotations
 
@@ -92,8 +95,10 @@ class Deployed:
         self._prefix, self._deployment = prefix, loaded.deployment
 
     def logits(self, x: Tensor) -> Tensor:
-        """The file's output for x (batch, *shape) in data units, computed in the file's own type: (batch, classes),
-        logits or probabilities."""
+        """The file's output for x, computed in the file's own type: (batch, classes), logits or probabilities.
+
+        x: (batch, *shape) in data units.
+        """
         model_input = self._deployment.model_input
         taken = (
             self._prefix(x).reshape(-1, *model_input.shape).numpy().astype(tensor_dtype_to_np_dtype(model_input.kind))

@@ -1,5 +1,7 @@
-"""The check of one finished run against its model and its data: every record gets one outcome, and every statement that
-turns out false is a contradiction."""
+"""The check of one finished run against its model and its data.
+
+Every record gets one outcome, and every statement that turns out false is a contradiction.
+"""
 
 from __future__ import annotations
 

@@ -145,8 +145,10 @@ def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int]) 
 
 
 def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Composed]:
-    """For every pre-activation node that `source` reaches: norms multiplied along the paths (theory section 3,
-    "Composition")."""
+    """Norms of the blocks from `source`, multiplied along the paths (theory section 3, "Composition").
+
+    Keyed by pre-activation node, all that `source` reaches; rounded up.
+    """
 
     def affine(op: AffineOp, v: _Composed, shape: Shape) -> _Composed:
         norm, row, total = op.norm(shape), op.row_norm(shape), op.infinity_norm(shape)

@@ -151,9 +151,13 @@ class Problem:
         )
 
     def starts(self) -> list[Choice]:
-        """Tangents at the sample with the quadratics that need no constant; the lines of the convex envelopes; half way
-        between them, as the bound is concave; and lines where they leave little against the quadratic's end. All
-        neurons can be as deep as their lines at once, but no d moves all of them to their ends.
+        """Four starting points of the ascent.
+
+        1. Tangents at the sample with the quadratics that need no constant.
+        2. Half way between the first and the third, as the bound is concave.
+        3. The lines of the convex envelopes.
+        4. Lines where they leave little against the quadratic's end, else the first: all neurons can be as deep as
+           their lines at once, but no d moves all of them to their ends.
         """
         none = torch.zeros_like(self.margin)
         found: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = [({}, {}) for _ in range(4)]

@@ -89,6 +89,7 @@ HALF = Number(0.5)
 
 
 def approximately(value: float) -> Number:
+    """A constant of the formula: `value` within the relative error TOLERANCE."""
     return Number(value, TOLERANCE)
 
 

@@ -14,42 +14,51 @@ from torch import Tensor
 
 
 def logistic(z: Tensor) -> Tensor:
+    """1 / (1 + exp(-z))."""
     w = torch.exp(-z.abs())
     return torch.where(z >= 0, 1.0, w) / (1.0 + w)
 
 
 def logistic_slope(z: Tensor) -> Tensor:
+    """First derivative of `logistic`."""
     w = torch.exp(-z.abs())
     return w / (1.0 + w).square()
 
 
 def logistic_curvature(z: Tensor) -> Tensor:
+    """Second derivative of `logistic`."""
     w = torch.exp(-z.abs())
     return z.sign() * torch.expm1(-z.abs()) * w / (1.0 + w) ** 3
 
 
 def sech_squared(z: Tensor) -> Tensor:
+    """1 / cosh(z)^2, the derivative of tanh."""
     return 4.0 * logistic_slope(2.0 * z)
 
 
 def softplus_value(z: Tensor, beta: float) -> Tensor:
+    """log(1 + exp(beta z)) / beta."""
     return z.clamp(min=0.0) + torch.log1p(torch.exp(-(beta * z).abs())) / beta
 
 
 def normal_density(z: Tensor) -> Tensor:
+    """Density of the standard normal distribution."""
     return torch.exp(-z.square() / 2) * (1 / math.sqrt(2 * math.pi))
 
 
 def normal_distribution(z: Tensor) -> Tensor:
+    """Distribution function of the standard normal distribution."""
     return torch.erfc(z * -math.sqrt(0.5)) / 2
 
 
 def gelu_slope(z: Tensor) -> Tensor:
+    """First derivative of GELU in its erf form, z times `normal_distribution`."""
     z = z.clamp(-40.0, 40.0)
     return normal_distribution(z) + z * normal_density(z)
 
 
 def gelu_curvature(z: Tensor) -> Tensor:
+    """Second derivative of GELU in its erf form."""
     z = z.clamp(-40.0, 40.0)
     return (2.0 - z.square()) * normal_density(z)
 
@@ -66,11 +75,13 @@ def tanh_gelu_gate(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def tanh_gelu_slope(z: Tensor) -> Tensor:
+    """First derivative of GELU in its tanh form."""
     z, p, p1, _ = tanh_gelu_gate(z)
     return logistic(p) + z * logistic_slope(p) * p1
 
 
 def tanh_gelu_curvature(z: Tensor) -> Tensor:
+    """Second derivative of GELU in its tanh form."""
     z, p, p1, p2 = tanh_gelu_gate(z)
     return logistic_slope(p) * (2 * p1 + z * p2) + z * logistic_curvature(p) * p1.square()
 
@@ -92,14 +103,17 @@ def mish_gate(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mish_slope(z: Tensor) -> Tensor:
+    """First derivative of Mish, z tanh(softplus(z))."""
     t, t1, _ = mish_gate(z)
     return t + z * t1
 
 
 def mish_curvature(z: Tensor) -> Tensor:
+    """Second derivative of Mish."""
     _, t1, t2 = mish_gate(z)
     return 2 * t1 + z * t2
 
 
 def erf_slope(z: Tensor) -> Tensor:
+    """Derivative of the error function."""
     return torch.exp(-z.square()) * (2 / math.sqrt(math.pi))

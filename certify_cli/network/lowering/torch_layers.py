@@ -242,6 +242,7 @@ def shift(context: LoweringContext, x: Data, offset: Tensor) -> Data:
 
 
 def negative(context: LoweringContext, x: Data) -> Data:
+    """-x."""
     return context.add(Scale(torch.tensor(-1.0, dtype=torch.float64)), x)
 
 
@@ -264,6 +265,7 @@ def add(context: LoweringContext, *values: Any) -> Data:
 
 @lowers(operator.sub, operator.isub, torch.sub)
 def subtract(context: LoweringContext, left: Any, right: Any) -> Data:
+    """left - right; at most one of them is a constant."""
     if isinstance(right, Data):
         return add(context, left, negative(context, right))
     return add(context, left, -context.constant(right))
@@ -271,6 +273,7 @@ def subtract(context: LoweringContext, left: Any, right: Any) -> Data:
 
 @lowers(operator.mul, operator.imul, torch.mul)
 def multiply(context: LoweringContext, left: Any, right: Any) -> Data:
+    """Product of data and a constant; refuses a product of two values that depend on the input."""
     if isinstance(left, Data) and isinstance(right, Data):
         context.refuse(
             "a product of two values that both depend on the input is not supported unless it belongs to an activation "
@@ -282,6 +285,7 @@ def multiply(context: LoweringContext, left: Any, right: Any) -> Data:
 
 @lowers(operator.truediv, operator.itruediv, torch.div)
 def divide(context: LoweringContext, left: Any, right: Any) -> Data:
+    """Quotient of data and a constant; refuses 0 and a divisor that depends on the input."""
     if isinstance(right, Data):
         context.refuse("division by a value that depends on the input is not supported: divide by constants only")
     reciprocal = 1.0 / context.constant(right)
