@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from certify_cli import certify, load_data, load_model
-from certify_cli.audit.figures import counts, radius
-from certify_cli.records import Result
+from certify_cli.audit.figures import counts
+from certify_cli.records import Result, counted_radius
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "models/digits_mlp.onnx"
