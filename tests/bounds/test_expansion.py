@@ -11,7 +11,7 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
-from certify_cli.bounds.on_ball.interval_ranges import interval_ranges, span
+from certify_cli.bounds.on_ball.interval_ranges import activation_on_range, interval_ranges
 from certify_cli.bounds.remainder import expansion, tangent_bound
 from certify_cli.bounds.remainder.expansion import (
     BallExpansion,
@@ -113,7 +113,7 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
             for layer in nonlinear_nodes(network):
                 target, phi = pre_activation(network, layer), network.nodes[layer].op
                 gram = found.jacobians.outer[target].squared_products(found.jacobians.outer[target])
-                on = span(point, layer, found.ranges)
+                on = activation_on_range(point, layer, found.ranges)
                 slope, flat = chosen_slopes(point, layer, on)
                 q = range_of_remainder(point, layer, on, slope, flat, found.residual[target], gram)
                 shared = torch.randn(1, 7, network.nodes[layer].size, generator=g, dtype=D)
@@ -279,7 +279,8 @@ def test_all_layers_together_count_every_activation(name: str, monkeypatch: pyte
                 total = torch.zeros_like(seen[-1])
                 for layer in nonlinear_nodes(network):
                     least, most = (
-                        end.unsqueeze(1) for end in span(point, layer, known.ranges).quadratic_coefficients()
+                        end.unsqueeze(1)
+                        for end in activation_on_range(point, layer, known.ranges).quadratic_coefficients()
                     )
                     v = point.adjoints[layer].value.flatten(2)
                     w = torch.maximum(-v * least, -v * most).clamp(min=0.0)

@@ -226,7 +226,7 @@ def _pooled(point: EvaluatedPoints, index: int, op: GroupMap, before: Change) ->
     )
 
 
-def span(point: EvaluatedPoints, layer: int, ranges: Ranges) -> ActivationOnInterval:
+def activation_on_range(point: EvaluatedPoints, layer: int, ranges: Ranges) -> ActivationOnInterval:
     """The activation of nonlinear node `layer` on the range of its pre-activation, (batch, size)."""
     op, target = point.network.nodes[layer].op, pre_activation(point.network, layer)
     assert isinstance(op, Activation)

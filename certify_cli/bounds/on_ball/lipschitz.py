@@ -22,7 +22,7 @@ from torch import Tensor
 
 from certify_cli.bounds.linear_maps.jacobians import pulled_rows
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.on_ball.max_pooling import DecidedGroups, MaxPoolRelaxation
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -114,7 +114,7 @@ class _Sources:
         if not isinstance(op, Activation):
             raise TypeError(f"no local Lipschitz rule for {op.title}")
         ranges = Ranges(self.radius, self.low, self.high, self.norm)
-        lower, upper = span(self.point, layer, ranges).secants()
+        lower, upper = activation_on_range(self.point, layer, ranges).secants()
         middle = (0.5 * (lower + upper)).nan_to_num(nan=0.0)
         spread = up(torch.maximum(upper - middle, middle - lower).clamp(min=0.0), 1)
         spread = spread.masked_fill(spread.isnan(), torch.inf).masked_fill(upper == lower, 0.0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation, offset_loss
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.grid_estimates import Grid
@@ -137,7 +137,7 @@ def relax(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Relaxation:
     """The linear relaxation of nonlinear node `layer` on the ranges of its pre-activation."""
     node, target = point.network.nodes[layer], pre_activation(point.network, layer)
     if isinstance(node.op, Activation):
-        return LinearRelaxation.of(span(point, layer, ranges), node.shape)
+        return LinearRelaxation.of(activation_on_range(point, layer, ranges), node.shape)
     if isinstance(node.op, GroupMap):
         z, error = point.evaluation.values[target], point.evaluation.errors[target]
         shape = point.network.nodes[target].shape

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, relax, relaxation_loss
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
@@ -91,7 +91,7 @@ def is_curved(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Tensor:
     node, target = point.network.nodes[layer], pre_activation(point.network, layer)
     if not isinstance(node.op, Activation):
         return torch.ones_like(ranges.low[target], dtype=torch.bool)
-    flattest, steepest = span(point, layer, ranges).slopes()
+    flattest, steepest = activation_on_range(point, layer, ranges).slopes()
     return ~(steepest - flattest <= UNDERFLOW)
 
 

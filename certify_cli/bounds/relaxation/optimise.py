@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, relaxation_loss
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
@@ -41,7 +41,9 @@ def slope_tables(
     point: EvaluatedPoints, ranges: Ranges, relaxations: Mapping[int, LinearRelaxation]
 ) -> dict[int, SlopeTable]:
     """The slope tables of relaxed activations on the ranges; every sample is an item."""
-    return {k: SlopeTable.of(span(point, k, ranges), relaxation) for k, relaxation in relaxations.items()}
+    return {
+        k: SlopeTable.of(activation_on_range(point, k, ranges), relaxation) for k, relaxation in relaxations.items()
+    }
 
 
 def optimised_loss(

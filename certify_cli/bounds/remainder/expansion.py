@@ -17,7 +17,7 @@ from torch import Tensor
 
 from certify_cli.bounds.linear_maps.jacobians import Jacobians, pulled_rows
 from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.remainder.weighted_squares import RemainderSum, joint
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -157,7 +157,7 @@ def expand_on_ball(
                 same = given if given is not None or slopes else like
                 own = outer[target]
                 squared[target] = own.squared_products(own) if same is None else same.squared[target]
-            on = span(point, layer, ranges)
+            on = activation_on_range(point, layer, ranges)
             if given is None:
                 slopes[layer], chorded[layer] = chosen_slopes(point, layer, on)
             else:

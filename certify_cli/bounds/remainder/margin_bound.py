@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import span
+from certify_cli.bounds.on_ball.interval_ranges import activation_on_range
 from certify_cli.bounds.remainder.expansion import BallExpansion
 from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.activations.quadratic_minorants import minorant_offsets
@@ -66,7 +66,7 @@ def lower_bound(
     for layer in nonlinear_nodes(network):
         if layer not in adjoints:
             continue
-        on, slope = span(point, layer, ranges), choice.slopes[layer]
+        on, slope = activation_on_range(point, layer, ranges), choice.slopes[layer]
         v, error = adjoints[layer].value[:, 0].flatten(1), adjoints[layer].error[:, 0]
         weight = choice.weights[layer]
         coefficient = (weight / v.abs()).nan_to_num(nan=0.0).clamp(min=0.0, max=LARGEST_COEFFICIENT)

@@ -1,13 +1,13 @@
-"""Where the local bound is best: slopes, weights and mu of `expansion.Choice`, by gradient ascent at a fixed ball.
+"""The parameters of the margin bound, optimised: slopes, weights and mu of `margin_bound.Choice`, on fixed balls.
 
-For fixed ranges the bound is concave in those of each layer: it is a least value of functions linear in s and w, less a
-norm and a largest eigenvalue. So a few steps along its gradient help wherever it starts. At the minimiser d of the
-trust-region problem, and the offsets t at which the neurons' minorants touch, the gradient is
+On fixed ranges the bound is concave in the parameters of each layer: it is a minimum of functions linear in s and w,
+less a norm and a largest eigenvalue. So a few steps of gradient ascent help, wherever they start. At the minimiser d of
+the trust-region problem, and the offsets t at which the neurons' minorants touch, the gradient is
 
-    d/ds_l = v_l (D_l - t_l) ,      d/dw_l = (t_l^2 - (1+tau) (A_l d)^2 - (1+1/tau) rest^2) / 2 ,
+    d/ds_l = v_l (D_l - t_l) ,      d/dw_l = (t_l^2 - (1+tau) (A_l d)^2 - (1+1/tau) residual^2) / 2 ,
 
-D_l being what d does to pre-activation l in the network linearised at s with the sources q_l(t_l). Nothing here is a
-bound: offsets come from a grid, d from a few Lanczos steps. What is chosen is proved by `lower_bound`.
+D_l being the offset that d causes at pre-activation l in the network linearised at s with the sources q_l(t_l). Nothing
+here is a bound: offsets come from a grid, d from a few Lanczos steps. `margin_bound.lower_bound` proves the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import span
+from certify_cli.bounds.on_ball.interval_ranges import activation_on_range
 from certify_cli.bounds.remainder.expansion import MIXED, BallExpansion
 from certify_cli.bounds.remainder.margin_bound import Choice
 from certify_cli.bounds.remainder.trust_region import Quadratic
@@ -43,13 +43,13 @@ COARSE_STEPS = 6
 
 @dataclass(frozen=True, eq=False)
 class Optimised(Batched):
-    """`choice`, and what the bound is there according to the grid (batch,): no proof."""
+    """The parameters found.   estimate: (batch,), of the bound there, from the grid. No proof."""
 
     choice: Choice
     estimate: Tensor
 
     def better_of(self, other: Optimised, among: Tensor) -> Optimised:
-        """Item by item the one with the larger estimate, but this one outside of `among` (batch,)."""
+        """The items with the larger estimate; outside of `among` (batch,) this one's."""
         return self.where(among & (other.estimate > self.estimate), other)
 
 
@@ -62,9 +62,11 @@ def optimise(
     steps: int,
     enough: Tensor | None = None,
 ) -> Optimised:
-    """The best choice met in `steps` steps from `begin`, or from each item's best start (`Problem.starts`).
+    """The best parameters met in `steps` steps of ascent.
 
-    An item ends early where its estimate is above `enough` (items,).
+    margin: (items,), lower bounds at the samples.   cotangents: (items, classes), of the margins.
+    begin: where to begin; None for each item's best start (`Problem.starts`).
+    enough: (items,), estimates at which an item's ascent ends.
     """
     problem = Problem(point, ball, margin, cotangents)
     if begin is not None:
@@ -111,18 +113,21 @@ def _reached(found: Optimised, enough: Tensor | None) -> Tensor:
 
 
 def coarse_estimate(point: EvaluatedPoints, ball: BallExpansion, margin: Tensor, cotangents: Tensor) -> Tensor:
-    """About the bound (items,) at each item's best start, without a trust region: an estimate, and a low one."""
+    """An estimate (items,) of the bound at each item's best start, without a trust region: mostly too low."""
     return Problem(point, ball, margin, cotangents).best_start()[1]
 
 
 def starts(point: EvaluatedPoints, ball: BallExpansion, cotangents: Tensor) -> list[Choice]:
-    """Where an ascent begins (see `Problem.starts`)."""
+    """The starting points of an ascent (`Problem.starts`)."""
     return Problem(point, ball, torch.zeros_like(ball.radius), cotangents).starts()
 
 
 @dataclass(frozen=True, eq=False)
 class _State(Batched):
-    """The bound at one choice: adjoints v_l, where the minorants touch, and the trust region's solution."""
+    """The bound at one choice of parameters.
+
+    adjoints: v_l by node.   touch: where the minorants touch, by node.   solution: of the trust-region problem.
+    """
 
     optimised: Optimised
     adjoints: Mapping[int, Tensor]
@@ -131,17 +136,17 @@ class _State(Batched):
 
 
 class Problem:
-    """The bound of a batch of items on given balls, as a function of the choice."""
+    """The bound of a batch of items on given balls, as a function of its parameters."""
 
     def __init__(self, point: EvaluatedPoints, ball: BallExpansion, margin: Tensor, cotangents: Tensor) -> None:
         self.network, self.jacobians, self.ball = point.network, ball.jacobians, ball
         self.margin, self.cotangents, self.radius = margin, cotangents.unsqueeze(1), ball.radius
         self.layers = nonlinear_nodes(point.network)
-        self.grids = {k: Grid.of(span(point, k, ball.ranges)) for k in self.layers}
+        self.grids = {k: Grid.of(activation_on_range(point, k, ball.ranges)) for k in self.layers}
         self.residual = torch.cat([ball.residual[t] for t in self.jacobians.pre_activations], dim=1)
 
     def quadratic(self, weights: Mapping[int, Tensor]) -> Quadratic:
-        """Weights of all nonlinear nodes that share a head add up."""
+        """The quadratic with these weights; those of nodes that share a pre-activation add up."""
         total: dict[int, Tensor] = {}
         for k, w in weights.items():
             target = pre_activation(self.network, k)
@@ -161,26 +166,26 @@ class Problem:
         """
         none = torch.zeros_like(self.margin)
         found: list[tuple[dict[int, Tensor], dict[int, Tensor]]] = [({}, {}) for _ in range(4)]
-        v, _ = self._pulled({k: grid.op.slope(grid.z) for k, grid in self.grids.items()})
+        v, _ = self._adjoints_and_gradient({k: grid.op.slope(grid.z) for k, grid in self.grids.items()})
         for k, grid in self.grids.items():
             sign = either(v[k] < 0, -1.0, 1.0)
             zero = torch.zeros_like(sign)
-            tangent, bend = grid.expansion_at(zero, sign)
+            tangent, coefficient = grid.expansion_at(zero, sign)
             line, depth = grid.supporting_line(zero, sign)
-            reach = torch.maximum(-grid.ends[0], grid.ends[1])
-            flat = depth < MIXED * 0.5 * bend * reach.square()
+            magnitude = torch.maximum(-grid.ends[0], grid.ends[1])
+            flat = depth < MIXED * 0.5 * coefficient * magnitude.square()
             pairs = (
-                (tangent, bend),
-                (0.5 * (tangent + line), 0.5 * bend),
+                (tangent, coefficient),
+                (0.5 * (tangent + line), 0.5 * coefficient),
                 (line, zero),
-                (torch.where(flat, line, tangent), torch.where(flat, zero, bend)),
+                (torch.where(flat, line, tangent), torch.where(flat, zero, coefficient)),
             )
             for (slopes, weights), (slope, weight) in zip(found, pairs, strict=True):
                 slopes[k], weights[k] = slope, v[k].abs() * weight
         return [Choice(slopes, weights, none, none) for slopes, weights in found]
 
     def best_start(self) -> tuple[Choice, Tensor]:
-        """Of the starts, by their rough values, which come with it."""
+        """Each item's best starting point, and its coarse estimate (items,)."""
         begin, *others = self.starts()
         value = self.coarse(begin)
         for start in others:
@@ -190,41 +195,41 @@ class Problem:
         return begin, value
 
     def coarse(self, choice: Choice) -> Tensor:
-        """About the bound (batch,) with gradient and curvature each at their worst: no trust region is solved."""
+        """An estimate (items,) of the bound with gradient and curvature each at their worst: no trust region."""
         _, g, touch, quadratic = self._parts(choice)
         largest = largest_eigenvalue_estimate(quadratic, COARSE_STEPS)
-        bent = 0.5 * (self.radius * largest.sqrt() + quadratic.residual_sum.sqrt()).square()
-        value = self.margin + _total(touch) - g.norm(dim=1) * self.radius - bent
+        quadratic_loss = 0.5 * (self.radius * largest.sqrt() + quadratic.residual_sum.sqrt()).square()
+        value = self.margin + _total(touch) - g.norm(dim=1) * self.radius - quadratic_loss
         return value.nan_to_num(nan=-torch.inf)
 
     def _parts(self, choice: Choice) -> tuple[dict[int, Tensor], Tensor, dict[int, SoftMinimiser], Quadratic]:
-        """Adjoints, gradient, touching points, and what is quadratic."""
+        """Adjoints, gradient, touching points, and the quadratic."""
         s, w = choice.slopes, choice.weights
-        v, g = self._pulled(s)
+        v, g = self._adjoints_and_gradient(s)
         touch = {k: self.grids[k].soft_minimum(v[k], s[k], w[k]) for k in self.layers}
         return v, g, touch, self.quadratic(w)
 
     def straight(self, d: Tensor) -> dict[int, Tensor]:
-        """A_l d by head, (batch, size)."""
+        """A_l d by pre-activation node, (items, size)."""
         return self._by_pre_activation(self.jacobians.rows.apply(d))
 
     def _by_pre_activation(self, rows: Tensor) -> dict[int, Tensor]:
-        """(batch, count) apart."""
+        """Stacked rows (items, count), split by pre-activation node."""
         parts = rows.split([block.shape[1] for block in self.jacobians.rows.blocks], dim=1)
         return dict(zip(self.jacobians.pre_activations, parts, strict=True))
 
     def gradient_of(self, choice: Choice) -> Tensor:
         """The margins' gradients (batch, inputs) in the network linearised at the choice's slopes."""
-        return self._pulled(choice.slopes)[1]
+        return self._adjoints_and_gradient(choice.slopes)[1]
 
-    def _pulled(self, slopes: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+    def _adjoints_and_gradient(self, slopes: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
         """Adjoints and gradient of the network linearised at `slopes`."""
         shaped = {k: Slope(s.reshape(-1, *self.network.nodes[k].shape)) for k, s in slopes.items()}
         adjoints = vjp(self.network, self.cotangents, shaped)
         return {k: adjoints[k].value[:, 0].flatten(1) for k in self.layers}, adjoints[0].value[:, 0].flatten(1)
 
     def at(self, choice: Choice, before: _State | None) -> _State:
-        """Evaluated warm from the state before, or cold."""
+        """The state at a choice; `before`, an earlier state, is where the trust region's estimates begin."""
         s, w, radius = choice.slopes, choice.weights, self.radius
         v, g, touch, quadratic = self._parts(choice)
         solution = estimated_minimiser(quadratic, g, radius, None if before is None else before.solution)
@@ -238,28 +243,28 @@ class Problem:
         return _State(Optimised(Choice(s, w, mu, tau), estimate), v, touch, solution)
 
     def shifted(self, state: _State) -> Choice:
-        """The expansion about another point: each neuron's where the minimiser takes it.
+        """The expansion about another point: for each neuron the offset p that the minimiser causes.
 
-        At p the tangent has slope phi'(z+p), and the remainder's bend b is the largest there is from p on; about z this
-        is the slope phi'(z+p) + sign(v) b p with the same bend.
+        At p the tangent has slope phi'(z+p), and the remainder a quadratic coefficient b, the largest from p on; about
+        z this is the slope phi'(z+p) + sign(v) b p with the same coefficient.
         """
         moved = self._moved(state)
-        slopes, bends = {}, {}
+        slopes, coefficients = {}, {}
         for k in self.layers:
             sign = either(state.adjoints[k] < 0, -1.0, 1.0)
-            slopes[k], bends[k] = self.grids[k].expansion_at(moved[pre_activation(self.network, k)], sign)
-        v, _ = self._pulled(slopes)
+            slopes[k], coefficients[k] = self.grids[k].expansion_at(moved[pre_activation(self.network, k)], sign)
+        v, _ = self._adjoints_and_gradient(slopes)
         none = torch.zeros_like(self.margin)
-        return Choice(slopes, {k: v[k].abs() * bends[k] for k in self.layers}, none, none)
+        return Choice(slopes, {k: v[k].abs() * coefficients[k] for k in self.layers}, none, none)
 
     def _moved(self, state: _State) -> dict[int, Tensor]:
-        """Where the trust region's minimiser takes every head, with the sources at the touching points."""
+        """Offsets of the pre-activations at the trust region's minimiser, with the sources at the touching points."""
         choice, touch = state.optimised.choice, state.touch
         sources = {k: touch[k].increment - choice.slopes[k] * touch[k].offset for k in self.layers}
         return offsets(self.network, -state.solution.y, choice.slopes, sources)
 
     def gradient(self, state: _State) -> dict[tuple[str, int], Tensor]:
-        """By slopes and by weights, at the state's minimiser d = -y and its touching points."""
+        """By slopes and weights, at the state's minimiser d = -y and its touching points."""
         choice, touch = state.optimised.choice, state.touch
         d = -state.solution.y
         straight, ridge = self.straight(d), self._by_pre_activation(state.solution.ridge)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, span
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.remainder.expansion import MIXED, BallExpansion
 from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
@@ -86,7 +86,7 @@ def node_remainders(
     """The remainders of every nonlinear node that the margins depend on; arguments as in `tangent_losses`."""
     parts = []
     for layer in (k for k in nonlinear_nodes(point.network) if k in adjoints):
-        on = span(point, layer, ranges)
+        on = activation_on_range(point, layer, ranges)
         bottom, top = (end.unsqueeze(1) for end in (on.quadratic_coefficients() if sharp else on.curvatures()))
         low, high = (end.unsqueeze(1) for end in _tangent_remainders(on, point.slopes[layer], sharp))
         v, error = adjoints[layer].value.flatten(2), adjoints[layer].error
