@@ -57,7 +57,9 @@ def test_a_module_is_left_as_it_is() -> None:
     assert model.info.classes == 3
 
 
-@pytest.mark.parametrize("x", [torch.tensor([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])], ids=type)
+@pytest.mark.parametrize(
+    "x", [torch.tensor([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])], ids=["tensor", "array"]
+)
 def test_a_radius_that_is_known(x: Any) -> None:
     """Logits (3 x0, 4 x1): the boundary is 3 x0 = 4 x1, at distance |3 x0 - 4 x1| / 5."""
     module = nn.Linear(2, 2, bias=False)
@@ -136,8 +138,11 @@ def test_what_cannot_be_certified_says_why() -> None:
         (np.array([["a", "b"]]), None, "has type"),
         ([object()], None, "has shape|has type|is expected"),
     ],
-    ids=str,
-)
+    ids=[
+        "too few labels", "fractions as labels", "a label too many", "NaN", "no sample", "no batch", "three parts",
+        "labels of some", "several shapes", "texts", "an object",
+    ],
+)  # fmt: skip
 def test_what_is_no_data_says_why(data: Any, labels: Any, says: str) -> None:
     with pytest.raises(DataError, match=says):
         certify(load_model(classifier(), input_shape=(3, 2, 2)), data, labels)
