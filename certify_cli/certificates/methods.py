@@ -1,8 +1,9 @@
 """Certification methods: a table from name to function.
 
-To add a method, add an entry to METHODS, and its name and summary to `names.SUMMARIES`. `auto` runs every applicable
-method in table order and keeps, per sample, the largest certified radius and the nearest attack. The order is by cost:
-cheap methods first, so that expensive ones can skip samples that they cannot improve.
+To add a method, add an entry to METHODS, and its name and summary to `names.SUMMARIES` (docs/architecture.md has every
+place). `auto` runs every applicable method in table order and keeps, per sample, the largest certified radius and the
+nearest attack. The order is by cost: cheap methods first, so that expensive ones can skip samples that they cannot
+improve.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from certify_cli.numerics.choose import either
 from certify_cli.numerics.rounding import TINY
 
-GROWTH, GROWTHS = 1.5, (1.0, 5.0)
+GROWTH, GROWTH_RANGE = 1.5, (1.0, 5.0)
 """The power of the radius by which losses usually grow; and the range to which a power measured on two balls is
 clamped."""
 STRIDE = 2.0
@@ -130,7 +130,7 @@ class Bracket:
         self.upper.move(items, lowered, radius, log_loss, weight)
         self.value[items] = torch.where(raised, value, self.value[items])
         growth = (loss / self.last.loss[items]).log() / (radius / self.last.radius[items]).log()
-        growth = growth.nan_to_num(nan=GROWTH, posinf=GROWTH, neginf=GROWTH).clamp(*GROWTHS)
+        growth = growth.nan_to_num(nan=GROWTH, posinf=GROWTH, neginf=GROWTH).clamp(*GROWTH_RANGE)
         self.last.radius[items], self.last.loss[items], self.last.side[items] = radius, loss, side
         self.radius[items] = self._next(items, power_step(radius, value, growth, self.stride, self.shrink))
         return raised

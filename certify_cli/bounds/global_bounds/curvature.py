@@ -153,7 +153,7 @@ RULES: dict[str, Callable[[Term], Tensor | None]] = {
 """Upper bounds (count,) of one and the same term; None where the rule does not apply. The smallest counts."""
 
 COMPOSITION = ("longest row", "scaled rows", "two layers")
-"""The rules that use |v_l| and |phi''| alone: the published compositional bound."""
+"""The rules that use |v_l| and |phi''| alone: the published compositional bound and refinements of it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 `backward` takes for every neuron the lines that are nearest at the sample, whatever the row. Any slopes are as good a
 proof, and on fixed ranges the bound is concave in those of each layer: with d the point of the ball where the
-linearised row is least, and t the offset at which the line touches,  d/ds_l = v_l (D_l - t_l).
+linearised row is least, and t the offset at which the line touches,  d/ds_l = v_l (D_l - t_l). Nothing here is a bound
+but the loss that `optimised_loss` returns, which `backward` proves for the slopes found.
 """
 
 from __future__ import annotations
