@@ -47,7 +47,7 @@ PROPOSING: Mapping[Place, frozenset[str]] = {
     ("numerics/eigen.py", "shifted_cholesky"): ANY,
     ("numerics/eigen.py", "_shifted_cholesky"): ANY,
     # answers of any quality: `trust_region_loss` measures in float64 what they leave
-    ("bounds/remainder/trust_region.py", "_Factor._on_side"): ANY,
+    ("bounds/remainder/trust_region.py", "Factor._on_side"): ANY,
     # hints for mu and tau, and directions to climb in
     ("bounds/remainder/trust_region_estimate.py", "estimated_minimiser"): ANY,
     ("bounds/remainder/trust_region_estimate.py", "largest_eigenvalue_estimate"): ANY,

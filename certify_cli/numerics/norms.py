@@ -15,7 +15,7 @@ from certify_cli.numerics.rounding import UNIT, gamma, power_of_two, times, up, 
 CHUNK_ENTRIES = 2**22
 """Symbol matrices are built in chunks of at most this many complex entries (64 MiB)."""
 WAVE_ERROR = 64 * UNIT
-"""Upper bound of |computed - exact| of a wave exp(2 pi i r). `_waves` computes it with an error below 23 u:
+"""Upper bound of |computed - exact| of a wave exp(2 pi i r). `waves_at` computes it with an error below 23 u:
 
 - r is a fraction of integers below 2^53, in [0, 1), and its quotient is rounded once: u;
 - 2 pi is stored with a relative error below 0.4 u, and the product with it is rounded: the angle is below 2 pi and its
@@ -80,13 +80,13 @@ def conv_symbol_norm(
     The error of the symbol's norm is at most the Frobenius norm of these errors. Dividing by a power of two is exact.
     """
     axes = [
-        _Axis(n, k, s, p, d) for n, k, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True)
+        Axis(n, k, s, p, d) for n, k, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True)
     ]
     scale = power_of_two(weight)
     weight = weight / scale
     out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
     taps = weight.reshape(groups, out_channels, in_channels, -1)
-    tap_phase = [tuple(a.phase[t] for a, t in zip(axes, index, strict=True)) for index in _indices(weight.shape[2:])]
+    tap_phase = [tuple(a.phase[t] for a, t in zip(axes, index, strict=True)) for index in tap_indices(weight.shape[2:])]
     phases = sorted(set(tap_phase))
     members = [[t for t, phase in enumerate(tap_phase) if phase == wanted] for wanted in phases]
 
@@ -100,7 +100,7 @@ def conv_symbol_norm(
     chunk = max(1, CHUNK_ENTRIES // entries)
     best = 0.0
     for start in range(0, frequencies.shape[0], chunk):
-        wave = _waves(axes, frequencies[start : start + chunk], weight.shape[2:]).to(weight.device)
+        wave = waves_at(axes, frequencies[start : start + chunk], weight.shape[2:]).to(weight.device)
         parts = [torch.einsum("ft,goit->fgoi", wave[:, m], taps[..., m].to(wave.dtype)) for m in members]
         symbol = torch.cat(parts, dim=-1).flatten(0, 1)
         best = max(best, _largest_singular_value(symbol))
@@ -117,7 +117,7 @@ def _largest_singular_value(matrices: Tensor) -> float:
     return float(size.max())
 
 
-class _Axis:
+class Axis:
     """One spatial axis of a convolution: offset and phase of each tap, and a torus on which nothing wraps around."""
 
     def __init__(self, n: int, k: int, s: int, p: int, d: int) -> None:
@@ -130,17 +130,18 @@ class _Axis:
         self.torus = max(outputs + max(self.offset), inputs - min(self.offset), 1)
 
 
-def _indices(kernel: Sequence[int]) -> list[tuple[int, ...]]:
+def tap_indices(kernel: Sequence[int]) -> list[tuple[int, ...]]:
+    """Indices of the taps of a kernel, row-major."""
     return list(product(*(range(k) for k in kernel)))
 
 
-def _frequencies(axes: Sequence[_Axis]) -> Tensor:
+def _frequencies(axes: Sequence[Axis]) -> Tensor:
     """Integer frequencies (count, axes); half of them suffice on the last axis, since the weights are real."""
     ranges = [torch.arange(a.torus) for a in axes[:-1]] + [torch.arange(axes[-1].torus // 2 + 1)]
     return torch.cartesian_prod(*ranges).reshape(-1, len(axes))
 
 
-def _waves(axes: Sequence[_Axis], frequencies: Tensor, kernel: Sequence[int]) -> Tensor:
+def waves_at(axes: Sequence[Axis], frequencies: Tensor, kernel: Sequence[int]) -> Tensor:
     """exp(2 pi i sum over axes of frequency * offset / torus), (count, taps), within WAVE_ERROR.
 
     Angles are counted in integers, in units of 1 / (the least common multiple of the toruses) of a full turn; these are
@@ -148,7 +149,7 @@ def _waves(axes: Sequence[_Axis], frequencies: Tensor, kernel: Sequence[int]) ->
     before the division, since torch divides integers in float32.
     """
     whole = math.lcm(*(axis.torus for axis in axes))
-    offsets = [[a.offset[t] for a, t in zip(axes, index, strict=True)] for index in _indices(kernel)]
+    offsets = [[a.offset[t] for a, t in zip(axes, index, strict=True)] for index in tap_indices(kernel)]
     parts = torch.zeros(frequencies.shape[0], len(offsets), dtype=torch.int64)
     for number, axis in enumerate(axes):
         steps = torch.tensor([o[number] for o in offsets], dtype=torch.int64)

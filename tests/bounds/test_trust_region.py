@@ -124,14 +124,14 @@ def test_any_answer_of_the_solver_will_do(shape: str, monkeypatch: pytest.Monkey
     quadratic, gradient, radius = problem(shape, 6, rest=0.0)
     found = worst(quadratic, gradient, radius)
     exact, mu = optimum(quadratic, gradient, radius)
-    solve, g = trust_region._solve, torch.Generator().manual_seed(0)
+    solve, g = trust_region.conjugate_gradients, torch.Generator().manual_seed(0)
     for factor, noise in ((0.5, 0.0), (2.0, 0.0), (-1.0, 0.0), (0.0, 0.0), (0.9, 0.1), (1.0, 1e-3), (1.0, 3.0)):
 
         def wrong(*parts: object, factor: float = factor, noise: float = noise) -> Tensor:
             y = solve(*parts)  # type: ignore[arg-type]
             return factor * y + noise * y.norm(dim=1, keepdim=True) * torch.randn(y.shape, generator=g, dtype=D)
 
-        monkeypatch.setattr(trust_region, "_solve", wrong)
+        monkeypatch.setattr(trust_region, "conjugate_gradients", wrong)
         for further in (1.01, 1.5):
             value = bound(quadratic, gradient, radius, mu * further, 0.0)
             # not only above what is met, but above what this mu gives at best

@@ -203,13 +203,13 @@ def test_where_the_norm_is_attained_the_bound_is_sharp() -> None:
 def test_the_oracle_finds_an_angle_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch makes of integers over an integer, as it once was."""
 
-    waves = norms._waves
+    waves = norms.waves_at
 
-    def rounded(axes: list[norms._Axis], frequencies: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    def rounded(axes: list[norms.Axis], frequencies: Tensor, kernel: tuple[int, ...]) -> Tensor:
         turns = (waves(axes, frequencies, kernel).angle() / (2 * torch.pi)).float().double()
         return torch.polar(torch.ones_like(turns), 2 * torch.pi * turns)
 
-    monkeypatch.setattr(norms, "_waves", rounded)
+    monkeypatch.setattr(norms, "waves_at", rounded)
     with pytest.raises(AssertionError, match="attained"):
         Figures.of((case, case.bound, case.matrix) for case in convolutions(FEW))
 
@@ -228,12 +228,12 @@ def test_waves_are_as_near_as_they_are_said_to_be(toruses: tuple[int, ...]) -> N
     random = np.random.default_rng(len(toruses))
     axes = []
     for torus in toruses:
-        axis = norms._Axis(1, 3, 1, 0, 1)
+        axis = norms.Axis(1, 3, 1, 0, 1)
         axis.torus, axis.offset = torus, [int(v) for v in random.integers(-torus, torus, 3)]
         axes.append(axis)
     frequencies = torch.from_numpy(np.stack([random.integers(0, torus, 60) for torus in toruses], axis=1))
-    waves = norms._waves(axes, frequencies, (3,) * len(toruses))
-    indices = norms._indices((3,) * len(toruses))
+    waves = norms.waves_at(axes, frequencies, (3,) * len(toruses))
+    indices = norms.tap_indices((3,) * len(toruses))
     with mpmath.workdps(40):
         for row, wave in zip(frequencies.tolist(), waves.tolist(), strict=True):
             for index, computed in zip(indices, wave, strict=True):

@@ -114,7 +114,7 @@ def trust_region_loss(
     largest = times(up(proved + slack, 2), up(1 + tau, 2))
     mu = torch.fmax(mu, largest * (1 + NEAREST) + UNDERFLOW)
     lam = down(mu - largest, 1)  # both are float64 numbers: one rounding
-    y = _solve(_Factor(quadratic, t, lower), gradient, mu, tau)
+    y = conjugate_gradients(Factor(quadratic, t, lower), gradient, mu, tau)
     size = vector_norm_up(y)
     residual = gradient - (mu.unsqueeze(1) * y - (1 + tau).unsqueeze(1) * quadratic.product(y))
     rounding = gamma(n + quadratic.rows.count + 8) * (
@@ -132,7 +132,7 @@ def trust_region_loss(
 
 
 @dataclass(frozen=True, eq=False)
-class _Factor:
+class Factor:
     """A preconditioner from the Cholesky factor L, L L^T approximating I - S / t for the quadratic's matrix S.
 
     t: (batch,).   lower: L (batch, n, n), single precision. Its results are estimates, and no bound depends on them.
@@ -156,7 +156,7 @@ class _Factor:
         return torch.cholesky_solve(single, self.lower).squeeze(2).to(r.dtype) * size
 
 
-def _solve(factor: _Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
+def conjugate_gradients(factor: Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
     """An approximation y of H^-1 g by preconditioned conjugate gradients on H / mu; any y gives a bound."""
     ratio = ((1 + tau) / mu).unsqueeze(1)
     unit = powers_of_two(gradient).unsqueeze(1)  # so that no square of a gradient underflows
