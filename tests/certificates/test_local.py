@@ -78,15 +78,21 @@ def test_the_method_is_never_below_curvature(name: str, effort: str) -> None:
     assert bool((certify(network, x, "local", effort).radius >= certify(network, x, "curvature", effort).radius).all())
 
 
-@pytest.mark.parametrize("name", [pytest.param("four layers, sigmoid", marks=pytest.mark.slow), "shared heads"])
-def test_how_samples_are_cut_into_batches_does_not_matter(name: str) -> None:
-    """Kernels sum a batch in another order than a sample: small networks, in double precision, feel that alone."""
+@pytest.mark.parametrize(
+    ("name", "apart"),
+    [pytest.param("four layers, sigmoid", 1e-6, marks=pytest.mark.slow), ("shared heads", 1e-9)],
+)
+def test_how_samples_are_cut_into_batches_does_not_matter(name: str, apart: float) -> None:
+    """Kernels sum a batch in another order than a sample: small networks, in double precision, feel that alone.
+
+    On four layers the ascent carries it to some 1e-7 of the radius; each radius is proved.
+    """
     network = CURVED[name]
     x = points(network, 4, 2)
     for effort in ("fast", "normal"):
         _, whole, rival = radii(network, x, effort)
         parts = [radii(network, part, effort)[1:] for part in (x[:1], x[1:])]
-        assert torch.allclose(whole, torch.cat([p[0] for p in parts]), rtol=1e-9)
+        assert torch.allclose(whole, torch.cat([p[0] for p in parts]), rtol=apart, atol=0)
         assert torch.equal(rival, torch.cat([p[1] for p in parts]))
 
 
