@@ -8,32 +8,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from certify_cli.data.source import CHANNELS, Samples, Source, refuse_many, unit_range
+from certify_cli.data.source import Samples, Source, refuse_many, unit_range
 from certify_cli.errors import DataError, UsageError, quoted, shown
 
 if TYPE_CHECKING:
     from certify_cli.data.datasets import Dataset
 
 
-def of_arrays(where: str, name: str, x: NDArray[Any], y: NDArray[Any] | None, layout: str = "nchw") -> Source:
-    """The data set of x (N, ...) and labels y (N,), or None.
-
-    Integers in x are divided by 255; images are NCHW, or NHWC by `layout`, or grey (N, H, W). where: begins an error's
-    sentence.   name: of the data set. Raises DataError for other shapes and types, UsageError for `layout`.
-    """
+def check_samples(where: str, x: NDArray[Any]) -> None:
+    """DataError, beginning with `where`, unless x holds numbers, one row per sample."""
     if x.ndim < 2 or min(x.shape) < 1:
         raise DataError(f"{where}: x has shape {x.shape}; (N, ...) with at least one sample is expected")
     if x.dtype.kind not in "biuf" or x.dtype.itemsize > 8:
         raise DataError(f"{where}: x has type {shown(str(x.dtype))}; integers or floats of up to 64 bits are expected")
-    notes = []
-    if layout == "nhwc" and x.ndim == 4:
-        x = x.transpose(0, 3, 1, 2)
-    elif x.ndim == 3:  # grey images: no channels, first or last
-        x = x[:, None]
-    elif layout == "nhwc":
-        raise UsageError(f"--data-layout nhwc: {where} holds x of shape {x.shape}, which is not (N, H, W, C)")
-    elif x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
-        notes.append(f"{name}: x of shape {x.shape} looks like NHWC; if it is, say --data-layout nhwc")
+
+
+def of_arrays(where: str, name: str, x: NDArray[Any], y: NDArray[Any] | None, notes: tuple[str, ...] = ()) -> Source:
+    """The data set of checked samples x (N, ...) and labels y (N,), or None.
+
+    Integers in x are divided by 255; samples of three axes are images, channels first. where: begins an error's
+    sentence.   name: of the data set. Raises DataError for labels that are none.
+    """
 
     def take(indices: Sequence[int]) -> Samples:
         chosen = x[list(indices)]
@@ -41,7 +36,7 @@ def of_arrays(where: str, name: str, x: NDArray[Any], y: NDArray[Any] | None, la
         exact = x.dtype.kind != "f" or x.dtype.itemsize <= 4 or np.array_equal(floats, chosen, equal_nan=True)
         return Samples(floats, () if exact else (f"{name}: float64 values of x are rounded to float32",))
 
-    return Source(name, len(x), take, _labels(where, y, len(x)), image=x.ndim == 4, notes=tuple(notes))
+    return Source(name, len(x), take, _labels(where, y, len(x)), image=x.ndim == 4, notes=notes)
 
 
 def _labels(where: str, y: NDArray[Any] | None, count: int) -> NDArray[np.int64] | None:
@@ -60,14 +55,16 @@ def dataset(x: Any, y: Any = None, name: str = "arrays") -> Dataset:
     """A data set of samples in memory.
 
     x: a tensor or array (N, ...), or batches of them such as a DataLoader gives: x, or pairs (x, y).
-    y: labels (N,), for samples that are not paired with theirs. As in an .npz file integers in x are divided by 255,
-    and samples are float32. Raises DataError for anything else.
+    y: labels (N,), for samples that are not paired with theirs. Samples keep their shape; they are float32, and
+    integers in x are divided by 255. Raises DataError for anything else.
     """
     from certify_cli.data.datasets import select_samples
 
     if not hasattr(x, "__array__") and isinstance(x, Iterable):
         x, y = _joined(x, y, name)
-    source = of_arrays(name, name, _array(x, f"{name}: x"), None if y is None else _array(y, f"{name}: y"))
+    samples = _array(x, f"{name}: x")
+    check_samples(name, samples)
+    source = of_arrays(name, name, samples, None if y is None else _array(y, f"{name}: y"))
     return select_samples(source, 0, None, None)
 
 

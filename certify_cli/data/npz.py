@@ -14,9 +14,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from certify_cli.data.arrays import of_arrays
-from certify_cli.data.source import MAX_BYTES, Source
-from certify_cli.errors import DataError, first_line, listed, shown
+from certify_cli.data.arrays import check_samples, of_arrays
+from certify_cli.data.source import CHANNELS, MAX_BYTES, Source
+from certify_cli.errors import DataError, UsageError, first_line, listed, shown
 
 DEFLATE_RATIO = 1040
 """Largest possible ratio of sizes: deflate compresses by at most 1032."""
@@ -36,7 +36,17 @@ _UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, Ru
 def open_npz(path: Path, layout: str) -> Source:
     """The data set in an .npz file. Raises DataError for a file that breaks the convention."""
     arrays = read_arrays(path, (("x",), ("x", "y")), "rename them to x (samples) and y (labels)")
-    return of_arrays(str(path), path.name, arrays["x"], arrays.get("y"), layout)
+    x, notes = arrays["x"], []
+    check_samples(str(path), x)
+    if layout == "nhwc" and x.ndim == 4:
+        x = x.transpose(0, 3, 1, 2)
+    elif x.ndim == 3:  # grey images: no channels, first or last
+        x = x[:, None]
+    elif layout == "nhwc":
+        raise UsageError(f"--data-layout nhwc: {path} holds x of shape {x.shape}, which is not (N, H, W, C)")
+    elif x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
+        notes.append(f"{path.name}: x of shape {x.shape} looks like NHWC; if it is, say --data-layout nhwc")
+    return of_arrays(str(path), path.name, x, arrays.get("y"), tuple(notes))
 
 
 def read_arrays(path: Path, keys: Sequence[Sequence[str]], advice: str) -> dict[str, NDArray[Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from certify_cli.errors import ModelError, UsageError, first_line, shown
+from certify_cli.errors import ModelError, UsageError, first_line, quoted, shown
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.load.onnx.loader import load_onnx
 
@@ -21,8 +21,11 @@ def load_module(module: nn.Module, input_shape: Sequence[int] | None, output: st
     """The classifier that `module` computes in evaluation mode on samples of `input_shape`, without the batch.
 
     The module itself is left as it is. Raises UsageError without a shape, ModelError where the module cannot be
-    exported or certified.
+    exported or certified, UsageError for anything that is no module.
     """
+    if not isinstance(module, nn.Module):
+        kind = quoted(type(module).__name__)
+        raise UsageError(f"a model is the path of a file or a torch.nn.Module, not an object of type {kind}")
     name = f"{shown(type(module).__name__)} (a torch module)"
     if input_shape is None:
         raise UsageError(f"{name}: the shape of a sample is not known; give input_shape, such as (1, 28, 28)")

@@ -170,12 +170,7 @@ class Job:
         start = time.perf_counter()
         witness, norm = nearest_attacks(point, certificates.near, certificates.radius, self._effort)
         nearer = norm < certificates.attack.nan_to_num(nan=torch.inf, posinf=torch.inf)
-        shape = (-1, *[1] * (witness.dim() - 1))
-        nearest = replace(
-            certificates,
-            attack=torch.where(nearer, norm, certificates.attack),
-            witness=torch.where(nearer.reshape(shape), witness, certificates.witness),
-        )
+        nearest = certificates.where(nearer, replace(certificates, attack=norm, witness=witness))
         self._search_seconds = (self._search_seconds or 0.0) + time.perf_counter() - start
         return nearest, certificates.attack.isfinite() & ~nearer
 

@@ -87,6 +87,17 @@ def test_ways_to_give_samples(kind: str, reference: Result) -> None:
     assert result.run.data.samples == 5
 
 
+def test_samples_reach_a_module_in_their_own_shape() -> None:
+    """(N, channels, length): no axis is put in, as there is for the grey images of an .npz file."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
+    x = torch.rand(4, 2, 6)
+    result = certify(module, x, method="curvature")
+    assert [s.prediction for s in result.samples] == module(x).argmax(1).tolist()
+    assert all(radius is not None and radius > 0 for radius in radii(result))
+    assert radii(result) == radii(certify(load_model(module, input_shape=(2, 6)), x, method="curvature"))
+
+
 def test_samples_without_labels() -> None:
     for data in (samples(), DataLoader(samples(), batch_size=2)):
         result = certify(classifier(), data, method="lipschitz")
@@ -114,6 +125,8 @@ def test_one_logit_is_read_as_two() -> None:
 def test_what_cannot_be_certified_says_why() -> None:
     with pytest.raises(UsageError, match=r"^Sequential \(a torch module\): the shape of a sample is not known"):
         load_model(classifier())
+    with pytest.raises(UsageError, match="not an object of type 'int'"):
+        load_model(7, input_shape=(3,))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="activation and layout are for files"):
         load_model(classifier(), input_shape=(3, 2, 2), layout="nhwc")
     with pytest.raises(ModelError, match=r"cannot be exported to ONNX on samples of shape \(5,\)"):
