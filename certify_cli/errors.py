@@ -16,6 +16,10 @@ class CurvcertError(Exception):
     exit_code = 4
 
 
+class CurvcertWarning(UserWarning):
+    """A figure of a run that looks wrong, such as an accuracy at chance level."""
+
+
 class UsageError(CurvcertError):
     """An option, argument or configuration value that cannot be used (exit 2)."""
 

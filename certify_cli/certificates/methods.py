@@ -163,11 +163,7 @@ def by_local(
         model_bounds, samples, model_bounds.effort.local is not None and fits(model_bounds)
     )
     witness, norm = _along_gradient(samples, target, nearest)
-    return replace(
-        certificates,
-        attack=certificates.attack.index_copy(0, todo, norm),
-        witness=certificates.witness.index_copy(0, todo, witness),
-    )
+    return certificates.put(todo, replace(certificates.at(todo), attack=norm, witness=witness))
 
 
 def by_ball_search(*names: str) -> Certify:
@@ -204,16 +200,18 @@ def _enlarged(
     better = radius > base.radius
     none = torch.full_like(radius, torch.nan)
     gradient = _at(point.gradient_norm, rival) if point.smooth else none
-    return replace(
+    enlarged = replace(
         base,
-        radius=torch.where(better, radius, base.radius),
-        rival=torch.where(better, rival, base.rival),
-        gradient=torch.where(better, gradient, base.gradient),
-        curvature_lower=torch.where(better, none, base.curvature_lower),
-        curvature_upper=torch.where(better, none, base.curvature_upper),
-        lipschitz=torch.where(better, none, base.lipschitz),
-        method=own if alone else torch.where(better, own, base.method),
+        radius=radius,
+        rival=rival,
+        gradient=gradient,
+        curvature_lower=none,
+        curvature_upper=none,
+        lipschitz=none,
+        method=own,
     )
+    found = base.where(better, enlarged)
+    return replace(found, method=own) if alone else found
 
 
 def _along_gradient(point: EvaluatedPoints, target: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from certify_cli.data.arrays import dataset
 from certify_cli.data.datasets import Dataset
-from certify_cli.errors import UsageError, quoted
+from certify_cli.errors import CurvcertWarning, UsageError, quoted
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.load.model import load_model
 from certify_cli.records import Result, collect
@@ -18,10 +18,6 @@ from certify_cli.run.settings import Settings
 
 if TYPE_CHECKING:
     from torch.nn import Module
-
-
-class CurvcertWarning(UserWarning):
-    """A figure of a run that looks wrong, such as an accuracy at chance level."""
 
 
 Radii = str | float | Sequence[str | float]

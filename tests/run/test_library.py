@@ -14,9 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from certify_cli import certify, load_data, load_model
-from certify_cli.errors import DataError, ModelError, UsageError
+from certify_cli.errors import CurvcertWarning, DataError, ModelError, UsageError
 from certify_cli.records import Result
-from certify_cli.run.library import CurvcertWarning
 
 
 def classifier(classes: int = 3) -> nn.Module:

@@ -10,7 +10,7 @@ by layer. `margin_bound` builds on these bounds, with other slopes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_ran
 from certify_cli.bounds.remainder.weighted_squares import RemainderSum, joint
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.graph import Network
 from certify_cli.network.propagate import Slope, Vectors, consumers, nonlinear_nodes, pre_activation
 from certify_cli.numerics.batched import vector_times_matrix
 from certify_cli.numerics.rounding import UNDERFLOW, positive_up, up, vector_norm_up
@@ -117,57 +118,81 @@ def expand_on_ball(
     """
     network, radius = point.network, start.radius
     low, high, residual = dict(start.low), dict(start.high), {}
-    outer: dict[int, Vectors] = {}
-    inner: dict[tuple[int, int], Vectors] = {}
-    slopes: dict[int, Slope] = {}
-    chorded: dict[int, Tensor] = {}
-    squared: dict[int, Tensor] = {}
-    sparsity: dict[tuple[int, int], RowSparsity] = {}
-    crossed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    parts = _Parts() if given is None else _Parts.of(given)
     remainders: dict[int, RemainderRange] = {}
     last = nonlinear_nodes(network)[-1]
     for target in sorted({pre_activation(network, k) for k in nonlinear_nodes(network)}):
-        if given is None:
-            rows = pulled_rows(network, target, slopes)
-            outer[target] = rows.pop(0)
-        else:
-            outer[target] = given.jacobians.outer[target]
-            rows = {k: b for (t, k), b in given.jacobians.inner.items() if t == target}
-        inner.update({(target, k): b for k, b in rows.items()})
-        sums = []
-        for source, block in rows.items():
-            pair = target, source
-            sparsity[pair] = RowSparsity.of(block.value) if given is None else given.sparsity[pair]
-            if given is None:
-                crossed[pair] = sparsity[pair].products(outer[target], outer[pre_activation(network, source)])
-            else:
-                crossed[pair] = given.crossed[pair]
-            sums.append(remainder_sums(block, remainders[source], sparsity[pair], crossed[pair]))
-        size = up(outer[target].size + outer[target].error, 2)
+        if target not in parts.outer:
+            parts.pull(network, target)
+        linear = parts.outer[target]
+        sums = [
+            remainder_sums(block, remainders[source], parts.sparsity[target, source], parts.crossed[target, source])
+            for (to, source), block in parts.inner.items()
+            if to == target
+        ]
+        size = up(linear.size + linear.error, 2)
         upper, lower = (joint(size, radius, side) for side in ([s[0] for s in sums], [s[1] for s in sums]))
         separate = [torch.maximum(*(side.separate(radius) for side in sides)) for sides in sums]
-        error_term = radius.unsqueeze(1) * outer[target].error
+        error_term = radius.unsqueeze(1) * linear.error
         residual[target] = up(torch.stack([*separate, error_term]).sum(0), len(separate) + 4) + UNDERFLOW
         norm = start.norm[target].unsqueeze(1)
         low[target] = torch.fmax(torch.fmax(low[target], -lower), -norm)
         high[target] = torch.fmin(torch.fmin(high[target], upper), norm)
         ranges = Ranges(radius, low, high, start.norm)
         for layer in (k for k in consumers(network, target) if k < last):
-            if target not in squared:
-                same = given if given is not None or slopes else like
-                own = outer[target]
-                squared[target] = own.squared_products(own) if same is None else same.squared[target]
+            if target not in parts.squared:
+                if like is not None and not parts.slopes:  # A_l depends on no slope yet
+                    parts.squared[target] = like.squared[target]
+                else:
+                    parts.squared[target] = linear.squared_products(linear)
             on = activation_on_range(point, layer, ranges)
-            if given is None:
-                slopes[layer], chorded[layer] = chosen_slopes(point, layer, on)
-            else:
-                slopes[layer], chorded[layer] = given.slopes[layer], given.chorded[layer]
+            if layer not in parts.slopes:
+                parts.slopes[layer], parts.chorded[layer] = chosen_slopes(point, layer, on)
+            slope, chorded = parts.slopes[layer], parts.chorded[layer]
             remainders[layer] = range_of_remainder(
-                point, layer, on, slopes[layer], chorded[layer], residual[target], squared[target]
+                point, layer, on, slope, chorded, residual[target], parts.squared[target]
             )
-    if given is None:
-        given = Linearisation(slopes, chorded, Jacobians.of(outer, inner), squared, sparsity, crossed)
-    return BallExpansion(given, Ranges(radius, low, high, start.norm), residual)
+    return BallExpansion(given or parts.linearisation(), Ranges(radius, low, high, start.norm), residual)
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """A linearisation as it grows, node by node; its fields."""
+
+    slopes: dict[int, Slope] = field(default_factory=dict)
+    chorded: dict[int, Tensor] = field(default_factory=dict)
+    outer: dict[int, Vectors] = field(default_factory=dict)
+    inner: dict[tuple[int, int], Vectors] = field(default_factory=dict)
+    squared: dict[int, Tensor] = field(default_factory=dict)
+    sparsity: dict[tuple[int, int], RowSparsity] = field(default_factory=dict)
+    crossed: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Linearisation) -> _Parts:
+        """All parts of a finished one."""
+        return cls(
+            slopes=dict(given.slopes),
+            chorded=dict(given.chorded),
+            outer=dict(given.jacobians.outer),
+            inner=dict(given.jacobians.inner),
+            squared=dict(given.squared),
+            sparsity=dict(given.sparsity),
+            crossed=dict(given.crossed),
+        )
+
+    def pull(self, network: Network, target: int) -> None:
+        """Add the Jacobians of one pre-activation node, and the products of their rows."""
+        rows = pulled_rows(network, target, self.slopes)
+        self.outer[target] = rows.pop(0)
+        for source, block in rows.items():
+            pair, before = (target, source), self.outer[pre_activation(network, source)]
+            self.inner[pair] = block
+            self.sparsity[pair] = RowSparsity.of(block.value)
+            self.crossed[pair] = self.sparsity[pair].products(self.outer[target], before)
+
+    def linearisation(self) -> Linearisation:
+        jacobians = Jacobians.of(self.outer, self.inner)
+        return Linearisation(self.slopes, self.chorded, jacobians, self.squared, self.sparsity, self.crossed)
 
 
 def chosen_slopes(point: EvaluatedPoints, layer: int, on: ActivationOnInterval) -> tuple[Slope, Tensor]:
