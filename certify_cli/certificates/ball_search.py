@@ -23,7 +23,7 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, change_norms, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, relax_all, relaxation_loss
 from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, intermediate_bounds, optimised_cost
@@ -34,6 +34,7 @@ from certify_cli.efforts import BallSearchLimits
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.grid_estimates import is_piecewise_linear
 from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.linear_forms import WholeForms
 from certify_cli.network.propagate import nonlinear_nodes, pre_activations
 from certify_cli.numerics.rounding import difference_down
 from certify_cli.numerics.trees import Batched
@@ -71,10 +72,12 @@ def linear_bound(
     ranges, relaxations = intermediate_bounds(
         point, ranges, model_bounds.memory, model_bounds.effort.ball_search.range_operations, range_steps
     )
-    loss = relaxation_loss(point.network, relaxations, cotangents)
+    changes: dict[int, Tensor] = {}
+    change_norms(point.network, ranges, len(point.network.nodes), changes)
+    loss = relaxation_loss(point.network, relaxations, changes, WholeForms(cotangents))
     steps = model_bounds.effort.ball_search.slope_steps
     if steps and has_slopes(point):
-        loss = _with_optimised_slopes(point, ranges, relaxations, cotangents, loss, steps)
+        loss = _with_optimised_slopes(point, ranges, relaxations, changes, cotangents, loss, steps)
     return loss, ranges
 
 
@@ -82,6 +85,7 @@ def _with_optimised_slopes(
     point: EvaluatedPoints,
     ranges: Ranges,
     relaxations: Mapping[int, Relaxation],
+    changes: Mapping[int, Tensor],
     cotangents: Tensor,
     loss: AffineLoss,
     steps: int,
@@ -96,7 +100,7 @@ def _with_optimised_slopes(
     tables = slope_tables(point.at(narrow), ranges.at(narrow), {k: line.at(narrow) for k, line in linear.items()})
     optimised = optimised_loss(
         point.network,
-        ranges.radius[sample],
+        {k: norm[sample] for k, norm in changes.items()},
         {k: table.at(position) for k, table in tables.items()},
         {k: line.slopes[:, sample] for k, line in linear.items()},
         cotangents[sample, rival],
@@ -121,7 +125,9 @@ def linear_bound_on_ranges(
     model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
 ) -> tuple[AffineLoss, Ranges]:
     """Linear relaxation on the given ranges."""
-    return relaxation_loss(point.network, relax_all(point, ranges), cotangents), ranges
+    changes: dict[int, Tensor] = {}
+    change_norms(point.network, ranges, len(point.network.nodes), changes)
+    return relaxation_loss(point.network, relax_all(point, ranges), changes, WholeForms(cotangents)), ranges
 
 
 def lipschitz_bound(

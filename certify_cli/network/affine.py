@@ -276,6 +276,29 @@ class Reshape(AffineOp):
 
 
 @dataclass(frozen=True, eq=False)
+class Grid:
+    """Data movement of images, (channels, *space) to (channels, *space), the same at every pixel.
+
+    Output channel c is input channel channels[c], or zero where that is -1; output pixel p along an axis is input pixel
+    start + step p, or zero where that lies outside.
+    """
+
+    channels: Tensor
+    start: tuple[int, ...]
+    step: tuple[int, ...]
+
+    def index(self, given: Shape, taken: Shape) -> Tensor:
+        """What `Select.index` is for this movement from `given` to `taken`."""
+        place, outside = self.channels.reshape(-1, *[1] * len(self.start)), self.channels < 0
+        outside = outside.reshape(place.shape)
+        for axis, (start, step) in enumerate(zip(self.start, self.step, strict=True)):
+            pixel = start + step * torch.arange(taken[axis + 1], device=place.device)
+            pixel = pixel.reshape(-1, *[1] * (len(self.start) - 1 - axis))
+            place, outside = place * given[axis + 1] + pixel, outside | (pixel < 0) | (pixel >= given[axis + 1])
+        return place.masked_fill(outside, -1)
+
+
+@dataclass(frozen=True, eq=False)
 class Select(AffineOp):
     """Data movement: output entry j is input entry `index[j]` (row-major), or zero where index[j] = -1.
 
@@ -322,6 +345,36 @@ class Select(AffineOp):
         """The largest number of times one input entry is used."""
         index = self.index[self.index >= 0]
         return int(torch.bincount(index, minlength=1).max()) if index.numel() else 0
+
+    def grid(self, shape: Shape) -> Grid | None:
+        """The movement as one of images of `shape`; None where it is not the same at every pixel."""
+        grids: dict[Shape, Grid | None] = self.__dict__.setdefault("_grids", {})
+        if shape not in grids:
+            grids[shape] = self._grid(shape)
+        return grids[shape]
+
+    def _grid(self, shape: Shape) -> Grid | None:
+        if self.index.dim() != len(shape) or len(shape) < 2 or not bool((self.index >= 0).any()):
+            return None
+        there = (self.index >= 0).nonzero()
+        coordinates, rest = [], self.index[self.index >= 0]
+        for size in reversed(shape):
+            coordinates.append(rest % size)
+            rest = rest // size
+        coordinates.reverse()
+        channels = torch.full(self.index.shape[:1], -1, device=self.index.device)
+        channels[there[:, 0]] = coordinates[0]
+        starts, steps = [], []
+        for axis in range(1, len(shape)):
+            pixel, source = there[:, axis], coordinates[axis]
+            first, last = int(pixel.argmin()), int(pixel.argmax())
+            span = int(pixel[last] - pixel[first])
+            step = int(source[last] - source[first]) // span if span else 1
+            starts.append(int(source[first]) - step * int(pixel[first]))
+            steps.append(step)
+        found = Grid(channels, tuple(starts), tuple(steps))
+        right = min(steps) > 0 and torch.equal(found.index(shape, tuple(self.index.shape)), self.index)
+        return found if right else None
 
     @property
     def terms(self) -> int:

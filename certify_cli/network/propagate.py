@@ -173,7 +173,7 @@ def vjp(
     by node; node 0 is always there, zeros if nothing arrives.
     """
 
-    def affine(op: AffineOp, vectors: Vectors, shape: Shape) -> Vectors:
+    def affine(index: int, op: AffineOp, vectors: Vectors, shape: Shape) -> Vectors:
         batch, rows = vectors.error.shape
         image = op.transpose(vectors.value.flatten(0, 1), shape).reshape(batch, rows, *shape)
         return _through(op, vectors, shape, image)
@@ -183,14 +183,19 @@ def vjp(
         parts = op.split(vectors.value.flatten(0, 1), shapes)
         return [Vectors(p.reshape(batch, rows, *s), vectors.error) for p, s in zip(parts, shapes, strict=True)]
 
+    found: dict[int, Vectors] = {}
+
     def nonlinear(index: int, vectors: Vectors) -> Vectors | None:
+        found[index] = vectors
         return node_vjps[index].back(vectors) if index in node_vjps else None
 
     zero = torch.zeros(cotangents.shape[:2], dtype=cotangents.dtype, device=cotangents.device)
     start = len(network.nodes) - 1 if start is None else start
-    found = backward(network, start, Vectors(cotangents, zero), Backward(affine, split, nonlinear, Vectors.__add__))
-    none = Vectors(cotangents.new_zeros(*cotangents.shape[:2], *network.input_shape), zero)
-    return {0: none, **found}
+    rules = Backward(affine, split, nonlinear, lambda node, total, vectors: total + vectors)
+    at_input = backward(network, start, Vectors(cotangents, zero), rules)
+    if at_input is None:
+        at_input = Vectors(cotangents.new_zeros(*cotangents.shape[:2], *network.input_shape), zero)
+    return {0: at_input, **found}
 
 
 def offsets(
@@ -281,7 +286,7 @@ def interval_vjp(
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def affine(op: AffineOp, value: Interval, shape: Shape) -> Interval:
+    def affine(index: int, op: AffineOp, value: Interval, shape: Shape) -> Interval:
         return _interval_image(
             lambda y: op.transpose(y, shape), lambda y: op.absolute_transpose(y, shape), op.terms, value
         )
@@ -293,7 +298,7 @@ def interval_vjp(
         found[index] = _ends(*value)
         return _interval_product(*found[index], *ranges[index]) if index in ranges else None
 
-    rules = Backward(affine, split, nonlinear, lambda total, value: _interval_sum([value, total]))
+    rules = Backward(affine, split, nonlinear, lambda node, total, value: _interval_sum([value, total]))
     backward(network, len(network.nodes) - 1, (cotangents, torch.zeros_like(cotangents)), rules)
     return found
 

@@ -7,7 +7,7 @@ graph itself. A nonlinear node whose rule gives None is cut: nothing passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -36,15 +36,16 @@ class Forward(Generic[V]):
 class Backward(Generic[V]):
     """Rules backward.
 
-    affine: (operation, value at its output, shape of its input) -> value at its input.
+    affine: (index of the node, its operation, value at its output, shape of its input) -> value at its input.
     split: (concatenation, value, shapes of the parts) -> a value for each part.
-    nonlinear: (index of the node, value) -> value at its input, or None.   merge: (earlier sum, value) -> sum.
+    nonlinear: (index of the node, value) -> value at its input, or None.
+    merge: (index of a node, earlier sum of what arrives there, value) -> sum.
     """
 
-    affine: Callable[[AffineOp, V, Shape], V]
+    affine: Callable[[int, AffineOp, V, Shape], V]
     split: Callable[[Concat, V, list[Shape]], list[V]]
     nonlinear: Callable[[int, V], V | None]
-    merge: Callable[[V, V], V]
+    merge: Callable[[int, V, V], V]
 
 
 def forward(
@@ -80,9 +81,9 @@ def forward(
                 values.pop(i, None)
 
 
-def backward(network: Network, start: int, value: V, rules: Backward[V]) -> Mapping[int, V]:
-    """What arrives at the outputs of nonlinear nodes and, at 0, at the input, from `value` at node `start`."""
-    values, arrived = {start: value}, {}
+def backward(network: Network, start: int, value: V, rules: Backward[V]) -> V | None:
+    """What arrives at the input from `value` at node `start`; None where nothing does."""
+    values = {start: value}
     for index in range(start, 0, -1):
         if index not in values:
             continue
@@ -91,17 +92,14 @@ def backward(network: Network, start: int, value: V, rules: Backward[V]) -> Mapp
         shapes = [network.nodes[i].shape for i in node.inputs]
         images: list[V | None]
         if isinstance(node.op, AffineOp):
-            images = [rules.affine(node.op, here, shapes[0])]
+            images = [rules.affine(index, node.op, here, shapes[0])]
         elif isinstance(node.op, Add):
             images = [here for _ in node.inputs]
         elif isinstance(node.op, Concat):
             images = [*rules.split(node.op, here, shapes)]
         else:
-            arrived[index] = here
             images = [rules.nonlinear(index, here)]
         for i, image in zip(node.inputs, images, strict=True):
             if image is not None:
-                values[i] = rules.merge(values[i], image) if i in values else image
-    if 0 in values:
-        arrived[0] = values[0]
-    return arrived
+                values[i] = rules.merge(i, values[i], image) if i in values else image
+    return values.get(0)

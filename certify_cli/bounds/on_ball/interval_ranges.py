@@ -21,11 +21,12 @@ from torch import Tensor
 from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
+from certify_cli.network.affine import AffineOp
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network, Nonlinear
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.propagate import interval_jvp, nonlinear_nodes, pre_activation, pre_activations
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, times, up, vector_norm_up
 from certify_cli.numerics.trees import Batched
 
 
@@ -232,3 +233,26 @@ def activation_on_range(point: EvaluatedPoints, layer: int, ranges: Ranges) -> A
     assert isinstance(op, Activation)
     z, error = point.evaluation.values[target].flatten(1), point.evaluation.errors[target].flatten(1)
     return ActivationOnInterval(op, z, error, ranges.low[target], ranges.high[target])
+
+
+def change_norms(network: Network, ranges: Ranges, last: int, known: dict[int, Tensor]) -> None:
+    """Add to `known` upper bounds (batch,) of the norm of each node's change on the balls, of all nodes before `last`.
+
+    known: by node, for the first nodes of the network, from an earlier call. The ranges may have been narrowed since,
+    but not those of nodes that are known.
+    """
+    for index in range(len(known), last):
+        node = network.nodes[index]
+        parts = [known[i] for i in node.inputs]
+        if index == 0:
+            norm = ranges.radius
+        elif isinstance(node.op, AffineOp):
+            norm = times(parts[0], node.op.norm(network.nodes[node.inputs[0]].shape))
+        elif isinstance(node.op, Nonlinear):
+            norm = times(parts[0], node.op.lipschitz_constant(network.nodes[node.inputs[0]].shape))
+        else:  # a sum; of a concatenation at least the root of the sum of squares
+            norm = up(torch.stack(parts).sum(0), len(parts))
+        if index in ranges.low:
+            box = vector_norm_up(torch.maximum(-ranges.low[index], ranges.high[index]))
+            norm = torch.fmin(torch.fmin(norm, ranges.norm[index]), box)
+        known[index] = norm

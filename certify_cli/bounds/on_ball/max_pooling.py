@@ -19,26 +19,24 @@ import torch
 from torch import Tensor
 
 from certify_cli.network.graph import Shape
+from certify_cli.network.linear_forms import Forms, WholeForms
 from certify_cli.network.pooling import GroupMap, Groups
 from certify_cli.network.propagate import Vectors
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
 
 
-def offset_loss(vectors: Vectors, below: Tensor, above: Tensor, q_norm: Tensor) -> Tensor:
+def offset_loss(forms: Forms, below: Tensor, above: Tensor) -> Tensor:
     """Upper bounds (batch, rows) of -<v, q> for linear relaxations: v times the constant below, or -v times that above.
 
-    vectors: v, (batch or 1, rows, *shape).   below, above: (batch, size), the relaxations' constants, >= 0.
-    q_norm: (batch,), upper bounds of ||q||, which the error of v is multiplied with. NaN (0 times infinity) gives inf.
+    forms: v, at the node's output.   below, above: (batch, *shape), the relaxations' constants, >= 0.
+    NaN (0 times infinity) gives inf.
 
     The sum is |v| (below + above) / 2 + v (below - above) / 2, whose rounding is in proportion to the first part.
     """
-    v, size = vectors.value.flatten(2), vectors.magnitudes.flatten(2)
-    even = (size @ (0.5 * (below + above)).unsqueeze(2)).squeeze(2)
-    odd = (v @ (0.5 * (below - above)).unsqueeze(2)).squeeze(2)
-    total = (even + odd).clamp(min=0.0) + gamma(2 * v.shape[2] + 8) * even
-    return (up(total, 3) + up(vectors.error * q_norm.unsqueeze(1)) + UNDERFLOW).nan_to_num(
-        nan=torch.inf, posinf=torch.inf
-    )
+    even = forms.dot(forms.magnitudes, 0.5 * (below + above))
+    odd = forms.dot(forms.values, 0.5 * (below - above))
+    total = (even + odd).clamp(min=0.0) + gamma(2 * forms.count + 8) * even
+    return (up(total, 3) + UNDERFLOW).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +47,6 @@ class Side:
     weights: (batch, channels, groups, members), of the sum above.
     decided: (batch, channels, groups), where no other member can win on the box: there the maximum is the winner.
     below, above: (batch, channels, groups), constants of the two bounds, >= 0, up.
-    magnitude: (batch, channels, groups), upper bounds of |q| for either bound.
     """
 
     winner: Tensor
@@ -57,7 +54,6 @@ class Side:
     decided: Tensor
     below: Tensor
     above: Tensor
-    magnitude: Tensor
 
     @classmethod
     def of(cls, members: Tensor, z: Tensor, error: Tensor, low: Tensor, high: Tensor) -> Side:
@@ -86,8 +82,7 @@ class Side:
         weights = torch.where(decided, winner, weights)
         slack = 4 * off.amax(3) + 4 * (values.shape[3] + 4) * UNIT * (weights * -lo).sum(3)
         above = (values + ((1 - weights) * hi + weights * lo)).amax(3) - best - (weights * lo).sum(3)
-        magnitude = up(2 * torch.maximum(-lo, hi).sum(3), values.shape[3] + 1)
-        return cls(winner, weights, decided[..., 0], up(slack, 4), up(above.clamp(min=0.0) + slack, 4), magnitude)
+        return cls(winner, weights, decided[..., 0], up(slack, 4), up(above.clamp(min=0.0) + slack, 4))
 
     def relaxation(self, v: Tensor) -> Tensor:
         """v through the bound that its sign selects: (batch, rows, channels, groups) -> (..., members)."""
@@ -134,34 +129,41 @@ class MaxPoolRelaxation:
         """(batch, size): whether another entry than the sample's winner can be the output."""
         return torch.stack([~side.decided for side in self.sides], dim=1).flatten(1)
 
-    def back(self, vectors: Vectors) -> Vectors:
-        return self.pulled(vectors, Side.relaxation)
+    def back(self, forms: Forms) -> WholeForms:
+        """The forms in the input of the map made linear by the bounds that their signs select, as computed."""
+        return WholeForms(self.pulled(forms.whole().values, Side.relaxation))
 
-    def pulled(self, vectors: Vectors, through: Callable[[Side, Tensor], Tensor]) -> Vectors:
-        """Vectors at the output pulled back to the input, by the rule `through` of each side."""
+    def rounding(self, size: Tensor) -> Tensor:
+        """Upper bounds of the Euclidean rounding errors of `pulled`, for rows of norm `size`."""
+        return up(self._norm * gamma(self._terms) * size, 4) + UNDERFLOW
+
+    @property
+    def _norm(self) -> float:
+        """Of the map made linear, up."""
+        # a group's weights add up to at most its members, and lipschitz^2 bounds the groups that have an entry
+        members = self.groups.members.shape[1] * len(self.sides)
+        return up(members**0.5 * max(1.0, self.lipschitz), 3)
+
+    @property
+    def _terms(self) -> int:
+        return len(self.sides) * int(max(1.0, self.lipschitz) ** 2) + 4
+
+    def pulled(self, v: Tensor, through: Callable[[Side, Tensor], Tensor]) -> Tensor:
+        """Rows v (batch or 1, rows, *shape of the output) in the input, by the rule `through` of each side."""
         members, channels = self.groups.members, self.groups.channels
         entries = torch.Size(self.shape).numel() // channels
-        v = vectors.value
         # the last entry collects the padding
         image = v.new_zeros(len(self.sides[0].winner), v.shape[1], channels, entries + 1)
         for sign, side, part in zip(self.groups.signs, self.sides, self._parts(v), strict=True):
             passed = sign * through(side, sign * part)
             image.index_add_(3, members.reshape(-1) % (entries + 1), passed.flatten(3))
-        # a group's weights add up to at most its members, and lipschitz^2 bounds the groups that have an entry
-        norm = up((members.shape[1] * len(self.sides)) ** 0.5 * max(1.0, self.lipschitz), 3)
-        terms = len(self.sides) * int(max(1.0, self.lipschitz) ** 2) + 4
-        error = up(norm * (vectors.error + gamma(terms) * vectors.size), 4) + UNDERFLOW
-        return Vectors(image[..., :-1].reshape(*image.shape[:2], *self.shape), error.expand(image.shape[:2]))
+        return image[..., :-1].reshape(*image.shape[:2], *self.shape)
 
-    def loss(self, vectors: Vectors) -> Tensor:
+    def loss(self, forms: Forms) -> Tensor:
         """Upper bounds (batch, rows) of -<v, q>; see `relaxation.backward.Relaxation`."""
-        total = torch.zeros_like(vectors.error)
-        for sign, side, part in zip(self.groups.signs, self.sides, self._parts(vectors.value), strict=True):
-            rows = Vectors(sign * part, vectors.error)
-            total = total + offset_loss(
-                rows, side.below.flatten(1), side.above.flatten(1), vector_norm_up(side.magnitude.flatten(1))
-            )
-        return up(total, len(self.sides))
+        parts = zip(self.groups.signs, self.sides, self._parts(forms.whole().values), strict=True)
+        losses = [offset_loss(WholeForms(sign * part), side.below, side.above) for sign, side, part in parts]
+        return up(torch.stack(losses).sum(0), len(self.sides))
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,4 +173,6 @@ class DecidedGroups:
     relaxation: MaxPoolRelaxation
 
     def back(self, vectors: Vectors) -> Vectors:
-        return self.relaxation.pulled(vectors, Side.winners)
+        image = self.relaxation.pulled(vectors.value, Side.winners)
+        error = up(self.relaxation._norm * vectors.error + self.relaxation.rounding(vectors.size), 4)
+        return Vectors(image, error.expand(image.shape[:2]))

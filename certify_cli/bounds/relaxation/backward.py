@@ -13,7 +13,7 @@ proved extreme of q on the range (`ActivationOnInterval.remainders`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,28 +26,31 @@ from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation, offset_los
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.grid_estimates import Grid
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
+from certify_cli.network.affine import AffineOp
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network, Shape
+from certify_cli.network.linear_forms import Forms
 from certify_cli.network.pooling import GroupMap
-from certify_cli.network.propagate import (
-    NodeVjp,
-    Vectors,
-    nonlinear_nodes,
-    pre_activation,
-    vjp,
-)
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, up, vector_norm_up
+from certify_cli.network.propagate import nonlinear_nodes, pre_activation
+from certify_cli.network.walk import Backward, backward
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, times, up
 from certify_cli.numerics.trees import Batched
 
 TIGHT = 1e-9
 """A line that crosses phi by at most this part of phi's variation over the range counts as a supporting line."""
 
 
-class Relaxation(NodeVjp, Protocol):
-    """A nonlinear node bounded by lines from below and above; `back` selects, row by row, those that bound the row."""
+class Relaxation(Protocol):
+    """A nonlinear node bounded by lines from below and above, of which each entry of a row selects one by its sign."""
 
-    def loss(self, vectors: Vectors) -> Tensor:
-        """Upper bounds (batch, rows) of -<v, q>; vectors: v, the adjoints at the node's output."""
+    def back(self, forms: Forms) -> Forms:
+        """Forms at the node's output times the slopes of the lines, as computed."""
+
+    def rounding(self, size: Tensor) -> Tensor:
+        """Upper bounds (batch, rows) of the Euclidean rounding errors of `back`; size: norms of the forms, up."""
+
+    def loss(self, forms: Forms) -> Tensor:
+        """Upper bounds (batch, rows) of -<v, q>; forms: v, the adjoints at the node's output."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,26 +59,24 @@ class LinearRelaxation(Batched):
 
     below, above: (slopes, constants), slopes (batch, *shape), constants (batch, size) >= 0, rounded up:
         below[0] t - below[1] <= phi(z+t) - phi(z) <= above[0] t + above[1].
-    q_norm: (batch,), upper bounds of ||q|| for either line.
     """
 
     below: tuple[Tensor, Tensor]
     above: tuple[Tensor, Tensor]
-    q_norm: Tensor
 
     @classmethod
     def of(cls, on: ActivationOnInterval, shape: Shape) -> LinearRelaxation:
         """On the range of a node's pre-activation, (batch, size); shape: of the node."""
         slopes = supporting_slopes(on)
-        magnitude = torch.maximum(-on.lo, on.hi)
-        steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())
-        q_norm = vector_norm_up(up((on.activation.lipschitz + steepest) * magnitude, 3))
         (lower, _), (_, upper) = (on.remainders(slope) for slope in slopes)
         below, above = (slope.reshape(-1, *shape) for slope in slopes)
-        return cls((below, -lower), (above, upper), q_norm)
+        return cls((below, -lower), (above, upper))
 
-    def back(self, vectors: Vectors) -> Vectors:
-        return select_by_sign(vectors, self.below[0], self.above[0])
+    def back(self, forms: Forms) -> Forms:
+        return select_by_sign(forms, self.below[0], self.above[0])
+
+    def rounding(self, size: Tensor) -> Tensor:
+        return selection_rounding(size, self.slopes)
 
     @property
     def shape(self) -> Shape:
@@ -87,21 +88,25 @@ class LinearRelaxation(Batched):
         """(2, batch, size): of the lines below, and above."""
         return torch.stack([self.below[0], self.above[0]]).flatten(2)
 
-    def loss(self, vectors: Vectors) -> Tensor:
-        return offset_loss(vectors, self.below[1], self.above[1], self.q_norm)
+    def loss(self, forms: Forms) -> Tensor:
+        below, above = (constant.reshape(-1, *self.shape) for _, constant in (self.below, self.above))
+        return offset_loss(forms, below, above)
 
 
-def select_by_sign(vectors: Vectors, below: Tensor, above: Tensor) -> Vectors:
-    """Vectors v times slopes selected by sign: v below where v >= 0, v above elsewhere.
+def select_by_sign(forms: Forms, below: Tensor, above: Tensor) -> Forms:
+    """Forms v times slopes selected by sign: v below where v >= 0, v above elsewhere.
 
     below, above: slopes (batch, *shape of the node), the same for all rows.
 
     Computed as v (below + above) / 2 + |v| (below - above) / 2.
     """
-    below, above = below.unsqueeze(1), above.unsqueeze(1)
-    value = torch.addcmul(vectors.value * (0.5 * (below + above)), vectors.magnitudes, 0.5 * (below - above))
-    largest = torch.maximum(below.abs(), above.abs()).flatten(1).amax(1, keepdim=True)
-    return Vectors(value, up(largest * (vectors.error + 8 * UNIT * vectors.size), 4) + UNDERFLOW)
+    even, odd = forms.entries(0.5 * (below + above)), forms.entries(0.5 * (below - above))
+    return forms.at(torch.addcmul(forms.values * even, forms.magnitudes, odd))
+
+
+def selection_rounding(size: Tensor, slopes: Tensor) -> Tensor:
+    """Upper bounds (batch, rows) of the rounding errors of `select_by_sign`; slopes: (2, batch, size)."""
+    return up(8 * UNIT * slopes.abs().amax((0, 2)).unsqueeze(1) * size, 4) + UNDERFLOW
 
 
 def supporting_slopes(on: ActivationOnInterval) -> tuple[Tensor, Tensor]:
@@ -145,20 +150,70 @@ def relax(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Relaxation:
     raise TypeError(f"no linear relaxation of {node.op.title}")
 
 
+def pulled_back(
+    network: Network,
+    relaxations: Mapping[int, Relaxation],
+    forms: Forms,
+    start: int,
+    arrived: Callable[[int, Forms], None],
+    rounded: Callable[[int, Tensor], None],
+) -> Forms | None:
+    """Forms in node `start` as computed forms in the input; None where the node does not depend on it.
+
+    arrived: called with every nonlinear node and the forms at its output.
+    rounded: called with a node whenever forms in its value were rounded, and upper bounds (batch or 1, rows) of the
+        Euclidean norm of what was rounded away.
+    """
+
+    def affine(index: int, op: AffineOp, value: Forms, shape: Shape) -> Forms:
+        if op.terms:
+            longest = times(up(value.count**0.5), op.row_norm(shape))  # >= the Frobenius norm of the rows of W in use
+            rounded(network.nodes[index].inputs[0], up(gamma(op.terms) * longest * value.size, 2) + UNDERFLOW)
+        return value.back(op, shape)
+
+    def nonlinear(index: int, value: Forms) -> Forms:
+        arrived(index, value)
+        rounded(pre_activation(network, index), relaxations[index].rounding(value.size))
+        return relaxations[index].back(value)
+
+    def merge(index: int, total: Forms, value: Forms) -> Forms:
+        merged = total.plus(value)
+        rounded(index, up(UNIT * merged.size, 2))
+        return merged
+
+    rules = Backward(affine, lambda op, value, shapes: value.split(op, shapes), nonlinear, merge)
+    return backward(network, start, forms, rules)
+
+
 def relaxation_loss(
-    network: Network, relaxations: Mapping[int, Relaxation], cotangents: Tensor, start: int | None = None
+    network: Network,
+    relaxations: Mapping[int, Relaxation],
+    changes: Mapping[int, Tensor],
+    forms: Forms,
+    start: int | None = None,
 ) -> AffineLoss:
     """Upper bounds (batch, rows) of the drop of <row, value of node `start`> on the balls on which `relaxations` hold.
 
-    relaxations: of every nonlinear node before `start`.
-    cotangents: the rows, (batch or 1, rows, *shape of the node).
-    start: the node, the logits by default.
+    relaxations: of every nonlinear node before `start`.   changes: of all nodes before `start` (`change_norms`).
+    forms: the rows.   start: the node, the logits by default.
+
+    Computed forms are any forms: after each step they are taken as exact, and what was rounded away is paid for at
+    once, by its norm times that of the node's change on the ball. Errors are added, not multiplied, through the layers
+    (theory section 16).
     """
-    adjoints = vjp(network, cotangents, relaxations, start)
-    rate = up(adjoints[0].size + adjoints[0].error, 2)
-    return AffineLoss.of(
-        rate, [relaxation.loss(adjoints[layer]) for layer, relaxation in relaxations.items() if layer in adjoints]
-    )
+    losses: list[Tensor] = []
+
+    def arrived(index: int, value: Forms) -> None:
+        losses.append(relaxations[index].loss(value))
+
+    def rounded(index: int, size: Tensor) -> None:
+        losses.append(up(size * changes[index].unsqueeze(1), 1))
+
+    last = len(network.nodes) - 1 if start is None else start
+    at_input = pulled_back(network, relaxations, forms, last, arrived, rounded)
+    batch = next(iter(changes.values())).new_zeros(len(changes[0]), 1)
+    rate = batch if at_input is None else at_input.size + batch
+    return AffineLoss.of(rate, [loss + torch.zeros_like(rate) for loss in losses])
 
 
 def relax_all(point: EvaluatedPoints, ranges: Ranges) -> dict[int, Relaxation]:

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range, change_norms
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, relax, relaxation_loss
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
+from certify_cli.network.linear_forms import Forms, WholeForms, WindowForms, mostly
 from certify_cli.network.propagate import consumers, is_nonlinear, pre_activation, pre_activations, rows_cost
 from certify_cli.numerics.rounding import UNDERFLOW
 
@@ -42,6 +43,7 @@ def intermediate_bounds(
     network = point.network
     low, high = dict(start.low), dict(start.high)
     relaxations: dict[int, Relaxation] = {}
+    changes: dict[int, Tensor] = {}
     tables: dict[int, SlopeTable] = {}
     steps = steps if has_slopes(point) else 0
     for target in pre_activations(network)[:-1]:
@@ -50,10 +52,11 @@ def intermediate_bounds(
             curved = torch.stack([is_curved(point, k, ranges) for k in consumers(network, target)]).any(0)
             rows = curved.any(0).nonzero()[:, 0]
             if len(rows):
-                lower, upper = offset_bounds(point, relaxations, start.radius, target, rows, memory)
+                change_norms(network, ranges, target, changes)
+                lower, upper = offset_bounds(network, relaxations, changes, target, rows, memory)
                 if steps:
                     optimised = optimised_offset_bounds(
-                        point.network, relaxations, tables, start.radius, target, rows, steps, memory
+                        network, relaxations, changes, tables, target, rows, steps, memory
                     )
                     lower, upper = torch.fmin(lower, optimised[0]), torch.fmin(upper, optimised[1])
                 # a unit that is not curved keeps its range, so that no result depends on the batch's other samples
@@ -95,26 +98,37 @@ def is_curved(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Tensor:
     return ~(steepest - flattest <= UNDERFLOW)
 
 
+def unit_forms(network: Network, target: int, rows: Tensor, sign: Tensor) -> Forms:
+    """Units of node `target`, times `sign`, as linear forms in its value; rows: (count,), flat indices."""
+    node = network.nodes[target]
+    if len(node.shape) > 1 and not mostly([1] * (len(node.shape) - 1), node.shape[1:]):
+        return WindowForms.units(rows, node.shape, sign)
+    units = torch.nn.functional.one_hot(rows, node.size).to(sign.dtype) * sign.unsqueeze(1)
+    return WholeForms(units.reshape(1, -1, *node.shape))
+
+
 def offset_bounds(
-    point: EvaluatedPoints,
+    network: Network,
     relaxations: Mapping[int, Relaxation],
-    radius: Tensor,
+    changes: Mapping[int, Tensor],
     target: int,
     rows: Tensor,
     memory: int,
 ) -> tuple[Tensor, Tensor]:
     """Upper bounds (batch, count) of the decrease and of the increase of units of node `target` on the balls.
 
-    rows: (count,), indices of the units.   radius: (batch,).   memory: bytes that the rows treated at once may take.
+    rows: (count,), indices of the units.   memory: bytes that the rows treated at once may take.
+    changes: as in `relaxation_loss`; of the input, the radius.
     """
-    node = point.network.nodes[target]
-    widest = max(n.size for n in point.network.nodes[: target + 1])
+    radius = changes[0]
+    widest = max(n.size for n in network.nodes[: target + 1])
     chunk = max(1, min(memory, CACHE) // (64 * len(radius) * widest))
     parts = []
     for part in rows.split(chunk):
-        units = torch.nn.functional.one_hot(part, node.size).to(radius.dtype)
-        both = torch.cat([units, -units]).reshape(1, -1, *node.shape)
-        parts.append(relaxation_loss(point.network, relaxations, both, target).on(radius).reshape(len(radius), 2, -1))
+        sign = torch.ones(len(part), dtype=radius.dtype, device=radius.device)
+        forms = unit_forms(network, target, torch.cat([part, part]), torch.cat([sign, -sign]))
+        loss = relaxation_loss(network, relaxations, changes, forms, target)
+        parts.append(loss.on(radius).reshape(len(radius), 2, -1))
     lower, upper = torch.cat(parts, dim=2).unbind(1)
     return lower, upper
 
@@ -122,8 +136,8 @@ def offset_bounds(
 def optimised_offset_bounds(
     network: Network,
     relaxations: Mapping[int, Relaxation],
+    changes: Mapping[int, Tensor],
     tables: Mapping[int, SlopeTable],
-    radius: Tensor,
     target: int,
     rows: Tensor,
     steps: int,
@@ -133,7 +147,8 @@ def optimised_offset_bounds(
 
     tables: of every node before `target`.   steps: of each ascent.
     """
-    node, batch = network.nodes[target], len(radius)
+    node, radius = network.nodes[target], changes[0]
+    batch = len(radius)
     neurons = sum(network.nodes[k].size for k in tables)
     widest = max(n.size for n in network.nodes[: target + 1])
     chunk = max(1, min(memory, OPTIMISED_CACHE) // (2 * 8 * batch * (COPIES * neurons + 8 * widest)))
@@ -144,7 +159,7 @@ def optimised_offset_bounds(
         item = torch.arange(batch, device=radius.device).repeat_interleave(2 * len(part))
         loss = optimised_loss(
             network,
-            radius[item],
+            {k: norm[item] for k, norm in changes.items()},
             {k: e.at(item) for k, e in tables.items()},
             {k: s[:, item] for k, s in slopes.items()},
             torch.cat([units, -units]).repeat(batch, *[1] * len(node.shape)),

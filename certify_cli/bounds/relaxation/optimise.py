@@ -18,12 +18,13 @@ from torch import Tensor
 
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, relaxation_loss
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, pulled_back, relaxation_loss
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import nonlinear_nodes, offsets, pre_activation, vjp
+from certify_cli.network.linear_forms import Forms, WholeForms
+from certify_cli.network.propagate import nonlinear_nodes, offsets, pre_activation
 from certify_cli.numerics.choose import either
 from certify_cli.numerics.momentum import RATE, SLOPE_STEP, MomentumAscent, adjoint_sizes, ascend
 from certify_cli.numerics.rounding import TINY
@@ -49,19 +50,21 @@ def slope_tables(
 
 def optimised_loss(
     network: Network,
-    radius: Tensor,
+    changes: Mapping[int, Tensor],
     tables: Mapping[int, SlopeTable],
     slopes: Mapping[int, Tensor],
     cotangents: Tensor,
     steps: int,
     start: int | None = None,
 ) -> AffineLoss:
-    """Upper bound (items, 1) of how much <cotangents, value of node `start`> falls on balls of `radius` (items,).
+    """Upper bound (items, 1) of how much <cotangents, value of node `start`> falls on the items' balls.
 
+    changes: of all nodes before `start`, (items,), as in `relaxation_loss`; of the input, the radius.
     tables, slopes: of all nonlinear nodes before `start`: the items' slope tables, and the slopes (sides, items, size)
     to begin with.   cotangents: (items, *shape of the node).   start: the logits unless given.
     """
-    problem = _Problem(network, radius, tables, cotangents.unsqueeze(1), start)
+    radius = changes[0]
+    problem = _Problem(network, radius, tables, WholeForms(cotangents.unsqueeze(1)), start)
     state = problem.at(slopes)
     variables = {
         k: MomentumAscent(slopes[k], SLOPE_STEP * tables[k].scale / adjoint_sizes(v), tables[k].clamped)
@@ -79,7 +82,7 @@ def optimised_loss(
     states = ascend(variables, state, steps, evaluate, lambda s: s.gradient, judge, rate)
     last = deque(chain([state], states), maxlen=1).pop()
     best = {k: table.lines(last.slopes[k]) for k, table in tables.items()}
-    return relaxation_loss(network, best, problem.cotangents, start)
+    return relaxation_loss(network, best, changes, problem.rows, start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +106,20 @@ class _Problem:
     network: Network
     radius: Tensor
     tables: Mapping[int, SlopeTable]
-    cotangents: Tensor
+    rows: Forms
     start: int | None
 
     def at(self, slopes: Mapping[int, Tensor]) -> _State:
         lines = {k: e.lines(slopes[k]) for k, e in self.tables.items()}
-        adjoints = vjp(self.network, self.cotangents, lines, self.start)
-        v = {k: adjoints[k].value[:, 0].flatten(1) for k in lines if k in adjoints}
-        g = adjoints[0].value[:, 0].flatten(1)
+        last = len(self.network.nodes) - 1 if self.start is None else self.start
+        v: dict[int, Tensor] = {}
+
+        def arrived(index: int, forms: Forms) -> None:
+            v[index] = forms.whole().values[:, 0].flatten(1)
+
+        at_input = pulled_back(self.network, lines, self.rows, last, arrived, lambda index, size: None)
+        inputs = self.network.nodes[0].size
+        g = self.radius.new_zeros(len(self.radius), inputs) if at_input is None else at_input.whole().values.flatten(1)
         size = g.norm(dim=1)
         value = -size * self.radius
         used, touch, left = {}, {}, {}

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, select_by_sign
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, select_by_sign, selection_rounding
 from certify_cli.network.activations.grid_estimates import Grid, is_piecewise_linear, kinks
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.graph import Shape
-from certify_cli.network.propagate import Vectors
+from certify_cli.network.linear_forms import Forms
 from certify_cli.numerics.choose import either
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
 from certify_cli.numerics.trees import Batched
 
 LINES, OF_ONE_KINK = 16, 2
@@ -42,7 +42,6 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
     ends: the smallest and the largest slope, (sides, items, size) each.
     magnitude: (items, size), the largest |t| of the range.
     scale: (items, size), the size of a change of slope that matters; an estimate.
-    q_norm: (items,), upper bounds of ||q|| for all slopes between the ends.
     """
 
     shape: Shape
@@ -52,7 +51,6 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
     ends: tuple[Tensor, Tensor]
     magnitude: Tensor
     scale: Tensor
-    q_norm: Tensor
 
     @classmethod
     def of(cls, on: ActivationOnInterval, lines: LinearRelaxation) -> SlopeTable:
@@ -78,11 +76,10 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
             constants.append(constant)
         all_slopes = torch.stack(slopes)
         magnitude = torch.maximum(-on.lo, on.hi)
-        q_norm = vector_norm_up(up((on.activation.lipschitz + all_slopes.abs().amax((0, 1))) * magnitude, 3))
         steepness, _, width = grid.scales()
         every = torch.arange(samples, device=on.z.device)
         ends = all_slopes[:, 0], all_slopes[:, -1]
-        return cls(lines.shape, every, all_slopes, torch.stack(constants), ends, magnitude, steepness / width, q_norm)
+        return cls(lines.shape, every, all_slopes, torch.stack(constants), ends, magnitude, steepness / width)
 
     def clamped(self, slopes: Tensor) -> Tensor:
         """The slopes nearest to `slopes` (sides, items, size) that support."""
@@ -127,15 +124,17 @@ class OptimisableRelaxation:
     table: SlopeTable
     slopes: Tensor
 
-    def back(self, vectors: Vectors) -> Vectors:
+    def back(self, forms: Forms) -> Forms:
         below, above = self.slopes.reshape(2, -1, *self.table.shape)
-        return select_by_sign(vectors, below, above)
+        return select_by_sign(forms, below, above)
 
-    def loss(self, vectors: Vectors) -> Tensor:
-        v = vectors.value[:, 0].flatten(1)
+    def rounding(self, size: Tensor) -> Tensor:
+        return selection_rounding(size, self.slopes)
+
+    def loss(self, forms: Forms) -> Tensor:
+        v = forms.whole().values[:, 0].flatten(1)
         constant, _ = self.table.needed(v < 0, self.used(v))
-        loss = up((v.abs() * constant).sum(1), 2) * (1 + gamma(v.shape[1] + 4))
-        loss = up(loss + vectors.error[:, 0] * self.table.q_norm, 4) + UNDERFLOW
+        loss = up((v.abs() * constant).sum(1), 2) * (1 + gamma(v.shape[1] + 4)) + UNDERFLOW
         return loss.unsqueeze(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
     def used(self, v: Tensor) -> Tensor:
