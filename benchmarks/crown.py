@@ -32,9 +32,10 @@ CROWN, OPTIMISED = "CROWN", "CROWN-Optimized"
 """auto_LiRPA's names of the two methods."""
 GELU_OPSET = 20
 SOUND = {"sparse_intermediate_bounds_with_ibp": False}
-"""auto_LiRPA (0.7.1) chooses the rows of its sparse intermediate bounds by interval bounds, and those of a Euclidean ball
-have width 0 behind an operation other than a dense layer or convolution that comes first: rows are then left out that
-are not stable, and the radii come out too large, too soon. With this option they agree with dense CROWN."""
+"""auto_LiRPA (0.7.1) leaves out rows of its sparse intermediate bounds by interval bounds, and behind an operation other
+than a dense layer or convolution that comes first those of a Euclidean ball have width 0: rows that are not stable are
+then left out, and the radii come out too large, too soon. With this option they agree with dense CROWN."""
+
 
 Margins = Callable[["Tensor", int, float, str], "Tensor"]
 """(sample, class, radius, auto_LiRPA's name of the method) -> lower bounds of that class's margins towards all
@@ -106,7 +107,8 @@ def classifier(
         classes = scaled(torch.zeros(1, *shape)).shape[1]
         # a module for each method: slopes that were optimised stay in the module
         bounded = {
-            method: BoundedModule(scaled, torch.zeros(1, *shape), bound_opts=dict(SOUND)) for method in (CROWN, OPTIMISED)
+            method: BoundedModule(scaled, torch.zeros(1, *shape), bound_opts=dict(SOUND))
+            for method in (CROWN, OPTIMISED)
         }
     settings = {"stop_criterion_func": stop_criterion_min()}
     bounded[OPTIMISED].set_bound_opts({"optimize_bound_args": settings})

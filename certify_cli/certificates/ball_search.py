@@ -32,7 +32,6 @@ from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
 from certify_cli.efforts import BallSearchLimits
 from certify_cli.network.activations import Activation
-from certify_cli.network.activations.grid_estimates import is_piecewise_linear
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.linear_forms import WholeForms
 from certify_cli.network.propagate import nonlinear_nodes, pre_activations
@@ -193,7 +192,7 @@ def _worth_optimising_ranges(point: EvaluatedPoints, limits: BallSearchLimits) -
     if not steps or not has_slopes(point) or optimised_cost(network, steps) > limits.range_slope_operations:
         return False
     ops = [network.nodes[k].op for k in nonlinear_nodes(network)]
-    curved = any(isinstance(op, Activation) and not is_piecewise_linear(op) for op in ops)
+    curved = any(isinstance(op, Activation) and not op.piecewise_linear for op in ops)
     depth = sum(follows_nonlinear(network, target) for target in pre_activations(network)[:-1])
     return (curved or limits.kinks) and depth >= limits.range_slope_depth
 

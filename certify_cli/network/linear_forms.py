@@ -125,7 +125,7 @@ class WindowForms(_Entries):
             padded = padded.unfold(2 + axis, width, 1)
         axes = len(self.window)
         places = padded.movedim(1, 1 + axes)  # (batch, *places, channels, *window)
-        return places[:, *begins]
+        return places[(slice(None), *begins)]  # type: ignore[index]
 
     def dot(self, values: Tensor, t: Tensor) -> Tensor:
         return (values * self.entries(t)).flatten(2).sum(2)
@@ -169,7 +169,7 @@ class WindowForms(_Entries):
         narrow = self.values.new_zeros(*self.values.shape[:2], shape[0], *self.window)
         narrow = narrow.index_add_(2, grid.channels[kept], self.values[:, :, kept])
         values = narrow.new_zeros(*narrow.shape[:3], *window)
-        values[..., *(slice(None, None, step) for step in grid.step)] = narrow
+        values[(..., *(slice(None, None, step) for step in grid.step))] = narrow  # type: ignore[index]
         corner = self.corner * self.corner.new_tensor(grid.step) + self.corner.new_tensor(grid.start)
         return WindowForms(values, corner, shape[1:]).inside()
 

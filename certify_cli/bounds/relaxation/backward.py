@@ -67,10 +67,15 @@ class LinearRelaxation(Batched):
     @classmethod
     def of(cls, on: ActivationOnInterval, shape: Shape) -> LinearRelaxation:
         """On the range of a node's pre-activation, (batch, size); shape: of the node."""
-        slopes = supporting_slopes(on)
-        (lower, _), (_, upper) = (on.remainders(slope) for slope in slopes)
+        flattest, steepest = on.slopes()
+        curved = ~(flattest == steepest)  # where phi is a straight line, that line is both bounds
+        slopes, constants = (flattest.clone(), flattest.clone()), (torch.zeros_like(on.z), torch.zeros_like(on.z))
+        part = on.at(curved)
+        for side, slope in enumerate(supporting_slopes(part)):
+            lower, upper = part.remainders(slope)
+            slopes[side][curved], constants[side][curved] = slope, upper if side else -lower
         below, above = (slope.reshape(-1, *shape) for slope in slopes)
-        return cls((below, -lower), (above, upper))
+        return cls((below, constants[0]), (above, constants[1]))
 
     def back(self, forms: Forms) -> Forms:
         return select_by_sign(forms, self.below[0], self.above[0])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, select_by_sign, selection_rounding
-from certify_cli.network.activations.grid_estimates import Grid, is_piecewise_linear, kinks
+from certify_cli.network.activations.grid_estimates import Grid
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.graph import Shape
 from certify_cli.network.linear_forms import Forms
@@ -59,7 +59,7 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
         lines: the relaxation there, used alone where the slopes of all supporting lines are equal.
         """
         grid, (samples, size) = Grid.of(on), on.z.shape
-        one_kink = is_piecewise_linear(on.activation) and len(kinks(on.activation)) == 1
+        one_kink = on.activation.piecewise_linear and len(on.activation.kinks) == 1
         count = OF_ONE_KINK if one_kink else LINES
         slopes, constants = [], []
         for side, (given_slope, given_constant) in enumerate((lines.below, lines.above)):

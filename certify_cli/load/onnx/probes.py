@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from certify_cli.network.activations import Activation
-from certify_cli.network.activations.grid_estimates import kinks
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Network
 
@@ -72,7 +71,7 @@ def activating_inputs(network: Network, points: np.ndarray) -> np.ndarray | None
         op, before = network.nodes[index].op, network.nodes[index].inputs[0]
         assert isinstance(op, Activation)
         z = values[before].flatten(1)
-        for kink in kinks(op) or [0.0]:
+        for kink in op.kinks or (0.0,):
             for side in (1.0, -1.0):
                 inactive = (side * (z - kink) <= 0).all(0).nonzero()[:, 0]
                 count = min(math.ceil(number / (2 * len(activations))), len(inactive))

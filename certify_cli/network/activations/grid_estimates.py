@@ -23,16 +23,6 @@ SOFTNESS = 0.01
 """Grid points whose values exceed the minimum by this part of the spread of all values weigh 1/e as much."""
 
 
-def kinks(op: Activation) -> list[float]:
-    """Where the slope jumps."""
-    return [point.abscissa for point in op.slope.critical_points if point.jump]
-
-
-def is_piecewise_linear(op: Activation) -> bool:
-    """Whether an activation has kinks and is linear between them."""
-    return bool(kinks(op)) and op.slope.relative == op.slope.absolute == 0.0
-
-
 @dataclass(frozen=True, eq=False)
 class SoftMinimiser:
     """Where a minorant touches, softly: weighted means over the grid, and the minimum itself. All (batch, size).
@@ -58,7 +48,7 @@ class SoftMinimiser:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """phi(z+t) - phi(z) at grid points t of each neuron's range: `offsets` t and `increments`, (points, batch, size).
+    """phi(z+t) - phi(z) at grid points t of each neuron's range: `offsets` t and `increments`, (points, *shape of z).
 
     The points are the first end, even steps, the kinks, the last end and t = 0; for a piecewise linear activation the
     steps are left out, since its extremes are at kinks and ends.
@@ -73,10 +63,10 @@ class Grid:
     def of(cls, interval: ActivationOnInterval) -> Grid:
         """The grid of an interval around the computed pre-activation."""
         op, z, low, high = interval.activation, interval.z, interval.lo, interval.hi
-        count = 2 if is_piecewise_linear(op) else GRID_POINTS
-        steps = torch.linspace(0, 1, count, dtype=z.dtype, device=z.device).reshape(-1, 1, 1)
+        count = 2 if op.piecewise_linear else GRID_POINTS
+        steps = torch.linspace(0, 1, count, dtype=z.dtype, device=z.device).reshape(-1, *[1] * z.dim())
         even = low + (high - low) * steps
-        at_kinks = [(kink - z).clamp(min=low, max=high).unsqueeze(0) for kink in kinks(op)]
+        at_kinks = [(kink - z).clamp(min=low, max=high).unsqueeze(0) for kink in op.kinks]
         offsets = torch.cat([even[:-1], *at_kinks, even[-1:], torch.zeros_like(z).unsqueeze(0)])
         return cls(op, z, offsets, op.value(z + offsets) - op.value(z))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from certify_cli.network.activations.cells import Cells, Ends
 from certify_cli.network.activations.monotone_pieces import Curve
 from certify_cli.network.activations.table import Activation
+from certify_cli.numerics.rounding import UNIT, up
 
 CELLS = ((0.1, 4), (0.5, 6), (2.0, 10), (6.0, 16), (1e6, 24), (math.inf, 64))
 """(longest side of the interval in units of the length on which phi' changes, cells per side)."""
@@ -83,11 +84,35 @@ class ActivationOnInterval:
 
         (-inf, inf) for an unbounded interval.
         """
-        activation, slopes = self.activation, slope.double().expand(self.z.shape).reshape(-1)
+        activation = self.activation
+        if activation.piecewise_linear:
+            return self._remainders_at_kinks(slope)
+        slopes = slope.double().expand(self.z.shape).reshape(-1)
         lower, upper = self._by_cells(
             lambda cells, entries: cells.remainders(activation, slopes[entries]), activation.slope
         )
         return lower.clamp(max=0.0), upper.clamp(min=0.0)
+
+    def _remainders_at_kinks(self, slope: Tensor) -> Ends:
+        """`remainders` of a piecewise linear activation, which are extreme at the ends of the interval or at a kink.
+
+        With the true pre-activation, the value at an end moves by at most 2 Lip error, and that at a kink, which moves
+        too, by (3 Lip + |slope|) error.
+        """
+        phi, lipschitz = self.activation, self.activation.lipschitz
+        z, low, high = (t.double() for t in (self.z, self.lo, self.hi))
+        apart = self._errors + max(point.slack for point in phi.slope.critical_points)
+        base, steepness = phi.value(z), 3 * lipschitz + 2 * slope.abs()
+        at_base = phi.value_error(z) + 4 * UNIT * base.abs()
+        lower, upper = torch.zeros_like(z), torch.zeros_like(z)
+        for t in (low, high, *((kink - z).clamp(min=low, max=high) for kink in phi.kinks)):
+            value, line = phi.value(z + t), slope * t
+            remainder = (value - base) - line
+            rounding = 4 * UNIT * (value.abs() + line.abs() + lipschitz * (z.abs() + t.abs())) + phi.value_error(z + t)
+            slack = up(steepness * (apart + UNIT * t.abs()) + at_base + rounding, 8)
+            lower, upper = torch.minimum(lower, remainder - slack), torch.maximum(upper, remainder + slack)
+        unbounded = low.isinf() | high.isinf()
+        return lower.masked_fill(unbounded, -math.inf), upper.masked_fill(unbounded, math.inf)
 
     @property
     def _curvature(self) -> Curve:

@@ -75,6 +75,16 @@ class Activation(Nonlinear):
         """sup |phi''|, rounded up; infinite where phi' jumps."""
         return math.inf if self.curvature is None else max(map(abs, self.curvature.range))
 
+    @property
+    def kinks(self) -> tuple[float, ...]:
+        """Where the slope jumps."""
+        return tuple(point.abscissa for point in self.slope.critical_points if point.jump)
+
+    @property
+    def piecewise_linear(self) -> bool:
+        """Whether phi has kinks and is linear between them."""
+        return bool(self.kinks) and self.slope.relative == self.slope.absolute == 0.0
+
     def value_error(self, z: Tensor) -> Tensor:
         """Upper bound of |value(z) - phi(z)|, entrywise, for float64 numbers z."""
         return self.value.error(z)
