@@ -32,8 +32,8 @@ CROWN, OPTIMISED = "CROWN", "CROWN-Optimized"
 """auto_LiRPA's names of the two methods."""
 GELU_OPSET = 20
 SOUND = {"sparse_intermediate_bounds_with_ibp": False}
-"""auto_LiRPA (0.7.1) leaves out rows of its sparse intermediate bounds by interval bounds, and behind an operation other
-than a dense layer or convolution that comes first those of a Euclidean ball have width 0: rows that are not stable are
+"""auto_LiRPA (0.7.1) leaves out rows of its sparse intermediate bounds by interval bounds, and behind an operation that
+is no dense layer or convolution and comes first, those of a Euclidean ball have width 0: rows that are not stable are
 then left out, and the radii come out too large, too soon. With this option they agree with dense CROWN."""
 
 

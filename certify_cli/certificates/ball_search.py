@@ -14,7 +14,7 @@ rounding error, which on deep networks changes radii by up to a percent; each of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, change_norms, interval_ranges
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, relax_all, relaxation_loss
+from certify_cli.bounds.relaxation.backward import RelaxedNetwork, relax_all
 from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, intermediate_bounds, optimised_cost
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.certificates.local import footprint, searchable
@@ -68,23 +68,20 @@ def linear_bound(
 
     range_steps: ascent steps for slopes optimised for each range.
     """
-    ranges, relaxations = intermediate_bounds(
+    ranges, relaxed = intermediate_bounds(
         point, ranges, model_bounds.memory, model_bounds.effort.ball_search.range_operations, range_steps
     )
-    changes: dict[int, Tensor] = {}
-    change_norms(point.network, ranges, len(point.network.nodes), changes)
-    loss = relaxation_loss(point.network, relaxations, changes, WholeForms(cotangents))
+    loss = relaxed.loss(WholeForms(cotangents))
     steps = model_bounds.effort.ball_search.slope_steps
     if steps and has_slopes(point):
-        loss = _with_optimised_slopes(point, ranges, relaxations, changes, cotangents, loss, steps)
+        loss = _with_optimised_slopes(point, ranges, relaxed, cotangents, loss, steps)
     return loss, ranges
 
 
 def _with_optimised_slopes(
     point: EvaluatedPoints,
     ranges: Ranges,
-    relaxations: Mapping[int, Relaxation],
-    changes: Mapping[int, Tensor],
+    relaxed: RelaxedNetwork,
     cotangents: Tensor,
     loss: AffineLoss,
     steps: int,
@@ -95,11 +92,11 @@ def _with_optimised_slopes(
     if not len(sample):
         return loss
     narrow, position = sample.unique(return_inverse=True)
-    linear = {k: relaxation for k, relaxation in relaxations.items() if isinstance(relaxation, LinearRelaxation)}
+    linear = relaxed.lines
     tables = slope_tables(point.at(narrow), ranges.at(narrow), {k: line.at(narrow) for k, line in linear.items()})
     optimised = optimised_loss(
         point.network,
-        {k: norm[sample] for k, norm in changes.items()},
+        {k: norm[sample] for k, norm in relaxed.changes.items()},
         {k: table.at(position) for k, table in tables.items()},
         {k: line.slopes[:, sample] for k, line in linear.items()},
         cotangents[sample, rival],
@@ -124,9 +121,7 @@ def linear_bound_on_ranges(
     model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
 ) -> tuple[AffineLoss, Ranges]:
     """Linear relaxation on the given ranges."""
-    changes: dict[int, Tensor] = {}
-    change_norms(point.network, ranges, len(point.network.nodes), changes)
-    return relaxation_loss(point.network, relax_all(point, ranges), changes, WholeForms(cotangents)), ranges
+    return relax_all(point, ranges).loss(WholeForms(cotangents)), ranges
 
 
 def lipschitz_bound(

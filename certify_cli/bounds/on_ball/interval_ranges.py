@@ -235,15 +235,15 @@ def activation_on_range(point: EvaluatedPoints, layer: int, ranges: Ranges) -> A
     return ActivationOnInterval(op, z, error, ranges.low[target], ranges.high[target])
 
 
-def change_norms(network: Network, ranges: Ranges, last: int, known: dict[int, Tensor]) -> None:
-    """Add to `known` upper bounds (batch,) of the norm of each node's change on the balls, of all nodes before `last`.
+def change_norms(network: Network, ranges: Ranges, last: int, known: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Upper bounds (batch,) of the norm of each node's change on the balls, of all nodes before `last`.
 
-    known: by node, for the first nodes of the network, from an earlier call. The ranges may have been narrowed since,
-    but not those of nodes that are known.
+    known: those of the first nodes, from an earlier call. Ranges may have been narrowed since, but not of these nodes.
     """
+    norms = dict(known)
     for index in range(len(known), last):
         node = network.nodes[index]
-        parts = [known[i] for i in node.inputs]
+        parts = [norms[i] for i in node.inputs]
         if index == 0:
             norm = ranges.radius
         elif isinstance(node.op, AffineOp):
@@ -255,4 +255,5 @@ def change_norms(network: Network, ranges: Ranges, last: int, known: dict[int, T
         if index in ranges.low:
             box = vector_norm_up(torch.maximum(-ranges.low[index], ranges.high[index]))
             norm = torch.fmin(torch.fmin(norm, ranges.norm[index]), box)
-        known[index] = norm
+        norms[index] = norm
+    return norms

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range, change_norms
 from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation, offset_loss
 from certify_cli.network.activations import Activation
 from certify_cli.network.activations.grid_estimates import Grid
@@ -190,37 +190,54 @@ def pulled_back(
     return backward(network, start, forms, rules)
 
 
-def relaxation_loss(
-    network: Network,
-    relaxations: Mapping[int, Relaxation],
-    changes: Mapping[int, Tensor],
-    forms: Forms,
-    start: int | None = None,
-) -> AffineLoss:
-    """Upper bounds (batch, rows) of the drop of <row, value of node `start`> on the balls on which `relaxations` hold.
+@dataclass(frozen=True, eq=False)
+class RelaxedNetwork:
+    """A network on balls around samples, its nonlinear nodes relaxed.
 
-    relaxations: of every nonlinear node before `start`.   changes: of all nodes before `start` (`change_norms`).
-    forms: the rows.   start: the node, the logits by default.
-
-    Computed forms are any forms: after each step they are taken as exact, and what was rounded away is paid for at
-    once, by its norm times that of the node's change on the ball. Errors are added, not multiplied, through the layers
-    (theory section 16).
+    relaxations: of the first nonlinear nodes, or of all.
+    changes: by node, of the first nodes, (batch,): upper bounds of the norm of its change; of the input, the radius.
     """
-    losses: list[Tensor] = []
 
-    def arrived(index: int, value: Forms) -> None:
-        losses.append(relaxations[index].loss(value))
+    network: Network
+    relaxations: Mapping[int, Relaxation]
+    changes: Mapping[int, Tensor]
 
-    def rounded(index: int, size: Tensor) -> None:
-        losses.append(up(size * changes[index].unsqueeze(1), 1))
+    @property
+    def radius(self) -> Tensor:
+        return self.changes[0]
 
-    last = len(network.nodes) - 1 if start is None else start
-    at_input = pulled_back(network, relaxations, forms, last, arrived, rounded)
-    batch = next(iter(changes.values())).new_zeros(len(changes[0]), 1)
-    rate = batch if at_input is None else at_input.size + batch
-    return AffineLoss.of(rate, [loss + torch.zeros_like(rate) for loss in losses])
+    @property
+    def lines(self) -> dict[int, LinearRelaxation]:
+        """The relaxations of activations."""
+        return {k: line for k, line in self.relaxations.items() if isinstance(line, LinearRelaxation)}
+
+    def loss(self, forms: Forms, start: int | None = None) -> AffineLoss:
+        """Upper bounds (batch, rows) of the drop of forms in the value of node `start` on the balls.
+
+        start: the logits by default; all nodes before it must be relaxed.
+
+        Computed forms are any forms: after each step they are taken as exact, and what was rounded away is paid for at
+        once, by its norm times that of the node's change on the ball. So errors are added, and not multiplied, through
+        the layers (theory section 16).
+        """
+        losses: list[Tensor] = []
+
+        def arrived(index: int, value: Forms) -> None:
+            losses.append(self.relaxations[index].loss(value))
+
+        def rounded(index: int, size: Tensor) -> None:
+            losses.append(up(size * self.changes[index].unsqueeze(1), 1))
+
+        last = len(self.network.nodes) - 1 if start is None else start
+        at_input = pulled_back(self.network, self.relaxations, forms, last, arrived, rounded)
+        rate = torch.zeros_like(self.radius).unsqueeze(1)
+        if at_input is not None:
+            rate = at_input.size + rate
+        return AffineLoss.of(rate, [loss + torch.zeros_like(rate) for loss in losses])
 
 
-def relax_all(point: EvaluatedPoints, ranges: Ranges) -> dict[int, Relaxation]:
+def relax_all(point: EvaluatedPoints, ranges: Ranges) -> RelaxedNetwork:
     """Linear relaxations of every nonlinear node on the given ranges."""
-    return {layer: relax(point, layer, ranges) for layer in nonlinear_nodes(point.network)}
+    network = point.network
+    relaxations = {layer: relax(point, layer, ranges) for layer in nonlinear_nodes(network)}
+    return RelaxedNetwork(network, relaxations, change_norms(network, ranges, len(network.nodes), {}))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range, change_norms
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, relax, relaxation_loss
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, RelaxedNetwork, relax
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
@@ -31,8 +31,8 @@ OPTIMISED_CACHE, COPIES = 2**27, 16
 
 def intermediate_bounds(
     point: EvaluatedPoints, start: Ranges, memory: int, budget: float = math.inf, steps: int = 0
-) -> tuple[Ranges, dict[int, Relaxation]]:
-    """Ranges on the balls of `start`, never wider, and the linear relaxation of every nonlinear node on them.
+) -> tuple[Ranges, RelaxedNetwork]:
+    """Ranges on the balls of `start`, never wider, and the network relaxed on them.
 
     start: ranges by any method.   memory: bytes that the rows treated at once may take.
     budget: floating-point operations per sample; a pre-activation that takes more keeps its range of `start`.
@@ -52,12 +52,11 @@ def intermediate_bounds(
             curved = torch.stack([is_curved(point, k, ranges) for k in consumers(network, target)]).any(0)
             rows = curved.any(0).nonzero()[:, 0]
             if len(rows):
-                change_norms(network, ranges, target, changes)
-                lower, upper = offset_bounds(network, relaxations, changes, target, rows, memory)
+                changes = change_norms(network, ranges, target, changes)
+                relaxed = RelaxedNetwork(network, relaxations, changes)
+                lower, upper = offset_bounds(relaxed, target, rows, memory)
                 if steps:
-                    optimised = optimised_offset_bounds(
-                        network, relaxations, changes, tables, target, rows, steps, memory
-                    )
+                    optimised = optimised_offset_bounds(relaxed, tables, target, rows, steps, memory)
                     lower, upper = torch.fmin(lower, optimised[0]), torch.fmin(upper, optimised[1])
                 # a unit that is not curved keeps its range, so that no result depends on the batch's other samples
                 lower, upper = (torch.where(curved[:, rows], t, torch.inf) for t in (lower, upper))
@@ -69,7 +68,8 @@ def intermediate_bounds(
         if steps:
             lines = {k: line for k, line in added.items() if isinstance(line, LinearRelaxation)}
             tables |= slope_tables(point, ranges, lines)
-    return Ranges(start.radius, low, high, start.norm), relaxations
+    ranges = Ranges(start.radius, low, high, start.norm)
+    return ranges, RelaxedNetwork(network, relaxations, change_norms(network, ranges, len(network.nodes), changes))
 
 
 def range_cost(network: Network, target: int) -> float:
@@ -107,36 +107,25 @@ def unit_forms(network: Network, target: int, rows: Tensor, sign: Tensor) -> For
     return WholeForms(units.reshape(1, -1, *node.shape))
 
 
-def offset_bounds(
-    network: Network,
-    relaxations: Mapping[int, Relaxation],
-    changes: Mapping[int, Tensor],
-    target: int,
-    rows: Tensor,
-    memory: int,
-) -> tuple[Tensor, Tensor]:
+def offset_bounds(relaxed: RelaxedNetwork, target: int, rows: Tensor, memory: int) -> tuple[Tensor, Tensor]:
     """Upper bounds (batch, count) of the decrease and of the increase of units of node `target` on the balls.
 
     rows: (count,), indices of the units.   memory: bytes that the rows treated at once may take.
-    changes: as in `relaxation_loss`; of the input, the radius.
     """
-    radius = changes[0]
+    network, radius = relaxed.network, relaxed.radius
     widest = max(n.size for n in network.nodes[: target + 1])
     chunk = max(1, min(memory, CACHE) // (64 * len(radius) * widest))
     parts = []
     for part in rows.split(chunk):
         sign = torch.ones(len(part), dtype=radius.dtype, device=radius.device)
         forms = unit_forms(network, target, torch.cat([part, part]), torch.cat([sign, -sign]))
-        loss = relaxation_loss(network, relaxations, changes, forms, target)
-        parts.append(loss.on(radius).reshape(len(radius), 2, -1))
+        parts.append(relaxed.loss(forms, target).on(radius).reshape(len(radius), 2, -1))
     lower, upper = torch.cat(parts, dim=2).unbind(1)
     return lower, upper
 
 
 def optimised_offset_bounds(
-    network: Network,
-    relaxations: Mapping[int, Relaxation],
-    changes: Mapping[int, Tensor],
+    relaxed: RelaxedNetwork,
     tables: Mapping[int, SlopeTable],
     target: int,
     rows: Tensor,
@@ -147,19 +136,19 @@ def optimised_offset_bounds(
 
     tables: of every node before `target`.   steps: of each ascent.
     """
-    node, radius = network.nodes[target], changes[0]
-    batch = len(radius)
+    network, radius = relaxed.network, relaxed.radius
+    node, batch = network.nodes[target], len(radius)
     neurons = sum(network.nodes[k].size for k in tables)
     widest = max(n.size for n in network.nodes[: target + 1])
     chunk = max(1, min(memory, OPTIMISED_CACHE) // (2 * 8 * batch * (COPIES * neurons + 8 * widest)))
-    slopes = {k: line.slopes for k, line in relaxations.items() if isinstance(line, LinearRelaxation)}
+    slopes = {k: line.slopes for k, line in relaxed.lines.items()}
     parts = []
     for part in rows.split(chunk):
         units = torch.nn.functional.one_hot(part, node.size).to(radius.dtype).reshape(-1, *node.shape)
         item = torch.arange(batch, device=radius.device).repeat_interleave(2 * len(part))
         loss = optimised_loss(
             network,
-            {k: norm[item] for k, norm in changes.items()},
+            {k: norm[item] for k, norm in relaxed.changes.items()},
             {k: e.at(item) for k, e in tables.items()},
             {k: s[:, item] for k, s in slopes.items()},
             torch.cat([units, -units]).repeat(batch, *[1] * len(node.shape)),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, pulled_back, relaxation_loss
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, RelaxedNetwork, pulled_back
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -59,7 +59,7 @@ def optimised_loss(
 ) -> AffineLoss:
     """Upper bound (items, 1) of how much <cotangents, value of node `start`> falls on the items' balls.
 
-    changes: of all nodes before `start`, (items,), as in `relaxation_loss`; of the input, the radius.
+    changes: of all nodes before `start`, (items,), as in `RelaxedNetwork`.
     tables, slopes: of all nonlinear nodes before `start`: the items' slope tables, and the slopes (sides, items, size)
     to begin with.   cotangents: (items, *shape of the node).   start: the logits unless given.
     """
@@ -82,7 +82,7 @@ def optimised_loss(
     states = ascend(variables, state, steps, evaluate, lambda s: s.gradient, judge, rate)
     last = deque(chain([state], states), maxlen=1).pop()
     best = {k: table.lines(last.slopes[k]) for k, table in tables.items()}
-    return relaxation_loss(network, best, changes, problem.rows, start)
+    return RelaxedNetwork(network, best, changes).loss(problem.rows, start)
 
 
 @dataclass(frozen=True, eq=False)
