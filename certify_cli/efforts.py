@@ -47,6 +47,8 @@ class BallSearchLimits:
     balls: largest number of balls tried.
     tolerance: relative accuracy of the radius.
     range_operations: floating-point operations for the ranges of one pre-activation node, per sample and ball.
+    column_operations: floating-point operations for the columns of a sample's linearised network, which give ranges
+        where `range_operations` does not suffice.
     slope_steps: ascent steps for the slopes of a margin's relaxation.
     range_slope_steps: ascent steps for slopes optimised for each range, in a second search after the first.
     range_slope_operations: floating-point operations that these ascents may take, per sample and ball.
@@ -57,6 +59,7 @@ class BallSearchLimits:
     balls: int
     tolerance: float
     range_operations: float
+    column_operations: float
     slope_steps: int
     range_slope_steps: int
     range_slope_operations: float
@@ -108,6 +111,7 @@ FAST = Effort(
         balls=8,
         tolerance=1e-2,
         range_operations=2e9,
+        column_operations=0.0,
         slope_steps=0,
         range_slope_steps=0,
         range_slope_operations=0.0,
@@ -131,6 +135,7 @@ NORMAL = Effort(
         balls=20,
         tolerance=1e-3,
         range_operations=5e10,
+        column_operations=5e12,
         slope_steps=10,
         range_slope_steps=5,
         range_slope_operations=3e10,
@@ -152,6 +157,7 @@ MAX = Effort(
         balls=30,
         tolerance=1e-4,
         range_operations=math.inf,
+        column_operations=math.inf,
         slope_steps=40,
         range_slope_steps=10,
         range_slope_operations=1e12,

@@ -23,18 +23,26 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
+from certify_cli.bounds.on_ball.columns import column_ranges
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss
 from certify_cli.bounds.relaxation.backward import RelaxedNetwork, relax_all
-from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, intermediate_bounds, optimised_cost
+from certify_cli.bounds.relaxation.intermediate_bounds import (
+    follows_nonlinear,
+    intermediate_bounds,
+    optimised_cost,
+    range_cost,
+)
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
 from certify_cli.efforts import BallSearchLimits
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.graph import Network
 from certify_cli.network.linear_forms import WholeForms
 from certify_cli.network.propagate import nonlinear_nodes, pre_activations
+from certify_cli.network.row_norms import columns_cost
 from certify_cli.numerics.rounding import difference_down
 from certify_cli.numerics.trees import Batched
 
@@ -68,14 +76,27 @@ def linear_bound(
 
     range_steps: ascent steps for slopes optimised for each range.
     """
-    ranges, relaxed = intermediate_bounds(
-        point, ranges, model_bounds.memory, model_bounds.effort.ball_search.range_operations, range_steps
-    )
+    limits = model_bounds.effort.ball_search
+    if _columns_pay(point.network, limits):
+        ranges = column_ranges(point, ranges)
+    ranges, relaxed = intermediate_bounds(point, ranges, model_bounds.memory, limits.range_operations, range_steps)
     loss = relaxed.loss(WholeForms(cotangents))
-    steps = model_bounds.effort.ball_search.slope_steps
+    steps = limits.slope_steps
     if steps and has_slopes(point):
         loss = _with_optimised_slopes(point, ranges, relaxed, cotangents, loss, steps)
     return loss, ranges
+
+
+def _columns_pay(network: Network, limits: BallSearchLimits) -> bool:
+    """Whether rows of some pre-activation cost too much, and columns of the linearised network do not.
+
+    Units that are curved everywhere would each need a column of their own.
+    """
+    ops = [network.nodes[k].op for k in nonlinear_nodes(network)]
+    if any(isinstance(op, Activation) and not op.piecewise_linear for op in ops):
+        return False
+    dear = any(range_cost(network, target) > limits.range_operations for target in pre_activations(network)[:-1])
+    return dear and columns_cost(network) <= limits.column_operations
 
 
 def _with_optimised_slopes(

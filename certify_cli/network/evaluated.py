@@ -12,6 +12,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.evaluate import Evaluation, deviation, evaluate, margins
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import Slope, Vectors, nonlinear_nodes, pre_activation, vjp
+from certify_cli.network.row_norms import RowNorms, row_norms
 from certify_cli.numerics.rounding import UNIT, down, up
 from certify_cli.numerics.trees import select
 
@@ -105,6 +106,20 @@ class EvaluatedPoints:
                 z, error = self.evaluation.values[before], self.evaluation.errors[before]
                 found[k] = Slope(op.slope(z), up(op.curvature_sup * error + op.slope_error(z), 4))
         return found
+
+    @cached_property
+    def _row_norms(self) -> dict[int, RowNorms]:
+        return {}
+
+    def row_norms(self, sample: int) -> RowNorms:
+        """The network linearised at one sample, and the norms of its rows (`network.row_norms`)."""
+        if self.whole is not None:
+            whole, positions = self.whole
+            return whole.row_norms(int(positions[sample]))
+        if sample not in self._row_norms:
+            values = [value[sample : sample + 1] for value in self.evaluation.values]
+            self._row_norms[sample] = row_norms(self.network, values)
+        return self._row_norms[sample]
 
     @property
     def smooth(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from certify_cli.network.affine import AffineOp
+from certify_cli.network.affine import AffineOp, Select
 from certify_cli.network.graph import Add, Concat, Network, Node, Nonlinear, Shape
 from certify_cli.network.walk import Backward, Forward, backward, forward
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
@@ -37,6 +37,10 @@ class Slope:
         values = self.value.abs().max() if isinstance(self.value, Tensor) else abs(self.value)
         errors = self.error.max() if isinstance(self.error, Tensor) else self.error
         return up(float(values) + float(errors), 2)
+
+    def push(self, vectors: Vectors) -> Vectors:
+        """The `NodeJvp`."""
+        return _scaled(vectors, self)
 
     def back(self, vectors: Vectors) -> Vectors:
         """The `NodeVjp` that is the same for every row."""
@@ -88,6 +92,27 @@ class NodeVjp(Protocol):
         """(batch or 1, rows, *shape of the node) to (batch, rows, *shape of its input)."""
 
 
+class NodeJvp(Protocol):
+    """What a nonlinear node that was made linear does to vectors that arrive at its input."""
+
+    def push(self, vectors: Vectors) -> Vectors:
+        """(batch, *shape of the input) to (batch, *shape of the node)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Winners:
+    """A group map made linear: each output is the input entry that is the largest, or smallest, at the sample.
+
+    select: of these entries.   lipschitz: of the map, which bounds the selection's norm too.
+    """
+
+    select: Select
+    lipschitz: float
+
+    def push(self, vectors: Vectors) -> Vectors:
+        return Vectors(self.select.linear(vectors.value), up(self.lipschitz * vectors.error))
+
+
 def is_nonlinear(node: Node) -> bool:
     """Whether a node is an activation or a group map."""
     return isinstance(node.op, Nonlinear)
@@ -114,8 +139,11 @@ def pre_activations(network: Network) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def jvp(network: Network, source: int, tangents: Tensor, slopes: Slopes) -> dict[int, Vectors]:
-    """Images of tangents (batch, *shape of node `source`) at every later pre-activation node that they reach."""
+def jvp(network: Network, source: int, tangents: Tensor, node_jvps: Mapping[int, NodeJvp]) -> dict[int, Vectors]:
+    """Images of tangents (batch, *shape of node `source`) at every later pre-activation node that they reach.
+
+    node_jvps: of the nonlinear nodes, slopes for instance; one without is cut.
+    """
 
     def affine(op: AffineOp, vectors: Vectors, shape: Shape) -> Vectors:
         return _through(op, vectors, shape, op.linear(vectors.value))
@@ -126,7 +154,7 @@ def jvp(network: Network, source: int, tangents: Tensor, slopes: Slopes) -> dict
         return Vectors(op.apply(*values), up(error, sum(part is not None for part in parts)))
 
     def nonlinear(index: int, vectors: Vectors) -> Vectors | None:
-        return _scaled(vectors, slopes[index]) if index in slopes else None
+        return node_jvps[index].push(vectors) if index in node_jvps else None
 
     rules = Forward(affine, lambda parts: reduce(Vectors.__add__, parts), concat, nonlinear)
     wanted = set(pre_activations(network))

@@ -20,7 +20,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.network.linear_forms import Forms, WholeForms, WindowForms, mostly
-from certify_cli.network.propagate import consumers, is_nonlinear, pre_activation, pre_activations, rows_cost
+from certify_cli.network.propagate import consumers, is_nonlinear, pre_activation, pre_activations, rows_cost, vjp_cost
 from certify_cli.numerics.rounding import UNDERFLOW
 
 CACHE = 2**25
@@ -35,7 +35,8 @@ def intermediate_bounds(
     """Ranges on the balls of `start`, never wider, and the network relaxed on them.
 
     start: ranges by any method.   memory: bytes that the rows treated at once may take.
-    budget: floating-point operations per sample; a pre-activation that takes more keeps its range of `start`.
+    budget: floating-point operations per sample for the units of one pre-activation that are not straight on their
+        ranges; where they take more, all keep their ranges of `start`.
     steps: of an ascent that optimises the relaxations for each row (`optimise`); 0 for none.
 
     A pre-activation without a nonlinear node before it keeps its range of `start`, where no relaxation would narrow it.
@@ -48,10 +49,10 @@ def intermediate_bounds(
     steps = steps if has_slopes(point) else 0
     for target in pre_activations(network)[:-1]:
         ranges = Ranges(start.radius, low, high, start.norm)
-        if follows_nonlinear(network, target) and range_cost(network, target) <= budget:
+        if follows_nonlinear(network, target):
             curved = torch.stack([is_curved(point, k, ranges) for k in consumers(network, target)]).any(0)
             rows = curved.any(0).nonzero()[:, 0]
-            if len(rows):
+            if len(rows) and 2 * len(rows) * vjp_cost(network, target) <= budget:
                 changes = change_norms(network, ranges, target, changes)
                 relaxed = RelaxedNetwork(network, relaxations, changes)
                 lower, upper = offset_bounds(relaxed, target, rows, memory)

@@ -121,6 +121,9 @@ class Curve:
             error = self.error_of(value, z)
             below = torch.nextafter(value - error, torch.full_like(value, -math.inf))
             above = torch.nextafter(value + error, torch.full_like(value, math.inf))
+            if self.relative == self.absolute == 0.0:  # the numbers of a step function are exact away from its jumps
+                exact = error <= TINY
+                below, above = torch.where(exact, value, below), torch.where(exact, value, above)
             lower = torch.where(finite, torch.minimum(lower, below), lower)
             upper = torch.where(finite, torch.maximum(upper, above), upper)
         return lower, upper

@@ -1,0 +1,194 @@
+"""Ranges from columns of the linearised network, pushed forward: for deep networks with more units than inputs.
+
+With slopes s at the sample, and q_k(t) = phi(z_k+t) - phi(z_k) - s_k t (theory section 4),
+
+    D_l = A_l d + sum over earlier k of B_lk q_k(D_k) .
+
+Backward, A_l takes a pass for each of its rows; forward, a pass for each input serves all layers, and the norms of its
+rows do not depend on the ball. On a ball the remainders of the few units that are not straight there are columns of
+their own: q_k lies within a half-width h of a centre, and unit i of layer l moves by at most
+
+    e ||A_l,i|| + |centre| + sum over these units of h |B_lk,i| .
+
+What is left out (rounding, and remainders for which there is no column) is carried by its norm. Group maps select the
+entry that wins at the sample; the rest of their change is such a remainder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
+from certify_cli.network.activations import Activation
+from certify_cli.network.affine import AffineOp
+from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.graph import Concat, Shape
+from certify_cli.network.pooling import GroupMap
+from certify_cli.network.propagate import Slope, Vectors, pre_activation, pre_activations
+from certify_cli.network.row_norms import RowNorms
+from certify_cli.network.walk import Forward, forward
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, times, up, vector_norm_up
+
+NEGLIGIBLE = 1e-9
+"""Remainders below this part of the unit's range get no column."""
+MOST_COLUMNS = 3000
+"""Remainders beyond so many units get no column."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Spread:
+    """Bounds of one node's change, less A_l d: columns (1 + units, *shape), the first one their centre.
+
+    noise: (), upper bound of the norm of what is in no column.
+    """
+
+    columns: Vectors
+    noise: Tensor
+
+    def extended(self, count: int) -> Vectors:
+        """The columns, zeros behind them up to `count`."""
+        missing = count - len(self.columns.error)
+        if not missing:
+            return self.columns
+        value, error = self.columns.value, self.columns.error
+        return Vectors(
+            torch.cat([value, value.new_zeros(missing, *value.shape[1:])]), torch.cat([error, error.new_zeros(missing)])
+        )
+
+
+def column_ranges(point: EvaluatedPoints, start: Ranges) -> Ranges:
+    """Ranges on the balls of `start`, never wider."""
+    parts = []
+    for sample in range(len(point.x)):
+        index = torch.tensor([sample], device=point.x.device)
+        parts.append(_of_sample(point.at(index), point.row_norms(sample), start.at(index)))
+    low = {t: torch.cat([part.low[t] for part in parts]) for t in start.low}
+    high = {t: torch.cat([part.high[t] for part in parts]) for t in start.high}
+    return Ranges(start.radius, low, high, start.norm)
+
+
+def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges) -> Ranges:
+    """`column_ranges` of a single sample."""
+    network, radius = point.network, start.radius
+    low, high = dict(start.low), dict(start.high)
+    targets = set(pre_activations(network))
+
+    def narrowed(target: int, spread: _Spread) -> None:
+        value, error = spread.columns.value.flatten(1), spread.columns.error
+        count = len(value)
+        centre = value[0]
+        reach = value[1:].abs().sum(0) + error.sum() + spread.noise + radius * norms.rows.get(target, 0.0)
+        reach = up(reach + 4 * UNIT * centre.abs(), count + 6)
+        low[target] = torch.fmax(low[target], (centre - reach).unsqueeze(0))
+        high[target] = torch.fmin(high[target], (centre + reach).unsqueeze(0))
+        low[target], high[target] = low[target].clamp(max=0.0), high[target].clamp(min=0.0)
+
+    def affine(op: AffineOp, spread: _Spread, shape: Shape) -> _Spread:
+        vectors = spread.columns
+        rounding = gamma(op.terms) * op.frobenius_norm(shape) if op.terms else 0.0
+        error = up(op.norm(shape) * vectors.error + rounding * vectors.size, 4) + (UNDERFLOW if op.terms else 0.0)
+        return _Spread(Vectors(op.linear(vectors.value), error), times(spread.noise, op.norm(shape)))
+
+    def total(parts: Sequence[_Spread]) -> _Spread:
+        count = max(len(part.columns.error) for part in parts)
+        columns = parts[0].extended(count)
+        for part in parts[1:]:
+            columns = columns + part.extended(count)
+        return _Spread(columns, up(torch.stack([part.noise for part in parts]).sum(), len(parts)))
+
+    def concat(op: Concat, parts: list[_Spread | None], shapes: list[Shape]) -> _Spread:
+        present = [part for part in parts if part is not None]
+        count = max(len(part.columns.error) for part in present)
+        filled = [
+            Vectors(radius.new_zeros(count, *shape), radius.new_zeros(count)) if part is None else part.extended(count)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
+        error = up(torch.stack([vectors.error for vectors in filled]).sum(0), len(filled))
+        noise = up(torch.stack([part.noise for part in present]).sum(), len(present))
+        return _Spread(Vectors(op.apply(*(vectors.value for vectors in filled)), error), noise)
+
+    def nonlinear(index: int, spread: _Spread) -> _Spread:
+        target, op = pre_activation(network, index), network.nodes[index].op
+        narrowed(target, spread)
+        ranges = Ranges(radius, low, high, start.norm)
+        node, pushed = norms.nodes[index], norms.nodes[index].push(spread.columns)
+        if isinstance(op, Activation):
+            assert isinstance(node, Slope)
+            slope = node.value.flatten(1)  # type: ignore[union-attr]
+            lower, upper = (t[0] for t in activation_on_range(point, index, ranges).remainders(slope))
+            steepest = up(node.largest)
+        else:
+            assert isinstance(op, GroupMap)
+            lower, upper = _group_remainder(point, op, target, ranges)
+            steepest = op.lipschitz_constant(network.nodes[target].shape)
+        centre, half = 0.5 * (lower + upper), up(0.5 * (upper - lower), 2)
+        half = half + 2 * UNIT * centre.abs()
+        width = (high[target] - low[target]).amax()
+        own = half.flatten() > NEGLIGIBLE * width
+        room = MOST_COLUMNS - len(pushed.error)
+        if int(own.sum()) > max(0, room):
+            own = own & (half >= half.topk(max(1, room)).values[-1]) if room > 0 else torch.zeros_like(own)
+        units = own.nonzero()[:, 0]
+        left = torch.maximum(-lower, upper).masked_fill(own, 0.0)
+        noise = up(times(spread.noise, steepest) + vector_norm_up(left), 2) + UNDERFLOW
+        value = pushed.value.clone()
+        shift = torch.zeros_like(centre).index_copy(0, units, centre[units])
+        moved = value[0].flatten() + shift
+        value[0] = moved.reshape(value.shape[1:])
+        error = pushed.error.clone()
+        error[0] = up(error[0] + UNIT * vector_norm_up(moved), 2)
+        fresh = torch.nn.functional.one_hot(units, len(half)).to(half.dtype) * half[units].unsqueeze(1)
+        return _Spread(
+            Vectors(
+                torch.cat([value, fresh.reshape(-1, *value.shape[1:])]), torch.cat([error, error.new_zeros(len(units))])
+            ),
+            noise,
+        )
+
+    zero = _Spread(Vectors(radius.new_zeros(1, *network.input_shape), radius.new_zeros(1)), radius.new_zeros(()))
+    for index, spread in forward(network, 0, zero, Forward(affine, total, concat, nonlinear)):
+        if index in targets:
+            narrowed(index, spread)
+    return Ranges(radius, low, high, start.norm)
+
+
+def _group_remainder(point: EvaluatedPoints, op: GroupMap, target: int, ranges: Ranges) -> tuple[Tensor, Tensor]:
+    """Bounds (lower, upper), (size,) each, of a group map's change less that of the entry that wins at the sample.
+
+    The maximum of z + t exceeds its winner's by at most the largest excess of another member over it.
+    """
+    shape = point.network.nodes[target].shape
+    groups = op.groups(shape)
+    members = groups.members.to(ranges.radius.device)
+    padding = members < 0
+    lanes, off, low, high = (
+        t.reshape(groups.channels, -1)
+        for t in (
+            point.evaluation.values[target],
+            point.evaluation.errors[target],
+            ranges.low[target],
+            ranges.high[target],
+        )
+    )
+    bounds = []
+    for sign in groups.signs:
+        bottom, top = (low, high) if sign > 0 else (-high, -low)
+        values, errors, down_, up_ = (t[:, members.clamp(min=0)] for t in (sign * lanes, off, bottom, top))
+        values = values.masked_fill(padding, -torch.inf)
+        winner = values.argmax(2, keepdim=True)
+        mask = torch.nn.functional.one_hot(winner[..., 0], values.shape[2]).bool()
+        slack = up(errors + 4 * UNIT * (values.abs().nan_to_num(posinf=0.0) - down_ + up_), 2)
+        others = (values + up_ + slack).masked_fill(mask | padding, -torch.inf).amax(2)
+        own = (values + down_ - slack).gather(2, winner)[..., 0]
+        # `short`: what the winner may be below the exact maximum, where rounding decides who wins
+        excess = up((others - own).clamp(min=0.0), 1)
+        excess = up(excess + 4 * slack.masked_fill(padding, 0.0).amax(2), 2)
+        bounds.append(
+            (torch.zeros_like(excess) - 4 * slack.amax(2), excess) if sign > 0 else (-excess, 4 * slack.amax(2))
+        )
+    lower, upper = (torch.stack(side).flatten() for side in zip(*bounds, strict=True))
+    return lower, upper

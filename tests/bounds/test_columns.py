@@ -1,0 +1,153 @@
+"""Ranges from columns of the linearised network: no sampled point leaves them; norms of rows are those of the Jacobian."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.bounds.on_ball import columns
+from certify_cli.bounds.on_ball.columns import column_ranges
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
+from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
+from certify_cli.network.activations import from_name
+from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.convolution import Conv
+from certify_cli.network.evaluate import exact_kernels
+from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.graph import Add, Builder, Network
+from certify_cli.network.pooling import MaxPool
+from certify_cli.network.propagate import jvp, pre_activations
+from certify_cli.network.row_norms import row_norms
+from tests.adversary import directions
+from tests.networks import CURVED, PIECEWISE, mlp, points, pooled_net
+
+D = torch.float64
+
+
+def deep_residual() -> Network:
+    """Eight residual blocks of ReLUs behind a max pooling."""
+    g = torch.Generator().manual_seed(6)
+    b = Builder((2, 8, 8))
+
+    def conv(x: int) -> int:
+        weight = torch.randn(4, b.shape(x)[0], 3, 3, generator=g, dtype=D) / (9 * b.shape(x)[0]) ** 0.5
+        return b.add("conv", Conv(weight, 0.1 * torch.randn(4, generator=g, dtype=D), (1, 1), (1, 1), (1, 1)), x)
+
+    x = b.add("pool", MaxPool((3, 3), (2, 2), (1, 1), (1, 1)), b.add("relu", from_name("relu"), conv(0)))
+    for _ in range(8):
+        inner = conv(b.add("relu", from_name("relu"), conv(x)))
+        x = b.add("relu", from_name("relu"), b.add("add", Add(), x, inner))
+    flat = b.add("flat", Reshape((64,)), x)
+    return b.build(b.add("fc", Dense(torch.randn(4, 64, generator=g, dtype=D)), flat))
+
+
+NETWORKS = (
+    CURVED
+    | PIECEWISE
+    | {
+        "max pooling": pooled_net(),
+        "deep relu": mlp((6, 9, 9, 9, 9, 3), "relu", seed=2),
+        "deep residual": deep_residual(),
+    }
+)
+RADII = (1e-9, 0.02, 0.3, 3.0)
+
+
+def known(network: Network, count: int, radius: float) -> tuple[EvaluatedPoints, Ranges]:
+    point = EvaluatedPoints(network, points(network, count))
+    return point, interval_ranges(point, ModelBounds(network).weights, torch.full((count,), radius, dtype=D))
+
+
+def leaves(network: Network, point: EvaluatedPoints, found: Ranges) -> bool:
+    """Whether some sampled point of the balls moves a pre-activation out of its range."""
+    before = network.values(point.x)
+    for d in directions(network, point.x, 12):
+        for part in (1.0, 0.4):
+            radius = found.radius.reshape(-1, *[1] * len(network.input_shape))
+            after = network.values(point.x + d * (part * (1 - 1e-12)) * radius)
+            for target in pre_activations(network):
+                offset = (after[target] - before[target]).flatten(1)
+                slack = 1e-13 * (1 + before[target].flatten(1).abs() + offset.abs())
+                inside = (offset >= found.low[target] - slack) & (offset <= found.high[target] + slack)
+                if not bool(inside.all()):
+                    return True
+    return False
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("most", [3000, 4])
+def test_no_sampled_offset_leaves_the_ranges(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a column for every remainder, and with few columns, where the other remainders count by their norm."""
+    monkeypatch.setattr(columns, "MOST_COLUMNS", most)
+    network = NETWORKS[name]
+    with exact_kernels():
+        for radius in RADII:
+            point, fast = known(network, 3, radius)
+            found = column_ranges(point, fast)
+            assert not leaves(network, point, found)
+            for target in found.low:
+                assert bool((found.low[target] >= fast.low[target]).all())
+                assert bool((found.high[target] <= fast.high[target]).all())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_norms_of_rows_are_those_of_the_jacobian(name: str) -> None:
+    network = NETWORKS[name]
+    with exact_kernels():
+        x = points(network, 1)
+        norms = row_norms(network, network.values(x))
+        units = torch.eye(network.nodes[0].size, dtype=D).reshape(-1, *network.input_shape)
+        for target, image in jvp(network, 0, units, norms.nodes).items():
+            exact = image.value.flatten(1).norm(dim=0)
+            assert bool((norms.rows[target] >= exact * (1 - 1e-14)).all())
+            assert bool((norms.rows[target] <= exact * (1 + 1e-6) + 1e-6 * exact.max()).all())
+
+
+def test_the_linearisation_is_the_network_s_own() -> None:
+    """Its rows are torch's gradients, max pooling and all."""
+    network = deep_residual()
+    x = points(network, 1)
+    with exact_kernels():
+        norms = row_norms(network, network.values(x))
+    last = len(network.nodes) - 1
+    for unit in range(network.classes):
+        inputs = x.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(network(inputs)[0, unit], inputs)
+        assert float(norms.rows[last][unit]) == pytest.approx(float(gradient.norm()), rel=1e-9)
+
+
+def test_exact_where_nothing_bends() -> None:
+    network = deep_residual()
+    with exact_kernels():
+        point, fast = known(network, 2, 1e-7)
+        found = column_ranges(point, fast)
+        for sample in range(2):
+            rows = point.row_norms(sample).rows
+            for target in pre_activations(network)[1:]:
+                assert torch.allclose(found.high[target][sample], 1e-7 * rows[target], rtol=1e-6)
+
+
+def test_far_narrower_than_intervals_in_deep_networks() -> None:
+    """And no wider than rows pulled back one by one by much, at a radius at which some units bend."""
+    network = deep_residual()
+    with exact_kernels():
+        point, fast = known(network, 2, 0.02)
+        found = column_ranges(point, fast)
+        pulled, _ = intermediate_bounds(point, fast, 2**26)
+        deepest = pre_activations(network)[-2]
+        width = found.high[deepest] - found.low[deepest]
+        assert float((width / (fast.high[deepest] - fast.low[deepest])).max()) < 0.2
+        assert float((width / (pulled.high[deepest] - pulled.low[deepest])).mean()) < 1.5
+
+
+def test_a_remainder_that_is_left_out_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(on: object, slope: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(slope).unsqueeze(0), torch.zeros_like(slope).unsqueeze(0)
+
+    monkeypatch.setattr("certify_cli.network.activations.interval_bounds.ActivationOnInterval.remainders", none)
+    network = NETWORKS["deep relu"]
+    with exact_kernels():
+        point, fast = known(network, 3, 0.3)
+        assert leaves(network, point, column_ranges(point, fast))
