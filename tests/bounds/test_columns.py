@@ -1,4 +1,4 @@
-"""Ranges from columns of the linearised network: no sampled point leaves them; norms of rows are those of the Jacobian."""
+"""Ranges from columns of the linearised network: no sample leaves them, and norms of rows are the Jacobian's."""
 
 from __future__ import annotations
 
@@ -115,18 +115,18 @@ def test_the_linearisation_is_the_network_s_own() -> None:
     for unit in range(network.classes):
         inputs = x.clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad(network(inputs)[0, unit], inputs)
-        assert float(norms.rows[last][unit]) == pytest.approx(float(gradient.norm()), rel=1e-9)
+        assert float(norms.rows[last][unit]) == pytest.approx(float(gradient.norm()), rel=1e-6)
 
 
 def test_exact_where_nothing_bends() -> None:
     network = deep_residual()
     with exact_kernels():
-        point, fast = known(network, 2, 1e-7)
+        point, fast = known(network, 2, 1e-5)
         found = column_ranges(point, fast)
         for sample in range(2):
             rows = point.row_norms(sample).rows
             for target in pre_activations(network)[1:]:
-                assert torch.allclose(found.high[target][sample], 1e-7 * rows[target], rtol=1e-6)
+                assert torch.allclose(found.high[target][sample], 1e-5 * rows[target], rtol=1e-4, atol=0)
 
 
 def test_far_narrower_than_intervals_in_deep_networks() -> None:

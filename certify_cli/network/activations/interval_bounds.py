@@ -106,13 +106,18 @@ class ActivationOnInterval:
         at_base = phi.value_error(z) + 4 * UNIT * base.abs()
         lower, upper = torch.zeros_like(z), torch.zeros_like(z)
         for t in (low, high, *((kink - z).clamp(min=low, max=high) for kink in phi.kinks)):
-            value, line = phi.value(z + t), slope * t
-            remainder = (value - base) - line
-            rounding = 4 * UNIT * (value.abs() + line.abs() + lipschitz * (z.abs() + t.abs())) + phi.value_error(z + t)
+            value, straight = phi.value(z + t), slope * t
+            remainder = (value - base) - straight
+            rounding = 4 * UNIT * (value.abs() + straight.abs() + lipschitz * (z.abs() + t.abs())) + phi.value_error(
+                z + t
+            )
             slack = up(steepness * (apart + UNIT * t.abs()) + at_base + rounding, 8)
             lower, upper = torch.minimum(lower, remainder - slack), torch.maximum(upper, remainder + slack)
         unbounded = low.isinf() | high.isinf()
-        return lower.masked_fill(unbounded, -math.inf), upper.masked_fill(unbounded, math.inf)
+        lower, upper = lower.masked_fill(unbounded, -math.inf), upper.masked_fill(unbounded, math.inf)
+        flattest, steepest = self.slopes()
+        line = (flattest == slope) & (steepest == slope)  # phi itself: nothing remains, not even rounding
+        return lower.masked_fill(line, 0.0), upper.masked_fill(line, 0.0)
 
     @property
     def _curvature(self) -> Curve:
