@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -34,6 +34,7 @@ from certify_cli.bounds.relaxation.intermediate_bounds import (
     range_cost,
 )
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
+from certify_cli.certificates.failed_balls import FailedBalls
 from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
 from certify_cli.efforts import BallSearchLimits
@@ -283,6 +284,10 @@ class _Search:
     point: EvaluatedPoints
 
     @cached_property
+    def failed(self) -> FailedBalls:
+        return FailedBalls()
+
+    @cached_property
     def unit(self) -> Tensor:
         """Lengths (batch,) that depend on each sample alone: the unit of its ladder, and its first ball by default."""
         start = START * self.point.distance_estimate.nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1)
@@ -295,7 +300,8 @@ class _Search:
         bounds than a global Lipschitz constant have then been tried.
         """
         first = torch.where(previous > 0, previous, self.unit)
-        rough = self.largest((linear_bound_on_ranges,), first, previous, ROUGH_BALLS, ROUGH_TOLERANCE).radius
+        apart = replace(self)  # what failed on interval ranges says little
+        rough = apart.largest((linear_bound_on_ranges,), first, previous, ROUGH_BALLS, ROUGH_TOLERANCE).radius
         close = (previous > 0.5 * self.unit) | (len(self.point.slopes) > 0)
         start = torch.where(close & (previous > 0), previous, self.unit)
         between = torch.maximum(NARROWER * rough, (rough * self.unit).sqrt())
@@ -333,7 +339,7 @@ class _Search:
         certified, which are smaller than the balls' where that part is not positive.
         """
         point = self.point.at(index)
-        ranges = interval_ranges(point, self.model_bounds.weights, radius)
+        ranges = self.failed.narrow(index, interval_ranges(point, self.model_bounds.weights, radius))
         eye = torch.eye(point.network.classes, dtype=radius.dtype, device=radius.device)
         best_remaining, result = torch.full_like(radius, -torch.inf), _nothing(point)
         todo = torch.arange(len(index), device=index.device)
@@ -349,6 +355,9 @@ class _Search:
             better = proved > result.radius[todo]
             result.radius[todo[better]], result.rival[todo[better]] = proved[better], rival[better]
             result.bound[todo[better]] = number
+            lost = (remaining <= 0).nonzero()[:, 0]
+            if len(lost):
+                self.failed.keep(index[todo[lost]], ranges.at(lost), len(self.point.x))
             narrow = (remaining <= NARROW).nonzero()[:, 0]
             todo, ranges = todo[narrow], ranges.at(narrow)
             if not len(todo):
