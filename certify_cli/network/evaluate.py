@@ -3,7 +3,8 @@
 The bounds are entrywise, for float64: with E the error of its input, an affine node has |W| E + gamma_(k+1)
 (|W| |h| + |b|), an activation s E plus its row's evaluation error. They hold for dot products summed in any order, with
 or without fused multiply-add; `exact_kernels` switches off the kernels for which they do not (TF32, Winograd and FFT
-convolution).
+convolution). E grows with depth; samples whose margin it would spoil are evaluated again in extended precision
+(`extended`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,24 @@ from torch import Tensor
 
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
+from certify_cli.network.extended import extended_values
 from certify_cli.network.graph import Add, Concat, Network, Op, Shape
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.walk import Forward, forward
+from certify_cli.numerics.digits import LARGEST
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
 
 SAFETY = 1.001
 """Covers the rounding of the error bounds, which are sums of non-negative terms: relative error far below 0.1 %."""
 
+NEGLIGIBLE = 1e-9
+"""An error of this part of the margin is not worth a second evaluation."""
+
+RESOLVED = 1e-12
+"""Margins are not told apart more closely than this part of the largest logit."""
+
+ENTRIES_AT_ONCE = 2**21
+"""Entries of the largest node that are evaluated together in extended precision, some fifty float64 numbers each."""
 
 WithError = tuple[Tensor, Tensor]
 """A node's value and an upper bound of its error, (batch, *shape) each."""
@@ -58,8 +69,51 @@ class Evaluation:
         return self.errors[-1]
 
 
+    def put(self, rows: Tensor, values: list[Tensor], errors: list[Tensor]) -> Evaluation:
+        """With other values and errors for the samples at `rows`."""
+        replaced = [
+            [old.index_copy(0, rows, new) for old, new in zip(before, after, strict=True)]
+            for before, after in ((self.values, values), (self.errors, errors))
+        ]
+        return Evaluation(*replaced)
+
+
 def evaluate(network: Network, x: Tensor) -> Evaluation:
-    """Values and error bounds of every node at x (batch, *input_shape), taken as exact float64 numbers."""
+    """Values and error bounds of every node at x (batch, *input_shape), taken as exact float64 numbers.
+
+    In float64, and once more in extended precision for samples whose smallest margin has a larger error than NEGLIGIBLE
+    of it, or than RESOLVED of the largest logit where the margin is tiny.
+    """
+    found = evaluate_in_float64(network, x)
+    for rows in _crude(network, found).split(_rows_at_once(network)):
+        sizes = [float(value[rows].abs().max()) for value in found.values]
+        aim = UNIT / 4 * float(found.logits[rows].abs().amax(1).min())
+        values, errors = zip(*extended_values(network, x[rows], sizes, aim), strict=True)
+        better = errors[-1].amax(1) < found.logit_errors[rows].amax(1)
+        found = found.put(rows[better], *([part[better] for part in parts] for parts in (values, errors)))
+    return found
+
+
+def _crude(network: Network, found: Evaluation) -> Tensor:
+    """The samples that extended precision is for: none with numbers that it has no digits for."""
+    if any(not bool((t.abs() <= LARGEST).all()) for node in network.nodes for t in _tensors(node.op)):
+        return torch.zeros(0, dtype=torch.int64, device=found.logits.device)
+    orderly = torch.stack([(value.abs() <= LARGEST).flatten(1).all(1) for value in found.values]).all(0)
+    top = found.logits.topk(min(2, found.logits.shape[1]), dim=1).values
+    allowed = torch.maximum(NEGLIGIBLE * (top[:, 0] - top[:, -1]), RESOLVED * found.logits.abs().amax(1))
+    return (orderly & (found.logits != 0).any(1) & ~(found.logit_errors.amax(1) <= allowed)).nonzero().squeeze(1)
+
+
+def _tensors(op: Op) -> Iterator[Tensor]:
+    return (t for t in vars(op).values() if isinstance(t, Tensor))
+
+
+def _rows_at_once(network: Network) -> int:
+    return max(1, ENTRIES_AT_ONCE // max(node.size for node in network.nodes))
+
+
+def evaluate_in_float64(network: Network, x: Tensor) -> Evaluation:
+    """`evaluate` without extended precision."""
 
     def bounded(value: Tensor, error: Tensor) -> WithError:
         return value, error * SAFETY + UNDERFLOW
