@@ -102,8 +102,11 @@ class Conv(AffineOp):
         return self.weight[0].numel()
 
     def quick_norm(self, shape: Shape) -> float:
-        """From matrices of the size of the weight: all weights of an output, times the patches that it reads, of which
-        `windows` share a pixel; or all weights of an input, times the sum of what the taps bring to an output."""
+        """The better of two that take norms of matrices of the size of the weight only.
+
+        All weights of an output times the patches that outputs read, of which `windows` share a pixel; or all weights
+        of an input times the sums, over the taps, of what they bring to an output.
+        """
         return self._remember("quick", (), self._quick_norm)
 
     def _quick_norm(self, shape: Shape) -> float:

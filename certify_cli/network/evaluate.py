@@ -24,6 +24,7 @@ from certify_cli.network.pooling import GroupMap
 from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.digits import LARGEST
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
+from certify_cli.numerics.trees import Batched, joined
 
 SAFETY = 1.001
 """Covers the rounding of the error bounds, which are sums of non-negative terms: relative error far below 0.1 %."""
@@ -54,7 +55,7 @@ def exact_kernels() -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Batched):
     """Every node's value (batch, *shape), and upper bounds of |computed - exact| of the same shape."""
 
     values: list[Tensor]
@@ -69,15 +70,6 @@ class Evaluation:
         return self.errors[-1]
 
 
-    def put(self, rows: Tensor, values: list[Tensor], errors: list[Tensor]) -> Evaluation:
-        """With other values and errors for the samples at `rows`."""
-        replaced = [
-            [old.index_copy(0, rows, new) for old, new in zip(before, after, strict=True)]
-            for before, after in ((self.values, values), (self.errors, errors))
-        ]
-        return Evaluation(*replaced)
-
-
 def evaluate(network: Network, x: Tensor) -> Evaluation:
     """Values and error bounds of every node at x (batch, *input_shape), taken as exact float64 numbers.
 
@@ -85,31 +77,35 @@ def evaluate(network: Network, x: Tensor) -> Evaluation:
     of it, or than RESOLVED of the largest logit where the margin is tiny.
     """
     found = evaluate_in_float64(network, x)
-    for rows in _crude(network, found).split(_rows_at_once(network)):
-        sizes = [float(value[rows].abs().max()) for value in found.values]
-        aim = UNIT / 4 * float(found.logits[rows].abs().amax(1).min())
-        values, errors = zip(*extended_values(network, x[rows], sizes, aim), strict=True)
-        better = errors[-1].amax(1) < found.logit_errors[rows].amax(1)
-        found = found.put(rows[better], *([part[better] for part in parts] for parts in (values, errors)))
-    return found
+    crude = _crude(network, found)
+    if len(crude) == 0:
+        return found
+    at_once = max(1, ENTRIES_AT_ONCE // max(node.size for node in network.nodes))
+    again: Evaluation = joined(_extended(network, x[rows], found.at(rows)) for rows in crude.split(at_once))
+    better = again.logit_errors.amax(1) < found.logit_errors[crude].amax(1)
+    return found.put(crude[better], again.at(better.nonzero().squeeze(1)))
+
+
+def _extended(network: Network, x: Tensor, near: Evaluation) -> Evaluation:
+    """The samples in extended precision, near what float64 gave."""
+    sizes = [float(value.abs().max()) for value in near.values]
+    aim = UNIT / 4 * float(near.logits.abs().amax(1).min())
+    values, errors = zip(*extended_values(network, x, sizes, aim), strict=True)
+    return Evaluation(list(values), list(errors))
 
 
 def _crude(network: Network, found: Evaluation) -> Tensor:
-    """The samples that extended precision is for: none with numbers that it has no digits for."""
-    if any(not bool((t.abs() <= LARGEST).all()) for node in network.nodes for t in _tensors(node.op)):
-        return torch.zeros(0, dtype=torch.int64, device=found.logits.device)
-    orderly = torch.stack([(value.abs() <= LARGEST).flatten(1).all(1) for value in found.values]).all(0)
+    """The samples that extended precision is for: not those with numbers that it has no digits for."""
+    largest = found.logits.abs().amax(1)
     top = found.logits.topk(min(2, found.logits.shape[1]), dim=1).values
-    allowed = torch.maximum(NEGLIGIBLE * (top[:, 0] - top[:, -1]), RESOLVED * found.logits.abs().amax(1))
-    return (orderly & (found.logits != 0).any(1) & ~(found.logit_errors.amax(1) <= allowed)).nonzero().squeeze(1)
-
-
-def _tensors(op: Op) -> Iterator[Tensor]:
-    return (t for t in vars(op).values() if isinstance(t, Tensor))
-
-
-def _rows_at_once(network: Network) -> int:
-    return max(1, ENTRIES_AT_ONCE // max(node.size for node in network.nodes))
+    allowed = torch.maximum(NEGLIGIBLE * (top[:, 0] - top[:, -1]), RESOLVED * largest)
+    crude = (largest > 0) & ~(found.logit_errors.amax(1) <= allowed)
+    for value in found.values if bool(crude.any()) else ():
+        crude = crude & (value.abs() <= LARGEST).flatten(1).all(1)
+    weights = (t for node in network.nodes for t in vars(node.op).values() if isinstance(t, Tensor))
+    if bool(crude.any()) and not all(bool((t.abs() <= LARGEST).all()) for t in weights):
+        crude = torch.zeros_like(crude)
+    return crude.nonzero().squeeze(1)
 
 
 def evaluate_in_float64(network: Network, x: Tensor) -> Evaluation:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ def extended_values(network: Network, x: Tensor, sizes: list[float], aim: float)
         if isinstance(op, GroupMap):
             shape = network.nodes[network.nodes[index].inputs[0]].shape
             lipschitz, local = op.lipschitz_constant(shape), torch.zeros_like(value.error)
-            image = _extremes(op, value.digits, shape)
+            image = _extremes(op, value.digits, shape).map(lambda p: p.reshape(-1, *network.nodes[index].shape))
         elif isinstance(op, Activation):
             lipschitz = op.lipschitz
             image, errors = _activated(op, value.digits, last)
@@ -172,7 +171,7 @@ def _concatenated(op: Concat, parts: list[Digits]) -> Digits:
 
 
 def _extremes(op: GroupMap, h: Digits, shape: Shape) -> Digits:
-    """The largest (smallest) number of every group: digit by digit, among those that are equal so far."""
+    """The largest (smallest) number of every group, (batch, groups): digit by digit, among those equal so far."""
     groups = op.groups(shape)
     members = groups.members.to(h.planes[0].device)
     batch, planes = len(h.planes[0]), []
@@ -185,7 +184,7 @@ def _extremes(op: GroupMap, h: Digits, shape: Shape) -> Digits:
             best = candidates.amax(-1, keepdim=True)
             alive[number] = alive[number] & (candidates == best)
             chosen.append(sign * best.squeeze(-1))
-        planes.append(torch.stack(chosen, dim=1).reshape(batch, *op.output_shape(shape)))
+        planes.append(torch.stack(chosen, dim=1).flatten(1))
     return Digits(planes, h.first, h.bits)
 
 

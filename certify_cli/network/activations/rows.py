@@ -451,7 +451,9 @@ def clip(low: float | None = None, high: float | None = None) -> Activation:
         raise ModelError(f"clip from {floor:g} to {ceiling:g} is constant: low must be below high")
     kinks = tuple(exactly(abscissa, 0.0, 1.0) for abscissa in (low, high) if abscissa is not None)
     flat = [[] if level is None else [(0.0, level)] for level in (low, high)]
-    return _piecewise(Curve(lambda z: z.clamp(low, high), _limits(floor, ceiling)), kinks, *flat[0], (1.0, 0.0), *flat[1])
+    return _piecewise(
+        Curve(lambda z: z.clamp(low, high), _limits(floor, ceiling)), kinks, *flat[0], (1.0, 0.0), *flat[1]
+    )
 
 
 @row(
