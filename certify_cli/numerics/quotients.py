@@ -39,7 +39,7 @@ def _tail(weight: float, numerator: float, *addends: float, root: bool) -> list[
     top, below_top = numerator.as_integer_ratio()
     bottom = sum(map(Fraction, addends), Fraction(0))
     power = 2 if root else 1
-    top, below = abs(top) ** power * bottom.denominator, below_top**power * bottom.numerator
+    top, below = abs(top) ** power * bottom.denominator, below_top**power * abs(bottom.numerator)
     whole = (top << power * shift) // below if shift >= 0 else top // (below << -power * shift)
     rest = (-1 if weight < 0 else 1) * (math.isqrt(whole) if root else whole) - int(math.ldexp(weight, shift))
     parts = []
