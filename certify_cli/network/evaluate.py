@@ -100,10 +100,13 @@ def _crude(network: Network, found: Evaluation) -> Tensor:
     top = found.logits.topk(min(2, found.logits.shape[1]), dim=1).values
     allowed = torch.maximum(NEGLIGIBLE * (top[:, 0] - top[:, -1]), RESOLVED * largest)
     crude = (largest > 0) & ~(found.logit_errors.amax(1) <= allowed)
-    for value in found.values if bool(crude.any()) else ():
-        crude = crude & (value.abs() <= LARGEST).flatten(1).all(1)
-    weights = (t for node in network.nodes for t in vars(node.op).values() if isinstance(t, Tensor))
-    if bool(crude.any()) and not all(bool((t.abs() <= LARGEST).all()) for t in weights):
+    if not bool(crude.any()):
+        return crude.nonzero().squeeze(1)
+    for value in found.values:
+        crude = crude & (value.abs() <= LARGEST / 2).flatten(1).all(1)
+    constants = [t for node in network.nodes for t in vars(node.op).values() if isinstance(t, Tensor)]
+    slopes = [node.op.lipschitz for node in network.nodes if isinstance(node.op, Activation)]
+    if max(slopes, default=0.0) > LARGEST or not all(bool((t.abs() <= LARGEST).all()) for t in constants):
         crude = torch.zeros_like(crude)
     return crude.nonzero().squeeze(1)
 

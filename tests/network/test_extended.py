@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from certify_cli.network.affine import AffineOp, Dense, Reshape, Scale, Select, 
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.evaluate import Evaluation, evaluate, evaluate_in_float64
 from certify_cli.network.extended import extended_values
-from certify_cli.network.graph import Add, Builder, Concat, Network
+from certify_cli.network.graph import Add, Builder, Concat, Network, Node
 from certify_cli.network.pooling import MaxMin, MaxPool
 from certify_cli.numerics.quotients import quotient_tail, reciprocal
 from certify_cli.numerics.rounding import UNIT
@@ -208,11 +209,21 @@ def test_numbers_beyond_the_digits_leave_the_float64_bounds(huge: float) -> None
     found, plain = evaluate(network, x), evaluate_in_float64(network, x)
     assert torch.equal(found.logit_errors[1].nan_to_num(7), plain.logit_errors[1].nan_to_num(7))
     assert (found.logit_errors[[0, 2]] < 1e-9 * plain.logit_errors[[0, 2]]).all()
-    weight = network.nodes[1].op.weight
-    weight[0, 0] = huge
+    network.nodes[1].op.weight[0, 0] = huge
     x = points(network, 3)
     found, plain = evaluate(network, x), evaluate_in_float64(network, x)
     assert torch.equal(found.logit_errors.nan_to_num(7), plain.logit_errors.nan_to_num(7))
+
+
+def test_a_slope_beyond_the_digits_leaves_the_float64_bounds() -> None:
+    """At 0, where it multiplies nothing."""
+    *nodes, last = stack(40, 8).nodes
+    nodes.append(Node("huge", from_name("leaky_relu:1e305"), (len(nodes) - 1,), (8,)))
+    network = Network((*nodes, replace(last, inputs=(len(nodes) - 1,))))
+    x = points(network, 2)
+    found, plain = evaluate(network, x), evaluate_in_float64(network, x)
+    assert (plain.values[-3] == 0).any()
+    assert torch.equal(found.logit_errors, plain.logit_errors)
 
 
 @pytest.mark.parametrize("scales", [(1e150, 1e-150), (1e-200, 1e200), (1e-310, 1e300), (1e290, 1e-300)])
