@@ -29,7 +29,7 @@ from certify_cli.numerics.trees import Batched, joined
 SAFETY = 1.001
 """Covers the rounding of the error bounds, which are sums of non-negative terms: relative error far below 0.1 %."""
 
-NEGLIGIBLE = 1e-9
+NEGLIGIBLE = 1e-7
 """An error of this part of the margin is not worth a second evaluation."""
 
 RESOLVED = 1e-12
