@@ -175,6 +175,29 @@ def test_a_smooth_deep_network_keeps_true_bounds() -> None:
     worst(network, x, evaluate(network, x))
 
 
+def test_constants_without_the_rest_of_themselves_are_an_error() -> None:
+    """Stored as 1/3 to 53 bits and nothing more: the exact network's values are within the bounds all the same."""
+    weight, tail = reciprocal(torch.full((3,), 3.0, dtype=torch.float64))
+    last = Dense(torch.tensor([[1e9, -1e9, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64))
+    exact, rounded = Builder((3,)), Builder((3,))
+    network = exact.build(exact.add("fc", last, exact.add("third", Scale(weight, 1, weight_tail=tail), 0)))
+    stored = rounded.build(rounded.add("fc", last, rounded.add("third", Scale(weight, 1), 0)))
+    x = torch.tensor([[1.0, -1.0, 0.5], [3.0, 2.0, 1.0]], dtype=torch.float64)
+    assert worst(network, x, extended(stored, x)) > 0.01
+    assert worst(network, x, extended(network, x)) > 0.01
+
+
+def test_a_smooth_function_is_taken_at_the_exact_place() -> None:
+    """Sines far out, where rounding the argument to float64 moves them by many units in the last place."""
+    b = Builder((2,))
+    z = b.add("sum", Dense(torch.tensor([[1e6, 1.0], [1e6, -1.0], [3e5, 0.5]], dtype=torch.float64)), 0)
+    network = b.build(b.add("sin", from_name("sin"), z))
+    x = torch.tensor([[1.0, 2.0**-35], [0.7, 2.0**-35]], dtype=torch.float64)
+    found = extended(network, x)
+    assert worst(network, x, found) > 1e-3
+    assert (found.logit_errors < 20 * UNIT).all()
+
+
 def test_entries_at_a_kink_are_taken_on_their_own_side() -> None:
     """2^60 (clip(z) - z) for z at the kink 6, and 2^-60 above and below it, which float64 rounds to 6."""
     b = Builder((2,))
