@@ -176,15 +176,17 @@ def test_a_smooth_deep_network_keeps_true_bounds() -> None:
 
 
 def test_constants_without_the_rest_of_themselves_are_an_error() -> None:
-    """Stored as 1/3 to 53 bits and nothing more: the exact network's values are within the bounds all the same."""
-    weight, tail = reciprocal(torch.full((3,), 3.0, dtype=torch.float64))
-    last = Dense(torch.tensor([[1e9, -1e9, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64))
-    exact, rounded = Builder((3,)), Builder((3,))
-    network = exact.build(exact.add("fc", last, exact.add("third", Scale(weight, 1, weight_tail=tail), 0)))
-    stored = rounded.build(rounded.add("fc", last, rounded.add("third", Scale(weight, 1), 0)))
-    x = torch.tensor([[1.0, -1.0, 0.5], [3.0, 2.0, 1.0]], dtype=torch.float64)
-    assert worst(network, x, extended(stored, x)) > 0.01
-    assert worst(network, x, extended(network, x)) > 0.01
+    """3e9 times 1/3 minus 7e9 times 1/7, stored to 53 bits and nothing more: the exact 0 is within the bound."""
+    weight, tail = reciprocal(torch.tensor([3.0, 7.0], dtype=torch.float64))
+    last = Dense(torch.tensor([[3e9, -7e9], [1.0, 1.0]], dtype=torch.float64))
+    exact, rounded = Builder((2,)), Builder((2,))
+    network = exact.build(exact.add("fc", last, exact.add("part", Scale(weight, 1, weight_tail=tail), 0)))
+    stored = rounded.build(rounded.add("fc", last, rounded.add("part", Scale(weight, 1), 0)))
+    x = torch.ones(1, 2, dtype=torch.float64)
+    for one in (stored, network):
+        values, errors = zip(*extended_values(one, x, [1.0, 1.0, 1.0], UNIT), strict=True)
+        assert worst(network, x, Evaluation(list(values), list(errors))) > 0.01
+    assert float(errors[-1][0, 0]) < 2 * UNIT
 
 
 def test_a_smooth_function_is_taken_at_the_exact_place() -> None:
