@@ -176,9 +176,9 @@ def test_a_smooth_deep_network_keeps_true_bounds() -> None:
 
 
 def test_constants_without_the_rest_of_themselves_are_an_error() -> None:
-    """3e9 times 1/3 minus 7e9 times 1/7, stored to 53 bits and nothing more: the exact 0 is within the bound."""
-    weight, tail = reciprocal(torch.tensor([3.0, 7.0], dtype=torch.float64))
-    last = Dense(torch.tensor([[3e9, -7e9], [1.0, 1.0]], dtype=torch.float64))
+    """3e9 times 1/3 minus 1e10 times .1, stored to 53 bits and nothing more: the exact 0 is within the bound."""
+    weight, tail = reciprocal(torch.tensor([3.0, 10.0], dtype=torch.float64))
+    last = Dense(torch.tensor([[3e9, -1e10], [1.0, 1.0]], dtype=torch.float64))
     exact, rounded = Builder((2,)), Builder((2,))
     network = exact.build(exact.add("fc", last, exact.add("part", Scale(weight, 1, weight_tail=tail), 0)))
     stored = rounded.build(rounded.add("fc", last, rounded.add("part", Scale(weight, 1), 0)))
