@@ -74,12 +74,12 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def parameter_count(op: Op) -> int:
-    """The number of real numbers that the operation holds; index maps are data movement, not parameters."""
+    """The number of real numbers that the operation holds; not index maps, nor the rest of rounded constants."""
     from torch import Tensor
 
     if not is_dataclass(op):
         return 0
-    values = (getattr(op, item.name) for item in fields(op))
+    values = (getattr(op, item.name) for item in fields(op) if item.name != "weight_tail")
     return sum(value.numel() for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 

@@ -12,6 +12,7 @@ from certify_cli.data.source import CHANNELS
 from certify_cli.errors import DataError, UsageError, quoted, shown
 from certify_cli.network.affine import AffineOp, Reshape, Scale, Select, Shift
 from certify_cli.network.graph import Builder, Network, Shape
+from certify_cli.numerics.quotients import reciprocal
 
 LAYOUTS = ("nchw", "nhwc", "flat")
 
@@ -59,11 +60,12 @@ def normalisation(
         steps.append(("mean", Shift(-_per_channel("--mean", mean, shape))))
     if std is not None:
         values = _per_channel("--std", std, shape)
-        if not bool((values > 0).all() and (1 / values).isfinite().all()):
+        weight, tail = reciprocal(values)
+        if not bool((values > 0).all() and weight.isfinite().all()):
             raise UsageError(
                 f"--std {_shown(std)}: every value must be positive, and not so small that 1/std overflows"
             )
-        steps.append(("std", Scale(1 / values, weight_error=1)))
+        steps.append(("std", Scale(weight, weight_error=1, weight_tail=tail)))
     return steps
 
 

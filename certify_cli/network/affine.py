@@ -6,7 +6,9 @@ resizing), `Conv` and `ConvTranspose` in `convolution`. A new primitive is one s
 itself, its linear part W, the transpose of W and |W| to a batch, and bounds its norms (theory section 2).
 
 Norm bounds are floats, rounded up. `terms` is k such that gamma_k bounds the relative rounding error of one
-application against |W| |x| + |b|, roundings of computed weights (1/sqrt(var + eps), 1/9) included.
+application against |W| |x| + |b|, roundings of computed weights (1/sqrt(var + eps), 1/9) included: such weights have a
+relative error of `weight_error` u, and may have a `weight_tail` (parts, *shape broadcastable with the weight's), parts
+of what the float64 numbers lack (`numerics.quotients`), which extended precision adds.
 """
 
 from __future__ import annotations
@@ -69,6 +71,10 @@ class AffineOp(ABC):
         """Upper bound of the spectral norm of W on inputs of `shape`."""
         return self._remember("norm", shape, self._norm)
 
+    def quick_norm(self, shape: Shape) -> float:
+        """An upper bound of the spectral norm that costs little whatever the size of the image, and is less sharp."""
+        return self.norm(shape)
+
     def row_norm(self, shape: Shape) -> float:
         """Upper bound of max_i ||W_i|| (the 2 -> infinity norm)."""
         return self._remember("row", shape, self._row_norm)
@@ -122,12 +128,13 @@ def largest_row_sum(rows: Tensor) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Dense(AffineOp):
-    """y = x W^T + b on the last axis; weight (out, in), whose entries have a relative error of `weight_error` u."""
+    """y = x W^T + b on the last axis; weight (out, in)."""
 
     weight: Tensor
     offset: Tensor | None = None
     weight_error: int = 0
     title: str = "dense"
+    weight_tail: Tensor | None = None
 
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
@@ -181,6 +188,7 @@ class Scale(AffineOp):
     weight: Tensor
     weight_error: int = 0
     title: str = "scale"
+    weight_tail: Tensor | None = None
 
     def output_shape(self, *shapes: Shape) -> Shape:
         return _broadcast_within(shapes[0], self.weight, "scale")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 from certify_cli.network.affine import AffineOp, largest_row_sum, longest_row, materialise
 from certify_cli.network.graph import Shape, refuse_large
 from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, matrix_norm
-from certify_cli.numerics.rounding import gamma, up
+from certify_cli.numerics.rounding import gamma, times, up
 
 MATERIALISE_FLOPS = 2e10
 """Cost up to which a convolution's whole matrix is built and its norm proved directly."""
@@ -34,6 +35,7 @@ class Conv(AffineOp):
     groups: int = 1
     weight_error: int = 0
     title: str = "conv"
+    weight_tail: Tensor | None = None
 
     @property
     def dimensions(self) -> int:
@@ -99,17 +101,37 @@ class Conv(AffineOp):
     def products(self) -> int:
         return self.weight[0].numel()
 
+    def quick_norm(self, shape: Shape) -> float:
+        """The better of two that take norms of matrices of the size of the weight only.
+
+        All weights of an output times the patches that outputs read, of which `windows` share a pixel; or all weights
+        of an input times the sums, over the taps, of what they bring to an output.
+        """
+        return self._remember("quick", (), self._quick_norm)
+
+    def _quick_norm(self, shape: Shape) -> float:
+        grouped = self.weight.unflatten(0, (self.groups, -1)).flatten(3)
+        taps, windows = grouped.shape[3], 1
+        for size, stride, dilation in zip(self.weight.shape[2:], self.stride, self.dilation, strict=True):
+            windows *= max(Counter(tap * dilation % stride for tap in range(size)).values())
+        patches = _largest_norm(grouped.flatten(2), up(math.sqrt(windows)))
+        sums = _largest_norm(grouped.transpose(2, 3).flatten(1, 2), up(math.sqrt(taps)))
+        return self._with_weight_errors(min(patches, sums))
+
+    def _with_weight_errors(self, norm: float) -> float:
+        """An upper bound of the norm for the exact weights: errors of e |w| are, per tap, a shift times a matrix."""
+        if self.weight_error == 0:
+            return norm
+        taps = sum(frobenius_norm(tap) for tap in self.weight.flatten(2).unbind(2))
+        return up(norm + gamma(self.weight_error) * taps, self.weight[0, 0].numel() + 4)
+
     def _norm(self, shape: Shape) -> float:
         """The smaller of the Fourier symbol's bound and, where affordable, the verified norm of the whole matrix."""
         symbol = conv_symbol_norm(self.weight, shape[1:], self.stride, self.padding, self.dilation, self.groups)
         columns, rows = math.prod(shape), math.prod(self.output_shape(shape))
         flops = min(rows, columns) ** 2 * float(max(rows, columns))
         best = symbol if flops > MATERIALISE_FLOPS else min(symbol, matrix_norm(materialise(self, shape)))
-        if self.weight_error == 0:
-            return best
-        # errors of e |w|, per tap a shift times a matrix (see `Dense`)
-        taps = sum(frobenius_norm(tap) for tap in self.weight.flatten(2).unbind(2))
-        return up(best + gamma(self.weight_error) * taps, self.weight[0, 0].numel() + 4)
+        return self._with_weight_errors(best)
 
     def _row_norm(self, shape: Shape) -> float:
         return up(longest_row(self.weight.flatten(1)), self.weight_error)
@@ -183,6 +205,9 @@ class ConvTranspose(AffineOp):
     def terms(self) -> int:
         return self._adjoint.terms
 
+    def quick_norm(self, shape: Shape) -> float:
+        return self._adjoint.quick_norm(self.output_shape(shape))
+
     def _norm(self, shape: Shape) -> float:
         return self._adjoint.norm(self.output_shape(shape))
 
@@ -196,3 +221,10 @@ class ConvTranspose(AffineOp):
         """For each output channel all its weights; a row of W holds a subset of them."""
         grouped = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
         return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def _largest_norm(matrices: Tensor, factor: float) -> float:
+    """Upper bound of factor times the largest spectral norm of matrices (count, m, n)."""
+    if min(matrices.shape[1:]) == 1:
+        return times(longest_row(matrices.flatten(1)), factor)
+    return times(max(matrix_norm(matrix) for matrix in matrices), factor)

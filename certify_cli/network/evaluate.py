@@ -3,7 +3,8 @@
 The bounds are entrywise, for float64: with E the error of its input, an affine node has |W| E + gamma_(k+1)
 (|W| |h| + |b|), an activation s E plus its row's evaluation error. They hold for dot products summed in any order, with
 or without fused multiply-add; `exact_kernels` switches off the kernels for which they do not (TF32, Winograd and FFT
-convolution).
+convolution). E grows with depth; samples whose margin it would spoil are evaluated again in extended precision
+(`extended`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,25 @@ from torch import Tensor
 
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
+from certify_cli.network.extended import extended_values
 from certify_cli.network.graph import Add, Concat, Network, Op, Shape
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.walk import Forward, forward
+from certify_cli.numerics.digits import LARGEST
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
+from certify_cli.numerics.trees import Batched, joined
 
 SAFETY = 1.001
 """Covers the rounding of the error bounds, which are sums of non-negative terms: relative error far below 0.1 %."""
 
+NEGLIGIBLE = 1e-7
+"""An error of this part of the margin is not worth a second evaluation."""
+
+RESOLVED = 1e-12
+"""Margins are not told apart more closely than this part of the largest logit."""
+
+ENTRIES_AT_ONCE = 2**21
+"""Entries of the largest node that are evaluated together in extended precision, some fifty float64 numbers each."""
 
 WithError = tuple[Tensor, Tensor]
 """A node's value and an upper bound of its error, (batch, *shape) each."""
@@ -43,7 +55,7 @@ def exact_kernels() -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Batched):
     """Every node's value (batch, *shape), and upper bounds of |computed - exact| of the same shape."""
 
     values: list[Tensor]
@@ -59,7 +71,48 @@ class Evaluation:
 
 
 def evaluate(network: Network, x: Tensor) -> Evaluation:
-    """Values and error bounds of every node at x (batch, *input_shape), taken as exact float64 numbers."""
+    """Values and error bounds of every node at x (batch, *input_shape), taken as exact float64 numbers.
+
+    In float64, and once more in extended precision for samples whose smallest margin has a larger error than NEGLIGIBLE
+    of it, or than RESOLVED of the largest logit where the margin is tiny.
+    """
+    found = evaluate_in_float64(network, x)
+    crude = _crude(network, found)
+    if len(crude) == 0:
+        return found
+    at_once = max(1, ENTRIES_AT_ONCE // max(node.size for node in network.nodes))
+    again: Evaluation = joined(_extended(network, x[rows], found.at(rows)) for rows in crude.split(at_once))
+    better = again.logit_errors.amax(1) < found.logit_errors[crude].amax(1)
+    return found.put(crude[better], again.at(better.nonzero().squeeze(1)))
+
+
+def _extended(network: Network, x: Tensor, near: Evaluation) -> Evaluation:
+    """The samples in extended precision, near what float64 gave."""
+    sizes = [float(value.abs().max()) for value in near.values]
+    aim = UNIT / 4 * float(near.logits.abs().amax(1).min())
+    values, errors = zip(*extended_values(network, x, sizes, aim), strict=True)
+    return Evaluation(list(values), list(errors))
+
+
+def _crude(network: Network, found: Evaluation) -> Tensor:
+    """The samples that extended precision is for: not those with numbers that it has no digits for."""
+    largest = found.logits.abs().amax(1)
+    top = found.logits.topk(min(2, found.logits.shape[1]), dim=1).values
+    allowed = torch.maximum(NEGLIGIBLE * (top[:, 0] - top[:, -1]), RESOLVED * largest)
+    crude = (largest > 0) & ~(found.logit_errors.amax(1) <= allowed)
+    if not bool(crude.any()):
+        return crude.nonzero().squeeze(1)
+    for value in found.values:
+        crude = crude & (value.abs() <= LARGEST / 2).flatten(1).all(1)
+    constants = [t for node in network.nodes for t in vars(node.op).values() if isinstance(t, Tensor)]
+    slopes = [node.op.lipschitz for node in network.nodes if isinstance(node.op, Activation)]
+    if max(slopes, default=0.0) > LARGEST or not all(bool((t.abs() <= LARGEST).all()) for t in constants):
+        crude = torch.zeros_like(crude)
+    return crude.nonzero().squeeze(1)
+
+
+def evaluate_in_float64(network: Network, x: Tensor) -> Evaluation:
+    """`evaluate` without extended precision."""
 
     def bounded(value: Tensor, error: Tensor) -> WithError:
         return value, error * SAFETY + UNDERFLOW

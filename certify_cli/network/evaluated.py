@@ -40,7 +40,7 @@ class EvaluatedPoints:
         if self.whole is None:
             return evaluate(self.network, self.x)
         whole, positions = self.whole
-        return Evaluation(select(whole.evaluation.values, positions), select(whole.evaluation.errors, positions))
+        return whole.evaluation.at(positions)
 
     @cached_property
     def finite(self) -> Tensor:

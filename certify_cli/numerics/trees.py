@@ -62,6 +62,11 @@ def select(tree: Any, index: Tensor) -> Any:
     return _map(lambda axis, tensor: tensor[(*[slice(None)] * axis, index)], (tree,))
 
 
+def joined(trees: Iterable[Any]) -> Any:
+    """The items of all trees, in order."""
+    return _map(lambda axis, *tensors: torch.cat(tensors, axis), tuple(trees))
+
+
 def _map(rule: Rule, trees: tuple[Any, ...], axis: int = 0, shared: bool = False) -> Any:
     """The rule for the tensors at the same place of all trees; elsewhere what the first one has."""
     first = trees[0]

@@ -14,6 +14,12 @@ from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.records import CERTIFIED, ERROR, NOT_CERTIFIED, Sample
 
 TIED = "the two largest logits are equal up to rounding error"
+UNRESOLVED = (
+    "the largest logit is ahead as computed, but by less than our bound on the error of computing it: "
+    "no tie, and no proof either"
+)
+EQUAL = 1e-9
+"""Logits that differ by less than this part of the largest one count as equal."""
 NOT_FINITE = "a logit is not a finite number"
 NO_BOUND = "the bound on this network is too large for a positive radius"
 HUGE = 1e100
@@ -56,6 +62,7 @@ def sample_records(
         "finite": point.finite.tolist(),
         "by_certificate": by_certificate.tolist(),
         "safe": (point.margin_low.min(1).values > 0).tolist(),
+        "equal": (margin <= EQUAL * point.evaluation.logits.abs().amax(1)).tolist(),
         "inside": ((certificates.witness >= 0) & (certificates.witness <= 1)).flatten(1).all(1).tolist(),
     }
     return [
@@ -81,7 +88,7 @@ def _record(index: int, label: int | None, values: dict[str, Any], image: bool) 
     elif radius > 0:
         status = CERTIFIED
     else:
-        status, reason = NOT_CERTIFIED, NO_BOUND if values["safe"] else TIED
+        status, reason = NOT_CERTIFIED, NO_BOUND if values["safe"] else TIED if values["equal"] else UNRESOLVED
     attack = _number(values["attack"]) if finite else None
     prediction = values["prediction"] if finite else None
     return Sample(

@@ -82,6 +82,7 @@ def test_norms_bound_the_matrix(case: tuple[AffineOp, Shape, Tensor]) -> None:
     spectral = float(torch.linalg.svdvals(matrix)[0])
     bounds = {
         "norm": (op.norm(shape), spectral),
+        "quick": (op.quick_norm(shape), spectral),
         "row": (op.row_norm(shape), float(matrix.norm(dim=1).max())),
         "infinity": (op.infinity_norm(shape), float(matrix.abs().sum(1).max())),
         "frobenius": (op.frobenius_norm(shape), float(matrix.norm())),
@@ -133,3 +134,17 @@ def test_builder_drops_what_does_not_lead_to_the_output_and_keeps_names_unique()
     assert [node.name for node in network.nodes] == ["input", "fc", "fc.2", "join"]
     assert network.classes == 5
     assert network(_randn(2, 4)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("channels", "outputs", "groups"), [(1, 1, 1), (3, 2, 1), (2, 6, 1), (4, 8, 2), (3, 3, 3)])
+@pytest.mark.parametrize(("kernel", "dilation"), [((3, 3), 1), ((3, 2), 2), ((1, 5), 3), ((1, 1), 1)])
+def test_quick_norms_are_bounds_at_equal_weights(
+    stride: int, channels: int, outputs: int, groups: int, kernel: tuple[int, int], dilation: int
+) -> None:
+    """Of one sign, the weights of overlapping windows add up as far as they can: on average more than random ones."""
+    shape, size = (channels, 12, 14), (outputs, channels // groups, *kernel)
+    for weight in (torch.ones(size, dtype=torch.float64), _randn(*size)):
+        op = Conv(weight, None, (stride, stride), (1, 0), (dilation, dilation), groups)
+        spectral = float(torch.linalg.matrix_norm(materialise(op, shape), 2))
+        assert spectral <= op.quick_norm(shape) <= 3.5 * spectral

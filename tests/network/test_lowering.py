@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
@@ -238,3 +239,30 @@ def test_max_pool_pads_with_minus_infinity() -> None:
 def test_max_pool_of_a_window_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         MaxPool((9,), (1,), (0,), (1,)).output_shape((1, 4))
+
+
+def test_constants_that_are_rounded_keep_the_rest_of_themselves() -> None:
+    """A batch norm's gain over its root, 1/9 of an average, and a division: each with its tail, to 450 bits."""
+    norm = nn.BatchNorm2d(4)
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        assert tensor is not None
+        tensor.copy_(0.1 + torch.rand(4))
+    module = nn.Sequential(norm, nn.AvgPool2d(3), Divided(), nn.Flatten(), nn.Linear(8, 3)).double().eval()
+    traced = fx.Tracer().trace(module)
+    network = lower(fx.GraphModule(module, traced), IMAGE)
+    found = [node.op for node in network.nodes if getattr(node.op, "weight_error", 0)]
+    assert [op.title for op in found] == ["batch_norm", "average_pool", "scale"]
+    with mpmath.workprec(1000):
+        variances = [mpmath.mpf(v) + mpmath.mpf(norm.eps) for v in norm.running_var.tolist()]
+        gains = [g / mpmath.sqrt(v) for g, v in zip(norm.weight.tolist(), variances, strict=True)]
+        for op, constants in zip(found, (gains, [mpmath.mpf(1) / 9], [mpmath.mpf(1) / 7]), strict=True):
+            parts = torch.cat(
+                [op.weight.flatten(0, -1)[None, : len(constants)], op.weight_tail.reshape(len(op.weight_tail), -1)]
+            )
+            for column, constant in zip(parts.T.tolist(), constants, strict=True):
+                assert abs(mpmath.fsum(column) - constant) < abs(constant) * mpmath.mpf(2) ** -450
+
+
+class Divided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 7

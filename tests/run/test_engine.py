@@ -18,7 +18,7 @@ from certify_cli.network.graph import Builder, Network
 from certify_cli.records import ModelInfo
 from certify_cli.run.engine import prepare
 from certify_cli.run.library import certify
-from certify_cli.run.sample_records import NEVER, NOT_FINITE, TIED
+from certify_cli.run.sample_records import NEVER, NOT_FINITE, TIED, UNRESOLVED
 from certify_cli.run.settings import Settings
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
 
@@ -94,6 +94,29 @@ def test_ties_and_nan_are_records_with_a_reason() -> None:
     assert (broken.status, broken.reason, broken.prediction) == ("error", NOT_FINITE, None)
     assert broken.certified_radius is None
     assert broken.attack_radius is None
+
+
+@pytest.mark.parametrize(("activation", "reason"), [("gelu", UNRESOLVED), ("relu", None)])
+def test_rounding_of_a_deep_network_is_not_called_a_tie(activation: str, reason: str | None) -> None:
+    """The norms of forty layers multiply a smooth activation's rounding; a kinked one has none."""
+    network = mlp((8,) * 40 + (3,), activation, gain=1.7)
+    (sample,) = certify(model_of(network), data_of(points(network, 1)), method="lipschitz").samples
+    assert sample.margin is not None
+    assert sample.margin > 0.01
+    assert (sample.reason == UNRESOLVED) == (reason == UNRESOLVED)
+    assert sample.reason != TIED
+
+
+def test_a_deep_network_with_two_equal_rows_is_tied() -> None:
+    network = mlp((8,) * 40 + (3,), "relu", gain=1.7)
+    last = network.nodes[-1].op
+    assert isinstance(last, Dense)
+    assert last.offset is not None
+    top = int(network(points(network, 1).float().double()).argmax())
+    other = (top + 1) % 3
+    last.weight[other], last.offset[other] = last.weight[top], last.offset[top]
+    (sample,) = certify(model_of(network), data_of(points(network, 1)), method="lipschitz").samples
+    assert (sample.status, sample.reason, sample.margin) == ("not_certified", TIED, 0.0)
 
 
 def test_a_constant_classifier_says_so() -> None:

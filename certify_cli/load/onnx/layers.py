@@ -23,6 +23,7 @@ from certify_cli.network.affine import Dense, Reshape, Select
 from certify_cli.network.lowering import torch_layers as layers
 from certify_cli.network.lowering.context import Data, LoweringContext, lowers
 from certify_cli.network.pooling import MaxMin
+from certify_cli.numerics.quotients import reciprocal
 
 _ARITHMETIC = {torch.add: layers.add, torch.sub: layers.subtract, torch.mul: layers.multiply}
 """The remaining function of OnnxBinaryMathOperation is division."""
@@ -90,8 +91,12 @@ def _along(context: LoweringContext, x: Data, axes: list[int], keep: bool, mean:
     kept = [axis for axis in range(rank) if axis not in reduced]
     count = math.prod(shape[axis - 1] for axis in reduced)
     x = context.move(lambda t: t.permute(*kept, *reduced).reshape(*(t.shape[axis] for axis in kept), count), x)
-    weight = torch.full((1, count), 1.0 / count if mean else 1.0, dtype=torch.float64)
-    x = context.add(Dense(weight, None, weight_error=1 if mean else 0, title="mean" if mean else "sum"), x)
+    if mean:
+        weight, tail = reciprocal(torch.full((1, 1), float(count), dtype=torch.float64))
+        op = Dense(weight.expand(1, count).contiguous(), None, weight_error=1, title="mean", weight_tail=tail)
+    else:
+        op = Dense(torch.ones(1, count, dtype=torch.float64), title="sum")
+    x = context.add(op, x)
     final = tuple(1 if axis in reduced else shape[axis - 1] for axis in range(1, rank) if keep or axis not in reduced)
     return x if context.shape(x) == final else context.add(Reshape(final), x)
 

@@ -399,23 +399,28 @@ def selu(alpha: float = 1.6732632423543772, gamma: float = 1.0507009873554805) -
 
 
 def _piecewise(
-    value: Curve, kinks: tuple[CriticalPoint, ...], slopes: tuple[float, ...], *, deviation: float = 0.0
+    value: Curve, kinks: tuple[CriticalPoint, ...], *lines: tuple[float, float], deviation: float = 0.0
 ) -> Activation:
-    """Slope slopes[i] between kinks i-1 and i; the values of a kink are the slopes on its two sides."""
+    """lines[i] = (slope, intercept) between kinks i-1 and i; the values of a kink are the slopes on its two sides."""
+    slopes, intercepts = zip(*lines, strict=True)
 
-    def slope(z: Tensor) -> Tensor:
-        result = torch.where(z.isnan(), z, slopes[0])
-        for kink, after in zip(kinks, slopes[1:], strict=True):
-            result = torch.where(z > kink.abscissa, after, result)
-        return result
+    def steps(levels: tuple[float, ...]) -> Callable[[Tensor], Tensor]:
+        def level(z: Tensor) -> Tensor:
+            result = torch.where(z.isnan(), z, levels[0])
+            for kink, after in zip(kinks, levels[1:], strict=True):
+                result = torch.where(z > kink.abscissa, after, result)
+            return result
 
-    return Activation(value, Curve(slope, (*_limits(slopes[0], slopes[-1]), *kinks)), deviation=deviation)
+        return level
+
+    slope = Curve(steps(slopes), (*_limits(slopes[0], slopes[-1]), *kinks))
+    return Activation(value, slope, deviation=deviation, intercept=steps(intercepts))
 
 
 @row(modules={nn.ReLU: spelled()}, onnx={"Relu": spelled()})
 def relu() -> Activation:
     value = Curve(lambda z: z.clamp(min=0.0), _limits(0.0, INF))
-    return _piecewise(value, (exactly(0.0, 0.0, 1.0),), (0.0, 1.0))
+    return _piecewise(value, (exactly(0.0, 0.0, 1.0),), (0.0, 0.0), (1.0, 0.0))
 
 
 @row(
@@ -427,7 +432,7 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
     value = Curve(
         lambda z: torch.where(z > 0, z, negative_slope * z), (*_limits(left, INF), exactly(0.0, 0.0)), relative=2
     )
-    return _piecewise(value, (exactly(0.0, negative_slope, 1.0),), (negative_slope, 1.0))
+    return _piecewise(value, (exactly(0.0, negative_slope, 1.0),), (negative_slope, 0.0), (1.0, 0.0))
 
 
 @row(
@@ -445,8 +450,10 @@ def clip(low: float | None = None, high: float | None = None) -> Activation:
     if floor >= ceiling:
         raise ModelError(f"clip from {floor:g} to {ceiling:g} is constant: low must be below high")
     kinks = tuple(exactly(abscissa, 0.0, 1.0) for abscissa in (low, high) if abscissa is not None)
-    slopes = ((0.0,) if low is not None else ()) + (1.0,) + ((0.0,) if high is not None else ())
-    return _piecewise(Curve(lambda z: z.clamp(low, high), _limits(floor, ceiling)), kinks, slopes)
+    flat = [[] if level is None else [(0.0, level)] for level in (low, high)]
+    return _piecewise(
+        Curve(lambda z: z.clamp(low, high), _limits(floor, ceiling)), kinks, *flat[0], (1.0, 0.0), *flat[1]
+    )
 
 
 @row(
@@ -461,7 +468,8 @@ def hard_sigmoid(alpha: float = 1 / 6, beta: float = 0.5) -> Activation:
     )
     slack = 8 * UNIT * (1 + abs(beta)) / alpha
     kinks = tuple(CriticalPoint((level - beta) / alpha, 0.0, alpha, slack) for level in (0.0, 1.0))
-    return _piecewise(value, kinks, (0.0, alpha, 0.0), deviation=UNIT if alpha == 1 / 6 else 0.0)
+    lines = (0.0, 0.0), (alpha, beta), (0.0, 1.0)
+    return _piecewise(value, kinks, *lines, deviation=UNIT if alpha == 1 / 6 else 0.0)
 
 
 @row(modules={nn.Hardswish: spelled()}, onnx={"HardSwish": spelled()})

@@ -29,6 +29,7 @@ class Activation(Nonlinear):
         ranges contain both sides.
     third_sup: upper bound of sup |phi'''| on the open pieces between jumps.
     deviation: upper bound of sup |deployed - phi|, where the deployed operator is known to differ from phi.
+    intercept: of a piecewise linear phi, which is slope(z) z + intercept(z), both float64 numbers.
 
     Take derivatives from `slope`: autograd through the |z| of the safe formulas goes wrong at z = 0.
     """
@@ -38,6 +39,7 @@ class Activation(Nonlinear):
     curvature: Curve | None = None
     third_sup: float | None = None
     deviation: float = 0.0
+    intercept: Callable[[Tensor], Tensor] | None = None
     name: str = ""
     parameters: dict[str, float | None] = field(default_factory=dict)
 

@@ -20,6 +20,7 @@ from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import MAX_VALUES, Add, Concat, refuse_large
 from certify_cli.network.lowering.context import Data, LoweringContext, lowers
 from certify_cli.network.pooling import MaxPool
+from certify_cli.numerics.quotients import quotient_tail, reciprocal
 
 SPATIAL_MATRIX_ENTRIES, SPATIAL_MATRIX_PIXELS = MAX_VALUES, 2**16
 """Largest matrix (entries, and input pixels, whose square is the work) that an irregular pooling is written out as."""
@@ -74,12 +75,15 @@ def normalise(
 ) -> Data:
     """Evaluation-mode batch norm of (channels, *space) as three nodes: -mean, gain/sqrt(variance + eps), +shift."""
     axes = (-1, *[1] * (len(context.shape(x)) - 1))
-    factor = (torch.ones_like(variance) if gain is None else gain.detach()) / (variance + eps).sqrt()
+    gain = torch.ones_like(variance) if gain is None else gain.detach()
+    factor = gain / (variance + eps).sqrt()
     if not bool(factor.isfinite().all()):
         context.refuse("its variance plus epsilon is not positive")
+    tail = quotient_tail(factor, gain, [variance, torch.full_like(variance, eps)], root=True)
+    tail = None if tail is None else tail.reshape(-1, *factor.reshape(axes).shape)
     x = context.add(Shift((-mean).reshape(axes)), x)
     # roundings: the sum (halved by the root), the root, the quotient
-    x = context.add(Scale(factor.reshape(axes), weight_error=3, title="batch_norm"), x)
+    x = context.add(Scale(factor.reshape(axes), weight_error=3, title="batch_norm", weight_tail=tail), x)
     return x if shift is None else context.add(Shift(shift.detach().reshape(axes)), x)
 
 
@@ -122,15 +126,18 @@ def depthwise_mean(
     """Average pooling with one divisor throughout: a depthwise convolution whose weights are all 1/divisor."""
     channels = context.shape(x)[0]
     refuse_large((channels, *kernel), "its window")
-    weight = torch.full((channels, 1, *kernel), 1.0 / divisor, dtype=torch.float64)
+    weight, tail = reciprocal(torch.full((1,) * (len(kernel) + 2), float(divisor), dtype=torch.float64))
+    weight = weight.expand(channels, 1, *kernel).contiguous()
     dilation = dilation or (1,) * len(kernel)
-    return context.add(Conv(weight, None, stride, padding, dilation, channels, weight_error=1, title="average_pool"), x)
+    op = Conv(weight, None, stride, padding, dilation, channels, 1, title="average_pool", weight_tail=tail)
+    return context.add(op, x)
 
 
 def spatial_matrix(context: LoweringContext, pool: Callable[[Tensor], Tensor], x: Data) -> Data:
     """A linear map of the pixels, the same in every channel, as a matrix: Reshape, Dense, Reshape.
 
-    Each entry is 1/divisor, or a sum of zeros and one such number, so its relative error is one rounding.
+    Each entry is 1/divisor, or a sum of zeros and one such number, so its relative error is one rounding. There is no
+    `weight_tail`: divisors differ from output to output.
     """
     shape = context.shape(x)
     pixels = math.prod(shape[1:])
@@ -227,11 +234,10 @@ def _item(context: LoweringContext, value: Any, index: Any) -> Any:
 # --- arithmetic -------------------------------------------------------------------------------------------------
 
 
-def scale(context: LoweringContext, x: Data, factor: Tensor, weight_error: int = 0) -> Data:
-    """x * factor, broadcast both ways; `factor` as in the model, batch axis included."""
-    constant = context.per_sample(factor, len(context.shape(x)))
-    x = context.broadcast(x, tuple(torch.broadcast_shapes(context.shape(x), constant.shape)))
-    return context.add(Scale(constant, weight_error=weight_error), x)
+def scale(context: LoweringContext, x: Data, op: Scale) -> Data:
+    """x * op.weight, broadcast both ways."""
+    x = context.broadcast(x, tuple(torch.broadcast_shapes(context.shape(x), op.weight.shape)))
+    return context.add(op, x)
 
 
 def shift(context: LoweringContext, x: Data, offset: Tensor) -> Data:
@@ -280,7 +286,7 @@ def multiply(context: LoweringContext, left: Any, right: Any) -> Data:
             "of the table: multiply by constants only"
         )
     x, constant = (left, right) if isinstance(left, Data) else (right, left)
-    return scale(context, x, context.constant(constant))
+    return scale(context, x, Scale(context.per_sample(context.constant(constant), len(context.shape(x)))))
 
 
 @lowers(operator.truediv, operator.itruediv, torch.div)
@@ -288,10 +294,11 @@ def divide(context: LoweringContext, left: Any, right: Any) -> Data:
     """Quotient of data and a constant; refuses 0 and a divisor that depends on the input."""
     if isinstance(right, Data):
         context.refuse("division by a value that depends on the input is not supported: divide by constants only")
-    reciprocal = 1.0 / context.constant(right)
-    if not bool(reciprocal.isfinite().all()):
+    x = context.data(left)
+    weight, tail = reciprocal(context.per_sample(context.constant(right), len(context.shape(x))))
+    if not bool(weight.isfinite().all()):
         context.refuse("it divides by zero")
-    return scale(context, context.data(left), reciprocal, weight_error=1)
+    return scale(context, x, Scale(weight, weight_error=1, weight_tail=tail))
 
 
 @lowers(operator.neg, torch.neg)
