@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.linear_maps.weight_blocks import Block, blocks
+from certify_cli.bounds.linear_maps.weight_blocks import Block, Blocks
 from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network, Nonlinear
@@ -49,24 +49,23 @@ class Expansion:
     blocks: Mapping[tuple[int, int], Block]
 
     @cached_property
-    def _change(self) -> dict[tuple[int, int], float]:
-        """m_ls, up: change of target l per unit of change at source s, whose output is taken as a free variable."""
-        table: dict[tuple[int, int], float] = {}
-        nodes = nonlinear_nodes(self.network)
-        for source in (0, *nodes):
-            for target in (t for t in pre_activations(self.network) if t >= source):
-                terms = [self.blocks[target, source].norm] if (target, source) in self.blocks else []
-                for k in nodes:
-                    previous = table.get((pre_activation(self.network, k), source), 0.0)
-                    if source < k <= target and (target, k) in self.blocks and previous:
-                        terms.append(times(self.blocks[target, k].norm, self.radii[k], previous))
-                if terms:
-                    table[target, source] = up(sum(terms), len(terms))
-        return table
+    def _changes(self) -> dict[int, dict[int, float]]:
+        """By source and target, m_ls, up; 0 where the target does not depend on the source."""
+        return {}
 
     def change(self, target: int, source: int) -> float:
-        """Upper bound of the change of `target` per unit of change at `source`; 0 if it does not depend on it."""
-        return self._change.get((target, source), 0.0)
+        """Upper bound of the change of `target` per unit of change at `source`, whose output is a free variable."""
+        table = self._changes.setdefault(source, {})
+        for t in pre_activations(self.network):
+            if source <= t <= target and t not in table:  # no block is asked for that leads further than `target`
+                terms = [self.blocks[t, source].norm] if (t, source) in self.blocks else []
+                for k in nonlinear_nodes(self.network):
+                    if source < k <= t and (t, k) in self.blocks:
+                        previous = table.get(pre_activation(self.network, k), 0.0)
+                        if previous:
+                            terms.append(times(self.blocks[t, k].norm, self.radii[k], previous))
+                table[t] = up(sum(terms), len(terms)) if terms else 0.0
+        return table.get(target, 0.0)
 
     def rows(self, target: int) -> Tensor:
         """Upper bounds (size or 1,) of the change of each unit of `target` per unit of change of the input."""
@@ -117,12 +116,17 @@ class Expansion:
         return up(total, count)
 
 
+def _slopes(network: Network) -> dict[int, float]:
+    """The Lipschitz constant of every nonlinear node."""
+    return {k: node_lipschitz(network, k) for k in nonlinear_nodes(network)}
+
+
 def product_expansion(network: Network, weights: Mapping[tuple[int, int], Block]) -> Expansion:
     """The product of norms: every nonlinear node is cut, and its radius is its Lipschitz constant.
 
     weights: the network's blocks W_lk.
     """
-    return Expansion(network, {}, {k: node_lipschitz(network, k) for k in nonlinear_nodes(network)}, weights)
+    return Expansion(network, {}, _slopes(network), weights)
 
 
 def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
@@ -137,7 +141,7 @@ def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
             centres[k], radii[k] = Slope(middle), up(max(high - middle, middle - low), 1)
         else:
             radii[k] = node_lipschitz(network, k)
-    return Expansion(network, centres, radii, blocks(network, centres, budget))
+    return Expansion(network, centres, radii, Blocks(network, centres, radii, budget))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +180,6 @@ class Lipschitz:
         return self.sensitivity(0, pairs)
 
 
-def weight_blocks(network: Network, budget: Budget) -> dict[tuple[int, int], Block]:
+def weight_blocks(network: Network, budget: Budget) -> Blocks:
     """The network's own weights W_lk between consecutive nonlinear nodes, as matrices where the budget affords it."""
-    return blocks(network, {}, budget, keep=True)
+    return Blocks(network, {}, _slopes(network), budget, keep=True)
