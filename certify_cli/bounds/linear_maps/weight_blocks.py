@@ -141,7 +141,8 @@ class Blocks(Mapping[Pair, Block]):
         products = {pair for pair in small if self.composed[pair].factors > 1}
         worth = contributions(network, {pair: found.norm for pair, found in self.composed.items()}, radii)
         self.proved = affordable(self._costs, products, worth, budget.blocks)
-        self._shared = shared(self._costs, small if keep else self.proved, SHARED_ENTRIES)
+        cheap = small if keep else small - (products - self.proved)
+        self._shared = shared(self._costs, cheap, SHARED_ENTRIES)
         self._written: dict[Pair, Written] = {}
         self._pulled: dict[int, dict[int, Tensor]] = {}
 
