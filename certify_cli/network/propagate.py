@@ -114,9 +114,7 @@ def pre_activations(network: Network) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def jvp(
-    network: Network, source: int, tangents: Tensor, slopes: Slopes, last: int | None = None
-) -> dict[int, Vectors]:
+def jvp(network: Network, source: int, tangents: Tensor, slopes: Slopes, last: int | None = None) -> dict[int, Vectors]:
     """Images of tangents (batch, *shape of node `source`) at every later pre-activation node that they reach.
 
     last: the last node that is computed, the logits unless given.

@@ -205,9 +205,7 @@ def test_the_oracle_finds_an_angle_in_single_precision(monkeypatch: pytest.Monke
 
     waves = norms.waves_at
 
-    def rounded(
-        axes: list[norms.Axis], frequencies: Tensor, kernel: tuple[int, ...], counts: list[int]
-    ) -> Tensor:
+    def rounded(axes: list[norms.Axis], frequencies: Tensor, kernel: tuple[int, ...], counts: list[int]) -> Tensor:
         turns = (waves(axes, frequencies, kernel, counts).angle() / (2 * torch.pi)).float().double()
         return torch.polar(torch.ones_like(turns), 2 * torch.pi * turns)
 

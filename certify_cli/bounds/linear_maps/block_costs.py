@@ -124,4 +124,3 @@ def shared(costs: Costs, pairs: Collection[Pair], entries: int) -> dict[Pair, tu
             lists.append([])
         lists[-1].append(pair)
     return {pair: (passes, tuple(group)) for passes, lists in groups.items() for group in lists for pair in group}
-
