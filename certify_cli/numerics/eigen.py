@@ -192,13 +192,18 @@ def symmetric_product(rows: Tensor) -> Tensor:
         found = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
         for first, last in strips:
             found[:, first:last, :last] = rows[:, first:last] @ rows[:, :last].mH
-    for first, last in strips:
-        block = found[:, first:last, first:last]
-        found[:, first:last, first:last] = block.tril() + block.tril(-1).mH
-        found[:, :first, first:last] = found[:, first:last, :first].mH
-    if rows.is_complex():
-        found.diagonal(dim1=1, dim2=2).imag.zero_()
-    return found
+    return mirrored(found)
+
+
+def mirrored(matrices: Tensor) -> Tensor:
+    """Matrices (batch, n, n) whose lower triangle stands for the upper one, too; overwritten."""
+    for first, last in _strips(matrices.shape[-1]):
+        block = matrices[:, first:last, first:last]
+        matrices[:, first:last, first:last] = block.tril() + block.tril(-1).mH
+        matrices[:, :first, first:last] = matrices[:, first:last, :first].mH
+    if matrices.is_complex():
+        matrices.diagonal(dim1=1, dim2=2).imag.zero_()
+    return matrices
 
 
 def _shifted_cholesky(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,8 +59,12 @@ def matrix_norm(matrix: Tensor) -> float:
     if not bool(rows.isfinite().all()):
         return math.inf
     scale = power_of_two(rows)
-    product_, slack = gram((rows / scale).unsqueeze(0))
-    return times(up(math.sqrt(float(largest_eigenvalue(product_, slack))), 2), scale)
+    return times(gram_norm(*gram((rows / scale).unsqueeze(0))), scale)
+
+
+def gram_norm(product_: Tensor, slack: Tensor) -> float:
+    """Upper bound of ||A|| from A A^T as computed, (1, m, m).   slack: (1,), bounds the spectral norm of its error."""
+    return up(math.sqrt(float(largest_eigenvalue(product_, slack))), 2)
 
 
 def conv_symbol_norm(
