@@ -14,13 +14,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits of the floating-point operations for the bounds of one matrix.
+    """Upper limits of the floating-point operations for global bounds.
 
-    norm: for a verified spectral norm.   eigenvalues: for proved eigenvalues.
+    norm: for the verified spectral norm of one matrix.   eigenvalues: for proved eigenvalues of one matrix.
+    blocks: for all that refines the blocks of one expansion beyond products of norms (`block_costs`). Two cores do
+    some 2e10 such operations a second.
     """
 
     norm: float
     eigenvalues: float
+    blocks: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Effort:
 
 FAST = Effort(
     name="fast",
-    budget=Budget(norm=1e9, eigenvalues=1e10),
+    budget=Budget(norm=1e9, eigenvalues=1e10, blocks=2e10),
     tangents=0,
     dual_steps=4,
     dual_balls=0,
@@ -124,7 +127,7 @@ FAST = Effort(
 # and next to nothing on a single layer: hence `range_slope_depth`.
 NORMAL = Effort(
     name="normal",
-    budget=Budget(norm=2e10, eigenvalues=5e11),
+    budget=Budget(norm=2e10, eigenvalues=5e11, blocks=2e11),
     tangents=1,
     dual_steps=20,
     dual_balls=1,
@@ -146,7 +149,7 @@ NORMAL = Effort(
 )
 MAX = Effort(
     name="max",
-    budget=Budget(norm=3e11, eigenvalues=1e13),
+    budget=Budget(norm=3e11, eigenvalues=1e13, blocks=4e12),
     tangents=4,
     dual_steps=100,
     dual_balls=4,

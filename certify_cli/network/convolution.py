@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
-from certify_cli.network.affine import AffineOp, largest_row_sum, longest_row, materialise
+from certify_cli.network.affine import AffineOp, largest_row_sum, longest_row
 from certify_cli.network.graph import Shape, refuse_large
-from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, matrix_norm
-from certify_cli.numerics.rounding import gamma, times, up
+from certify_cli.numerics.eigen import mirrored
+from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, gram_norm, matrix_norm
+from certify_cli.numerics.rounding import gamma, power_of_two, times, up
 
 MATERIALISE_FLOPS = 2e10
 """Cost up to which a convolution's whole matrix is built and its norm proved directly."""
 
+WHOLE_CHUNK = 2**20
+"""Entries of the unit vectors that are carried through a convolution together for it (8 MiB)."""
 MAX_PRODUCTS = 2**27
 """Largest number of products that one output channel of a convolution takes over a whole image."""
 
@@ -130,8 +134,32 @@ class Conv(AffineOp):
         symbol = conv_symbol_norm(self.weight, shape[1:], self.stride, self.padding, self.dilation, self.groups)
         columns, rows = math.prod(shape), math.prod(self.output_shape(shape))
         flops = min(rows, columns) ** 2 * float(max(rows, columns))
-        best = symbol if flops > MATERIALISE_FLOPS else min(symbol, matrix_norm(materialise(self, shape)))
+        best = symbol if flops > MATERIALISE_FLOPS else min(symbol, self._whole_norm(shape))
         return self._with_weight_errors(best)
+
+    def _whole_norm(self, shape: Shape) -> float:
+        """Verified norm of the whole matrix W, from W W^T (or W^T W where W has more rows than columns).
+
+        The smaller side's unit vectors are carried through W^T, which is exact, and then through W: dot products of
+        `terms` products each, so that the error of entry (i, j) is at most gamma_terms ||W_i|| ||W_j||. The lower
+        triangle stands for both.
+        """
+        scale = power_of_two(self.weight)
+        op = replace(self, weight=self.weight / scale, offset=None)
+        output = self.output_shape(shape)
+        wide = math.prod(output) <= math.prod(shape)
+        side = output if wide else shape
+        size = math.prod(side)
+        product, squares = self.weight.new_empty(1, size, size), self.weight.new_zeros(())
+        for part in torch.arange(size, device=self.weight.device).split(max(8, WHOLE_CHUNK // math.prod(shape))):
+            units = self.weight.new_zeros(len(part), size)
+            units[torch.arange(len(part)), part] = 1.0
+            units = units.reshape(-1, *side)
+            rows = op.transpose(units, shape) if wide else op.linear(units)
+            product[0, part] = (op.linear(rows) if wide else op.transpose(rows, shape)).flatten(1)
+            squares = squares + rows.square().sum()
+        slack = up(gamma(self.terms + 2) * squares, math.prod(shape) * math.prod(output))
+        return times(gram_norm(mirrored(product), slack.reshape(1)), scale)
 
     def _row_norm(self, shape: Shape) -> float:
         return up(longest_row(self.weight.flatten(1)), self.weight_error)

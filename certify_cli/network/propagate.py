@@ -139,10 +139,13 @@ def pre_activations(network: Network) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def jvp(network: Network, source: int, tangents: Tensor, node_jvps: Mapping[int, NodeJvp]) -> dict[int, Vectors]:
+def jvp(
+    network: Network, source: int, tangents: Tensor, node_jvps: Mapping[int, NodeJvp], last: int | None = None
+) -> dict[int, Vectors]:
     """Images of tangents (batch, *shape of node `source`) at every later pre-activation node that they reach.
 
     node_jvps: of the nonlinear nodes, slopes for instance; one without is cut.
+    last: the last node that is computed, the logits unless given.
     """
 
     def affine(op: AffineOp, vectors: Vectors, shape: Shape) -> Vectors:
@@ -159,7 +162,8 @@ def jvp(network: Network, source: int, tangents: Tensor, node_jvps: Mapping[int,
     rules = Forward(affine, lambda parts: reduce(Vectors.__add__, parts), concat, nonlinear)
     wanted = set(pre_activations(network))
     exact = Vectors(tangents, torch.zeros(len(tangents), dtype=tangents.dtype, device=tangents.device))
-    return {index: image for index, image in forward(network, source, exact, rules) if index in wanted}
+    among = None if last is None else range(source, last + 1)
+    return {index: image for index, image in forward(network, source, exact, rules, among) if index in wanted}
 
 
 def _or_zeros(parts: list[Tensor | None], shapes: list[Shape]) -> list[Tensor]:

@@ -21,11 +21,13 @@ from certify_cli.numerics.lanczos import Product, lanczos
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, powers_of_two, times, up
 
 LANCZOS_STEPS = 40
+POWER_STEPS, PROMISING = 6, 4
+"""Steps of a power iteration that find the matrices whose eigenvalues are largest, and how many of these count."""
 BREAKDOWN = 1e-10
 FIRST_GAP = 1e-9
 """Relative distance of the first t above the estimate; tenfold after each failed factorisation."""
-STRIP = 512
-"""Rows of a matrix per step of a residual."""
+STRIPS, LEAST_STRIP = 8, 64
+"""Strips of rows in which a symmetric product is computed, and the fewest rows of one."""
 FIRST_STEP, STEP_GROWTH = 2.0**-16, 6.0
 """Relative growth of t after the first failed factorisation of `shifted_cholesky`, and the factor between growths."""
 UNSCALED = (1e-50, 1e50)
@@ -90,6 +92,28 @@ def largest_eigenvalue(
     return torch.where(finite, bound, torch.full_like(bound, math.inf))
 
 
+def largest_of_all(matrices: Tensor, slack: Tensor) -> float:
+    """Upper bound of the largest eigenvalue in a whole batch: `largest_eigenvalue`, but one candidate for all.
+
+    The candidate comes from the most promising matrices; those that do not factorise with it are taken one by one.
+    """
+    largest = matrices.abs().amax((1, 2))
+    if not bool(((largest > UNSCALED[0]) & (largest < UNSCALED[1])).all()):
+        return float(largest_eigenvalue(matrices, slack).max())
+    v = starting_vectors(len(matrices), matrices.shape[-1], matrices).unsqueeze(-1)
+    for _ in range(POWER_STEPS):
+        v = matrices @ (v / v.norm(dim=1, keepdim=True))
+    top = v.norm(dim=(1, 2)).topk(min(PROMISING, len(matrices))).indices
+    some = matrices[top]
+    start = starting_vectors(len(top), matrices.shape[-1], matrices)
+    estimate, residual = ritz_estimate(lambda q: (some @ q.unsqueeze(-1)).squeeze(-1), start)
+    gap = torch.clamp(10 * (residual / estimate).square(), min=FIRST_GAP, max=1e-2)
+    candidate = (estimate * (1 + gap)).max()
+    proved, value = _prove(matrices.clone(), candidate.expand(len(matrices)))
+    bounds = [up(value[proved] + slack[proved], 2), largest_eigenvalue(matrices[~proved], slack[~proved])]
+    return float(torch.cat(bounds).max())
+
+
 def _prove(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """For each matrix whether t I - S factorises, and the proved bound of lambda_max(S); overwrites the matrices."""
     n = matrices.shape[-1]
@@ -97,7 +121,10 @@ def _prove(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     shifted.diagonal(dim1=-2, dim2=-1).add_(t.unsqueeze(-1))
     factor, info = torch.linalg.cholesky_ex(shifted)
     sizes = torch.linalg.matrix_norm(factor).square() + torch.linalg.matrix_norm(shifted)
-    residual = torch.linalg.matrix_norm(torch.baddbmm(shifted, factor, factor.mH, alpha=-1))
+    if torch.equal(shifted, shifted.mH):
+        residual = factor_residual(shifted, factor)
+    else:
+        residual = torch.linalg.matrix_norm(torch.baddbmm(shifted, factor, factor.mH, alpha=-1))
     # complex products round up to four times as often; the last term is the rounding of t I - S itself
     terms = (n + 2) * (4 if matrices.is_complex() else 1)
     value = t + residual * (1 + gamma(n * n + 8)) + (gamma(terms) + 2 * UNIT) * sizes
@@ -130,19 +157,53 @@ def shifted_cholesky(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, T
     return t, lower, bound
 
 
-def factor_residual(matrices: Tensor, lower: Tensor) -> Tensor:
-    """||B - L L^T||_F as computed, (batch,), for lower triangular L and symmetric B; overwrites B.
+def _strips(n: int) -> list[tuple[int, int]]:
+    """(first, last) of the strips of n rows."""
+    step = max(LEAST_STRIP, -(-n // STRIPS))
+    return [(first, min(first + step, n)) for first in range(0, n, step)]
 
-    By strips of rows up to the diagonal block, mirrored: a third of the products.
+
+def factor_residual(matrices: Tensor, lower: Tensor) -> Tensor:
+    """||B - L L^H||_F as computed, (batch,), for lower triangular L and Hermitian B; overwrites B.
+
+    By strips of rows up to the diagonal block, mirrored: nearly a third of the products.
     """
-    n, total = matrices.shape[-1], torch.zeros_like(matrices[:, 0, 0])
-    for first in range(0, n, STRIP):
-        last = min(first + STRIP, n)
+    total = torch.zeros_like(matrices[:, 0, 0].real)
+    for first, last in _strips(matrices.shape[-1]):
         strip = matrices[:, first:last, :last]
-        strip.baddbmm_(lower[:, first:last, :last], lower[:, :last, :last].mT, alpha=-1)
-        below = strip[:, :, :first].square().sum((1, 2))
-        total = total + 2 * below + strip[:, :, first:].square().sum((1, 2))
+        strip.baddbmm_(lower[:, first:last, :last], lower[:, :last, :last].mH, alpha=-1)
+        below, diagonal = _square_sum(strip[:, :, :first]), _square_sum(strip[:, :, first:])
+        total = total + 2 * below + diagonal
     return total.sqrt()
+
+
+def _square_sum(matrices: Tensor) -> Tensor:
+    """The sum (batch,) of the squares of all entries' absolute values."""
+    entries = torch.view_as_real(matrices) if matrices.is_complex() else matrices
+    return entries.square().flatten(1).sum(1)
+
+
+def symmetric_product(rows: Tensor) -> Tensor:
+    """A A^H for A (batch, m, n), exactly Hermitian: by strips of rows up to the diagonal block, mirrored."""
+    strips = _strips(rows.shape[1])
+    if len(strips) == 1:
+        found = rows @ rows.mH
+    else:
+        found = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
+        for first, last in strips:
+            found[:, first:last, :last] = rows[:, first:last] @ rows[:, :last].mH
+    return mirrored(found)
+
+
+def mirrored(matrices: Tensor) -> Tensor:
+    """Matrices (batch, n, n) whose lower triangle stands for the upper one, too; overwritten."""
+    for first, last in _strips(matrices.shape[-1]):
+        block = matrices[:, first:last, first:last]
+        matrices[:, first:last, first:last] = block.tril() + block.tril(-1).mH
+        matrices[:, :first, first:last] = matrices[:, first:last, :first].mH
+    if matrices.is_complex():
+        matrices.diagonal(dim1=1, dim2=2).imag.zero_()
+    return matrices
 
 
 def _shifted_cholesky(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,6 +81,11 @@ class Case:
         return convolution_matrix(self.weight, self.sizes, self.stride, self.padding, self.dilation, self.groups)
 
     @property
+    def into(self) -> int:
+        """Channels in, of all groups."""
+        return self.weight.shape[1] * self.groups
+
+    @property
     def bound(self) -> float:
         return conv_symbol_norm(
             torch.from_numpy(self.weight), self.sizes, self.stride, self.padding, self.dilation, self.groups
@@ -205,8 +210,8 @@ def test_the_oracle_finds_an_angle_in_single_precision(monkeypatch: pytest.Monke
 
     waves = norms.waves_at
 
-    def rounded(axes: list[norms.Axis], frequencies: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        turns = (waves(axes, frequencies, kernel).angle() / (2 * torch.pi)).float().double()
+    def rounded(axes: list[norms.Axis], frequencies: Tensor, kernel: tuple[int, ...], counts: list[int]) -> Tensor:
+        turns = (waves(axes, frequencies, kernel, counts).angle() / (2 * torch.pi)).float().double()
         return torch.polar(torch.ones_like(turns), 2 * torch.pi * turns)
 
     monkeypatch.setattr(norms, "waves_at", rounded)
@@ -222,6 +227,54 @@ def test_frequencies_in_small_chunks_give_the_same_bound(monkeypatch: pytest.Mon
     Figures.of((case, case.bound, case.matrix) for case in cases)
 
 
+def test_the_norm_of_the_whole_matrix_of_a_convolution_is_sharp() -> None:
+    """From W W^T by the convolution's own products, for wide and tall matrices."""
+    cases = [case for case in convolutions(FEW) if case.weight.any() and case.matrix.any()]
+
+    def whole(case: Case) -> float:
+        form = (case.stride, case.padding, case.dilation, case.groups)
+        return Conv(torch.from_numpy(case.weight), None, *form)._whole_norm((case.into, *case.sizes))
+
+    assert Figures.of((case, whole(case), case.matrix) for case in cases).most < 1e-3
+    assert {case.matrix.shape[0] > case.matrix.shape[1] for case in cases} == {False, True}
+
+
+def test_a_coarse_grid_never_lies_below_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coarsest grid with its factor, against the convolution's matrix; above every torus by the factor at most."""
+    cases = [case for case in convolutions(FEW) if case.weight.any()]
+    exact = [case.bound for case in cases]
+    monkeypatch.setattr(norms, "SYMBOL_OPERATIONS", 0.0)
+    Figures.of((case, case.bound, case.matrix) for case in cases)
+    monkeypatch.setattr(norms, "DENSITIES", (3,))  # a factor of 2 an axis, of which most is needed somewhere
+    coarse = Figures.of((case, case.bound, case.matrix) for case in cases)
+    assert coarse.least >= 0
+    monkeypatch.setattr(norms, "_grid_factor", lambda degree, count: 1.0)
+    assert min(case.bound / bound for case, bound in zip(cases, exact, strict=True)) < 0.75
+
+
+def test_the_factor_of_a_grid_is_attained() -> None:
+    """By cos(m t - pi m / N): between two of N frequencies it is 1, at both of them cos(pi m / N)."""
+    for degree, count in ((1.0, 3), (1.0, 16), (2.5, 6), (0.5, 2)):
+        grid = 2 * np.pi * np.arange(count) / count
+        largest = np.abs(np.cos(degree * (grid - np.pi / count))).max()
+        factor = norms._grid_factor(degree, count)
+        assert largest * factor >= 1 - 1e-15
+        if degree == 1.0 and count % 2 == 0:
+            assert factor * np.cos(np.pi * degree / count) == pytest.approx(1.0, rel=1e-14)
+    assert norms._grid_factor(0.0, 1) == 1.0
+    with pytest.raises(ValueError, match="do not bound"):
+        norms._grid_factor(2.0, 4)
+
+
+def test_a_large_image_takes_a_coarse_grid_and_a_few_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(24, 16, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    arguments = (weight, (90, 80), (1, 1), (1, 1), (1, 1))
+    exact = conv_symbol_norm(*arguments)
+    for budget, most in ((1.1e8, 1.003), (3e7, 1.01), (0.0, 1.04)):
+        monkeypatch.setattr(norms, "SYMBOL_OPERATIONS", budget)
+        assert exact <= conv_symbol_norm(*arguments) <= most * exact
+
+
 @pytest.mark.parametrize("toruses", [(5,), (7, 11), (12, 35, 9), (97, 89, 101), (3, 2**20 + 7)])
 def test_waves_are_as_near_as_they_are_said_to_be(toruses: tuple[int, ...]) -> None:
     """Against 40 digits: a third of WAVE_ERROR at most, what `norms` proves, for any number of axes."""
@@ -232,7 +285,7 @@ def test_waves_are_as_near_as_they_are_said_to_be(toruses: tuple[int, ...]) -> N
         axis.torus, axis.offset = torus, [int(v) for v in random.integers(-torus, torus, 3)]
         axes.append(axis)
     frequencies = torch.from_numpy(np.stack([random.integers(0, torus, 60) for torus in toruses], axis=1))
-    waves = norms.waves_at(axes, frequencies, (3,) * len(toruses))
+    waves = norms.waves_at(axes, frequencies, (3,) * len(toruses), toruses)
     indices = norms.tap_indices((3,) * len(toruses))
     with mpmath.workdps(40):
         for row, wave in zip(frequencies.tolist(), waves.tolist(), strict=True):

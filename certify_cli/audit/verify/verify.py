@@ -249,7 +249,9 @@ class Verifier:
     def _noise(self, x: Tensor) -> Tensor:
         """Error (batch, classes) of the logits in the arithmetic of the model file's own type, an estimate."""
         unit = UNITS.get(self._loaded.stored_dtype, UNITS["float32"]) / UNITS["float32"]
-        return torch.from_numpy(NOISE * unit * noise_of(self.network, x.numpy()))
+        with torch.no_grad():
+            exact = self.network(x).numpy()
+        return torch.from_numpy(NOISE * unit * noise_of(self.network, x.numpy(), exact))
 
     def _tangent_points(self, samples: list[Sample], x: Tensor) -> Tensor | None:
         """d (batch, inputs), where the run took its tangents, 0 where it kept none; None where it kept none at all."""

@@ -11,19 +11,31 @@ r = max |slope| is the product of norms. Both hold, so the smaller of the two is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.linear_maps.weight_blocks import Block, blocks
+from certify_cli.bounds.linear_maps.weight_blocks import Block, Blocks
 from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
 from certify_cli.network.graph import Network, Nonlinear
-from certify_cli.network.propagate import Slope, Slopes, Vectors, nonlinear_nodes, pre_activation, pre_activations, vjp
+from certify_cli.network.propagate import (
+    Slope,
+    Slopes,
+    Vectors,
+    nonlinear_nodes,
+    pre_activation,
+    pre_activations,
+    vjp,
+    vjp_cost,
+)
 from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
+
+ROW_ENTRIES = 2**24
+"""Entries of rows of logits, or of differences of such rows, that are held at once (128 MiB)."""
 
 
 def node_lipschitz(network: Network, index: int) -> float:
@@ -49,24 +61,23 @@ class Expansion:
     blocks: Mapping[tuple[int, int], Block]
 
     @cached_property
-    def _change(self) -> dict[tuple[int, int], float]:
-        """m_ls, up: change of target l per unit of change at source s, whose output is taken as a free variable."""
-        table: dict[tuple[int, int], float] = {}
-        nodes = nonlinear_nodes(self.network)
-        for source in (0, *nodes):
-            for target in (t for t in pre_activations(self.network) if t >= source):
-                terms = [self.blocks[target, source].norm] if (target, source) in self.blocks else []
-                for k in nodes:
-                    previous = table.get((pre_activation(self.network, k), source), 0.0)
-                    if source < k <= target and (target, k) in self.blocks and previous:
-                        terms.append(times(self.blocks[target, k].norm, self.radii[k], previous))
-                if terms:
-                    table[target, source] = up(sum(terms), len(terms))
-        return table
+    def _changes(self) -> dict[int, dict[int, float]]:
+        """By source and target, m_ls, up; 0 where the target does not depend on the source."""
+        return {}
 
     def change(self, target: int, source: int) -> float:
-        """Upper bound of the change of `target` per unit of change at `source`; 0 if it does not depend on it."""
-        return self._change.get((target, source), 0.0)
+        """Upper bound of the change of `target` per unit of change at `source`, whose output is a free variable."""
+        table = self._changes.setdefault(source, {})
+        for t in pre_activations(self.network):
+            if source <= t <= target and t not in table:  # no block is asked for that leads further than `target`
+                terms = [self.blocks[t, source].norm] if (t, source) in self.blocks else []
+                for k in nonlinear_nodes(self.network):
+                    if source < k <= t and (t, k) in self.blocks:
+                        previous = table.get(pre_activation(self.network, k), 0.0)
+                        if previous:
+                            terms.append(times(self.blocks[t, k].norm, self.radii[k], previous))
+                table[t] = up(sum(terms), len(terms)) if terms else 0.0
+        return table.get(target, 0.0)
 
     def rows(self, target: int) -> Tensor:
         """Upper bounds (size or 1,) of the change of each unit of `target` per unit of change of the input."""
@@ -82,39 +93,102 @@ class Expansion:
         return up(total, count)
 
     @cached_property
-    def _logit_rows(self) -> dict[int, Vectors]:
-        """By source k, the rows v_k (1, classes, *shape): derivatives of the logits in the linearised network."""
-        eye = torch.eye(self.network.classes, dtype=torch.float64, device=self.network.device)
-        return vjp(self.network, eye.unsqueeze(0), self.centres)
+    def row_entries(self) -> int:
+        """Entries of the derivatives of one logit at all nodes that they reach."""
+        last, nodes = len(self.network.nodes) - 1, self.network.nodes
+        return sum(node.size for i, node in enumerate(nodes) if (last, i) in self.blocks)
+
+    @cached_property
+    def _logit_rows(self) -> LogitRows:
+        """Of all classes; only where these are few (ROW_ENTRIES)."""
+        return LogitRows.of(self, torch.arange(self.network.classes, device=self.network.device))
 
     def adjoint_rows(self, source: int, pairs: Tensor) -> Vectors:
         """v_source (count, size) of the margins z_a - z_b in the linearised network; pairs: (count, 2)."""
-        rows = self._logit_rows.get(source)
+        return self._logit_rows.difference(source, pairs)
+
+    def adjoint_norms(self, source: int, pairs: Tensor) -> Tensor:
+        """Upper bounds (count,) of ||v_source|| in the linearised network."""
+        return self._logit_rows.norms(source, pairs)
+
+    def sensitivity(self, source: int, pairs: Tensor) -> Tensor:
+        """Upper bounds (count,) of the Lipschitz constants of the margins as functions of `source` (0: the input)."""
+        if self.network.classes * self.row_entries <= ROW_ENTRIES:
+            return self._sensitivity(source, pairs, self._logit_rows)
+        total = torch.zeros(len(pairs), dtype=torch.float64, device=pairs.device)
+        for index in _in_parts(pairs, max(2, ROW_ENTRIES // self.row_entries)):
+            part = pairs[index]
+            total[index] = self._sensitivity(source, part, LogitRows.of(self, part.unique()))
+        return total
+
+    def _sensitivity(self, source: int, pairs: Tensor, rows: LogitRows) -> Tensor:
+        total = rows.norms(source, pairs)
+        count = 1
+        for k in nonlinear_nodes(self.network):
+            if k > source and k in rows.rows:
+                change = self.change(pre_activation(self.network, k), source)
+                total = total + times(rows.norms(k, pairs), self.radii[k], change)
+                count += 1
+        return up(total, count)
+
+
+@dataclass(frozen=True, eq=False)
+class LogitRows:
+    """Derivatives of some logits in an expansion's linearised network.
+
+    classes: (rows,), ascending.   rows: by source k, v_k (1, rows, *shape), where there is any dependence.
+    """
+
+    network: Network
+    classes: Tensor
+    rows: Mapping[int, Vectors]
+
+    @classmethod
+    def of(cls, expansion: Expansion, classes: Tensor) -> LogitRows:
+        network = expansion.network
+        units = torch.zeros(1, len(classes), network.classes, dtype=torch.float64, device=network.device)
+        units[0, torch.arange(len(classes)), classes] = 1.0
+        rows, last = vjp(network, units, expansion.centres), len(network.nodes) - 1
+        return cls(network, classes, {k: found for k, found in rows.items() if (last, k) in expansion.blocks})
+
+    def difference(self, source: int, pairs: Tensor) -> Vectors:
+        """v_source (count, size) of the margins z_a - z_b."""
+        rows = self.rows.get(source)
         if rows is None:
             size = self.network.nodes[source].size
             zero = torch.zeros(len(pairs), size, dtype=torch.float64, device=pairs.device)
             return Vectors(zero, zero[:, 0])
         value, error = rows.value[0].flatten(1), rows.error[0]
-        a, b = pairs[:, 0], pairs[:, 1]
+        a, b = torch.searchsorted(self.classes, pairs.T.contiguous())
         difference = value[a] - value[b]
         return Vectors(difference, up(error[a] + error[b] + UNIT * vector_norm_up(difference), 4))
 
-    def adjoint_norms(self, source: int, pairs: Tensor) -> Tensor:
-        """Upper bounds (count,) of ||v_source|| in the linearised network."""
-        rows = self.adjoint_rows(source, pairs)
-        return up(vector_norm_up(rows.value) + rows.error, 2)
+    def norms(self, source: int, pairs: Tensor) -> Tensor:
+        """Upper bounds (count,) of ||v_source||, in parts that fit ROW_ENTRIES."""
+        if source not in self.rows:
+            return torch.zeros(len(pairs), dtype=torch.float64, device=pairs.device)
+        found = []
+        for part in pairs.split(max(1, ROW_ENTRIES // self.network.nodes[source].size)):
+            rows = self.difference(source, part)
+            found.append(up(vector_norm_up(rows.value) + rows.error, 2))
+        return torch.cat(found)
 
-    def sensitivity(self, source: int, pairs: Tensor) -> Tensor:
-        """Upper bounds (count,) of the Lipschitz constants of the margins as functions of `source` (0: the input)."""
-        total = self.adjoint_norms(source, pairs)
-        count = 1
-        for k in nonlinear_nodes(self.network):
-            if k > source:
-                total = total + times(
-                    self.adjoint_norms(k, pairs), self.radii[k], self.change(pre_activation(self.network, k), source)
-                )
-                count += 1
-        return up(total, count)
+
+def _in_parts(pairs: Tensor, most: int) -> Iterator[Tensor]:
+    """Positions of all pairs, in parts with at most `most` different classes each, or a pair.
+
+    The side with fewer classes, the predicted ones, is in every part as a whole, so that each rival is in one part.
+    """
+    few, many = sorted((0, 1), key=lambda side: len(pairs[:, side].unique()))
+    for some in pairs[:, few].unique().split(max(1, most // 2)):
+        here = torch.isin(pairs[:, few], some).nonzero()[:, 0]
+        for others in pairs[here, many].unique().split(max(1, most - len(some))):
+            yield here[torch.isin(pairs[here, many], others)]
+
+
+def _slopes(network: Network) -> dict[int, float]:
+    """The Lipschitz constant of every nonlinear node."""
+    return {k: node_lipschitz(network, k) for k in nonlinear_nodes(network)}
 
 
 def product_expansion(network: Network, weights: Mapping[tuple[int, int], Block]) -> Expansion:
@@ -122,7 +196,7 @@ def product_expansion(network: Network, weights: Mapping[tuple[int, int], Block]
 
     weights: the network's blocks W_lk.
     """
-    return Expansion(network, {}, {k: node_lipschitz(network, k) for k in nonlinear_nodes(network)}, weights)
+    return Expansion(network, {}, _slopes(network), weights)
 
 
 def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
@@ -137,7 +211,7 @@ def lipschitz_expansion(network: Network, budget: Budget) -> Expansion:
             centres[k], radii[k] = Slope(middle), up(max(high - middle, middle - low), 1)
         else:
             radii[k] = node_lipschitz(network, k)
-    return Expansion(network, centres, radii, blocks(network, centres, budget))
+    return Expansion(network, centres, radii, Blocks(network, centres, radii, budget))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +223,11 @@ class Lipschitz:
 
     @classmethod
     def of(cls, network: Network, weights: Mapping[tuple[int, int], Block], budget: Budget) -> Lipschitz:
-        return cls(network, (product_expansion(network, weights), lipschitz_expansion(network, budget)))
+        """LipLT is left out where the derivatives of all logits, which every margin takes, are beyond the budget."""
+        product = product_expansion(network, weights)
+        if network.classes * vjp_cost(network, len(network.nodes) - 1) > budget.blocks:
+            return cls(network, (product,))
+        return cls(network, (product, lipschitz_expansion(network, budget)))
 
     def to_pre_activation(self, target: int) -> float:
         """Lipschitz constant of input -> pre-activation (or logits) `target`."""
@@ -176,6 +254,6 @@ class Lipschitz:
         return self.sensitivity(0, pairs)
 
 
-def weight_blocks(network: Network, budget: Budget) -> dict[tuple[int, int], Block]:
+def weight_blocks(network: Network, budget: Budget) -> Blocks:
     """The network's own weights W_lk between consecutive nonlinear nodes, as matrices where the budget affords it."""
-    return blocks(network, {}, budget, keep=True)
+    return Blocks(network, {}, _slopes(network), budget, keep=True)

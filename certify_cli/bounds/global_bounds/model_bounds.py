@@ -12,7 +12,7 @@ from certify_cli.bounds.global_bounds.anchored import Anchored
 from certify_cli.bounds.global_bounds.anchored_network import AnchoredNetwork
 from certify_cli.bounds.global_bounds.curvature import Curvature
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, weight_blocks
-from certify_cli.bounds.linear_maps.weight_blocks import Block
+from certify_cli.bounds.linear_maps.weight_blocks import Blocks
 from certify_cli.efforts import NORMAL, Effort
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
@@ -73,7 +73,7 @@ class ModelBounds:
         self.expected = none if expected is None else expected.unique()
 
     @cached_property
-    def weights(self) -> dict[tuple[int, int], Block]:
+    def weights(self) -> Blocks:
         """The network's blocks W_lk."""
         return weight_blocks(self.network, self.budget)
 

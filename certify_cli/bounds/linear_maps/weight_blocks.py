@@ -3,57 +3,53 @@
 A block is the linear map from a source (the input, or a nonlinear node's output) to a later target (a pre-activation,
 or the logits) in the network in which every nonlinear node is replaced by a centre slope, or cut. With all of them cut
 the blocks are the network's own weights W_lk; with centre slopes they are A_l (from the input) and B_lk.
+
+Products of norms are there at once. What is dearer (blocks written out, their norms proved, a norm for every row) is
+chosen by its cost beforehand (`block_costs`), and computed when it is first asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.linear_maps.block_costs import Costs, Pair, Passes, affordable, contributions, shared
 from certify_cli.efforts import Budget
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Concat, Network, Shape
-from certify_cli.network.propagate import Slopes, Vectors, jvp, nonlinear_nodes, pre_activations, rows_cost, vjp
+from certify_cli.network.propagate import Slopes, jvp, nonlinear_nodes, pre_activations, vjp
 from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.norms import matrix_norm
 from certify_cli.numerics.rounding import up, vector_norm_up
 
 MATRIX_ENTRIES = 2**24
 """Number of entries up to which a block is written out as a matrix (128 MiB)."""
+SHARED_ENTRIES = 2**26
+"""Number of entries of the blocks that are written out by the same passes (512 MiB)."""
 CHUNK_ENTRIES = 2**20
 """Unit vectors pass through the network in chunks whose widest value has about this many entries (8 MiB)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """The linear map from one source to one target. Norms and errors are upper bounds.
+class Written:
+    """A block written out.   norm: None where it was not to be proved.   matrix: None where it is not kept.
 
-    norm: the spectral norm.
-    rows, columns: Euclidean norms of the rows and columns, one entry each, or a single entry that holds for all.
-    matrix: (target size, source size), or None where it is not written out.
-    matrix_error: Frobenius norm of the difference between `matrix` and the exact block.
+    The other figures are those of `Block`.
     """
 
-    norm: float
+    norm: float | None
     rows: Tensor
     columns: Tensor
-    matrix: Tensor | None = None
-    matrix_error: float = 0.0
-
-    @cached_property
-    def magnitudes(self) -> Tensor:
-        """|matrix|, entry by entry; cached, since every interval pass needs it."""
-        if self.matrix is None:
-            raise ValueError("this block is not written out as a matrix")
-        return self.matrix.abs()
+    matrix: Tensor | None
+    matrix_error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Composed:
     """Norms of one block, multiplied along the paths from its source to its target.
 
@@ -65,83 +61,178 @@ class _Composed:
     factors: int
 
 
-def blocks(network: Network, centres: Slopes, budget: Budget, keep: bool = False) -> dict[tuple[int, int], Block]:
-    """All blocks that are not identically zero, keyed (target, source). keep: whether to keep the matrices."""
-    by_norm: dict[tuple[int, int], Block] = {}
-    for source in (0, *nonlinear_nodes(network)):
-        composed = _composed(network, source, centres)
-        size = network.nodes[source].size
-        wanted = {
-            t
-            for t in composed
-            if network.nodes[t].size * size <= MATRIX_ENTRIES and _affordable(network, t, size, budget)
-        }
-        matrices = _matrices(network, source, centres, wanted) if wanted else {}
-        for target, bound in composed.items():
-            by_norm[target, source] = _block(bound, matrices.get(target), keep, network.device)
-    return by_norm | _with_rows(network, centres, budget, by_norm)
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The linear map from one source to one target. Every figure is an upper bound, computed when first asked for."""
+
+    family: Blocks
+    pair: Pair
+
+    @cached_property
+    def _composed(self) -> _Composed:
+        return self.family.composed[self.pair]
+
+    @cached_property
+    def _written(self) -> Written | None:
+        return self.family.written(self.pair)
+
+    @cached_property
+    def norm(self) -> float:
+        """The spectral norm."""
+        if self.pair not in self.family.proved or self._written is None or self._written.norm is None:
+            return self._composed.norm
+        return min(self._composed.norm, self._written.norm)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Euclidean norms of the rows, one entry each, or a single entry that holds for all."""
+        rows = self.family.pulled_rows(self.pair) if self._written is None else self._written.rows
+        longest = torch.tensor([self._composed.row], dtype=torch.float64, device=self.family.network.device)
+        return longest if rows is None else rows.clamp(max=self._composed.row)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The same of the columns."""
+        if self._written is None:
+            return torch.tensor([self.norm], dtype=torch.float64, device=self.family.network.device)
+        return self._written.columns.clamp(max=self.norm)
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The block itself, (target size, source size), or None where it is not written out."""
+        return None if self._written is None else self._written.matrix
+
+    @property
+    def matrix_error(self) -> float:
+        """Frobenius norm of the difference between `matrix` and the exact block."""
+        return 0.0 if self._written is None else self._written.matrix_error
+
+    @cached_property
+    def magnitudes(self) -> Tensor:
+        """|matrix|, entry by entry; cached, since every interval pass needs it."""
+        if self.matrix is None:
+            raise ValueError("this block is not written out as a matrix")
+        return self.matrix.abs()
 
 
-def _with_rows(
-    network: Network, centres: Slopes, budget: Budget, by_norm: Mapping[tuple[int, int], Block]
-) -> dict[tuple[int, int], Block]:
-    """The blocks with one bound for all rows, given a bound for each row by pulling unit vectors back.
+class Blocks(Mapping[Pair, Block]):
+    """All blocks of one network that are not identically zero, keyed (target, source).
 
-    Only targets whose rows the budget affords; the others are left out.
+    network, centres: the network and the slopes of its nonlinear nodes; a node without one is cut.
+    composed: products of norms.   proved: the blocks whose own norm is proved, as far as the budget goes.
     """
-    refined: dict[tuple[int, int], Block] = {}
-    for target in pre_activations(network):
-        sources = [k for t, k in by_norm if t == target and len(by_norm[t, k].rows) == 1]
-        size = network.nodes[target].size
-        if not sources or size == 1 or rows_cost(network, target) > budget.norm:
-            continue
-        chunk = max(8, CHUNK_ENTRIES // max(n.size for n in network.nodes[: target + 1]))
-        parts: dict[int, list[Tensor]] = {k: [] for k in sources}
-        for part in torch.arange(size, device=network.device).split(chunk):
-            units = torch.nn.functional.one_hot(part, size).to(torch.float64)
-            adjoints = vjp(network, units.reshape(1, -1, *network.nodes[target].shape), centres, target)
-            for k in sources:
-                parts[k].append(up(adjoints[k].size + adjoints[k].error, 2)[0])
-        for k in sources:
-            block = by_norm[target, k]
-            refined[target, k] = replace(block, rows=torch.minimum(torch.cat(parts[k]), block.rows))
-    return refined
 
+    def __init__(
+        self, network: Network, centres: Slopes, radii: Mapping[int, float], budget: Budget, keep: bool = False
+    ) -> None:
+        """radii: of the slopes around the centres; they say which blocks count most.   keep: whether matrices are kept.
 
-def _affordable(network: Network, target: int, size: int, budget: Budget) -> bool:
-    rows = network.nodes[target].size
-    return min(rows, size) ** 2 * float(max(rows, size)) <= budget.norm
+        Matrices that are kept are written out where the budget of one matrix affords it; others serve the norm alone.
+        """
+        self.network, self.centres = network, centres
+        self._budget, self._keep, self._costs = budget, keep, Costs(network)
+        self.composed: dict[Pair, _Composed] = {}
+        for source in (0, *nonlinear_nodes(network)):
+            self.composed |= {(t, source): found for t, found in _composed(network, source, centres).items()}
+        self._blocks = {pair: Block(self, pair) for pair in self.composed}
+        small = {pair for pair in self.composed if self._costs.entries(pair) <= MATRIX_ENTRIES}
+        small = {pair for pair in small if self._costs.cubed(pair) <= budget.norm}
+        # a single factor's norm is verified already; a product of several may be far above the block's norm
+        products = {pair for pair in small if self.composed[pair].factors > 1}
+        worth = contributions(network, {pair: found.norm for pair, found in self.composed.items()}, radii)
+        self.proved = affordable(self._costs, products, worth, budget.blocks)
+        cheap = small if keep else small - (products - self.proved)
+        self._shared = shared(self._costs, cheap, SHARED_ENTRIES)
+        self._written: dict[Pair, Written] = {}
+        self._pulled: dict[int, dict[int, Tensor]] = {}
 
+    def __getitem__(self, pair: Pair) -> Block:
+        return self._blocks[pair]
 
-def _block(composed: _Composed, image: Vectors | None, keep: bool, device: torch.device) -> Block:
-    if image is None:
-        row, norm_ = (torch.tensor([v], dtype=torch.float64, device=device) for v in (composed.row, composed.norm))
-        return Block(composed.norm, row, norm_)
-    matrix = image.value.flatten(1).T  # a source unit was a row, and is a column now
-    error = float(vector_norm_up(image.error))
-    # a single factor's norm is verified already; a product of several may be far above the block's norm
-    norm = composed.norm if composed.factors <= 1 else min(composed.norm, up(matrix_norm(matrix) + error, 2))
-    rows = up(vector_norm_up(matrix) + error, 2).clamp(max=composed.row)
-    columns = up(vector_norm_up(matrix.T) + image.error, 2).clamp(max=norm)
-    return Block(norm, rows, columns, matrix.contiguous() if keep else None, error)
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self._blocks)
 
+    def __len__(self) -> int:
+        return len(self._blocks)
 
-def _matrices(network: Network, source: int, centres: Slopes, wanted: set[int]) -> dict[int, Vectors]:
-    """The transposed blocks from `source`, keyed by target: images of its unit vectors (source size, *target shape)."""
-    node = network.nodes[source]
-    chunk = max(8, CHUNK_ENTRIES // max(n.size for n in network.nodes))
-    parts: dict[int, list[Vectors]] = {target: [] for target in wanted}
-    for start in range(0, node.size, chunk):
-        count = min(chunk, node.size - start)
-        basis = torch.zeros(count, node.size, dtype=torch.float64, device=network.device)
-        basis[torch.arange(count), torch.arange(start, start + count)] = 1.0
-        images = jvp(network, source, basis.reshape(count, *node.shape), centres)
-        for target in wanted:
-            parts[target].append(images[target])
-    return {
-        target: Vectors(torch.cat([p.value for p in images]), torch.cat([p.error for p in images]))
-        for target, images in parts.items()
-    }
+    def written(self, pair: Pair) -> Written | None:
+        """The block written out, with all that share its passes; None where that is too dear."""
+        if pair in self._shared and pair not in self._written:
+            passes, group = self._shared[pair]
+            for other, (matrix, error) in self._matrices(passes, group).items():
+                self._written[other] = self._figures(other, passes, matrix, error)
+        return self._written.get(pair)
+
+    def _figures(self, pair: Pair, passes: Passes, matrix: Tensor, errors: Tensor) -> Written:
+        """The figures of a matrix (target size, source size), with an error bound for each row or each column."""
+        total = vector_norm_up(errors)
+        by_row, by_column = (total, errors) if passes.forward else (errors, total)
+        rows = up(vector_norm_up(matrix) + by_row, 2)
+        columns = up(vector_norm_up(matrix.T) + by_column, 2)
+        norm = up(matrix_norm(matrix) + float(total), 2) if pair in self.proved else None
+        return Written(norm, rows, columns, matrix.contiguous() if self._keep else None, float(total))
+
+    def _matrices(self, passes: Passes, group: tuple[Pair, ...]) -> dict[Pair, tuple[Tensor, Tensor]]:
+        """By block its matrix (target size, source size) and error bounds of the columns (forward) or of the rows."""
+        network = self.network
+        first, last = min(source for _, source in group), max(target for target, _ in group)
+        parts: dict[Pair, list[tuple[Tensor, Tensor]]] = {pair: [] for pair in group}
+        for units in self._units(passes.node, first, last):
+            if passes.forward:
+                found = jvp(network, first, units[0], self.centres, last)
+                images = {pair: (found[pair[0]].value, found[pair[0]].error) for pair in group}
+            else:
+                pulled = vjp(network, units, self._behind(first), last)
+                images = {pair: (pulled[pair[1]].value[0], pulled[pair[1]].error[0]) for pair in group}
+            for pair, (value, error) in images.items():
+                parts[pair].append((value.flatten(1), error))
+        joined = {}
+        for pair in group:
+            values, errors = zip(*parts.pop(pair), strict=True)
+            matrix = torch.cat(values)
+            joined[pair] = matrix.T if passes.forward else matrix, torch.cat(errors)
+        return joined
+
+    def _behind(self, first: int) -> Slopes:
+        """The centres of the nodes behind `first`; what arrives there goes no further."""
+        return {k: slope for k, slope in self.centres.items() if k > first}
+
+    def _units(self, node: int, first: int, last: int) -> Iterator[Tensor]:
+        """The unit vectors of a node, (1, chunk, *shape), in chunks that fit the widest value between two nodes."""
+        shape, size = self.network.nodes[node].shape, self.network.nodes[node].size
+        chunk = max(8, CHUNK_ENTRIES // max(n.size for n in self.network.nodes[first : last + 1]))
+        for part in torch.arange(size, device=self.network.device).split(chunk):
+            units = torch.zeros(len(part), size, dtype=torch.float64, device=self.network.device)
+            units[torch.arange(len(part)), part] = 1.0
+            yield units.reshape(1, len(part), *shape)
+
+    @cached_property
+    def _pullable(self) -> dict[int, tuple[int, ...]]:
+        """By target the sources whose blocks' rows are pulled back by unit vectors, as far as the budget goes."""
+        chosen, spent = {}, 0.0
+        for target in pre_activations(self.network):
+            sources = tuple(s for t, s in self.composed if t == target and (t, s) not in self._shared)
+            cost = self._costs.rows(target, min(sources, default=0))
+            fits = cost <= self._budget.norm and spent + cost <= self._budget.blocks
+            if sources and self.network.nodes[target].size > 1 and fits:
+                chosen[target], spent = sources, spent + cost
+        return chosen
+
+    def pulled_rows(self, pair: Pair) -> Tensor | None:
+        """Norms (target size,) of the rows of a block that is not written out; None where these are too dear."""
+        target, source = pair
+        if source not in self._pullable.get(target, ()):
+            return None
+        if target not in self._pulled:
+            sources = self._pullable[target]
+            first = min(sources)
+            parts: dict[int, list[Tensor]] = {k: [] for k in sources}
+            for units in self._units(target, first, target):
+                adjoints = vjp(self.network, units, self._behind(first), target)
+                for k in sources:
+                    parts[k].append(up(adjoints[k].size + adjoints[k].error, 2)[0])
+            self._pulled[target] = {k: torch.cat(found) for k, found in parts.items()}
+        return self._pulled[target][source]
 
 
 def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Composed]:

@@ -118,6 +118,8 @@ def _prune(graph: GraphProto, output: str) -> None:
     kept = [value for value in graph.output if value.name == output] or [ValueInfoProto(name=output)]
     weights = [tensor for tensor in graph.initializer if tensor.name in needed]
     for part, values in ((graph.node, nodes), (graph.output, kept), (graph.initializer, weights)):
+        if values is weights and len(weights) == len(graph.initializer):
+            continue  # nothing to remove, and a copy may be large
         values = [type(value).FromString(value.SerializeToString()) for value in values]
         del part[:]
         part.extend(values)

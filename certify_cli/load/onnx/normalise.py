@@ -30,6 +30,8 @@ from certify_cli.load.onnx.rewriting import DOMAIN, REWRITES, RewrittenGraph, Su
 from certify_cli.network.activations import ACTIVATIONS, Activation, from_onnx
 
 TARGET_OPSET = 13
+LARGE = 2**16
+"""Number of entries from which on a weight counts as large."""
 MOVEMENTS = {
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "GatherElements", "GatherND",
     "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "Identity", "Pad", "Resize", "Upsample",
@@ -243,15 +245,28 @@ def _power(rewritten: RewrittenGraph, node: NodeProto) -> None:
     rewritten.alias(node.input[0], node.output[0])
 
 
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """A large array of float64 in float32, if that is exact: the model passes through memory several times."""
+    if array.dtype != np.float64 or array.size < LARGE:
+        return array
+    narrow = array.astype(np.float32)
+    return narrow if np.array_equal(narrow, array) else array
+
+
 def to_model(rewritten: RewrittenGraph, source: str) -> ModelProto:
-    """The rewritten graph as an ONNX model in float64 with a free batch, every value's shape declared."""
+    """The rewritten graph as an ONNX model in float64 with a free batch, every value's shape declared.
+
+    Large weights are written in float32 where that holds them exactly; the lowering widens them again.
+    """
 
     def declare(name: str) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["N", *rewritten.shapes[name][1:]])
 
     output = rewritten.resolved(rewritten.output)
     read = {value for node in rewritten.nodes for value in node.input}
-    initializers = [numpy_helper.from_array(array, name) for name, array in rewritten.constants.items() if name in read]
+    initializers = [
+        numpy_helper.from_array(_narrowed(array), name) for name, array in rewritten.constants.items() if name in read
+    ]
     made = [
         node.output[0] for node in rewritten.nodes if node.output[0] in rewritten.shapes and node.output[0] != output
     ]

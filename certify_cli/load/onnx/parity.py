@@ -242,7 +242,7 @@ def _compare_stored(
     """ModelError where a logit differs by more than STORED_PARITY and NOISE allow, or a clear prediction differs."""
     with torch.no_grad():
         ours = network(torch.from_numpy(points)).numpy()
-    noise = noise_of(network, points)
+    noise = noise_of(network, points, ours)
     unit = UNITS[stored] / UNITS["float32"]
     allowed = STORED_PARITY[stored] * np.abs(ours) + NOISE * unit * noise + 1e-30
     if computed.logits is not None:
@@ -288,8 +288,8 @@ def _refuse_difference(
         )
 
 
-def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
-    """Estimate (n, classes) of the change that float32 makes to the network's logits.
+def noise_of(network: Network, points: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Estimate (n, classes) of the change that float32 makes to the network's logits, which are `exact` in float64.
 
     Weights and values are rounded to float32, and each activation's value is moved by the rounding of its argument plus
     1, since its formula in the file is unknown. A single error may be small by chance: at each point the largest error
@@ -300,7 +300,6 @@ def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
     random = torch.Generator().manual_seed(0)
     values = [torch.from_numpy(points).to(torch.float32)]
     with torch.no_grad():
-        exact = network(torch.from_numpy(points))
         for node in in_float32(network).nodes[1:]:
             arguments = [values[i] for i in node.inputs]
             value = node.op.apply(*arguments)
@@ -308,7 +307,7 @@ def noise_of(network: Network, points: np.ndarray) -> np.ndarray:
                 sign = 2.0 * torch.randint(0, 2, value.shape, generator=random, dtype=value.dtype) - 1.0
                 value = value + UNITS["float32"] * (1 + arguments[0].abs()) * sign
             values.append(value)
-    errors = (values[-1].double() - exact).abs().nan_to_num(nan=np.inf, posinf=np.inf).numpy()
+    errors = (values[-1].double() - torch.from_numpy(exact)).abs().nan_to_num(nan=np.inf, posinf=np.inf).numpy()
     sizes = np.abs(points).reshape(len(points), -1).max(1)
     nearer = (sizes[None, :] <= 1.01 * sizes[:, None]) | np.eye(len(sizes), dtype=bool)
     return np.stack([errors[row].max(0) for row in nearer])

@@ -129,7 +129,12 @@ def check_tensor(path: Path, where: str, tensor: TensorProto) -> None:
             f"{path}: {where} declares {count} numbers (shape {list(tensor.dims)}) and holds {held:g}; "
             "the file is damaged"
         )
-    if tensor.data_type in FLOAT_NAMES and not np.isfinite(onnx.numpy_helper.to_array(tensor).astype(np.float64)).all():
+    if tensor.data_type not in FLOAT_NAMES:
+        return
+    values = onnx.numpy_helper.to_array(tensor)
+    if tensor.data_type == TensorProto.BFLOAT16:  # numpy itself does not know the type
+        values = values.astype(np.float64)
+    if not np.isfinite(values).all():
         raise ModelError(f"{path}: {where} holds NaN or infinite numbers; a network with them cannot be certified")
 
 
