@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
 from certify_cli.bounds.relaxation.intermediate_bounds import ball_cost
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import certify_batch, select
+from certify_cli.certificates.methods import certify_batch, decided, nothing_proved, select
 from certify_cli.data.datasets import Dataset
 from certify_cli.efforts import EFFORTS, FAST
 from certify_cli.errors import DataError, UsageError, first_line, quoted
@@ -32,7 +33,8 @@ from certify_cli.names import TANGENT_METHODS
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.records import Record, Run, Sample, sealed, summarise
+from certify_cli.numerics.deadline import Deadline, OutOfTime, nothing, unheard
+from certify_cli.records import SECONDS, TOTAL_SECONDS, Record, Run, Sample, sealed, summarise
 from certify_cli.run.provenance import describe
 from certify_cli.run.resume import Begun
 from certify_cli.run.sample_records import sample_records
@@ -97,6 +99,7 @@ class Job:
         self.run = run
         self.total = len(data.x)
         self._search_seconds: float | None = None
+        self._stopped: str | None = None
         self._network, self._data, self._settings = network, data, settings
         self._methods = select(settings.method, network)
         self._effort = EFFORTS[settings.effort]
@@ -123,38 +126,80 @@ class Job:
         return self._data.indices
 
     def records(
-        self, past: Begun | None = None, watch: Callable[[CertifiedSample], None] = unwatched
+        self,
+        past: Begun | None = None,
+        watch: Callable[[CertifiedSample], None] = unwatched,
+        halted: Callable[[], str | None] = nothing,
+        tell: Callable[[str], None] = unheard,
     ) -> Iterator[Record]:
         """The run record, a record for every sample as soon as its batch is done, and the sealed summary.
 
         past: an earlier part of the same run. Its records count in the summary, but are not repeated.
         watch: called with every sample after its record has been consumed; an exception that it raises ends the run.
+        halted, tell: as in `samples`. The summary of a run that ended early says so.
         """
         start = time.perf_counter()
         if past is None:
             yield self.run
         done = [] if past is None else list(past.samples[: past.whole])
-        for sample in self.samples(len(done)):
+        for sample in self.samples(len(done), halted, tell):
             done.append(sample.record)
             yield sample.record
             watch(sample)
-        summary = summarise(done, self._settings.eps, time.perf_counter() - start, self._search_seconds)
+        seconds = time.perf_counter() - start
+        summary = summarise(done, self._settings.eps, seconds, self._search_seconds, self._stopped)
         yield sealed(self.run if past is None else past.run, done, summary)
 
-    def samples(self, first: int = 0) -> Iterator[CertifiedSample]:
-        """The samples in the data's order, batch by batch, from number `first` on, which must be a batch's first."""
+    def samples(
+        self,
+        first: int = 0,
+        halted: Callable[[], str | None] = nothing,
+        tell: Callable[[str], None] = unheard,
+    ) -> Iterator[CertifiedSample]:
+        """The samples in the data's order, batch by batch, from number `first` on, which must be a batch's first.
+
+        halted: asked between the steps of the work; once it gives a name, the run ends with what is proved by then.
+        tell: called with what is being done.
+
+        A run that ends early gives the samples of its last batch unless nothing has been proved of them.
+        """
+        run = Deadline(TOTAL_SECONDS, self._settings.total_seconds, halted)
         for rows in self._slices(first):
-            with exact_kernels():
-                point = EvaluatedPoints(self._network, self._batch(rows))
-                settings = self._settings
-                certificates = certify_batch(
-                    self._methods, self._model_bounds, point, settings.attack != "none", settings.levels
-                )
-                by_certificate = certificates.attack.isfinite()
-                if settings.attack == "search":
-                    certificates, by_certificate = self._with_nearer_attacks(point, certificates)
-                batch = self._certified(rows, point, certificates, by_certificate)
+            share = None if self._settings.seconds is None else self._settings.seconds * (rows.stop - rows.start)
+            try:
+                with exact_kernels(), Deadline(SECONDS, share, run.passed, tell).in_force() as deadline:
+                    batch = self._certify(rows, deadline)
+            except OutOfTime:
+                self._stopped = deadline.ended
+                return
             yield from batch
+            if rows.stop < self.total or deadline.ended not in (None, SECONDS):
+                self._stopped = run.passed()
+            if self._stopped is not None:
+                return
+
+    def _certify(self, rows: slice, deadline: Deadline) -> list[CertifiedSample]:
+        """The samples of one batch. Raises OutOfTime where the run ends before a radius is proved."""
+        settings = self._settings
+        with deadline.clock_stopped():
+            deadline.begin("evaluating")
+            model_bounds, point = self._model_bounds, EvaluatedPoints(self._network, self._batch(rows))
+            deadline.check()
+            point.evaluation  # noqa: B018  (before the time of the batch begins)
+        try:
+            certificates = certify_batch(self._methods, model_bounds, point, settings.attack != "none", settings.levels)
+        except OutOfTime:
+            if deadline.ended != SECONDS:
+                raise
+            certificates = nothing_proved(point)
+        by_certificate = certificates.attack.isfinite()
+        if settings.attack == "search":
+            with suppress(OutOfTime):
+                deadline.begin("searching for attacks")
+                certificates, by_certificate = self._with_nearer_attacks(point, certificates)
+        settled = decided(certificates, settings.levels) if settings.levels else torch.zeros_like(by_certificate)
+        stopped = [None if done else deadline.ended for done in settled.tolist()]
+        return self._certified(rows, point, certificates, by_certificate, stopped)
 
     def model_figures(self) -> dict[str, float]:
         """Global bounds of the model, fitted to the data, by the names that policies use; inf where there is none."""
@@ -175,14 +220,20 @@ class Job:
         return nearest, certificates.attack.isfinite() & ~nearer
 
     def _certified(
-        self, rows: slice, point: EvaluatedPoints, certificates: Certificates, by_certificate: Tensor
+        self,
+        rows: slice,
+        point: EvaluatedPoints,
+        certificates: Certificates,
+        by_certificate: Tensor,
+        stopped: list[str | None],
     ) -> list[CertifiedSample]:
-        """The samples of a batch. by_certificate (batch,): whether a certificate gave the attack, and not a search."""
+        """The samples of a batch; arguments as in `sample_records`."""
         data = self._data
         indices = data.indices[rows]
         labels = data.y[rows].tolist() if data.y is not None else None
         batch = []
-        for row, record in enumerate(sample_records(point, certificates, by_certificate, indices, labels, data.image)):
+        records = sample_records(point, certificates, by_certificate, indices, labels, data.image, stopped)
+        for row, record in enumerate(records):
             witness = tangent = None
             if record.attack_radius is not None:
                 witness = Witness(record.index, point.x[row].cpu(), certificates.witness[row].cpu())
