@@ -149,7 +149,8 @@ class Summary:
     radii as they are); `mean_certified_radius_correct` runs over the correct samples only (the papers' figure).
     certified_accuracy, attack_accuracy: by the text of each `--eps`.   certified_share: replaces certified_accuracy
     where there are no labels.   seconds: of the whole run.   search_seconds: of them, those of the search for attacks,
-    None without one.   stopped: what ended the run early (TOTAL_SECONDS, SIGNAL), None for a whole one.   seal: a hash of the run as it was written; it reveals an accidental change, not a forgery.
+    None without one.   stopped: what ended the run early (TOTAL_SECONDS, SIGNAL), None for a whole one.
+    seal: a hash of the run as it was written; it reveals an accidental change, not a forgery.
     """
 
     samples: int
@@ -360,7 +361,8 @@ def summarise(
 def seal(run: Run, samples: Iterable[Sample], summary: Summary) -> str:
     """SHA-256 over the run line, every sample and the summary as JSON; the summary's own seal left out."""
     digest = hashlib.sha256()
-    for record in (run, *samples, replace(summary, seal=None)):
+    records: list[Record] = [run, *samples, replace(summary, seal=None)]
+    for record in records:
         digest.update(_canonical(record).encode())
     return digest.hexdigest()
 

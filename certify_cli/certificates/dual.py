@@ -112,7 +112,8 @@ def descend(
 
     The descent minimises f + M/2 ||.||^2 on the certified ball: its gradient is p, with a Lipschitz constant of at most
     the sum of the two bounds, and its minimum on the ball is the published dual's. A sample stops after a step that
-    gains less than GAIN, and all do when time ends. Steps decide only where tangents are taken, so that any step is sound.
+    gains less than GAIN, and all stop when time ends. Steps decide only where tangents are taken, so that any step is
+    sound.
     """
     shape = (-1, *[1] * (point.x.dim() - 1))
     best, moved, best_moved = radius.clone(), point.x[index].clone(), point.x[index].clone()

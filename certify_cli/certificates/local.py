@@ -113,9 +113,8 @@ def local_radii(model_bounds: ModelBounds, point: EvaluatedPoints, previous: Ten
 
     previous (batch,): radii that other methods have certified; infinite ones are not searched.
 
-    Samples are treated in chunks that fit `model_bounds.memory`; those of a chunk in which time ends, and of later ones,
-    have what is proved by then. Where the Jacobians of one sample do not fit, the
-    tangent bound alone decides.
+    Samples are treated in chunks that fit `model_bounds.memory`. Where the Jacobians of one sample do not fit, the
+    tangent bound alone decides. When time ends, radii are those that are proved by then.
     """
     start = first_balls(point)
     radius, rival = torch.zeros_like(start), point.margin.argmin(1)

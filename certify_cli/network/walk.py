@@ -2,7 +2,8 @@
 
 Forward, a value is computed at every node that a start reaches; backward, what arrives at a node is the sum over the
 nodes that use it. A new propagation (of errors, of intervals, of norms) is a table of rules: it never looks at the
-graph itself. A nonlinear node whose rule gives None is cut: nothing passes. Both ask at every node whether time has ended.
+graph itself. A nonlinear node whose rule gives None is cut: nothing passes. Before every node it is asked whether time
+has ended (`deadline`).
 """
 
 from __future__ import annotations

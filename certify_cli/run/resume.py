@@ -1,7 +1,7 @@
 """Resuming a run from its JSON lines: the run record and the samples done so far.
 
-An incomplete batch, and one in which the run was stopped, is computed again from its first sample. Every sample is then computed in the same batch as in a run
-that was never stopped, and its record is the same byte for byte.
+An incomplete batch, and one in which time ended, is computed again from its first sample. Every sample is then computed
+in the same batch as in a run that was never stopped, and its record is the same byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Begun:
     """The part of a run that a file of records holds. Positions are in bytes.
 
     start: end of the run line.   ends: end of each sample's line.
-    finished: whether the file has the summary of a whole run.   links: each sample's link to all earlier ones (`records.linked`).
+    finished: whether the file has the summary of a whole run.
+    links: each sample's link to all earlier ones (`records.linked`).
     """
 
     path: str
@@ -178,7 +179,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments in the types that JSON returns, without those that the run record holds as chosen or that may change."""
+    """Arguments in the types that JSON returns, without those that may differ or that the run record has as chosen."""
     plain: dict[str, Any] = json.loads(json.dumps(arguments))
     apart = ("threads", "batch_size", "device", "total_seconds")
     return {name: value for name, value in plain.items() if name not in apart}
