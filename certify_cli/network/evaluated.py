@@ -151,8 +151,8 @@ class EvaluatedPoints:
             x = self.x.detach().requires_grad_(True)
             logits = self.network(x)
             margins = logits.gather(1, self.prediction.unsqueeze(1)) - logits
-            each = [torch.autograd.grad(m.sum(), x, retain_graph=True)[0] for m in margins.unbind(1)]
-        steepness = torch.stack([g.flatten(1).norm(dim=1) for g in each], dim=1)
+            each = (torch.autograd.grad(m.sum(), x, retain_graph=True)[0] for m in margins.unbind(1))
+            steepness = torch.stack([g.flatten(1).norm(dim=1) for g in each], dim=1)
         return (self.margin_low / steepness).masked_fill(self.own, torch.inf)
 
     @cached_property

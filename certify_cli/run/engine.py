@@ -23,7 +23,7 @@ from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
 from certify_cli.bounds.relaxation.intermediate_bounds import ball_cost
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import certify_batch, decided, nothing_proved, select
+from certify_cli.certificates.methods import Method, certify_batch, decided, nothing_proved, select
 from certify_cli.data.datasets import Dataset
 from certify_cli.efforts import EFFORTS, FAST
 from certify_cli.errors import DataError, UsageError, first_line, quoted
@@ -35,13 +35,14 @@ from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.numerics.deadline import Deadline, OutOfTime, nothing, unheard
 from certify_cli.records import SECONDS, TOTAL_SECONDS, Record, Run, Sample, sealed, summarise
+from certify_cli.run.memory import allowed, within_memory
 from certify_cli.run.provenance import describe
 from certify_cli.run.resume import Begun
 from certify_cli.run.sample_records import sample_records
 from certify_cli.run.settings import Settings
 
 DEFAULT_MEMORY = 2**29
-"""Bytes for the tensors of one batch on a CPU, if `--memory` is not given."""
+"""Bytes for the tensors of one batch on a CPU, at most, if `--memory` is not given: more would leave the cache."""
 LARGEST_BATCH, SEARCHED_BATCH = 512, 128
 """Largest number of samples in a batch, without and with a method that searches; smaller batches show progress."""
 SEARCHED_WORK = 3e10
@@ -95,22 +96,30 @@ class Job:
     run: the run record, complete before the first sample.   total: number of samples.
     """
 
-    def __init__(self, network: Network, data: Dataset, settings: Settings, run: Run) -> None:
+    def __init__(
+        self,
+        network: Network,
+        data: Dataset,
+        settings: Settings,
+        run: Run,
+        methods: tuple[Method, ...],
+        memory: int,
+    ) -> None:
+        """methods: to try, in order.   memory: bytes that the bounds of a batch may take."""
         self.run = run
         self.total = len(data.x)
         self._search_seconds: float | None = None
         self._stopped: str | None = None
         self._network, self._data, self._settings = network, data, settings
-        self._methods = select(settings.method, network)
+        self._methods, self._memory = methods, memory
         self._effort = EFFORTS[settings.effort]
 
     @cached_property
     def _model_bounds(self) -> ModelBounds:
         """Bounds for all classes that are predicted in the data, so that they are the same when a run is resumed."""
-        memory = _memory(self._network.device, self._settings.memory, MEMORY)
         with exact_kernels():
             predicted = torch.cat([self._network(self._batch(rows)).argmax(1) for rows in self._slices(0)])
-        return ModelBounds(self._network, self._effort, memory, predicted)
+        return ModelBounds(self._network, self._effort, self._memory, predicted)
 
     def _slices(self, first: int) -> Iterator[slice]:
         """The batches from sample number `first` on."""
@@ -272,7 +281,9 @@ def prepare(
     device = _device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    searched = any(method.searched for method in select(settings.method, network)) and settings.effort != FAST.name
+    memory = allowed(device, settings.memory, MEMORY)
+    methods, left_out = within_memory(select(settings.method, network), network, memory, settings.method)
+    searched = any(method.searched for method in methods) and settings.effort != FAST.name
     fitting = max(1, int(SEARCHED_WORK / max(1.0, ball_cost(network))))
     limit = min(SEARCHED_BATCH, fitting) if searched else LARGEST_BATCH
     limit = min(limit, largest_batch or limit)
@@ -285,9 +296,9 @@ def prepare(
         device=str(device),
         threads=torch.get_num_threads(),
         batch_size=batch_size,
-        notes=(*model.notes, *data.notes),
+        notes=(*model.notes, *data.notes, *left_out),
     )
-    return Job(network.to(device), data, settings, run)
+    return Job(network.to(device), data, settings, run, methods, memory)
 
 
 def _device(name: str) -> torch.device:
@@ -313,11 +324,4 @@ def _batch_size(network: Network, device: torch.device, memory: int | None) -> i
     every = sum(node.size for node in network.nodes)
     widest = max(node.size for node in network.nodes)
     sample = 8 * (4 * every + 8 * network.classes * widest)
-    return max(1, _memory(device, memory, DEFAULT_MEMORY) // sample)
-
-
-def _memory(device: torch.device, requested: int | None, default: int) -> int:
-    """Bytes that a batch may take: as requested, else half of a GPU's free memory, or on a CPU `default`."""
-    if requested is not None:
-        return requested
-    return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else default
+    return max(1, allowed(device, memory, DEFAULT_MEMORY) // sample)

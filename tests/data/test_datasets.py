@@ -431,11 +431,13 @@ def test_files_of_mnist_read_as_torchvision_reads_them(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     found = read_idx(idx_folder(folder), "test")
     assert found is not None
+    assert read_idx(folder, "train") is None
+    for name in IDX:  # torchvision wants all files
+        (folder / name.replace("t10k", "train")).write_bytes(IDX[name])
     expected = torchvision_datasets().KMNIST(tmp_path, train=False)
     assert np.array_equal(found[0], expected.data.numpy())
     assert np.array_equal(found[1], expected.targets.numpy())
     assert tuple(expected.classes) == torchvision_sets.SETS["kmnist"].classes
-    assert read_idx(folder, "train") is None
 
 
 @pytest.mark.parametrize("change", ["images", "labels"])
