@@ -188,9 +188,12 @@ def by_ball_search(*names: str) -> Certify:
         model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
     ) -> Certificates:
         base = by_lipschitz(model_bounds, point, False, None) if previous is None else previous
-        balls = search_balls(bounds, model_bounds, point, base.radius)
-        own = torch.tensor([_index(name) for name in names], dtype=torch.int64, device=balls.bound.device)[balls.bound]
-        return _enlarged(point, base, balls.radius, balls.rival, own, alone=previous is None)
+        indices = torch.tensor([_index(name) for name in names], dtype=torch.int64, device=base.rival.device)
+        try:
+            balls = search_balls(bounds, model_bounds, point, base.radius)
+            return _enlarged(point, base, balls.radius, balls.rival, indices[balls.bound], alone=previous is None)
+        except OutOfTime:  # before the first ball
+            return replace(base, method=indices[:1].expand(len(base.rival))) if previous is None else base
 
     return certify
 
@@ -255,8 +258,8 @@ def _of_curvature(model_bounds: ModelBounds, predicted: Tensor) -> object:
     return pairs.rows(predicted), pairs.columns(predicted), _of_lipschitz(model_bounds, predicted)
 
 
-def _of_weights(model_bounds: ModelBounds, predicted: Tensor) -> object:
-    return model_bounds.weights
+def _of_weights_and_lipschitz(model_bounds: ModelBounds, predicted: Tensor) -> object:
+    return model_bounds.weights, _of_lipschitz(model_bounds, predicted)
 
 
 def _everywhere(network: Network) -> None:
@@ -269,13 +272,15 @@ METHODS: dict[str, Method] = {
         Method("lipschitz", _everywhere, by_lipschitz, _of_lipschitz),
         Method("curvature", why_no_curvature, by_curvature, _of_curvature, attacks=True),
         Method("dual", why_no_curvature, by_dual, _of_curvature, attacks=True, expensive=True),
-        Method("local", why_no_curvature, by_local, _of_weights, attacks=True, expensive=True, searched=True),
-        Method("linear", _everywhere, by_ball_search("linear"), _of_weights, expensive=True, searched=True),
+        Method("local", why_no_curvature, by_local, _of_curvature, attacks=True, expensive=True, searched=True),
+        Method(
+            "linear", _everywhere, by_ball_search("linear"), _of_weights_and_lipschitz, expensive=True, searched=True
+        ),
         Method(
             "local-lipschitz",
             _everywhere,
             by_ball_search("local-lipschitz"),
-            _of_weights,
+            _of_weights_and_lipschitz,
             expensive=True,
             searched=True,
         ),
