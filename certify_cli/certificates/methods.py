@@ -44,6 +44,11 @@ Prepare = Callable[[ModelBounds, Tensor], object]
 """(model bounds, predicted classes (batch,)) -> the global bounds, which the model bounds keep."""
 
 
+def _no_bounds(model_bounds: ModelBounds, predicted: Tensor) -> object:
+    """Nothing to prepare."""
+    return None
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of certification, and how `auto` uses it.
@@ -59,7 +64,7 @@ class Method:
     name: str
     applies: Callable[[Network], str | None]
     certify: Certify
-    prepare: Prepare
+    prepare: Prepare = _no_bounds
     attacks: bool = False
     expensive: bool = False
     searched: bool = False

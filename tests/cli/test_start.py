@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -52,6 +53,41 @@ def test_data_in_the_format_of_mnist_needs_no_torchvision(tmp_path: Path) -> Non
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def environment(before: str, **variables: str) -> str:
+    """OMP_WAIT_POLICY of a process after a command line, and after the statement `before`."""
+    program = "\n".join(
+        [
+            "import os",
+            before,
+            "from certify_cli.cli.app import main",
+            "main(['--version'])",
+            "print(os.environ.get('OMP_WAIT_POLICY'))",
+        ]
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=kept | variables, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.smoke
+def test_threads_sleep_while_they_wait() -> None:
+    assert environment("") == "passive"
+
+
+def test_the_users_choice_stays() -> None:
+    assert environment("", OMP_WAIT_POLICY="active") == "active"
+    assert environment("", GOMP_SPINCOUNT="1000") == "None"
+    assert environment("", KMP_BLOCKTIME="200") == "None"
+
+
+def test_a_process_that_has_torch_is_left_alone() -> None:
+    """Its runtime has read the variable; only processes that it starts would see the change."""
+    assert environment("import torch") == "None"
+    assert environment("import certify_cli.run.library") == "None"
 
 
 def test_torchvision_is_whole_after_it_was_deferred() -> None:
