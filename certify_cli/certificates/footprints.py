@@ -23,13 +23,13 @@ def needed(method: str, network: Network) -> int:
     evaluation, classes = 8 * EVALUATION * sum(sizes), network.classes
     rows = 8 * classes * (classes + PASSES * max(sizes))
     adjoints = 8 * classes * (bent + sizes[0])
-    if method == "lipschitz":
-        return evaluation
     if method in ("curvature", "dual"):
         return evaluation + rows + adjoints
     if method == "local":
         return evaluation + rows + adjoints + 8 * REMAINDERS * classes * bent
-    return evaluation + rows + min(CACHE, 64 * sum(sizes) * max(sizes))
+    if method in ("linear", "local-lipschitz"):
+        return evaluation + rows + min(CACHE, 64 * sum(sizes) * max(sizes))
+    return evaluation
 
 
 def wanted(method: str, network: Network) -> int:
