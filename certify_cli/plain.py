@@ -2,7 +2,7 @@
 
 Python's int() and float() also accept underscores, surrounding spaces, a leading plus, "nan", "inf" and the digits of
 every script. Under one strict rule no text is read as different numbers, or accepted by one reader and refused by the
-next.
+next. Sizes in bytes are written here, too.
 """
 
 from __future__ import annotations
@@ -59,3 +59,12 @@ def ratio(text: str) -> float:
     if value == 0 and above != 0:
         raise ValueError("beyond the range of a float64")
     return value
+
+
+def binary_size(count: float) -> str:
+    """Bytes as text: 512 B, 3.4 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB" if count < 1024 else f"{count / 1024:.1f} TiB"

@@ -31,6 +31,9 @@ CERTIFIED = "certified"
 NOT_CERTIFIED = "not_certified"
 ERROR = "error"
 
+SECONDS, TOTAL_SECONDS, SIGNAL = "seconds", "total-seconds", "signal"
+"""What can end the work on a sample early: its own time; that of the run; SIGINT or SIGTERM."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -40,6 +43,8 @@ class Sample:
     margin: to the class `runner_up`.   rival: the class that decides the certified radius. Upper bounds for its margin
     are gradient_norm, curvature_lower (of -lambda_min of the Hessian), curvature_upper (of lambda_max) and lipschitz;
     None where the method has none.
+    stopped: what ended the work before every method had ended (SECONDS, TOTAL_SECONDS, SIGNAL); what was proved by then
+    counts. None where nothing did.
     """
 
     index: int
@@ -60,6 +65,7 @@ class Sample:
     method: str | None
     status: str
     reason: str | None
+    stopped: str | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -143,7 +149,8 @@ class Summary:
     radii as they are); `mean_certified_radius_correct` runs over the correct samples only (the papers' figure).
     certified_accuracy, attack_accuracy: by the text of each `--eps`.   certified_share: replaces certified_accuracy
     where there are no labels.   seconds: of the whole run.   search_seconds: of them, those of the search for attacks,
-    None without one.   seal: a hash of the run as it was written; it reveals an accidental change, not a forgery.
+    None without one.   stopped: what ended the run early (TOTAL_SECONDS, SIGNAL), None for a whole one.
+    seal: a hash of the run as it was written; it reveals an accidental change, not a forgery.
     """
 
     samples: int
@@ -156,6 +163,7 @@ class Summary:
     attack_accuracy: dict[str, float] | None
     seconds: float
     search_seconds: float | None = None
+    stopped: str | None = None
     seal: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -318,7 +326,11 @@ def parse_eps(text: str) -> float:
 
 
 def summarise(
-    samples: Iterable[Sample], eps: Sequence[str], seconds: float, search_seconds: float | None = None
+    samples: Iterable[Sample],
+    eps: Sequence[str],
+    seconds: float,
+    search_seconds: float | None = None,
+    stopped: str | None = None,
 ) -> Summary:
     """The summary of the samples. eps: radii as typed, in order; raises UsageError for one that is none."""
     rows = list(samples)
@@ -342,16 +354,23 @@ def summarise(
         attack_accuracy={text: share(withstands, level) for text, level in levels.items()} if labelled else None,
         seconds=seconds,
         search_seconds=search_seconds,
+        stopped=stopped,
     )
 
 
 def seal(run: Run, samples: Iterable[Sample], summary: Summary) -> str:
     """SHA-256 over the run line, every sample and the summary as JSON; the summary's own seal left out."""
     digest = hashlib.sha256()
-    parts = [run.to_dict(), *(sample.to_dict() for sample in samples), replace(summary, seal=None).to_dict()]
-    for part in parts:
-        digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode())
+    records: list[Record] = [run, *samples, replace(summary, seal=None)]
+    for record in records:
+        digest.update(_canonical(record).encode())
     return digest.hexdigest()
+
+
+def _canonical(record: Record) -> str:
+    """The record as JSON, always the same; without `stopped` where it is None, as in runs from before that field."""
+    content = {name: value for name, value in record.to_dict().items() if (name, value) != ("stopped", None)}
+    return json.dumps(content, sort_keys=True, allow_nan=False)
 
 
 def linked(chain: str, sample: Sample) -> str:
@@ -359,8 +378,7 @@ def linked(chain: str, sample: Sample) -> str:
 
     A run that is resumed finds by the links whether its earlier lines were changed.
     """
-    content = json.dumps(sample.to_dict(), sort_keys=True, allow_nan=False)
-    return hashlib.sha256(f"{chain}{content}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{chain}{_canonical(sample)}".encode()).hexdigest()[:32]
 
 
 def sealed(run: Run, samples: Sequence[Sample], summary: Summary) -> Summary:

@@ -11,7 +11,7 @@ from typing import Any
 
 from certify_cli.audit.figures import FIGURES, values_of
 from certify_cli.errors import RecordsError
-from certify_cli.records import Result, Run, certified_at, parse_eps
+from certify_cli.records import Result, Run, certified_at, parse_eps, summarise
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,23 @@ def compare(old: Result, new: Result, tolerance: float) -> Comparison:
         count=len(old.samples),
         figures=_figures(old, new, tolerance),
         samples=_samples(old, new),
+    )
+
+
+def of_the_same_samples(old: Result, new: Result) -> tuple[Result, Result]:
+    """Both runs up to the end of the shorter one, where one of them was ended early."""
+    if old.summary.stopped is None and new.summary.stopped is None:
+        return old, new
+    count = min(len(old.samples), len(new.samples))
+    return _first(old, count), _first(new, count)
+
+
+def _first(result: Result, count: int) -> Result:
+    """The first samples of a run, and the figures of these."""
+    summary, samples = result.summary, result.samples[:count]
+    levels = tuple(summary.certified_accuracy or summary.certified_share or ())
+    return Result(
+        result.run, samples, summarise(samples, levels, summary.seconds, summary.search_seconds, summary.stopped)
     )
 
 

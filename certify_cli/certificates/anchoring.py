@@ -14,6 +14,7 @@ from certify_cli.bounds.global_bounds.anchored import Anchored
 from certify_cli.certificates.closed_form import anchored_radii, attack_radius
 from certify_cli.certificates.dual import weakest_rivals
 from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.numerics.deadline import OutOfTime
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +43,11 @@ def anchored(
     lower, lipschitz = constants.lower.clone(), constants.lipschitz.clone()
     for todo, rival in weakest_rivals(point, radius):
         curvature, slope = constants.lower[todo, rival], constants.lipschitz[todo, rival]
-        change, remainder = anchors.change(todo, rival), anchors.lower(todo, rival)
-        secant = anchors.lipschitz(todo, rival)
+        try:
+            change, remainder = anchors.change(todo, rival), anchors.lower(todo, rival)
+            secant = anchors.lipschitz(todo, rival)
+        except OutOfTime:
+            break
         radii = torch.stack(
             anchored_radii(
                 point.margin_low[todo, rival], point.gradient_norm[todo, rival], curvature, slope,

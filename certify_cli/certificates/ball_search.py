@@ -44,6 +44,7 @@ from certify_cli.network.graph import Network
 from certify_cli.network.linear_forms import WholeForms
 from certify_cli.network.propagate import nonlinear_nodes, pre_activations
 from certify_cli.network.row_norms import columns_cost
+from certify_cli.numerics.deadline import OutOfTime, present
 from certify_cli.numerics.rounding import difference_down
 from certify_cli.numerics.trees import Batched
 
@@ -323,11 +324,15 @@ class _Search:
             best=_nothing(self.point),
         )
         active = torch.arange(len(start), device=start.device)
-        for _ in range(balls):
+        for ball in range(balls):
             active, rung = search.propose(active)
             if not len(active):
                 break
-            search.enter(active, rung, *self._evaluate(bounds, active, search.bracket.radius[active]))
+            present().step(f"ball {ball + 1}")
+            try:
+                search.enter(active, rung, *self._evaluate(bounds, active, search.bracket.radius[active]))
+            except OutOfTime:
+                break
         return search.best
 
     def _evaluate(
@@ -346,7 +351,12 @@ class _Search:
         for number, bound in enumerate(bounds):
             samples = point.at(todo)
             cotangents = eye[samples.prediction].unsqueeze(1) - eye.unsqueeze(0)
-            loss, ranges = bound(self.model_bounds, samples, ranges, cotangents)
+            try:
+                loss, ranges = bound(self.model_bounds, samples, ranges, cotangents)
+            except OutOfTime:
+                if not number:
+                    raise
+                break  # what the bounds before this one have proved holds
             remaining = difference_down(samples.margin_low, loss.on(ranges.radius)) / samples.margin_low
             remaining, rival = remaining.masked_fill(samples.own, torch.inf).min(1)
             smaller = loss.largest(samples.margin_low, ranges.radius).masked_fill(samples.own, torch.inf).amin(1)

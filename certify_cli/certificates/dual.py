@@ -22,6 +22,7 @@ from torch import Tensor
 from certify_cli.certificates.closed_form import curvature_radius
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import vjp
+from certify_cli.numerics.deadline import OutOfTime
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, down, gamma, times, up, vector_norm_up
 
 GAIN = 1e-4
@@ -111,7 +112,8 @@ def descend(
 
     The descent minimises f + M/2 ||.||^2 on the certified ball: its gradient is p, with a Lipschitz constant of at most
     the sum of the two bounds, and its minimum on the ball is the published dual's. A sample stops after a step that
-    gains less than GAIN. Steps decide only where tangents are taken, so that any step is sound.
+    gains less than GAIN, and all stop when time ends. Steps decide only where tangents are taken, so that any step is
+    sound.
     """
     shape = (-1, *[1] * (point.x.dim() - 1))
     best, moved, best_moved = radius.clone(), point.x[index].clone(), point.x[index].clone()
@@ -124,7 +126,12 @@ def descend(
         target = smoothness.reshape(shape) * (moved[active] - samples.x) - p
         scale = torch.minimum(1 / smoothness, best[active] / vector_norm_up(target.flatten(1)))
         moved[active] = samples.x + scale.nan_to_num(nan=0.0, posinf=0.0).reshape(shape) * target
-        value, p = tangent(samples, rival[active], moved[active], m, torch.inf if within is None else within[active])
+        try:
+            value, p = tangent(
+                samples, rival[active], moved[active], m, torch.inf if within is None else within[active]
+            )
+        except OutOfTime:
+            break
         gained, better = value > best[active] * (1 + GAIN), value > largest[active]
         largest[active[better]], best_moved[active[better]] = value[better], moved[active[better]]
         best[active] = torch.maximum(best[active], value)

@@ -17,6 +17,7 @@ from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.certificates.closed_form import attack_radius, curvature_radius
 from certify_cli.certificates.dual import GAIN, Refined, descend
 from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.numerics.deadline import OutOfTime, present
 from certify_cli.numerics.rounding import down, up
 
 STRETCH = 1.5
@@ -40,19 +41,23 @@ def extended_on_balls(
     """
     radius, ends = sharp.radius.masked_fill(point.own, torch.inf), sharp.ends.clone()
     stretch, every = torch.full_like(radius[:, 0], STRETCH), torch.arange(len(radius), device=radius.device)
-    for _ in range(model_bounds.effort.dual_balls if sharp_on_balls(model_bounds) else 0):
+    for count in range(model_bounds.effort.dual_balls if sharp_on_balls(model_bounds) else 0):
+        present().step(f"ball {count + 1}")
         weakest, decider = radius.min(1)
         ball = weakest * stretch
         todo = (weakest > 0) & ball.isfinite() & (stretch > 1 + 10 * GAIN)
         sample = todo.nonzero().squeeze(1)
         if not len(sample):
             break
-        first = _on_balls(model_bounds, point, sample, decider[sample], radius, ball, lower, upper, steps)
-        promising = todo.index_copy(0, sample, first.radius > weakest[sample] * (1 + GAIN))
-        is_other = (radius < ball.unsqueeze(1)) & (radius > 0) & promising.unsqueeze(1)
-        is_other[every, decider] = False
-        sample, rival = is_other.nonzero().unbind(1)
-        others = _on_balls(model_bounds, point, sample, rival, radius, ball, lower, upper, steps)
+        try:
+            first = _on_balls(model_bounds, point, sample, decider[sample], radius, ball, lower, upper, steps)
+            promising = todo.index_copy(0, sample, first.radius > weakest[sample] * (1 + GAIN))
+            is_other = (radius < ball.unsqueeze(1)) & (radius > 0) & promising.unsqueeze(1)
+            is_other[every, decider] = False
+            sample, rival = is_other.nonzero().unbind(1)
+            others = _on_balls(model_bounds, point, sample, rival, radius, ball, lower, upper, steps)
+        except OutOfTime:
+            break
         for pairs in (first, others):
             radius[pairs.sample, pairs.rival] = pairs.radius
         reached = radius.amin(1)

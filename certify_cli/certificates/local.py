@@ -29,6 +29,7 @@ from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import nonlinear_nodes, pre_activation
 from certify_cli.numerics.choose import either
+from certify_cli.numerics.deadline import OutOfTime, present
 from certify_cli.numerics.rounding import difference_down
 from certify_cli.numerics.trees import Batched
 
@@ -113,7 +114,7 @@ def local_radii(model_bounds: ModelBounds, point: EvaluatedPoints, previous: Ten
     previous (batch,): radii that other methods have certified; infinite ones are not searched.
 
     Samples are treated in chunks that fit `model_bounds.memory`. Where the Jacobians of one sample do not fit, the
-    tangent bound alone decides.
+    tangent bound alone decides. When time ends, radii are those that are proved by then.
     """
     start = first_balls(point)
     radius, rival = torch.zeros_like(start), point.margin.argmin(1)
@@ -122,7 +123,10 @@ def local_radii(model_bounds: ModelBounds, point: EvaluatedPoints, previous: Ten
     able = searchable(point, previous).nonzero().squeeze(1)
     for chunk in able.split(max(1, model_bounds.memory // footprint(point.network))) if len(able) else ():
         search = LocalSearch(model_bounds, point.at(chunk), jacobians=fits(model_bounds))
-        radius[chunk], rival[chunk] = search.radii(start[chunk])
+        try:
+            radius[chunk], rival[chunk] = search.radii(start[chunk])
+        except OutOfTime:
+            break
     return radius, rival
 
 
@@ -176,10 +180,14 @@ class LocalSearch:
         bracket = Bracket.around(start)
         estimate = torch.full_like(self.point.margin_low, torch.inf)
         active = torch.arange(len(start), device=start.device)
-        for _ in range(balls):
+        for count in range(balls):
+            present().step(f"ball {count + 1} by tangents")
             samples, radius = self.point.at(active), bracket.radius[active]
-            ranges = interval_ranges(samples, self.model_bounds.weights, radius)
-            losses = tangent_losses(samples, ranges, samples.adjoints, sharp=sharp)
+            try:
+                ranges = interval_ranges(samples, self.model_bounds.weights, radius)
+                losses = tangent_losses(samples, ranges, samples.adjoints, sharp=sharp)
+            except OutOfTime:
+                break
             remaining = difference_down(samples.margin_low, losses)
             remaining = (remaining / samples.margin_low).masked_fill(samples.own, torch.inf)
             estimate[active] = power_step(radius.unsqueeze(1), remaining).masked_fill(samples.own, torch.inf)
@@ -210,6 +218,8 @@ class LocalSearch:
     def _prove_other_rivals(self, radius: Tensor, first: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """The radii (batch,) lowered until every rival is proved, and the rivals (batch,) that decide them.
 
+        If time ends before all rivals of a sample are proved, its radius is 0.
+
         radius (batch,): proved for the rivals `first` (batch,).
         order (batch, classes): estimates of each rival's radius; smaller ones are treated first.
         """
@@ -222,7 +232,11 @@ class LocalSearch:
             unproved[rivals[:, 0], rivals[:, 1]] = order[rivals[:, 0], rivals[:, 1]]
             sample = rivals[:, 0].unique()
             rival = unproved[sample].argmin(1)
-            proved = self._search(RivalPairs.of(point, sample, rival), radius[sample], radius[sample])
+            try:
+                proved = self._search(RivalPairs.of(point, sample, rival), radius[sample], radius[sample])
+            except OutOfTime:
+                radius[sample] = 0.0
+                break
             smaller = proved < radius[sample]
             radius[sample[smaller]], decides[sample[smaller]] = proved[smaller], rival[smaller]
             treated = _lookup(sample, rival, len(radius))[rivals[:, 0]]
@@ -291,6 +305,7 @@ class LocalSearch:
         choice: Choice | None = None
         active = torch.arange(len(start), device=start.device)
         for count in range(limits.balls):
+            present().step(f"ball {count + 1}")
             on_balls = self._on_balls(pairs.at(active), bracket.radius[active])
             optimised = on_balls.optimised(
                 choice, limits.further_steps if count else limits.first_steps, enough[active]

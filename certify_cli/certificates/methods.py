@@ -9,6 +9,7 @@ improve.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ from certify_cli.errors import MethodError, UsageError, quoted
 from certify_cli.names import AUTO
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
+from certify_cli.numerics.deadline import OutOfTime, present
 from certify_cli.records import certifies, refutes
 
 Certify = Callable[[ModelBounds, EvaluatedPoints, bool, Certificates | None], Certificates]
@@ -38,12 +40,21 @@ The previous certificates are those of cheaper methods: a search begins with the
 are, and `certify_batch` keeps the better of the two."""
 
 
+Prepare = Callable[[ModelBounds, Tensor], object]
+"""(model bounds, predicted classes (batch,)) -> the global bounds, which the model bounds keep."""
+
+
+def _no_bounds(model_bounds: ModelBounds, predicted: Tensor) -> object:
+    """Nothing to prepare."""
+    return None
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of certification, and how `auto` uses it.
 
     applies: network -> None, or the reason why the method cannot apply to it.
-    certify: certifies a batch.
+    certify: certifies a batch.   prepare: computes the global bounds that it needs, whose time is no sample's.
     attacks: whether it can certify attacks. Of several methods only the first such one does, because on the models
     measured expensive methods certify attacks for few further samples, at the cost of a search.
     expensive: whether `auto` skips samples whose verdicts earlier methods settled.
@@ -53,6 +64,7 @@ class Method:
     name: str
     applies: Callable[[Network], str | None]
     certify: Certify
+    prepare: Prepare = _no_bounds
     attacks: bool = False
     expensive: bool = False
     searched: bool = False
@@ -126,10 +138,12 @@ def _by_tangents(
     radius, rival = _weakest(point, sharp.radius)
     norm, witness = torch.full_like(radius, torch.nan), point.x
     if attack:
-        nearest, target, decided = certified_attack(anchors, point, decided)
-        if balls:
-            nearest, target = certified_attack_on_ball(model_bounds, point, nearest, target)
-        witness, norm = _along_gradient(point, target, nearest)
+        with suppress(OutOfTime):
+            nearest, target, with_upper = certified_attack(anchors, point, decided)
+            if balls:
+                nearest, target = certified_attack_on_ball(model_bounds, point, nearest, target)
+            witness, norm = _along_gradient(point, target, nearest)
+            decided = with_upper
     return Certificates(
         radius=radius,
         rival=rival,
@@ -159,11 +173,13 @@ def by_local(
     if not attack or not len(todo):
         return certificates
     samples = point.at(todo)
-    nearest, target = certified_local_attack(
-        model_bounds, samples, model_bounds.effort.local is not None and fits(model_bounds)
-    )
-    witness, norm = _along_gradient(samples, target, nearest)
-    return certificates.put(todo, replace(certificates.at(todo), attack=norm, witness=witness))
+    with suppress(OutOfTime):
+        nearest, target = certified_local_attack(
+            model_bounds, samples, model_bounds.effort.local is not None and fits(model_bounds)
+        )
+        witness, norm = _along_gradient(samples, target, nearest)
+        certificates = certificates.put(todo, replace(certificates.at(todo), attack=norm, witness=witness))
+    return certificates
 
 
 def by_ball_search(*names: str) -> Certify:
@@ -177,9 +193,12 @@ def by_ball_search(*names: str) -> Certify:
         model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
     ) -> Certificates:
         base = by_lipschitz(model_bounds, point, False, None) if previous is None else previous
-        balls = search_balls(bounds, model_bounds, point, base.radius)
-        own = torch.tensor([_index(name) for name in names], dtype=torch.int64, device=balls.bound.device)[balls.bound]
-        return _enlarged(point, base, balls.radius, balls.rival, own, alone=previous is None)
+        indices = torch.tensor([_index(name) for name in names], dtype=torch.int64, device=base.rival.device)
+        try:
+            balls = search_balls(bounds, model_bounds, point, base.radius)
+            return _enlarged(point, base, balls.radius, balls.rival, indices[balls.bound], alone=previous is None)
+        except OutOfTime:  # before the first ball
+            return replace(base, method=indices[:1].expand(len(base.rival))) if previous is None else base
 
     return certify
 
@@ -235,6 +254,19 @@ def _at(table: Tensor, rival: Tensor) -> Tensor:
     return table.gather(1, rival.unsqueeze(1)).squeeze(1)
 
 
+def _of_lipschitz(model_bounds: ModelBounds, predicted: Tensor) -> object:
+    return model_bounds.lipschitz_pairs.rows(predicted)
+
+
+def _of_curvature(model_bounds: ModelBounds, predicted: Tensor) -> object:
+    pairs = model_bounds.curvature_pairs
+    return pairs.rows(predicted), pairs.columns(predicted), _of_lipschitz(model_bounds, predicted)
+
+
+def _of_weights_and_lipschitz(model_bounds: ModelBounds, predicted: Tensor) -> object:
+    return model_bounds.weights, _of_lipschitz(model_bounds, predicted)
+
+
 def _everywhere(network: Network) -> None:
     """No network is refused."""
 
@@ -242,12 +274,21 @@ def _everywhere(network: Network) -> None:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("lipschitz", _everywhere, by_lipschitz),
-        Method("curvature", why_no_curvature, by_curvature, attacks=True),
-        Method("dual", why_no_curvature, by_dual, attacks=True, expensive=True),
-        Method("local", why_no_curvature, by_local, attacks=True, expensive=True, searched=True),
-        Method("linear", _everywhere, by_ball_search("linear"), expensive=True, searched=True),
-        Method("local-lipschitz", _everywhere, by_ball_search("local-lipschitz"), expensive=True, searched=True),
+        Method("lipschitz", _everywhere, by_lipschitz, _of_lipschitz),
+        Method("curvature", why_no_curvature, by_curvature, _of_curvature, attacks=True),
+        Method("dual", why_no_curvature, by_dual, _of_curvature, attacks=True, expensive=True),
+        Method("local", why_no_curvature, by_local, _of_curvature, attacks=True, expensive=True, searched=True),
+        Method(
+            "linear", _everywhere, by_ball_search("linear"), _of_weights_and_lipschitz, expensive=True, searched=True
+        ),
+        Method(
+            "local-lipschitz",
+            _everywhere,
+            by_ball_search("local-lipschitz"),
+            _of_weights_and_lipschitz,
+            expensive=True,
+            searched=True,
+        ),
     )
 }
 """Name -> method, in the order in which `auto` runs them. A batch of certificates holds positions in this table."""
@@ -293,24 +334,53 @@ def certify_batch(
     attack: whether to certify attacks.
     levels: radii eps whose verdicts matter. If any are given, expensive methods skip samples that are certified or
     attacked at each of them, unless the effort asks for every verdict.
+
+    When time ends (`deadline`), certificates are what is proved by then. Raises OutOfTime if that is nothing.
     """
-    best = methods[0].certify(model_bounds, point, attack and methods[0].attacks, None)
+    best = _certify(methods[0], model_bounds, point, attack, None)
     attack = attack and not methods[0].attacks  # only the first method that can certify attacks does
     for method in methods[1:]:
         todo = torch.arange(len(point.x), device=point.x.device)
         if method.expensive and levels and not model_bounds.effort.every_verdict:
-            todo = (~_decided(best, levels)).nonzero().squeeze(1)
+            todo = (~decided(best, levels)).nonzero().squeeze(1)
         if not len(todo):
             continue
         samples = point if len(todo) == len(point.x) else point.at(todo)
         previous = best.at(todo)
-        certificates = method.certify(model_bounds, samples, attack and method.attacks, previous)
+        try:
+            certificates = _certify(method, model_bounds, samples, attack, previous)
+        except OutOfTime:
+            break
         best = best.put(todo, previous.best_of(certificates))
         attack = attack and not method.attacks
     return best
 
 
-def _decided(certificates: Certificates, levels: tuple[float, ...]) -> Tensor:
+def _certify(
+    method: Method, model_bounds: ModelBounds, point: EvaluatedPoints, attack: bool, previous: Certificates | None
+) -> Certificates:
+    """Certificates by one method; global bounds that it is the first to need are not part of the samples' time."""
+    deadline = present()
+    deadline.begin(f"global bounds for {method.name}")
+    deadline.check()
+    with deadline.clock_stopped():
+        method.prepare(model_bounds, point.prediction)
+    deadline.begin(method.name)
+    return method.certify(model_bounds, point, attack and method.attacks, previous)
+
+
+def nothing_proved(point: EvaluatedPoints) -> Certificates:
+    """Radius 0 for every sample, and no attack."""
+    rival = point.margin.argmin(1)
+    zero = torch.zeros_like(point.margin[:, 0])
+    none = torch.full_like(zero, torch.nan)
+    figures = {"gradient": none, "curvature_lower": none, "curvature_upper": none, "lipschitz": none, "attack": none}
+    return Certificates(
+        radius=zero, rival=rival, witness=point.x, near=point.x, method=torch.zeros_like(rival), **figures
+    )
+
+
+def decided(certificates: Certificates, levels: tuple[float, ...]) -> Tensor:
     """Mask (batch,): samples that are certified or attacked at every level."""
     verdicts = [certifies(certificates.radius, eps) | refutes(certificates.attack, eps) for eps in levels]
     return torch.stack(verdicts).all(0)

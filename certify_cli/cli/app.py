@@ -28,6 +28,7 @@ from certify_cli.cli.inspect import inspect
 from certify_cli.cli.report import report
 from certify_cli.cli.signals import Stopped, at_once
 from certify_cli.cli.sink import refusing
+from certify_cli.cli.threads import wait_asleep
 from certify_cli.cli.verify import verify
 from certify_cli.errors import CurvcertError
 from certify_cli.output.console import printable
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _replace_missing_streams()
+    wait_asleep()
     code = _code_of(words or ["--help"])
     _settle_stdout()
     return code

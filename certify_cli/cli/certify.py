@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ from certify_cli.errors import UsageError
 from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
 from certify_cli.output.terminal_plot import available
-from certify_cli.records import Record, Summary
-from certify_cli.run.doubts import doubts
+from certify_cli.records import Record, Sample, Summary
+from certify_cli.run.doubts import doubts, shortfalls
 from certify_cli.run.resume import begun
 from certify_cli.run.settings import Settings
 
@@ -71,6 +71,7 @@ def certify(
         atomic(witnesses, "--witnesses", "wb") if witnesses is not None else nullcontext() as witness_file,
         atomic(certificate, "--certificate", "wb") if certificate is not None else nullcontext() as tangent_file,
         Reporter(quiet, bar=not (form.streams and out.terminal)) as reporter,
+        ExitStack() as until_written,
     ):
         tell(context, reporter)
         if form_name == "csv" and settings.eps:
@@ -93,7 +94,9 @@ def certify(
                 tangents.append(sample.tangent)
 
         records: list[Record] = []
-        for text in form.render(_kept(_doubted(job.records(watch=keep), job, reporter), records), out.view):
+        flag = until_written.enter_context(noted())
+        made = job.records(watch=keep, halted=flag.halted, tell=reporter.doing)
+        for text in form.render(_kept(_doubted(made, job, reporter), records), out.view):
             out.write(text)
         if form_name == "github":
             job_summary("".join(FORMATS["markdown"].render(iter(records), View(all_rows=True))))
@@ -104,6 +107,7 @@ def certify(
         if tangent_file is not None:
             with refusing("--certificate"):
                 save_tangents(tangent_file, tangents, shape)
+    flag.stop(_what_is_written(records[-1], job))
 
 
 def _kept(records: Iterator[Record], kept: list[Record]) -> Iterator[Record]:
@@ -114,12 +118,22 @@ def _kept(records: Iterator[Record], kept: list[Record]) -> Iterator[Record]:
 
 
 def _doubted(records: Iterator[Record], job: Job, reporter: Reporter) -> Iterator[Record]:
-    """The records, with warnings of figures that look wrong before the summary."""
+    """The records, with warnings of figures that look wrong, and notes of time that ended, before the summary."""
+    samples: list[Sample] = []
     for record in records:
+        if isinstance(record, Sample):
+            samples.append(record)
         if isinstance(record, Summary):
             for text in doubts(job.run, record):
                 reporter.warning(text)
+            reporter.notes(shortfalls(job.run, samples, record))
         yield record
+
+
+def _what_is_written(last: Record, job: Job) -> str:
+    """How the sentence on a signal ends."""
+    count = last.samples if isinstance(last, Summary) else 0
+    return f" after {count} of {job.total} samples; what was proved by then is written"
 
 
 KEPT_PARTS = 20
@@ -162,16 +176,11 @@ def _resumed(
             done = past.whole
             reporter.note(f"going on after {done} of {job.total} samples in {output}")
         advance = reporter.counter(job.total, "certifying", done)
-        with appending(output, 0 if past is None else past.size) as out, noted() as flag:
-
-            def stop_between_batches(sample: CertifiedSample) -> None:
-                nonlocal done
-                advance()
-                done += 1
-                if done % job.run.batch_size == 0:
-                    flag.stop(f" after {done} of {job.total} samples; the same command goes on from there")
-
-            view = out.view if past is None else replace(out.view, chain=past.chain)
-            records = _doubted(job.records(past, stop_between_batches), job, reporter)
-            for text in FORMATS[form].render(records, view):
-                out.write(text)
+        records: list[Record] = []
+        with noted() as flag:
+            with appending(output, 0 if past is None else past.size) as out:
+                view = out.view if past is None else replace(out.view, chain=past.chain)
+                made = job.records(past, lambda sample: advance(), flag.halted, reporter.doing)
+                for text in FORMATS[form].render(_kept(_doubted(made, job, reporter), records), view):
+                    out.write(text)
+            flag.stop(f"{_what_is_written(records[-1], job)}, and the same command goes on from there")

@@ -17,7 +17,7 @@ from certify_cli.cli.exit_codes import DONE, NOT_MET
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import RunOptions, spread
 from certify_cli.cli.sink import job_summary, sink
-from certify_cli.errors import UsageError
+from certify_cli.errors import RecordsError, UsageError
 from certify_cli.output.document import View
 from certify_cli.output.read import read_document
 from certify_cli.output.verdict import RENDERED, as_markdown
@@ -69,6 +69,8 @@ def check(
         )
         reporter.notes(job.run.notes)
         if baseline is not None:
+            if baseline.summary.stopped is not None:
+                raise RecordsError(f"{asked.baseline}: the run was ended early, and is no baseline for all samples")
             same_samples(baseline.run, job.run)
             for text in unlike(baseline.run, job.run):
                 reporter.warning(f"{asked.baseline} is of another kind of run: {text}")

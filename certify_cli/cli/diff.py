@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from certify_cli.audit.compare import Comparison, SampleChange, compare, unlike
+from certify_cli.audit.compare import Comparison, SampleChange, compare, of_the_same_samples, unlike
 from certify_cli.cli import options as opt
 from certify_cli.cli import record_options as rec
 from certify_cli.cli.exit_codes import DONE, NOT_MET
@@ -47,6 +47,10 @@ def diff(
         before, after = read_document(old), read_document(new)
         for text in unlike(before.run, after.run):
             reporter.warning(f"the runs are of different kinds: {text}")
+        whole = max(len(before.samples), len(after.samples))
+        before, after = of_the_same_samples(before, after)
+        if len(before.samples) < whole:
+            reporter.note(f"one of the runs was ended early: only the first {len(before.samples)} samples are compared")
         found = compare(before, after, tolerance)
         out.last(RENDERED[form](found, out.view))
     return NOT_MET if found.regressions else DONE

@@ -13,6 +13,7 @@ from certify_cli.output.console import Column, grid, pairs
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.output.layers import shape_text
+from certify_cli.plain import binary_size
 from certify_cli.records import SCHEMA
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def inspect(
 
 def describe(loaded: LoadedModel) -> dict[str, Any]:
     """The model, its nodes in order and every method with the reason where it does not apply."""
+    from certify_cli.certificates.footprints import wanted
     from certify_cli.certificates.methods import METHODS
 
     nodes = loaded.network.nodes
@@ -67,7 +69,13 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
             for node in nodes
         ],
         "methods": [
-            {"name": name, "summary": SUMMARIES[name], "applies": reason is None, "reason": reason}
+            {
+                "name": name,
+                "summary": SUMMARIES[name],
+                "applies": reason is None,
+                "reason": reason,
+                "memory": wanted(name, loaded.network),
+            }
             for name, reason in reasons.items()
         ],
     }
@@ -121,8 +129,18 @@ def as_text(found: dict[str, Any], view: View) -> str:
         for node in found["nodes"]
     ]
     methods = [
-        (method["name"], "applies" if method["applies"] else "does not apply", method["reason"] or method["summary"])
+        (
+            method["name"],
+            "applies" if method["applies"] else "does not apply",
+            binary_size(method["memory"]) if method["applies"] else "-",
+            method["reason"] or method["summary"],
+        )
         for method in found["methods"]
     ]
-    method_columns = (Column("method"), Column("verdict"), Column("explanation", wraps=True))
+    method_columns = (
+        Column("method"),
+        Column("verdict"),
+        Column("memory", right=True),  # for one sample
+        Column("explanation", wraps=True),
+    )
     return f"{head}\n{grid(NODE_COLUMNS, nodes, view)}\n{grid(method_columns, methods, view)}"

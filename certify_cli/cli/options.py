@@ -53,6 +53,7 @@ def plain_number(read: Callable[[str], Number], expected: str, lower: float, upp
 
 
 POSITION = plain_number(integer, "a plain integer of at least 0", 0, 10**18)
+_TIME = plain_number(decimal, "a number of seconds from 0.001 to 1e9", 1e-3, 1e9)
 _PIXELS = plain_number(integer, f"a number of pixels from 1 to {2**16}", 1, 2**16)
 
 
@@ -181,6 +182,27 @@ BatchSize = Annotated[str, typer.Option("--batch-size", metavar="N|auto", help="
 Threads = Annotated[str, typer.Option("--threads", metavar="N|auto", help="Processor threads.")]
 Memory = Annotated[
     str, typer.Option("--memory", metavar="SIZE|auto", help="Memory to stay within, such as 2GB or 512MB.")
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        "--seconds",
+        metavar="S",
+        parser=_TIME,
+        help="Time that each sample may take, those of a batch together; what is proved by then counts. Global bounds "
+        "of the model do not count.",
+        show_default="no limit",
+    ),
+]
+TotalSeconds = Annotated[
+    float | None,
+    typer.Option(
+        "--total-seconds",
+        metavar="T",
+        parser=_TIME,
+        help="Time that certifying may take, loading left out; the run then ends with what is proved.",
+        show_default="no limit",
+    ),
 ]
 
 FORMAT_DEFAULT = "the suffix of the output file, such as .json; else table"

@@ -21,6 +21,7 @@ class Reporter:
         self._bar = bar and not quiet and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._stage = ""
         self._said: set[str] = set()
 
     def __enter__(self) -> Reporter:
@@ -51,6 +52,7 @@ class Reporter:
         text: name of the stage.   done: the count to start from.   The bar disappears at `total`.
         """
         self.stage(text)
+        self._stage = text
         if self._progress is not None and self._task is not None:
             self._progress.reset(self._task, total=total, completed=done, description=text)
 
@@ -63,6 +65,11 @@ class Reporter:
                 self._close()
 
         return advance
+
+    def doing(self, text: str) -> None:
+        """Show the present step of the stage that counts."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=f"{self._stage}: {text}")
 
     def note(self, text: str) -> None:
         """Print a note; a sentence that was printed before is not repeated."""

@@ -45,6 +45,8 @@ class RunOptions:
     batch_size: opt.BatchSize = "auto"
     threads: opt.Threads = "auto"
     memory: opt.Memory = "auto"
+    seconds: opt.Seconds = None
+    total_seconds: opt.TotalSeconds = None
 
     def settings(self) -> Settings:
         """The options as checked settings. Raises UsageError, naming the option."""
@@ -63,6 +65,8 @@ class RunOptions:
             mean=opt.numbers("--mean", self.mean),
             std=opt.numbers("--std", self.std),
             layout=self.layout,
+            seconds=self.seconds,
+            total_seconds=self.total_seconds,
         )
 
     def load(self, settings: Settings, reporter: Reporter) -> tuple[LoadedModel, Dataset]:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: they end a command at once, or, where work would be lost, after the present batch."""
+"""SIGINT and SIGTERM: they end a command at once, or, where work would be lost, with what is proved by then."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from certify_cli.records import SIGNAL
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -22,6 +24,10 @@ class Flag:
     """The number of the signal that has arrived, or None."""
 
     number: int | None = None
+
+    def halted(self) -> str | None:
+        """SIGNAL if one has arrived: what ends a run early, as records name it."""
+        return None if self.number is None else SIGNAL
 
     def stop(self, hint: str) -> None:
         """Raise `Stopped` if a signal has arrived."""
@@ -43,7 +49,7 @@ def at_once() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[Flag]:
-    """A signal sets the flag, so that the work can stop where a later run can go on; a second one stops at once."""
+    """A signal sets the flag, so that the work can end with what is proved by then; a second one stops at once."""
     flag = Flag()
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,7 @@
-"""Reads torchvision's data sets by name, and folders of images through its ImageFolder."""
+"""Reads torchvision's data sets by name, and folders of images through its ImageFolder.
+
+torchvision is imported for what its files alone do not give: downloads, other formats than MNIST's, folders.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from certify_cli.data.idx import read_idx
 from certify_cli.data.source import MAX_PIXELS, Samples, Source, refuse_many, unit_range
 from certify_cli.errors import DataError, first_line
 
 DIGIT_NAMES = tuple("0123456789")
+GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+HIRAGANA = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 IMAGES = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 """Formats of image files that are read, whatever their names: for some others Pillow would run other programs."""
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
@@ -32,7 +38,7 @@ _DAMAGED = (OSError, ValueError, RuntimeError, AssertionError, EOFError, KeyErro
 class VisionSet:
     """One of torchvision's sets.
 
-    kind: its class there.   axes: of its stored pixels.   shape: of a sample.   classes: names, where it has none.
+    kind: its class there.   axes: of its stored pixels.   shape: of a sample.   classes: names; None: torchvision's.
     """
 
     kind: str
@@ -46,8 +52,8 @@ class VisionSet:
 
 SETS = {
     "mnist": VisionSet("MNIST", "nhw", GREY, DIGIT_NAMES),
-    "fashion-mnist": VisionSet("FashionMNIST", "nhw", GREY),
-    "kmnist": VisionSet("KMNIST", "nhw", GREY),
+    "fashion-mnist": VisionSet("FashionMNIST", "nhw", GREY, GARMENTS),
+    "kmnist": VisionSet("KMNIST", "nhw", GREY, HIRAGANA),
     "cifar10": VisionSet("CIFAR10", "nhwc", COLOUR),
     "cifar100": VisionSet("CIFAR100", "nhwc", COLOUR),
     "svhn": VisionSet("SVHN", "nchw", COLOUR, DIGIT_NAMES),
@@ -73,6 +79,22 @@ def open_set(
     """One of `SETS`, downloaded into `root` when it is missing there and `offline` allows."""
     row = SETS[name]
     folder = Path(root) if root is not None else default_root()
+    stored = read_idx(folder / row.kind / "raw", split) if row.axes == "nhw" else None
+    pixels, labels, classes, notes = (
+        (*stored, row.classes, ()) if stored else _by_torchvision(name, folder, split, offline, notify)
+    )
+
+    def take(indices: Sequence[int]) -> Samples:
+        return Samples(_nchw(unit_range(pixels[list(indices)]), row.axes))
+
+    return Source(name, len(pixels), take, labels, classes, notes=notes)
+
+
+def _by_torchvision(
+    name: str, folder: Path, split: str, offline: bool, notify: Callable[[str], None] | None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], tuple[str, ...], tuple[str, ...]]:
+    """Pixels, labels, names of the classes and notes of one of `SETS`."""
+    row = SETS[name]
     kind = getattr(_datasets(), row.kind)
     arguments = row.arguments(split)
     notes: tuple[str, ...] = ()
@@ -91,11 +113,7 @@ def open_set(
 
     pixels: NDArray[np.uint8] = np.asarray(data.data)
     labels = np.asarray(data.labels if row.kind == "SVHN" else data.targets, dtype=np.int64)
-
-    def take(indices: Sequence[int]) -> Samples:
-        return Samples(_nchw(unit_range(pixels[list(indices)]), row.axes))
-
-    return Source(name, len(pixels), take, labels, row.classes or tuple(data.classes), notes=notes)
+    return pixels, labels, row.classes or tuple(data.classes), notes
 
 
 def _download(

@@ -13,6 +13,7 @@ from certify_cli.network.evaluate import Evaluation, deviation, evaluate, margin
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import Slope, Vectors, nonlinear_nodes, pre_activation, vjp
 from certify_cli.network.row_norms import RowNorms, row_norms
+from certify_cli.numerics.deadline import check
 from certify_cli.numerics.rounding import UNIT, down, up
 from certify_cli.numerics.trees import select
 
@@ -166,8 +167,7 @@ class EvaluatedPoints:
             x = self.x.detach().requires_grad_(True)
             logits = self.network(x)
             margins = logits.gather(1, self.prediction.unsqueeze(1)) - logits
-            each = [torch.autograd.grad(m.sum(), x, retain_graph=True)[0] for m in margins.unbind(1)]
-        steepness = torch.stack([g.flatten(1).norm(dim=1) for g in each], dim=1)
+            steepness = torch.stack([_steepness(m, x) for m in margins.unbind(1)], dim=1)
         return (self.margin_low / steepness).masked_fill(self.own, torch.inf)
 
     @cached_property
@@ -176,3 +176,9 @@ class EvaluatedPoints:
         entries = self.gradients.value[0, 0].numel()
         low = self.gradients.size * (1 - 4 * (entries + 10) * UNIT) - self.gradients.error
         return down(low.clamp(min=0.0), 2)
+
+
+def _steepness(margin: Tensor, x: Tensor) -> Tensor:
+    """An estimate of the norms (batch,) of the gradients of margins (batch,) at x; one class at a time saves memory."""
+    check()
+    return torch.autograd.grad(margin.sum(), x, retain_graph=True)[0].flatten(1).norm(dim=1)

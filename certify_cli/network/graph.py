@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.errors import shown
+from certify_cli.numerics.deadline import check
 
 MAX_VALUES = 2**24
 """Largest number of entries of one sample's value at a node; checked before memory is allocated."""
@@ -142,6 +143,7 @@ class Network:
         """The value of every node at x (batch, *input_shape)."""
         values = [x]
         for node in self.nodes[1:]:
+            check()
             values.append(node.op.apply(*(values[i] for i in node.inputs)))
         return values
 

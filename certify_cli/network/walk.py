@@ -2,7 +2,8 @@
 
 Forward, a value is computed at every node that a start reaches; backward, what arrives at a node is the sum over the
 nodes that use it. A new propagation (of errors, of intervals, of norms) is a table of rules: it never looks at the
-graph itself. A nonlinear node whose rule gives None is cut: nothing passes.
+graph itself. A nonlinear node whose rule gives None is cut: nothing passes. Before every node it is asked whether time
+has ended (`deadline`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Generic, TypeVar
 
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Shape
+from certify_cli.numerics.deadline import check
 
 V = TypeVar("V")
 
@@ -65,6 +67,7 @@ def forward(
         present = [part for part in parts if part is not None]
         image: V | None = None
         if present and (among is None or index in among):
+            check()
             if isinstance(node.op, AffineOp):
                 image = rules.affine(node.op, present[0], shapes[0])
             elif isinstance(node.op, Add):
@@ -87,6 +90,7 @@ def backward(network: Network, start: int, value: V, rules: Backward[V]) -> V | 
     for index in range(start, 0, -1):
         if index not in values:
             continue
+        check()
         here = values.pop(index)
         node = network.nodes[index]
         shapes = [network.nodes[i].shape for i in node.inputs]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.numerics.batched import estimate_dtype
+from certify_cli.numerics.deadline import check
 from certify_cli.numerics.lanczos import Product, lanczos
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, powers_of_two, times, up
 
@@ -83,6 +84,7 @@ def largest_eigenvalue(
         estimate = torch.maximum(guess[0], frobenius[unresolved] / (n * math.sqrt(n)))
         gap = torch.clamp(10 * (guess[1] / estimate).square(), min=FIRST_GAP, max=1e-2)
         while unresolved.numel():
+            check()
             proved, value = _prove(matrices[unresolved], estimate * (1 + gap))  # a copy: indexing
             bound[unresolved[proved]] = torch.minimum(
                 bound[unresolved[proved]], up(value[proved] + slack[unresolved[proved]], 2)
@@ -147,6 +149,7 @@ def shifted_cholesky(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, T
     for _ in range(tries):
         if not len(unresolved):
             break
+        check()
         whole = len(unresolved) == len(matrices)
         factor, good, value = _shifted_cholesky(matrices if whole else matrices[unresolved], t[unresolved])
         lower[unresolved] = factor

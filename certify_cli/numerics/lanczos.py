@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from certify_cli.numerics.deadline import check
 from certify_cli.numerics.rounding import TINY
 
 TINY_SINGLE = 1e-30
@@ -44,6 +45,7 @@ def lanczos(
     basis, alphas, betas = [start], [], []
     last = torch.zeros_like(start[:, 0].real)
     for step in range(steps):
+        check()
         w = product(basis[-1])
         alphas.append((basis[-1].conj() * w).sum(-1).real)
         if step + 1 == steps and not residual:

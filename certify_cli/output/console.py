@@ -12,6 +12,7 @@ from certify_cli.errors import LONGEST_SENTENCE, cut, shown
 from certify_cli.output.document import View
 from certify_cli.output.numbers import DOWN, NEAREST, UP, number, seconds, share
 from certify_cli.records import ERROR, NOT_CERTIFIED, Record, Result, Run, Sample, collect
+from certify_cli.run.doubts import shortfalls
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -277,6 +278,7 @@ def summary_rows(whole: Result) -> list[tuple[str, str]]:
     ):
         rows += [(f"{name} at {eps}", share(value, count)) for eps, value in (levels or {}).items()]
     rows.append(("time", seconds(summary.seconds)))
+    rows += [("cut short", text) for text in shortfalls(whole.run, whole.samples, summary)]
     if summary.search_seconds is not None:
         rows.append(("time of the search for attacks", seconds(summary.search_seconds)))
     return rows

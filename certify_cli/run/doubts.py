@@ -1,8 +1,10 @@
-"""Warnings about figures of a finished run that look wrong, most often because the model expects another input."""
+"""What a user should know of a finished run: figures that look wrong, and time that ended before the work."""
 
 from __future__ import annotations
 
-from certify_cli.records import Run, Summary
+from collections.abc import Iterable
+
+from certify_cli.records import SIGNAL, Run, Sample, Summary
 
 CHANCE_SAMPLES = 20
 """With fewer labelled samples an accuracy says nothing."""
@@ -28,3 +30,15 @@ def at_chance_level(summary: Summary, classes: int) -> bool:
     if summary.accuracy is None or summary.samples < CHANCE_SAMPLES:
         return False
     return summary.accuracy <= min(1.5 / classes, 1 / classes + 0.1)
+
+
+def shortfalls(run: Run, samples: Iterable[Sample], summary: Summary) -> list[str]:
+    """What time that ended has left undone, as sentences."""
+    found = []
+    if summary.stopped is not None:
+        what = "a signal" if summary.stopped == SIGNAL else f"--{summary.stopped}"
+        found.append(f"the run was ended by {what} after {summary.samples} of {run.data.samples} samples")
+    cut = sum(sample.stopped is not None for sample in samples)
+    if cut:
+        found.append(f"time ended for {cut} of {summary.samples} samples; what was proved by then counts")
+    return found

@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from certify_cli.bounds.global_bounds.layer_report import layer_table
 from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
 from certify_cli.bounds.relaxation.intermediate_bounds import ball_cost
 from certify_cli.certificates.certificates import Certificates
-from certify_cli.certificates.methods import certify_batch, select
+from certify_cli.certificates.methods import Method, certify_batch, decided, nothing_proved, select
 from certify_cli.data.datasets import Dataset
 from certify_cli.efforts import EFFORTS, FAST
 from certify_cli.errors import DataError, UsageError, first_line, quoted
@@ -32,14 +33,16 @@ from certify_cli.names import TANGENT_METHODS
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.records import Record, Run, Sample, sealed, summarise
+from certify_cli.numerics.deadline import Deadline, OutOfTime, nothing, unheard
+from certify_cli.records import SECONDS, TOTAL_SECONDS, Record, Run, Sample, sealed, summarise
+from certify_cli.run.memory import allowed, within_memory
 from certify_cli.run.provenance import describe
 from certify_cli.run.resume import Begun
 from certify_cli.run.sample_records import sample_records
 from certify_cli.run.settings import Settings
 
 DEFAULT_MEMORY = 2**29
-"""Bytes for the tensors of one batch on a CPU, if `--memory` is not given."""
+"""Bytes for the tensors of one batch on a CPU, at most, if `--memory` is not given: more would leave the cache."""
 LARGEST_BATCH, SEARCHED_BATCH = 512, 128
 """Largest number of samples in a batch, without and with a method that searches; smaller batches show progress."""
 SEARCHED_WORK = 3e10
@@ -93,21 +96,30 @@ class Job:
     run: the run record, complete before the first sample.   total: number of samples.
     """
 
-    def __init__(self, network: Network, data: Dataset, settings: Settings, run: Run) -> None:
+    def __init__(
+        self,
+        network: Network,
+        data: Dataset,
+        settings: Settings,
+        run: Run,
+        methods: tuple[Method, ...],
+        memory: int,
+    ) -> None:
+        """methods: to try, in order.   memory: bytes that the bounds of a batch may take."""
         self.run = run
         self.total = len(data.x)
         self._search_seconds: float | None = None
+        self._stopped: str | None = None
         self._network, self._data, self._settings = network, data, settings
-        self._methods = select(settings.method, network)
+        self._methods, self._memory = methods, memory
         self._effort = EFFORTS[settings.effort]
 
     @cached_property
     def _model_bounds(self) -> ModelBounds:
         """Bounds for all classes that are predicted in the data, so that they are the same when a run is resumed."""
-        memory = _memory(self._network.device, self._settings.memory, MEMORY)
         with exact_kernels():
             predicted = torch.cat([self._network(self._batch(rows)).argmax(1) for rows in self._slices(0)])
-        return ModelBounds(self._network, self._effort, memory, predicted)
+        return ModelBounds(self._network, self._effort, self._memory, predicted)
 
     def _slices(self, first: int) -> Iterator[slice]:
         """The batches from sample number `first` on."""
@@ -123,38 +135,80 @@ class Job:
         return self._data.indices
 
     def records(
-        self, past: Begun | None = None, watch: Callable[[CertifiedSample], None] = unwatched
+        self,
+        past: Begun | None = None,
+        watch: Callable[[CertifiedSample], None] = unwatched,
+        halted: Callable[[], str | None] = nothing,
+        tell: Callable[[str], None] = unheard,
     ) -> Iterator[Record]:
         """The run record, a record for every sample as soon as its batch is done, and the sealed summary.
 
         past: an earlier part of the same run. Its records count in the summary, but are not repeated.
         watch: called with every sample after its record has been consumed; an exception that it raises ends the run.
+        halted, tell: as in `samples`. The summary of a run that ended early says so.
         """
         start = time.perf_counter()
         if past is None:
             yield self.run
         done = [] if past is None else list(past.samples[: past.whole])
-        for sample in self.samples(len(done)):
+        for sample in self.samples(len(done), halted, tell):
             done.append(sample.record)
             yield sample.record
             watch(sample)
-        summary = summarise(done, self._settings.eps, time.perf_counter() - start, self._search_seconds)
+        seconds = time.perf_counter() - start
+        summary = summarise(done, self._settings.eps, seconds, self._search_seconds, self._stopped)
         yield sealed(self.run if past is None else past.run, done, summary)
 
-    def samples(self, first: int = 0) -> Iterator[CertifiedSample]:
-        """The samples in the data's order, batch by batch, from number `first` on, which must be a batch's first."""
+    def samples(
+        self,
+        first: int = 0,
+        halted: Callable[[], str | None] = nothing,
+        tell: Callable[[str], None] = unheard,
+    ) -> Iterator[CertifiedSample]:
+        """The samples in the data's order, batch by batch, from number `first` on, which must be a batch's first.
+
+        halted: asked between the steps of the work; once it gives a name, the run ends with what is proved by then.
+        tell: called with what is being done.
+
+        A run that ends early gives the samples of its last batch unless nothing has been proved of them.
+        """
+        run = Deadline(TOTAL_SECONDS, self._settings.total_seconds, halted)
         for rows in self._slices(first):
-            with exact_kernels():
-                point = EvaluatedPoints(self._network, self._batch(rows))
-                settings = self._settings
-                certificates = certify_batch(
-                    self._methods, self._model_bounds, point, settings.attack != "none", settings.levels
-                )
-                by_certificate = certificates.attack.isfinite()
-                if settings.attack == "search":
-                    certificates, by_certificate = self._with_nearer_attacks(point, certificates)
-                batch = self._certified(rows, point, certificates, by_certificate)
+            share = None if self._settings.seconds is None else self._settings.seconds * (rows.stop - rows.start)
+            try:
+                with exact_kernels(), Deadline(SECONDS, share, run.passed, tell).in_force() as deadline:
+                    batch = self._certify(rows, deadline)
+            except OutOfTime:
+                self._stopped = deadline.ended
+                return
             yield from batch
+            if rows.stop < self.total or deadline.ended not in (None, SECONDS):
+                self._stopped = run.passed()
+            if self._stopped is not None:
+                return
+
+    def _certify(self, rows: slice, deadline: Deadline) -> list[CertifiedSample]:
+        """The samples of one batch. Raises OutOfTime where the run ends before a radius is proved."""
+        settings = self._settings
+        with deadline.clock_stopped():
+            deadline.begin("evaluating")
+            model_bounds, point = self._model_bounds, EvaluatedPoints(self._network, self._batch(rows))
+            deadline.check()
+            point.margin_low  # noqa: B018  (all that a record needs where nothing is proved)
+        try:
+            certificates = certify_batch(self._methods, model_bounds, point, settings.attack != "none", settings.levels)
+        except OutOfTime:
+            if deadline.ended != SECONDS:
+                raise
+            certificates = nothing_proved(point)
+        by_certificate = certificates.attack.isfinite()
+        if settings.attack == "search":
+            with suppress(OutOfTime):
+                deadline.begin("searching for attacks")
+                certificates, by_certificate = self._with_nearer_attacks(point, certificates)
+        settled = decided(certificates, settings.levels) if settings.levels else torch.zeros_like(by_certificate)
+        stopped = [None if done else deadline.ended for done in settled.tolist()]
+        return self._certified(rows, point, certificates, by_certificate, stopped)
 
     def model_figures(self) -> dict[str, float]:
         """Global bounds of the model, fitted to the data, by the names that policies use; inf where there is none."""
@@ -175,14 +229,20 @@ class Job:
         return nearest, certificates.attack.isfinite() & ~nearer
 
     def _certified(
-        self, rows: slice, point: EvaluatedPoints, certificates: Certificates, by_certificate: Tensor
+        self,
+        rows: slice,
+        point: EvaluatedPoints,
+        certificates: Certificates,
+        by_certificate: Tensor,
+        stopped: list[str | None],
     ) -> list[CertifiedSample]:
-        """The samples of a batch. by_certificate (batch,): whether a certificate gave the attack, and not a search."""
+        """The samples of a batch; arguments as in `sample_records`."""
         data = self._data
         indices = data.indices[rows]
         labels = data.y[rows].tolist() if data.y is not None else None
         batch = []
-        for row, record in enumerate(sample_records(point, certificates, by_certificate, indices, labels, data.image)):
+        records = sample_records(point, certificates, by_certificate, indices, labels, data.image, stopped)
+        for row, record in enumerate(records):
             witness = tangent = None
             if record.attack_radius is not None:
                 witness = Witness(record.index, point.x[row].cpu(), certificates.witness[row].cpu())
@@ -221,7 +281,9 @@ def prepare(
     device = _device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    searched = any(method.searched for method in select(settings.method, network)) and settings.effort != FAST.name
+    memory = allowed(device, settings.memory, MEMORY)
+    methods, left_out = within_memory(select(settings.method, network), network, memory, settings.method)
+    searched = any(method.searched for method in methods) and settings.effort != FAST.name
     fitting = max(1, int(SEARCHED_WORK / max(1.0, ball_cost(network))))
     limit = min(SEARCHED_BATCH, fitting) if searched else LARGEST_BATCH
     limit = min(limit, largest_batch or limit)
@@ -234,9 +296,9 @@ def prepare(
         device=str(device),
         threads=torch.get_num_threads(),
         batch_size=batch_size,
-        notes=(*model.notes, *data.notes),
+        notes=(*model.notes, *data.notes, *left_out),
     )
-    return Job(network.to(device), data, settings, run)
+    return Job(network.to(device), data, settings, run, methods, memory)
 
 
 def _device(name: str) -> torch.device:
@@ -262,11 +324,4 @@ def _batch_size(network: Network, device: torch.device, memory: int | None) -> i
     every = sum(node.size for node in network.nodes)
     widest = max(node.size for node in network.nodes)
     sample = 8 * (4 * every + 8 * network.classes * widest)
-    return max(1, _memory(device, memory, DEFAULT_MEMORY) // sample)
-
-
-def _memory(device: torch.device, requested: int | None, default: int) -> int:
-    """Bytes that a batch may take: as requested, else half of a GPU's free memory, or on a CPU `default`."""
-    if requested is not None:
-        return requested
-    return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else default
+    return max(1, allowed(device, memory, DEFAULT_MEMORY) // sample)

@@ -1,7 +1,7 @@
 """Resuming a run from its JSON lines: the run record and the samples done so far.
 
-An incomplete batch is computed again from its first sample. Every sample is then computed in the same batch as in a run
-that was never stopped, and its record is the same byte for byte.
+An incomplete batch, and one in which time ended, is computed again from its first sample. Every sample is then computed
+in the same batch as in a run that was never stopped, and its record is the same byte for byte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from certify_cli.errors import UsageError, quoted, shown
-from certify_cli.records import SCHEMA, Run, Sample, linked
+from certify_cli.records import SCHEMA, SECONDS, Run, Sample, linked
 from certify_cli.run.settings import Settings
 
 BEGINNING = b'{"type": "run"'
@@ -27,7 +27,8 @@ class Begun:
     """The part of a run that a file of records holds. Positions are in bytes.
 
     start: end of the run line.   ends: end of each sample's line.
-    finished: whether the file has a summary.   links: each sample's link to all earlier ones (`records.linked`).
+    finished: whether the file has the summary of a whole run.
+    links: each sample's link to all earlier ones (`records.linked`).
     """
 
     path: str
@@ -70,7 +71,10 @@ class Begun:
     @property
     def whole(self) -> int:
         """The number of samples that are kept: those of complete batches."""
-        return len(self.samples) if self.finished else len(self.samples) // self.run.batch_size * self.run.batch_size
+        if self.finished:
+            return len(self.samples)
+        cut = [k for k, sample in enumerate(self.samples) if sample.stopped not in (None, SECONDS)]
+        return min([len(self.samples), *cut]) // self.run.batch_size * self.run.batch_size
 
     @property
     def chain(self) -> str:
@@ -96,7 +100,7 @@ def begun(path: str) -> Begun | None:
         return None
     except OSError as error:
         raise UsageError(f"--resume: {path} cannot be read: {error.strerror or error}") from error
-    run, samples, ends, links, offset, finished = None, [], [], [""], 0, False
+    run, samples, ends, links, offset, ended, finished = None, [], [], [""], 0, False, False
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):  # cut off while it was written
             break
@@ -109,7 +113,7 @@ def begun(path: str) -> Begun | None:
                 run, start = Run.from_dict(record), offset
                 _identity(run)  # whole, and of the right kinds
                 continue
-            if run is not None and kind == "sample" and not finished:
+            if run is not None and kind == "sample" and not ended:
                 sample = Sample.from_dict(record)
                 samples.append(sample)
                 ends.append(offset)
@@ -117,8 +121,8 @@ def begun(path: str) -> Begun | None:
                 changed = record.get("chain") != links[-1]
                 if not changed:
                     continue
-            elif run is not None and kind == "summary" and not finished:
-                finished = True
+            elif run is not None and kind == "summary" and not ended:
+                ended, finished = True, record.get("stopped") is None
                 continue
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, UsageError):
             pass  # reported below
@@ -175,9 +179,10 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments in the types that JSON returns, without those that the run record holds as chosen."""
+    """Arguments in the types that JSON returns, without those that may differ or that the run record has as chosen."""
     plain: dict[str, Any] = json.loads(json.dumps(arguments))
-    return {name: value for name, value in plain.items() if name not in ("threads", "batch_size", "device")}
+    apart = ("threads", "batch_size", "device", "total_seconds")
+    return {name: value for name, value in plain.items() if name not in apart}
 
 
 def _option(name: str) -> str:

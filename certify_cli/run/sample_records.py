@@ -21,6 +21,7 @@ UNRESOLVED = (
 EQUAL = 1e-9
 """Logits that differ by less than this part of the largest one count as equal."""
 NOT_FINITE = "a logit is not a finite number"
+TIME_ENDED = "time ended before a bound was proved"
 NO_BOUND = "the bound on this network is too large for a positive radius"
 HUGE = 1e100
 """A radius larger than this means that, up to rounding, the margins do not depend on the input."""
@@ -46,12 +47,14 @@ def sample_records(
     indices: Sequence[int],
     labels: Sequence[int] | None,
     image: bool,
+    stopped: Sequence[str | None],
 ) -> list[Sample]:
     """The records of a batch.
 
     by_certificate (batch,): whether a certificate gave the attack, and not a search.
     indices: positions in the data set.   labels: None if the data has none.
     image: whether the samples are images, so that records say whether attacks lie in [0, 1].
+    stopped: what ended the work on each sample early, None where nothing did.
     """
     margin, runner_up = point.margin.min(1)
     columns = {name: getattr(certificates, name).tolist() for name in COLUMNS}
@@ -71,12 +74,13 @@ def sample_records(
             None if labels is None else labels[row],
             {name: column[row] for name, column in columns.items()},
             image,
+            stopped[row],
         )
         for row, index in enumerate(indices)
     ]
 
 
-def _record(index: int, label: int | None, values: dict[str, Any], image: bool) -> Sample:
+def _record(index: int, label: int | None, values: dict[str, Any], image: bool, stopped: str | None) -> Sample:
     """One record. values: the sample's entries of COLUMNS and of the further columns of `sample_records`."""
     finite = values["finite"]
     radius = values["radius"]
@@ -88,7 +92,8 @@ def _record(index: int, label: int | None, values: dict[str, Any], image: bool) 
     elif radius > 0:
         status = CERTIFIED
     else:
-        status, reason = NOT_CERTIFIED, NO_BOUND if values["safe"] else TIED if values["equal"] else UNRESOLVED
+        early = TIME_ENDED if stopped else NO_BOUND
+        status, reason = NOT_CERTIFIED, early if values["safe"] else TIED if values["equal"] else UNRESOLVED
     attack = _number(values["attack"]) if finite else None
     prediction = values["prediction"] if finite else None
     return Sample(
@@ -110,6 +115,7 @@ def _record(index: int, label: int | None, values: dict[str, Any], image: bool) 
         method=method_name(values["method"]) if status == CERTIFIED else None,
         status=status,
         reason=reason,
+        stopped=stopped,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from certify_cli.efforts import EFFORTS
@@ -17,6 +18,7 @@ class Settings:
     """Options of a run.
 
     None and "auto" leave the choice to the engine.   eps: radii as typed.   memory: bytes.
+    seconds: that each sample may take (a batch takes those of its samples together).   total_seconds: of the run.
     Raises UsageError, naming the option, for a value that cannot be used.
     """
 
@@ -32,6 +34,8 @@ class Settings:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     layout: str | None = None
+    seconds: float | None = None
+    total_seconds: float | None = None
 
     def __post_init__(self) -> None:
         _among("--effort", self.effort, tuple(EFFORTS))
@@ -45,6 +49,9 @@ class Settings:
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{option} {value} must be at least 1")
+        for option, time in (("--seconds", self.seconds), ("--total-seconds", self.total_seconds)):
+            if time is not None and not 0 < time < math.inf:
+                raise UsageError(f"{option} {time} must be a positive number of seconds")
         for text in self.eps:
             parse_eps(text)
 

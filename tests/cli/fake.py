@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ class FakeJob:
     labels: list[int | None]
     pause: float
     eps: tuple[str, ...]
+    stopped: str | None = None
 
     @property
     def indices(self) -> range:
@@ -35,21 +36,33 @@ class FakeJob:
     def model_figures(self) -> dict[str, float]:
         return {"largest_lipschitz": 3.0, "largest_curvature": 0.5}
 
-    def samples(self, first: int = 0) -> Iterator[Any]:
+    def samples(
+        self, first: int = 0, halted: Callable[[], str | None] = lambda: None, tell: Any = lambda text: None
+    ) -> Iterator[Any]:
         for index in range(first, self.total):
+            self.stopped = halted()
+            if self.stopped is not None:
+                return
+            tell("linear, ball 4")
             time.sleep(self.pause)
             witness = SimpleNamespace(index=index, x=np.full((2, 3), 0.5), d=np.full((2, 3), 0.1))
             yield SimpleNamespace(record=sample(index, self.labels[index]), witness=witness, tangent=None)
 
-    def records(self, past: Any = None, watch: Any = lambda sample: None) -> Iterator[Record]:
+    def records(
+        self,
+        past: Any = None,
+        watch: Any = lambda sample: None,
+        halted: Callable[[], str | None] = lambda: None,
+        tell: Any = lambda text: None,
+    ) -> Iterator[Record]:
         done = [] if past is None else list(past.samples[: past.whole])
         if past is None:
             yield self.run
-        for found in self.samples(len(done)):
+        for found in self.samples(len(done), halted, tell):
             done.append(found.record)
             yield found.record
             watch(found)
-        yield sealed(self.run, done, summarise(done, self.eps, 0.0))
+        yield sealed(self.run, done, summarise(done, self.eps, 0.0, stopped=self.stopped))
 
 
 def load_model(path: str, *, activation: str | None = None, **rest: Any) -> Any:

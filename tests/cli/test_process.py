@@ -8,9 +8,13 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from certify_cli.output.read import read_document
+from certify_cli.records import seal
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -32,8 +36,7 @@ def default_signals() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_the_run_without_a_traceback(number: int, code: int, tmp_path: Path) -> None:
-    target = tmp_path / "out.jsonl"
+def test_signals_end_the_run_with_what_is_proved(number: int, code: int) -> None:
     process = subprocess.Popen(
         command("--data", "slow:60", "--format", "jsonl"),
         cwd=ROOT,
@@ -45,14 +48,39 @@ def test_signals_end_the_run_without_a_traceback(number: int, code: int, tmp_pat
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["type"] == "run"  # streamed: the run has begun
     process.send_signal(number)
-    _, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=10)
     assert process.returncode == code
-    assert err.splitlines()[-1] == f"curvcert: stopped by {signal.Signals(number).name}"
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["type"], summary["stopped"]) == ("summary", "signal")
+    count = summary["samples"]
+    assert count == len(out.splitlines()) - 1 < 10
+    ended = f"after {count} of 60 samples"
+    assert err.splitlines()[-1] == (
+        f"curvcert: stopped by {signal.Signals(number).name} {ended}; what was proved by then is written"
+    )
+    assert f"note: the run was ended by a signal {ended}" in err
     assert "Traceback" not in err
-    assert not target.exists()
 
 
-def test_a_stopped_run_leaves_no_file(tmp_path: Path) -> None:
+def test_a_stopped_run_leaves_its_file(tmp_path: Path) -> None:
+    """Whole, sealed, and read by the commands that read runs."""
+    target = tmp_path / "out.json"
+    words = command("--data", "slow:60", "--format", "json", "-o", str(target))
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=default_signals)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("note:")
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert os.listdir(tmp_path) == ["out.json"]
+    found = read_document(str(target))
+    assert 1 <= len(found.samples) < 60
+    assert found.summary.stopped == "signal"
+    assert found.summary.seal == seal(found.run, found.samples, found.summary)
+
+
+def test_a_second_signal_ends_it_at_once_and_leaves_no_file(tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     process = subprocess.Popen(
         command("--data", "slow:60", "--format", "json", "-o", str(target)),
@@ -64,7 +92,9 @@ def test_a_stopped_run_leaves_no_file(tmp_path: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.readline().startswith("note:")
     assert os.listdir(tmp_path) != []  # the temporary file
-    process.send_signal(signal.SIGINT)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
     process.communicate(timeout=10)
     assert process.returncode == 130
     assert os.listdir(tmp_path) == []
@@ -183,7 +213,7 @@ def on_terminal(*words: str, stdout_too: bool = False, **environment: str) -> tu
 
 def test_progress_is_drawn_on_a_terminal_and_stdout_stays_clean() -> None:
     out, shown = on_terminal("--data", "slow:3", "--format", "jsonl")
-    assert "certifying" in shown
+    assert "certifying: linear, ball 4" in shown
     assert "/s" in shown
     assert "note: a trailing softmax was dropped" in shown
     assert [json.loads(line)["type"] for line in out.splitlines()] == ["run", "sample", "sample", "sample", "summary"]

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from certify_cli.data import npz, torchvision_sets
-from certify_cli.data.datasets import load_data, named_shape, parse_samples
+from certify_cli.data.datasets import digits_table, load_data, named_shape, parse_samples
+from certify_cli.data.idx import read_idx
 from certify_cli.errors import DataError, UsageError
 from certify_cli.torchvision_schemas import import_torchvision
 from tests.files import npy_header
@@ -164,7 +165,7 @@ def test_a_download_is_announced_and_leaves_stdout_alone(
     assert (captured.out, captured.err) == ("", "chatter\n")
     assert data.x.shape == (3, 1, 4, 4)
     assert data.x.min() == 1
-    assert data.classes == ("a", "b", "c")
+    assert data.classes == torchvision_sets.SETS["kmnist"].classes
     assert data.notes
     load_data("kmnist")
     assert capsys.readouterr() == ("", "")
@@ -409,3 +410,63 @@ def test_an_unknown_source_lists_the_names() -> None:
 def test_arguments_that_cannot_be_used(arguments: dict[str, Any], what: str) -> None:
     with pytest.raises(UsageError, match=what):
         load_data("digits", **arguments)
+
+
+IDX = {
+    "t10k-images-idx3-ubyte": bytes((0, 0, 8, 3))
+    + b"".join(n.to_bytes(4, "big") for n in (2, 3, 4))
+    + bytes(range(24)),
+    "t10k-labels-idx1-ubyte": bytes((0, 0, 8, 1, 0, 0, 0, 2)) + bytes((7, 1)),
+}
+
+
+def idx_folder(path: Path, **changes: bytes) -> Path:
+    for name, content in (IDX | {f"t10k-{key}-ubyte": value for key, value in changes.items()}).items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def test_files_of_mnist_read_as_torchvision_reads_them(tmp_path: Path) -> None:
+    folder = tmp_path / "KMNIST" / "raw"
+    folder.mkdir(parents=True)
+    found = read_idx(idx_folder(folder), "test")
+    assert found is not None
+    assert read_idx(folder, "train") is None
+    for name in IDX:  # torchvision wants all files
+        (folder / name.replace("t10k", "train")).write_bytes(IDX[name])
+    expected = torchvision_datasets().KMNIST(tmp_path, train=False)
+    assert np.array_equal(found[0], expected.data.numpy())
+    assert np.array_equal(found[1], expected.targets.numpy())
+    assert tuple(expected.classes) == torchvision_sets.SETS["kmnist"].classes
+
+
+@pytest.mark.parametrize("change", ["images", "labels"])
+@pytest.mark.parametrize("damage", ["short", "long", "other type", "empty", "head only"])
+def test_damaged_files_of_mnist_are_not_read(tmp_path: Path, change: str, damage: str) -> None:
+    """They are left to torchvision, whose complaint becomes the sentence."""
+    name = {"images": "images-idx3", "labels": "labels-idx1"}[change]
+    whole = IDX[f"t10k-{name}-ubyte"]
+    content = {
+        "short": whole[:-1],
+        "long": whole + b"x",
+        "other type": whole[:2] + bytes((13,)) + whole[3:],
+        "empty": b"",
+        "head only": whole[:6],
+    }[damage]
+    assert read_idx(idx_folder(tmp_path, **{name: content}), "test") is None
+
+
+def test_labels_of_another_number_are_not_read(tmp_path: Path) -> None:
+    labels = bytes((0, 0, 8, 1, 0, 0, 0, 3)) + bytes(3)
+    assert read_idx(idx_folder(tmp_path, **{"labels-idx1": labels}), "test") is None
+
+
+def test_names_of_garments_are_torchvisions() -> None:
+    assert tuple(torchvision_datasets().FashionMNIST.classes) == torchvision_sets.SETS["fashion-mnist"].classes
+
+
+def test_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    data, target = load_digits(return_X_y=True)
+    assert np.array_equal(digits_table(), np.column_stack([data, target]))

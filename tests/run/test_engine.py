@@ -9,28 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from certify_cli.data.datasets import Dataset
 from certify_cli.efforts import MAX
 from certify_cli.errors import DataError, MethodError, UsageError
-from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
-from certify_cli.records import ModelInfo
 from certify_cli.run.engine import prepare
 from certify_cli.run.library import certify
 from certify_cli.run.sample_records import NEVER, NOT_FINITE, TIED, UNRESOLVED
 from certify_cli.run.settings import Settings
 from tests.networks import PIECEWISE, SMOOTH, mlp, points
-
-
-def model_of(network: Network) -> LoadedModel:
-    return LoadedModel(
-        network, ModelInfo("m.onnx", "0" * 64, "onnx", 17, network.classes), network.input_shape, "float32", ()
-    )
-
-
-def data_of(x: torch.Tensor, y: torch.Tensor | None = None, image: bool = False) -> Dataset:
-    return Dataset("made", x.float(), y, tuple(range(10, 10 + len(x))), None, image, "0" * 64, ("a note",))
+from tests.run.common import data_of, model_of
 
 
 def linear(weight: list[list[float]]) -> Network:

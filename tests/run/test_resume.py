@@ -188,7 +188,8 @@ def repeated(tmp_path: Path, copies: int) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_after_the_batch(tmp_path: Path, number: int) -> None:
+def test_a_signal_ends_it_with_what_is_proved(tmp_path: Path, number: int) -> None:
+    """The same command then goes on from the last whole batch, and ends as if it had never been stopped."""
     more = repeated(tmp_path, 5)
     target = tmp_path / "out.jsonl"
     process = started(target, *more)
@@ -197,9 +198,19 @@ def test_a_signal_ends_it_after_the_batch(tmp_path: Path, number: int) -> None:
     _, err = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "the same command goes on from there" in err.splitlines()[-1]
-    found = lines(target)
-    assert all(json.loads(line) for line in found)
-    assert (len(found) - 1) % 7 == 0
+    found = read_document(str(target))
+    assert found.summary.stopped == "signal"
+    assert found.summary.seal == seal(found.run, found.samples, found.summary)
+    assert len(found.samples) < 2000
+    cut = [sample for sample in found.samples if sample.stopped is not None]
+    assert len(found.samples) % 7 == 0
+    assert len(cut) in (0, 7)
+    assert [*found.samples[len(found.samples) - len(cut) :]] == cut
+    assert curvcert(*COMMAND, *more, "-o", target, "--resume", "-q") == 0
+    expected = tmp_path / "expected.jsonl"
+    assert curvcert(*COMMAND, *more, "-o", expected, "--resume", "-q") == 0
+    assert samples(target) == samples(expected)
+    assert read_document(str(target)).summary.stopped is None
 
 
 def killed(tmp_path: Path, kills: int, copies: int, seed: int) -> None:

@@ -33,12 +33,13 @@ def run_contradictions(result: Result, data: Dataset, network: Network) -> Itera
     if run.model.classes != network.classes:
         yield f"the run line says {run.model.classes} classes, the model has {network.classes}"
     indices = [sample.index for sample in result.samples]
-    if indices != list(data.indices):
+    expected = list(data.indices) if summary.stopped is None else list(data.indices)[: len(indices)]
+    if indices != expected:
         yield f"the records are not those of the data's {len(data.indices)} samples in order"
     eps = tuple(summary.certified_accuracy or summary.certified_share or ())
     if eps != _texts(run.arguments.get("eps")):
         yield "the summary's radii are not those that the run line says were asked for"
-    again = summarise(result.samples, eps, summary.seconds, summary.search_seconds)
+    again = summarise(result.samples, eps, summary.seconds, summary.search_seconds, summary.stopped)
     differing = [
         name for name, value in replace(again, seal=summary.seal).to_dict().items() if value != summary.to_dict()[name]
     ]

@@ -1,6 +1,6 @@
 """onnx2torch converters of the operators of `rewriting.DOMAIN`, registered on import.
 
-Import only through `loader`, which makes torchvision importable first.
+Import only through `loader`, which defers the import of torchvision first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Lowering rules for the layers that ONNX conversion makes; see `network.lowering.torch_layers` for torch's own.
 
-Import only through `loader`, which makes torchvision importable first.
+Import only through `loader`, which defers the import of torchvision first.
 """
 
 from __future__ import annotations

@@ -98,12 +98,12 @@ def _load(path: Path, file: OnnxFile, model_input: ModelInput) -> LoadedModel:
 
 def _convert(model: ModelProto) -> fx.GraphModule:
     """onnx2torch's module for a normalised model."""
-    from certify_cli.torchvision_schemas import import_torchvision
+    from certify_cli.torchvision_schemas import deferred_torchvision
 
-    import_torchvision()
-    from onnx2torch import convert
+    with deferred_torchvision():
+        from onnx2torch import convert
 
-    from certify_cli.load.onnx import converters, layers  # noqa: F401  (register with onnx2torch and with the lowering)
+        from certify_cli.load.onnx import converters, layers  # noqa: F401  (register with onnx2torch and the lowering)
 
     try:
         return convert(model).eval()  # a normalised model holds no layer in training mode
