@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from certify_cli.network.activations import Activation
-from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import Dense, Scale, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Concat, Network
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.network.pooling import MaxMin, MaxPool
 from tests.exact import Exact
 from tests.oracles import EXACT

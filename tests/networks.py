@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import Dense, Scale, Shift
 from certify_cli.network.convolution import Conv
 from certify_cli.network.graph import Add, Builder, Concat, Network
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.network.pooling import MaxMin, MaxPool
 
 

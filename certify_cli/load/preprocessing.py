@@ -10,8 +10,9 @@ from torch import Tensor
 
 from certify_cli.data.source import CHANNELS
 from certify_cli.errors import DataError, UsageError, quoted, shown
-from certify_cli.network.affine import AffineOp, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import AffineOp, Scale, Shift
 from certify_cli.network.graph import Builder, Network, Shape
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.numerics.quotients import reciprocal
 
 LAYOUTS = ("nchw", "nhwc", "flat")

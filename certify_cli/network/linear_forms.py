@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certify_cli.network.affine import AffineOp, Grid, Scale, Select, Shift
+from certify_cli.network.affine import AffineOp, Scale, Shift
 from certify_cli.network.convolution import Conv
 from certify_cli.network.graph import Concat, Shape
+from certify_cli.network.movement import Grid, Select
 from certify_cli.numerics.rounding import vector_norm_up
 
 MOSTLY = 0.6

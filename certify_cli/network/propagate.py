@@ -18,8 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from certify_cli.network.affine import AffineOp, Select
+from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Node, Nonlinear, Shape
+from certify_cli.network.movement import Select
 from certify_cli.network.walk import Backward, Forward, backward, forward
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
 from certify_cli.numerics.trees import Batched

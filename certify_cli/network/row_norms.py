@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from certify_cli.network.activations import Activation
-from certify_cli.network.affine import Select
 from certify_cli.network.graph import Network, Shape
+from certify_cli.network.movement import Select
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.propagate import NodeJvp, Slope, Winners, jvp, nonlinear_nodes, pre_activation, vjp_cost
 from certify_cli.numerics.rounding import up

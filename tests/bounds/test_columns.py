@@ -12,11 +12,12 @@ from certify_cli.bounds.on_ball.columns import column_ranges
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.affine import Dense
 from certify_cli.network.convolution import Conv
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Add, Builder, Network
+from certify_cli.network.movement import Reshape
 from certify_cli.network.pooling import MaxPool
 from certify_cli.network.propagate import jvp, pre_activations
 from certify_cli.network.row_norms import row_norms

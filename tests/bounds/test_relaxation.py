@@ -21,11 +21,12 @@ from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, s
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import ACTIVATIONS, from_name
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
-from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.affine import Dense
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
 from certify_cli.network.linear_forms import WholeForms
+from certify_cli.network.movement import Reshape
 from certify_cli.network.pooling import GroupMap, MaxMin, MaxPool
 from certify_cli.network.propagate import Vectors, pre_activations, vjp_cost
 from tests.adversary import attacked, directions

@@ -18,8 +18,9 @@ import torch
 import certify_cli
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.network.activations import rows as activations
-from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
+from certify_cli.network.movement import Reshape
 from certify_cli.records import ModelInfo
 from tests.cli.conftest import Outcome
 from tests.schema import SCHEMA

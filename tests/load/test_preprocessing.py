@@ -11,8 +11,9 @@ from torch import Tensor
 
 from certify_cli.errors import DataError, UsageError
 from certify_cli.load.preprocessing import LAYOUTS, fit
-from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network, Shape
+from certify_cli.network.movement import Reshape
 
 IMAGE = (3, 4, 5)
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certify_cli.network.affine import AffineOp, Dense, Reshape, Scale, Select, Shift, materialise
+from certify_cli.network.affine import AffineOp, Dense, Scale, Shift, materialise
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Builder, Concat, Shape
+from certify_cli.network.movement import Reshape, Select
 
 
 def _randn(*shape: int) -> Tensor:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from certify_cli import load_model
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import Dense, Scale, Shift
 from certify_cli.network.convolution import Conv
 from certify_cli.network.evaluate import evaluate, evaluate_in_float64, margins
 from certify_cli.network.graph import Add, Builder, Network
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.numerics.quotients import quotient_tail, reciprocal
 from certify_cli.torchvision_schemas import import_torchvision
 from tests.fixed_point import fixed_values, worst_error

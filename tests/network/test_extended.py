@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import AffineOp, Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import AffineOp, Dense, Scale, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.evaluate import Evaluation, evaluate, evaluate_in_float64
 from certify_cli.network.extended import extended_values
 from certify_cli.network.graph import Add, Builder, Concat, Network, Node
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.network.pooling import MaxMin, MaxPool
 from certify_cli.numerics.quotients import quotient_tail, reciprocal
 from certify_cli.numerics.rounding import UNIT

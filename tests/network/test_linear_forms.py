@@ -13,10 +13,11 @@ from torch import Tensor
 from certify_cli.bounds.relaxation.backward import pulled_back
 from certify_cli.bounds.relaxation.intermediate_bounds import unit_forms
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import Dense, Scale, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Builder, Concat, Network
 from certify_cli.network.linear_forms import Forms, WholeForms, WindowForms
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.network.propagate import nonlinear_nodes, pre_activations
 
 D = torch.float64

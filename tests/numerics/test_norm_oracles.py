@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.network.affine import AffineOp, Dense, Scale, Select
+from certify_cli.network.affine import AffineOp, Dense, Scale
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Shape
+from certify_cli.network.movement import Select
 from certify_cli.numerics import norms
 from certify_cli.numerics.norms import WAVE_ERROR, conv_symbol_norm, frobenius_norm, matrix_norm
 from certify_cli.numerics.rounding import UNIT

@@ -16,9 +16,10 @@ from certify_cli import load_data, load_model
 from certify_cli.certificates.methods import METHODS
 from certify_cli.load.preprocessing import fit
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense, Reshape
+from certify_cli.network.affine import Dense
 from certify_cli.network.convolution import Conv
 from certify_cli.network.graph import Builder, Network
+from certify_cli.network.movement import Reshape
 from tests.exact import Exact, Floats, convolution_matrix, leading, scaled
 from tests.soundness.common import certify, every_radius
 

@@ -16,11 +16,12 @@ from certify_cli.certificates.methods import METHODS
 from certify_cli.efforts import EFFORTS
 from certify_cli.names import AUTO
 from certify_cli.network.activations.table import ACTIVATIONS, from_name
-from certify_cli.network.affine import Dense, Reshape, Select
+from certify_cli.network.affine import Dense
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.network.pooling import MaxMin, MaxPool
 from certify_cli.numerics import batched
 from tests.float64_only import ALLOWED, ESTIMATES, PACKAGE, PROPOSING, Float64Only, NarrowError, Place

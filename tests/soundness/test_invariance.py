@@ -21,10 +21,11 @@ from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.methods import METHODS, certify_batch, select
 from certify_cli.names import AUTO
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import Dense, Scale, Shift
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Builder, Network
+from certify_cli.network.movement import Reshape, Select
 from tests.networks import PIECEWISE, SMOOTH, points
 from tests.soundness.common import certify, dense_stack, searches
 

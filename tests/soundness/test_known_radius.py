@@ -11,9 +11,10 @@ from torch import Tensor
 
 from certify_cli.certificates.methods import METHODS as METHODS_BY_NAME
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift, materialise
+from certify_cli.network.affine import Dense, Scale, Shift, materialise
 from certify_cli.network.convolution import Conv
 from certify_cli.network.graph import Add, Builder, Concat, Network
+from certify_cli.network.movement import Reshape, Select
 from tests.networks import points
 from tests.soundness.common import certify, dense_stack, tensor
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from certify_cli.bounds.global_bounds.curvature import RULES, why_no_curvature
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.network.activations import from_name
-from certify_cli.network.affine import Dense, Scale, Select
+from certify_cli.network.affine import Dense, Scale
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.graph import Add, Builder, Concat, Network
+from certify_cli.network.movement import Select
 from certify_cli.network.propagate import is_nonlinear, nonlinear_nodes, pre_activation
 from tests.networks import points
 from tests.soundness.common import certify, margins

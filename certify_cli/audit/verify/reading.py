@@ -17,9 +17,10 @@ from torch import Tensor
 from certify_cli.audit.verify.functions import FUNCTIONS, Function
 from certify_cli.errors import quoted
 from certify_cli.network.activations import Activation
-from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import Dense, Scale, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Concat, Network
+from certify_cli.network.movement import Reshape, Select
 
 U = 2.0**-53
 """Unit roundoff of float64."""

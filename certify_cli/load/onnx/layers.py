@@ -19,9 +19,10 @@ from onnx2torch.node_converters.reshape import OnnxReshape
 from onnx2torch.node_converters.sum import OnnxSum
 
 from certify_cli.load.onnx.converters import ActivationLayer, AveragePoolLayer, MaxMinLayer, MaxPoolLayer, SelectLayer
-from certify_cli.network.affine import Dense, Reshape, Select
+from certify_cli.network.affine import Dense
 from certify_cli.network.lowering import torch_layers as layers
 from certify_cli.network.lowering.context import Data, LoweringContext, lowers
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.network.pooling import MaxMin
 from certify_cli.numerics.quotients import reciprocal
 

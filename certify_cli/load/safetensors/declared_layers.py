@@ -20,11 +20,12 @@ from certify_cli.errors import UsageError
 from certify_cli.load.preprocessing import normalisation
 from certify_cli.load.safetensors.fields import Entry
 from certify_cli.network.activations import ACTIVATIONS, Activation
-from certify_cli.network.affine import Dense, Reshape, Scale, Select, Shift
+from certify_cli.network.affine import Dense, Scale, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Concat, Node, refuse_large
 from certify_cli.network.lowering.context import MODULES, Data, LoweringContext
 from certify_cli.network.lowering.torch_layers import pad_with, padded_shape
+from certify_cli.network.movement import Reshape, Select
 from certify_cli.network.pooling import MaxMin, MaxPool
 
 Row = Callable[[Entry, LoweringContext, Sequence[Data]], Data]

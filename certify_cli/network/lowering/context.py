@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from certify_cli.errors import LayerError, first_line, quoted, shown
-from certify_cli.network.affine import Reshape, Select
 from certify_cli.network.graph import Builder, Op, Shape
+from certify_cli.network.movement import Reshape, Select
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify_cli.network.affine import Dense, Reshape, Scale, Shift
+from certify_cli.network.affine import Dense, Scale, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import MAX_VALUES, Add, Concat, refuse_large
 from certify_cli.network.lowering.context import Data, LoweringContext, lowers
+from certify_cli.network.movement import Reshape
 from certify_cli.network.pooling import MaxPool
 from certify_cli.numerics.quotients import quotient_tail, reciprocal
 
