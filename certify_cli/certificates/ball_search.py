@@ -23,7 +23,7 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.columns import column_ranges
+from certify_cli.bounds.on_ball.columns import bending_radius, column_ranges
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss
 from certify_cli.bounds.relaxation.backward import RelaxedNetwork, relax_all
@@ -66,6 +66,10 @@ HOPELESS = -1.0
 NARROW = 0.1
 """Where a bound leaves less than this part of the margin, an ascent and the next bound are tried as well."""
 
+FEW_AND_MOST, COLUMN_TOLERANCE = (8, 2), 5e-2
+"""Where ranges come from columns, the first ball and the largest one that is tried are those on which these parts of
+the columns would be needed to first order; and the relative accuracy there, where each ball is dear."""
+
 BallBound = Callable[[ModelBounds, EvaluatedPoints, Ranges, Tensor], tuple[AffineLoss, Ranges]]
 """(model bounds, samples, ranges on their balls, cotangents of the margins (batch, classes, classes)) -> upper bounds
 (batch, classes) of the margins' losses on the balls, and ranges that are at least as narrow."""
@@ -79,9 +83,11 @@ def linear_bound(
     range_steps: ascent steps for slopes optimised for each range.
     """
     limits = model_bounds.effort.ball_search
+    budget = limits.range_operations
     if _columns_pay(point.network, limits):
-        ranges = column_ranges(point, ranges)
-    ranges, relaxed = intermediate_bounds(point, ranges, model_bounds.memory, limits.range_operations, range_steps)
+        ranges, complete = column_ranges(point, ranges, limits.columns)
+        budget = budget if complete else 0.0  # rows would be asked for in vain where almost every unit seems to bend
+    ranges, relaxed = intermediate_bounds(point, ranges, model_bounds.memory, budget, range_steps)
     loss = relaxed.loss(WholeForms(cotangents))
     steps = limits.slope_steps
     if steps and has_slopes(point):
@@ -187,12 +193,14 @@ def search_balls(
     if not len(able) or not nonlinear_nodes(point.network):  # affine: margin over norm is exact
         return BallSearchResult(radius, rival, bound)
     search, floor = _Search(model_bounds, point.at(able)), previous[able]
-    start = search.start(floor)
     limits = model_bounds.effort.ball_search
-    if linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
-        best = search.largest(bounds, start, floor, limits.balls, limits.tolerance)
+    if linear_bound in bounds and _columns_pay(point.network, limits):
+        first, last = (bending_radius(search.point, max(1, limits.columns // part)) for part in FEW_AND_MOST)
+        best = search.largest(bounds, first, floor, limits.balls, COLUMN_TOLERANCE, last)
+    elif linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
+        best = search.largest(bounds, search.start(floor), floor, limits.balls, limits.tolerance)
     else:
-        best = search.largest(bounds, start, floor / OVERTAKEN, limits.balls, FIRST_TOLERANCE)
+        best = search.largest(bounds, search.start(floor), floor / OVERTAKEN, limits.balls, FIRST_TOLERANCE)
         optimised = tuple(optimised_linear_bound if bound is linear_bound else bound for bound in bounds)
         floor = torch.where(best.radius > 0, torch.maximum(floor, best.radius), torch.inf)
         second = search.largest(optimised, OPTIMISED_GAIN * best.radius, floor, limits.balls, limits.tolerance)
@@ -309,18 +317,25 @@ class _Search:
         return torch.where(rough > 0, torch.where(close, NARROWER * rough, between), start)
 
     def largest(
-        self, bounds: tuple[BallBound, ...], start: Tensor, floor: Tensor, balls: int, tolerance: float
+        self,
+        bounds: tuple[BallBound, ...],
+        start: Tensor,
+        floor: Tensor,
+        balls: int,
+        tolerance: float,
+        ceiling: Tensor | None = None,
     ) -> BallSearchResult:
         """The largest proved balls; radius 0 where none larger than `floor` (batch,) is proved.
 
         start (batch,): radii of the first balls.   balls: largest number tried.   tolerance: of the ladder.
+        ceiling (batch,): radii beyond which none is tried.
         """
         ladder = _Ladder(self.unit, tolerance)
         search = _LadderSearch(
             ladder,
             Bracket.around(start, STRIDE, shrink=1.0, steady=True),
             lower=ladder.below(floor),
-            upper=torch.full_like(start, torch.inf),
+            upper=torch.full_like(start, torch.inf) if ceiling is None else ladder.below(ceiling) + 1,
             best=_nothing(self.point),
         )
         active = torch.arange(len(start), device=start.device)

@@ -18,8 +18,8 @@ from certify_cli.network.pooling import GroupMap
 from certify_cli.network.propagate import NodeJvp, Slope, Winners, jvp, nonlinear_nodes, pre_activation, vjp_cost
 from certify_cli.numerics.rounding import up
 
-CHUNK_ENTRIES = 2**22
-"""Columns pass through the network in chunks whose widest value has about this many entries (32 MiB)."""
+CHUNK_ENTRIES = 2**19
+"""Columns pass through the network in chunks whose widest value has about this many entries (4 MiB): they stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ their own: q_k lies within a half-width h of a centre, and unit i of layer l mov
 
     e ||A_l,i|| + |centre| + sum over these units of h |B_lk,i| .
 
-What is left out (rounding, and remainders for which there is no column) is carried by its norm. Group maps select the
+What is left out (rounding, and negligible remainders) is carried by its norm. Group maps select the
 entry that wins at the sample; the rest of their change is such a remainder.
 """
 
@@ -28,15 +28,13 @@ from certify_cli.network.affine import AffineOp
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Concat, Shape
 from certify_cli.network.pooling import GroupMap
-from certify_cli.network.propagate import Slope, Vectors, pre_activation, pre_activations
+from certify_cli.network.propagate import Slope, Vectors, nonlinear_nodes, pre_activation, pre_activations
 from certify_cli.network.row_norms import RowNorms
 from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, times, up, vector_norm_up
 
 NEGLIGIBLE = 1e-9
 """Remainders below this part of the unit's range get no column."""
-MOST_COLUMNS = 3000
-"""Remainders beyond so many units get no column."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +58,47 @@ class _Spread:
         )
 
 
-def column_ranges(point: EvaluatedPoints, start: Ranges) -> Ranges:
-    """Ranges on the balls of `start`, never wider."""
-    parts = []
+class _TooMany(Exception):
+    """More units bend on the ball than may have a column."""
+
+
+def column_ranges(point: EvaluatedPoints, start: Ranges, most: int) -> tuple[Ranges, bool]:
+    """Ranges on the balls of `start`, never wider, and whether they are those of columns for every sample.
+
+    most: number of units that may have a column of their own; where more bend, a sample keeps its ranges of `start`.
+    """
+    parts, complete = [], True
     for sample in range(len(point.x)):
         index = torch.tensor([sample], device=point.x.device)
-        parts.append(_of_sample(point.at(index), point.row_norms(sample), start.at(index)))
+        before = start.at(index)
+        try:
+            parts.append(_of_sample(point.at(index), point.row_norms(sample), before, most))
+        except _TooMany:
+            parts.append(before)
+            complete = False
     low = {t: torch.cat([part.low[t] for part in parts]) for t in start.low}
     high = {t: torch.cat([part.high[t] for part in parts]) for t in start.high}
-    return Ranges(start.radius, low, high, start.norm)
+    return Ranges(start.radius, low, high, start.norm), complete
 
 
-def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges) -> Ranges:
+def bending_radius(point: EvaluatedPoints, count: int) -> Tensor:
+    """Estimates (batch,) of the radius at which so many units reach a kink, to first order; inf where fewer ever do."""
+    network, found = point.network, []
+    for sample in range(len(point.x)):
+        rows, distances = point.row_norms(sample).rows, []
+        for k in nonlinear_nodes(network):
+            op, target = network.nodes[k].op, pre_activation(network, k)
+            if isinstance(op, Activation) and op.kinks and target in rows:
+                z = point.evaluation.values[target][sample].flatten()
+                nearest = torch.stack([(z - kink).abs() for kink in op.kinks]).amin(0)
+                moves = rows[target] > NEGLIGIBLE * rows[target].max()
+                distances.append(nearest[moves] / rows[target][moves])
+        every = torch.cat(distances) if distances else point.x.new_zeros(0)
+        found.append(every.kthvalue(count).values if len(every) >= count else every.new_tensor(torch.inf))
+    return torch.stack(found)
+
+
+def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int) -> Ranges:
     """`column_ranges` of a single sample."""
     network, radius = point.network, start.radius
     low, high = dict(start.low), dict(start.high)
@@ -129,10 +156,9 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges) -> Ranges
         half = half + 2 * UNIT * centre.abs()
         width = (high[target] - low[target]).amax()
         own = half.flatten() > NEGLIGIBLE * width
-        room = MOST_COLUMNS - len(pushed.error)
-        if int(own.sum()) > max(0, room):
-            own = own & (half >= half.topk(max(1, room)).values[-1]) if room > 0 else torch.zeros_like(own)
         units = own.nonzero()[:, 0]
+        if len(pushed.error) + len(units) > most + 1:
+            raise _TooMany
         left = torch.maximum(-lower, upper).masked_fill(own, 0.0)
         noise = up(times(spread.noise, steepest) + vector_norm_up(left), 2) + UNDERFLOW
         value = pushed.value.clone()
