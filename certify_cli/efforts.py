@@ -52,7 +52,7 @@ class BallSearchLimits:
     range_operations: floating-point operations for the ranges of one pre-activation node, per sample and ball.
     column_operations: floating-point operations for the columns of a sample's linearised network, which give ranges
         where `range_operations` does not suffice.
-    columns: number of units that may bend on a ball whose ranges come from columns.
+    bend_operations: floating-point operations for the columns of units that bend on one ball.
     slope_steps: ascent steps for the slopes of a margin's relaxation.
     range_slope_steps: ascent steps for slopes optimised for each range, in a second search after the first.
     range_slope_operations: floating-point operations that these ascents may take, per sample and ball.
@@ -64,7 +64,7 @@ class BallSearchLimits:
     tolerance: float
     range_operations: float
     column_operations: float
-    columns: int
+    bend_operations: float
     slope_steps: int
     range_slope_steps: int
     range_slope_operations: float
@@ -117,7 +117,7 @@ FAST = Effort(
         tolerance=1e-2,
         range_operations=2e9,
         column_operations=0.0,
-        columns=0,
+        bend_operations=0.0,
         slope_steps=0,
         range_slope_steps=0,
         range_slope_operations=0.0,
@@ -142,7 +142,7 @@ NORMAL = Effort(
         tolerance=1e-3,
         range_operations=5e10,
         column_operations=5e12,
-        columns=1000,
+        bend_operations=1e11,
         slope_steps=10,
         range_slope_steps=5,
         range_slope_operations=3e10,
@@ -165,7 +165,7 @@ MAX = Effort(
         tolerance=1e-4,
         range_operations=math.inf,
         column_operations=math.inf,
-        columns=8000,
+        bend_operations=2e12,
         slope_steps=40,
         range_slope_steps=10,
         range_slope_operations=1e12,

@@ -31,19 +31,24 @@ from certify_cli.bounds.relaxation.intermediate_bounds import (
     follows_nonlinear,
     intermediate_bounds,
     optimised_cost,
-    range_cost,
 )
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
+from certify_cli.certificates.column_plan import (
+    COLUMN_STRIDE,
+    COLUMN_TOLERANCE,
+    DEAR_TOLERANCE,
+    FEW,
+    most_columns,
+    rows_are_dear,
+)
 from certify_cli.certificates.failed_balls import FailedBalls
 from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
 from certify_cli.efforts import BallSearchLimits
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
-from certify_cli.network.graph import Network
 from certify_cli.network.linear_forms import WholeForms
 from certify_cli.network.propagate import nonlinear_nodes, pre_activations
-from certify_cli.network.row_norms import columns_cost
 from certify_cli.numerics.deadline import OutOfTime, present
 from certify_cli.numerics.rounding import difference_down
 from certify_cli.numerics.trees import Batched
@@ -66,10 +71,6 @@ HOPELESS = -1.0
 NARROW = 0.1
 """Where a bound leaves less than this part of the margin, an ascent and the next bound are tried as well."""
 
-FEW_AND_MOST, COLUMN_TOLERANCE = (8, 2), 5e-2
-"""Where ranges come from columns, the first ball and the largest one that is tried are those on which these parts of
-the columns would be needed to first order; and the relative accuracy there, where each ball is dear."""
-
 BallBound = Callable[[ModelBounds, EvaluatedPoints, Ranges, Tensor], tuple[AffineLoss, Ranges]]
 """(model bounds, samples, ranges on their balls, cotangents of the margins (batch, classes, classes)) -> upper bounds
 (batch, classes) of the margins' losses on the balls, and ranges that are at least as narrow."""
@@ -84,27 +85,17 @@ def linear_bound(
     """
     limits = model_bounds.effort.ball_search
     budget = limits.range_operations
-    if _columns_pay(point.network, limits):
-        ranges, complete = column_ranges(point, ranges, limits.columns)
-        budget = budget if complete else 0.0  # rows would be asked for in vain where almost every unit seems to bend
+    columns = most_columns(model_bounds)
+    if columns and bool((ranges.radius <= bending_radius(point, columns)).all()):
+        ranges, complete = column_ranges(point, ranges, columns)
+        if not complete and rows_are_dear(point.network, limits):
+            budget = 0.0  # almost every unit seems to bend: rows would be asked for in vain
     ranges, relaxed = intermediate_bounds(point, ranges, model_bounds.memory, budget, range_steps)
     loss = relaxed.loss(WholeForms(cotangents))
     steps = limits.slope_steps
     if steps and has_slopes(point):
         loss = _with_optimised_slopes(point, ranges, relaxed, cotangents, loss, steps)
     return loss, ranges
-
-
-def _columns_pay(network: Network, limits: BallSearchLimits) -> bool:
-    """Whether rows of some pre-activation cost too much, and columns of the linearised network do not.
-
-    Units that are curved everywhere would each need a column of their own.
-    """
-    ops = [network.nodes[k].op for k in nonlinear_nodes(network)]
-    if any(isinstance(op, Activation) and not op.piecewise_linear for op in ops):
-        return False
-    dear = any(range_cost(network, target) > limits.range_operations for target in pre_activations(network)[:-1])
-    return dear and columns_cost(network) <= limits.column_operations
 
 
 def _with_optimised_slopes(
@@ -192,11 +183,16 @@ def search_balls(
     able = searchable(point, previous).nonzero()[:, 0]
     if not len(able) or not nonlinear_nodes(point.network):  # affine: margin over norm is exact
         return BallSearchResult(radius, rival, bound)
+    if len(bounds) > 1 and footprint(point.network) > model_bounds.memory:
+        bounds = tuple(bound for bound in bounds if bound is not lipschitz_bound)  # no better without Jacobians
     search, floor = _Search(model_bounds, point.at(able)), previous[able]
     limits = model_bounds.effort.ball_search
-    if linear_bound in bounds and _columns_pay(point.network, limits):
-        first, last = (bending_radius(search.point, max(1, limits.columns // part)) for part in FEW_AND_MOST)
-        best = search.largest(bounds, first, floor, limits.balls, COLUMN_TOLERANCE, last)
+    columns = most_columns(model_bounds) if linear_bound in bounds else 0
+    if columns:
+        few, most = (bending_radius(search.point, count) for count in (FEW, max(1, columns // 2)))
+        dear = rows_are_dear(point.network, limits)
+        tolerance, ceiling = (DEAR_TOLERANCE, most) if dear else (COLUMN_TOLERANCE, None)
+        best = search.largest(bounds, few, floor, limits.balls, tolerance, ceiling, COLUMN_STRIDE)
     elif linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
         best = search.largest(bounds, search.start(floor), floor, limits.balls, limits.tolerance)
     else:
@@ -324,16 +320,17 @@ class _Search:
         balls: int,
         tolerance: float,
         ceiling: Tensor | None = None,
+        stride: float = STRIDE,
     ) -> BallSearchResult:
         """The largest proved balls; radius 0 where none larger than `floor` (batch,) is proved.
 
         start (batch,): radii of the first balls.   balls: largest number tried.   tolerance: of the ladder.
-        ceiling (batch,): radii beyond which none is tried.
+        ceiling (batch,): radii beyond which none is tried.   stride: see `power_step`.
         """
         ladder = _Ladder(self.unit, tolerance)
         search = _LadderSearch(
             ladder,
-            Bracket.around(start, STRIDE, shrink=1.0, steady=True),
+            Bracket.around(start, stride, shrink=1.0, steady=True),
             lower=ladder.below(floor),
             upper=torch.full_like(start, torch.inf) if ceiling is None else ladder.below(ceiling) + 1,
             best=_nothing(self.point),

@@ -1,9 +1,9 @@
 """Affine operations: the only operations that may stand between two nonlinear nodes, with bounds of their norms.
 
-A model's layers between its activations are lowered (`lowering`) to seven primitives: `Dense`, `Scale`, `Shift`
+A model's layers between its activations are lowered (`lowering`) to seven primitives: `Dense`, `Scale` and `Shift`
 here, `Reshape` and `Select` in `movement` (`Select` is any data movement: slices, transposes, padding, expansion,
-nearest-neighbour resizing), `Conv` and `ConvTranspose` in `convolution`. A new primitive is one subclass of `AffineOp`. Each applies
-itself, its linear part W, the transpose of W and |W| to a batch, and bounds its norms (theory section 2).
+nearest-neighbour resizing), `Conv` and `ConvTranspose` in `convolution`. A new primitive is one subclass of `AffineOp`.
+Each applies itself, its linear part W, the transpose of W and |W| to a batch, and bounds its norms (theory section 2).
 
 Norm bounds are floats, rounded up. `terms` is k such that gamma_k bounds the relative rounding error of one
 application against |W| |x| + |b|, roundings of computed weights (1/sqrt(var + eps), 1/9) included: such weights have a

@@ -19,7 +19,7 @@ from certify_cli.network.propagate import NodeJvp, Slope, Winners, jvp, nonlinea
 from certify_cli.numerics.rounding import up
 
 CHUNK_ENTRIES = 2**19
-"""Columns pass through the network in chunks whose widest value has about this many entries (4 MiB): they stay in the cache."""
+"""Columns pass in chunks whose widest value has about this many entries, 4 MiB: they stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)

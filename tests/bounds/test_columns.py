@@ -130,7 +130,7 @@ def test_exact_where_nothing_bends() -> None:
         for sample in range(2):
             rows = point.row_norms(sample).rows
             for target in pre_activations(network)[1:]:
-                assert torch.allclose(found.high[target][sample], 1e-5 * rows[target], rtol=1e-3, atol=1e-12)
+                assert torch.allclose(found.high[target][sample], 1e-5 * rows[target], rtol=1e-6, atol=1e-15)
 
 
 def test_far_narrower_than_intervals_in_deep_networks() -> None:

@@ -210,11 +210,11 @@ def _group_remainder(point: EvaluatedPoints, op: GroupMap, target: int, ranges: 
         slack = up(errors + 4 * UNIT * (values.abs().nan_to_num(posinf=0.0) - down_ + up_), 2)
         others = (values + up_ + slack).masked_fill(mask | padding, -torch.inf).amax(2)
         own = (values + down_ - slack).gather(2, winner)[..., 0]
-        # `short`: what the winner may be below the exact maximum, where rounding decides who wins
         excess = up((others - own).clamp(min=0.0), 1)
-        excess = up(excess + 4 * slack.masked_fill(padding, 0.0).amax(2), 2)
-        bounds.append(
-            (torch.zeros_like(excess) - 4 * slack.amax(2), excess) if sign > 0 else (-excess, 4 * slack.amax(2))
-        )
+        # the winner as computed may be below the exact maximum, unless it is ahead by more than rounding
+        second = (values + slack).masked_fill(mask | padding, -torch.inf).amax(2)
+        sure = second < (values - slack).gather(2, winner)[..., 0]
+        short = (4 * slack.amax(2)).masked_fill(sure, 0.0)
+        bounds.append((-short, excess) if sign > 0 else (-excess, short))
     lower, upper = (torch.stack(side).flatten() for side in zip(*bounds, strict=True))
     return lower, upper

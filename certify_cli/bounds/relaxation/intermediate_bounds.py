@@ -23,6 +23,8 @@ from certify_cli.network.linear_forms import Forms, WholeForms, WindowForms, mos
 from certify_cli.network.propagate import consumers, is_nonlinear, pre_activation, pre_activations, rows_cost, vjp_cost
 from certify_cli.numerics.rounding import UNDERFLOW
 
+NEGLIGIBLE = 1e-9
+"""Units whose range is narrower than this part of the widest one in their layer are not asked for."""
 CACHE = 2**25
 """Bytes of the rows that are pulled back at once: few enough for the processor's cache."""
 OPTIMISED_CACHE, COPIES = 2**27, 16
@@ -51,6 +53,9 @@ def intermediate_bounds(
         ranges = Ranges(start.radius, low, high, start.norm)
         if follows_nonlinear(network, target):
             curved = torch.stack([is_curved(point, k, ranges) for k in consumers(network, target)]).any(0)
+            width = high[target] - low[target]
+            # a unit that hardly moves, such as one whose inputs are all dead, has next to nothing to gain
+            curved = curved & ~(width <= NEGLIGIBLE * width.amax(1, keepdim=True))
             rows = curved.any(0).nonzero()[:, 0]
             if len(rows) and 2 * len(rows) * vjp_cost(network, target) <= budget:
                 changes = change_norms(network, ranges, target, changes)
