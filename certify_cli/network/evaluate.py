@@ -150,6 +150,8 @@ def deviation(network: Network) -> Tensor:
     The bounds concern the exact activations; a deployed operator may differ from them, as torch's softplus returns z
     beyond its threshold (theory section 0).
     """
+    if not any(getattr(node.op, "deviation", 0.0) for node in network.nodes):
+        return torch.zeros(network.classes, dtype=torch.float64, device=network.device)
 
     def concat(op: Concat, parts: list[Tensor | None], shapes: list[Shape]) -> Tensor:
         return op.apply(*(part for part in parts if part is not None)) * SAFETY

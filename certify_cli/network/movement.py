@@ -135,7 +135,7 @@ class Select(AffineOp):
             coordinates.append(rest % size)
             rest = rest // size
         coordinates.reverse()
-        channels = torch.full(self.index.shape[:1], -1, device=self.index.device)
+        channels = torch.full(self.index.shape[:1], -1, dtype=torch.long, device=self.index.device)
         channels[there[:, 0]] = coordinates[0]
         starts, steps = [], []
         for axis in range(1, len(shape)):

@@ -128,6 +128,8 @@ def test_settings_arrive(curvcert: Curvcert, monkeypatch: pytest.MonkeyPatch) ->
         "batch_size": 16,
         "threads": 2,
         "memory": 2_000_000_000,
+        "seconds": None,
+        "total_seconds": None,
         "seed": 3,
         "mean": (0.1, 0.2),
         "std": (1.0, 2.0),

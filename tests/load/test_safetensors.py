@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from certify_cli.errors import ModelError, UsageError
 from certify_cli.load.convert import convert, write_safetensors
@@ -19,6 +19,7 @@ from certify_cli.load.safetensors.declared_layers import DECLARED
 from certify_cli.load.safetensors.loader import linear_stack
 from certify_cli.network.activations import ACTIVATIONS
 from certify_cli.network.graph import Network
+from certify_cli.network.lowering.fx_graph import lower
 from tests import networks
 from tests.layers import LAYER_CASES
 
@@ -225,6 +226,27 @@ def test_every_network_survives_declaration_bit_for_bit(make: Any, tmp_path: Pat
     x = torch.randn(4, *network.input_shape, dtype=torch.float64)
     for one, other in zip(network.values(x), again.values(x), strict=True):
         assert torch.equal(one, other)
+
+
+def test_tails_of_rounded_constants_survive_and_are_checked(tmp_path: Path) -> None:
+    """A tail beyond the stated error would make two networks of one file: one for bounds, one for values."""
+    network = lower(fx.symbolic_trace(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).double().eval()), (3,))
+    spec, tensors = declare(network)
+    (key,) = (name for name in tensors if name.endswith("weight_tail"))
+    assert bool((tensors[key][0] != 0).all())
+    path = tmp_path / "n.safetensors"
+    write_safetensors(path, spec, tensors)
+    loaded = [getattr(node.op, "weight_tail", None) for node in load_model(path).network.nodes]
+    assert any(tail is not None and torch.equal(tail, tensors[key]) for tail in loaded)
+    for wrong, what in (
+        (2.0**-40 * torch.ones_like(tensors[key]), "is larger than a weight_error of 3 allows"),
+        (torch.full_like(tensors[key], torch.nan), "is larger than a weight_error of 3 allows"),
+        (tensors[key][0], "does not fit a weight of shape"),
+        (tensors[key][:0], "does not fit a weight of shape"),
+    ):
+        write_safetensors(path, spec, tensors | {key: wrong})
+        with pytest.raises(ModelError, match=what):
+            load_model(path)
 
 
 def test_convert_keeps_the_function_the_type_and_the_bytes(tmp_path: Path) -> None:

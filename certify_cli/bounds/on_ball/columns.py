@@ -69,7 +69,7 @@ def column_ranges(point: EvaluatedPoints, start: Ranges, most: int) -> tuple[Ran
     """
     parts, complete = [], True
     for sample in range(len(point.x)):
-        index = torch.tensor([sample], device=point.x.device)
+        index = torch.tensor([sample], dtype=torch.long, device=point.x.device)
         before = start.at(index)
         try:
             parts.append(_of_sample(point.at(index), point.row_norms(sample), before, most))

@@ -27,6 +27,7 @@ from certify_cli.network.lowering.context import MODULES, Data, LoweringContext
 from certify_cli.network.lowering.torch_layers import pad_with, padded_shape
 from certify_cli.network.movement import Reshape, Select
 from certify_cli.network.pooling import MaxMin, MaxPool
+from certify_cli.numerics.rounding import gamma, up
 
 Row = Callable[[Entry, LoweringContext, Sequence[Data]], Data]
 
@@ -293,6 +294,9 @@ def _check_primitive(entry: Entry, op: Any, context: LoweringContext) -> None:
         axes = op.weight.dim() - 2
         if axes not in (1, 2, 3) or op.weight.shape[0] % op.groups:
             entry.fail(f"a weight of shape {tuple(op.weight.shape)} is no convolution of {op.groups} groups")
+    tail = getattr(op, "weight_tail", None)
+    if tail is not None:
+        _check_tail(entry, op.weight, op.weight_error, tail)
     if isinstance(op, MaxPool):
         axes = len(op.kernel)
     if isinstance(op, (Conv, ConvTranspose, MaxPool)):
@@ -301,6 +305,16 @@ def _check_primitive(entry: Entry, op: Any, context: LoweringContext) -> None:
                 entry.fail(f"{key} must hold {axes} numbers")
     if isinstance(op, Select) and (int(op.index.min()) < -1 or int(op.index.max()) >= op.size):
         entry.fail(f"index must lie between -1 and {op.size - 1}")
+
+
+def _check_tail(entry: Entry, weight: Tensor, weight_error: int, tail: Tensor) -> None:
+    """ModelError unless weight and tail together are within the stated error of the weight."""
+    if tail.dim() != weight.dim() + 1 or any(
+        t not in (1, w) for t, w in zip(tail.shape[1:], weight.shape, strict=True)
+    ):
+        entry.fail(f"weight_tail of shape {tuple(tail.shape)} does not fit a weight of shape {tuple(weight.shape)}")
+    if not bool((up(tail.abs().sum(0), len(tail)) <= gamma(weight_error) * weight.abs()).all()):
+        entry.fail(f"weight_tail is larger than a weight_error of {weight_error} allows")
 
 
 def declaration(node: Node, name: str, inputs: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
