@@ -309,9 +309,8 @@ def _check_primitive(entry: Entry, op: Any, context: LoweringContext) -> None:
 
 def _check_tail(entry: Entry, weight: Tensor, weight_error: int, tail: Tensor) -> None:
     """ModelError unless weight and tail together are within the stated error of the weight."""
-    if tail.dim() != weight.dim() + 1 or any(
-        t not in (1, w) for t, w in zip(tail.shape[1:], weight.shape, strict=True)
-    ):
+    fits = len(tail) > 0 and tail.dim() == weight.dim() + 1
+    if not fits or any(t not in (1, w) for t, w in zip(tail.shape[1:], weight.shape, strict=True)):
         entry.fail(f"weight_tail of shape {tuple(tail.shape)} does not fit a weight of shape {tuple(weight.shape)}")
     if not bool((up(tail.abs().sum(0), len(tail)) <= gamma(weight_error) * weight.abs()).all()):
         entry.fail(f"weight_tail is larger than a weight_error of {weight_error} allows")
