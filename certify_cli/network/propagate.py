@@ -104,14 +104,19 @@ class NodeJvp(Protocol):
 class Winners:
     """A group map made linear: each output is the input entry that is the largest, or smallest, at the sample.
 
-    select: of these entries.   lipschitz: of the map, which bounds the selection's norm too.
+    select: of these entries.   shape: of the map's input.
     """
 
     select: Select
-    lipschitz: float
+    shape: Shape
+
+    @property
+    def norm(self) -> float:
+        """Of the selection, up. At a tie one entry may win twice: it can exceed the map's Lipschitz constant."""
+        return self.select.norm(self.shape)
 
     def push(self, vectors: Vectors) -> Vectors:
-        return Vectors(self.select.linear(vectors.value), up(self.lipschitz * vectors.error))
+        return Vectors(self.select.linear(vectors.value), up(self.norm * vectors.error))
 
 
 def is_nonlinear(node: Node) -> bool:

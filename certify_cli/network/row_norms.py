@@ -76,4 +76,4 @@ def _winners(op: GroupMap, z: Tensor, shape: Shape, out: Shape) -> Winners:
         index.append(
             members.expand(groups.channels, -1, -1).gather(2, values.argmax(2, keepdim=True))[..., 0] + channel
         )
-    return Winners(Select(torch.stack(index).reshape(out), z[0].numel()), op.lipschitz_constant(shape))
+    return Winners(Select(torch.stack(index).reshape(out), z[0].numel()), shape)

@@ -16,10 +16,10 @@ from certify_cli.network.affine import Dense
 from certify_cli.network.convolution import Conv
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
-from certify_cli.network.graph import Add, Builder, Network
+from certify_cli.network.graph import Add, Builder, Concat, Network
 from certify_cli.network.movement import Reshape
-from certify_cli.network.pooling import MaxPool
-from certify_cli.network.propagate import jvp, pre_activations
+from certify_cli.network.pooling import MaxMin, MaxPool
+from certify_cli.network.propagate import Winners, jvp, pre_activations
 from certify_cli.network.row_norms import row_norms
 from tests.adversary import directions
 from tests.networks import CURVED, PIECEWISE, mlp, points, pooled_net
@@ -44,6 +44,37 @@ def deep_residual() -> Network:
     return b.build(b.add("fc", Dense(torch.randn(4, 64, generator=g, dtype=D)), flat))
 
 
+def opposite_branches(join: str) -> Network:
+    """Branches of ReLUs whose remainders would cancel if two units shared a column."""
+    b = Builder((2,))
+    eye = torch.eye(2, dtype=D)
+    first = b.add("relu1", from_name("relu"), b.add("fc1", Dense(eye, None), 0))
+    second = b.add("relu2", from_name("relu"), b.add("fc2", Dense(eye.flip(0), None), 0))
+    if join == "add":
+        x = b.add("add", Add(), b.add("plus", Dense(eye, None), first), b.add("minus", Dense(-eye, None), second))
+    else:
+        x = b.add("mixed", Dense(torch.cat([eye, -eye], 1), None), b.add("cat", Concat(0), first, second))
+    x = b.add("relu3", from_name("relu"), x)
+    return b.build(b.add("logits", Dense(torch.tensor([[1.0, 1.0], [0.5, -1.0]], dtype=D), None), x))
+
+
+def inception() -> Network:
+    """Three branches of convolutions with signs at random, an activation on the shortcut, joined twice."""
+    g = torch.Generator().manual_seed(11)
+    b = Builder((2, 5, 5))
+
+    def bent(x: int, out: int) -> int:
+        weight = torch.randn(out, b.shape(x)[0], 3, 3, generator=g, dtype=D) / 3
+        return b.add("relu", from_name("relu"), b.add("conv", Conv(weight, None, (1, 1), (1, 1), (1, 1)), x))
+
+    x = bent(0, 3)
+    pooled = b.add("pool", MaxPool((3, 3), (1, 1), (1, 1), (1, 1)), x)
+    x = b.add("cat", Concat(0), bent(x, 2), bent(bent(x, 2), 2), pooled)
+    x = b.add("add", Add(), bent(x, 3), bent(bent(x, 3), 3))
+    flat = b.add("flat", Reshape((75,)), bent(x, 3))
+    return b.build(b.add("fc", Dense(torch.randn(3, 75, generator=g, dtype=D), None), flat))
+
+
 NETWORKS = (
     CURVED
     | PIECEWISE
@@ -51,6 +82,9 @@ NETWORKS = (
         "max pooling": pooled_net(),
         "deep relu": mlp((6, 9, 9, 9, 9, 3), "relu", seed=2),
         "deep residual": deep_residual(),
+        "opposite branches, added": opposite_branches("add"),
+        "opposite branches, concatenated": opposite_branches("concat"),
+        "inception": inception(),
     }
 )
 RADII = (1e-9, 0.02, 0.3, 3.0)
@@ -173,3 +207,32 @@ def test_the_radius_at_which_units_bend() -> None:
                         crossed += int((z <= radius[sample] * rows[target] * (1 + 1e-9)).sum())
                 assert crossed == count
         assert bool(bending_radius(point, 10**6).isinf().all())
+
+
+def test_units_of_two_branches_have_columns_of_their_own() -> None:
+    """What the branches leave must not cancel, at a sample beside all kinks: relu(x1) - relu(x2) reaches 0.98."""
+    for join in ("add", "concat"):
+        network = opposite_branches(join)
+        with exact_kernels():
+            x = torch.tensor([[-0.01, -0.01]], dtype=D)
+            point = EvaluatedPoints(network, x)
+            fast = interval_ranges(point, ModelBounds(network).weights, torch.ones(1, dtype=D))
+            found, complete = column_ranges(point, fast, 3000)
+            assert complete
+            before = network.values(x)
+            for part in torch.linspace(-1, 1, 41, dtype=D):
+                after = network.values(x + part * (1 - 1e-12) * torch.tensor([[1.0, 0.0]], dtype=D))
+                for target in pre_activations(network):
+                    offset = (after[target] - before[target]).flatten(1)
+                    assert bool((offset <= found.high[target] + 1e-12).all())
+                    assert bool((offset >= found.low[target] - 1e-12).all())
+
+
+def test_a_tie_selects_one_entry_twice() -> None:
+    """The selection of MaxMin's winners then has norm sqrt 2, above the map's Lipschitz constant."""
+    b = Builder((4,))
+    b.add("sort", MaxMin(), 0)
+    network = b.build(b.add("fc", Dense(torch.eye(2, 4, dtype=D), None), 1))
+    node = row_norms(network, network.values(torch.ones(1, 4, dtype=D))).nodes[1]
+    assert isinstance(node, Winners)
+    assert node.norm >= 2**0.5

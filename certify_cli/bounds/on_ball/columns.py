@@ -28,7 +28,14 @@ from certify_cli.network.affine import AffineOp
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Concat, Shape
 from certify_cli.network.pooling import GroupMap
-from certify_cli.network.propagate import Slope, Vectors, nonlinear_nodes, pre_activation, pre_activations
+from certify_cli.network.propagate import (
+    Slope,
+    Vectors,
+    Winners,
+    nonlinear_nodes,
+    pre_activation,
+    pre_activations,
+)
 from certify_cli.network.row_norms import RowNorms
 from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, times, up, vector_norm_up
@@ -41,6 +48,7 @@ NEGLIGIBLE = 1e-9
 class _Spread:
     """Bounds of one node's change, less A_l d: columns (1 + units, *shape), the first one their centre.
 
+    Column j is that of the same unit at every node; those behind the last one given are zero.
     noise: (), upper bound of the norm of what is in no column.
     """
 
@@ -102,6 +110,7 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
     """`column_ranges` of a single sample."""
     network, radius = point.network, start.radius
     low, high = dict(start.low), dict(start.high)
+    taken = 1
     targets = set(pre_activations(network))
 
     def narrowed(target: int, spread: _Spread) -> None:
@@ -142,7 +151,10 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
         target, op = pre_activation(network, index), network.nodes[index].op
         narrowed(target, spread)
         ranges = Ranges(radius, low, high, start.norm)
-        node, pushed = norms.nodes[index], norms.nodes[index].push(spread.columns)
+        nonlocal taken
+        node = norms.nodes[index]
+        # a column belongs to one unit of the whole network: branches that meet again must not share one
+        pushed = node.push(spread.extended(taken))
         if isinstance(op, Activation):
             assert isinstance(node, Slope)
             slope = node.value.flatten(1)  # type: ignore[union-attr]
@@ -151,13 +163,15 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
         else:
             assert isinstance(op, GroupMap)
             lower, upper = _group_remainder(point, op, target, ranges)
-            steepest = op.lipschitz_constant(network.nodes[target].shape)
+            assert isinstance(node, Winners)
+            steepest = node.norm
         centre, half = 0.5 * (lower + upper), up(0.5 * (upper - lower), 2)
         half = half + 2 * UNIT * centre.abs()
         width = (high[target] - low[target]).amax()
         own = half.flatten() > NEGLIGIBLE * width
         units = own.nonzero()[:, 0]
-        if len(pushed.error) + len(units) > most + 1:
+        taken += len(units)
+        if taken > most + 1:
             raise _TooMany
         left = torch.maximum(-lower, upper).masked_fill(own, 0.0)
         noise = up(times(spread.noise, steepest) + vector_norm_up(left), 2) + UNDERFLOW
