@@ -25,7 +25,7 @@ from start import command
 POLICIES = {
     "spinning": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
-    "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
+    "3,000 spins": {"GOMP_SPINCOUNT": "3000"},
 }
 CASES = (
     ("sdpcrown_mnist_mlp_relu.onnx", "lipschitz", 10000),
