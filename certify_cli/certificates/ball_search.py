@@ -190,6 +190,7 @@ def search_balls(
     columns = most_columns(model_bounds) if linear_bound in bounds else 0
     if columns:
         few, most = (bending_radius(search.point, count) for count in (FEW, max(1, columns // 2)))
+        few = torch.where(few.isfinite() & (few > 0), few, search.unit)
         dear = rows_are_dear(point.network, limits)
         tolerance, ceiling = (DEAR_TOLERANCE, most) if dear else (COLUMN_TOLERANCE, None)
         best = search.largest(bounds, few, floor, limits.balls, tolerance, ceiling, COLUMN_STRIDE)

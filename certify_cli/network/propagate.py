@@ -62,11 +62,6 @@ class Vectors(Batched):
         """Euclidean norm of each computed vector, up: (*batch)."""
         return vector_norm_up(self.value.flatten(self.error.dim()))
 
-    @cached_property
-    def magnitudes(self) -> Tensor:
-        """|value|, kept: what bounds from below by the sign of each entry asks for it more than once."""
-        return self.value.abs()
-
     def squared_products(self, other: Vectors) -> Tensor:
         """Entrywise upper bounds (batch, rows, others) of the squares of all inner products of the exact vectors.
 
@@ -155,7 +150,7 @@ def jvp(
     """
 
     def affine(op: AffineOp, vectors: Vectors, shape: Shape) -> Vectors:
-        return _through(op, vectors, shape, op.linear(vectors.value))
+        return through_affine(op, vectors, shape, op.linear(vectors.value))
 
     def concat(op: Concat, parts: list[Vectors | None], shapes: list[Shape]) -> Vectors:
         error = torch.stack([part.error for part in parts if part is not None]).sum(0)
@@ -178,8 +173,8 @@ def _or_zeros(parts: list[Tensor | None], shapes: list[Shape]) -> list[Tensor]:
     return [given.new_zeros(len(given), *s) if p is None else p for p, s in zip(parts, shapes, strict=True)]
 
 
-def _through(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tensor) -> Vectors:
-    """Error of a linear map or its transpose (their norms agree)."""
+def through_affine(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tensor) -> Vectors:
+    """The image of vectors under a linear map or its transpose (their norms agree), with the bound of its error."""
     rounding = gamma(op.terms) * op.frobenius_norm(shape) if op.terms else 0.0
     error = up(op.norm(shape) * vectors.error + rounding * vectors.size, 4)
     return Vectors(image, error + UNDERFLOW if op.terms else error)
@@ -214,7 +209,7 @@ def vjp(
     def affine(index: int, op: AffineOp, vectors: Vectors, shape: Shape) -> Vectors:
         batch, rows = vectors.error.shape
         image = op.transpose(vectors.value.flatten(0, 1), shape).reshape(batch, rows, *shape)
-        return _through(op, vectors, shape, image)
+        return through_affine(op, vectors, shape, image)
 
     def split(op: Concat, vectors: Vectors, shapes: list[Shape]) -> list[Vectors]:
         batch, rows = vectors.error.shape

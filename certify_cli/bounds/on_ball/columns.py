@@ -35,10 +35,11 @@ from certify_cli.network.propagate import (
     nonlinear_nodes,
     pre_activation,
     pre_activations,
+    through_affine,
 )
 from certify_cli.network.row_norms import RowNorms
 from certify_cli.network.walk import Forward, forward
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, times, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, times, up, vector_norm_up
 
 NEGLIGIBLE = 1e-9
 """Remainders below this part of the unit's range get no column."""
@@ -124,10 +125,8 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
         low[target], high[target] = low[target].clamp(max=0.0), high[target].clamp(min=0.0)
 
     def affine(op: AffineOp, spread: _Spread, shape: Shape) -> _Spread:
-        vectors = spread.columns
-        rounding = gamma(op.terms) * op.frobenius_norm(shape) if op.terms else 0.0
-        error = up(op.norm(shape) * vectors.error + rounding * vectors.size, 4) + (UNDERFLOW if op.terms else 0.0)
-        return _Spread(Vectors(op.linear(vectors.value), error), times(spread.noise, op.norm(shape)))
+        columns = through_affine(op, spread.columns, shape, op.linear(spread.columns.value))
+        return _Spread(columns, times(spread.noise, op.norm(shape)))
 
     def total(parts: Sequence[_Spread]) -> _Spread:
         count = max(len(part.columns.error) for part in parts)

@@ -106,12 +106,10 @@ class ActivationOnInterval:
         at_base = phi.value_error(z) + 4 * UNIT * base.abs()
         lower, upper = torch.zeros_like(z), torch.zeros_like(z)
         for t in (low, high, *((kink - z).clamp(min=low, max=high) for kink in phi.kinks)):
-            value, straight = phi.value(z + t), slope * t
+            value, straight, error = phi.value(z + t), slope * t, phi.value_error(z + t)
             remainder = (value - base) - straight
-            rounding = 4 * UNIT * (value.abs() + straight.abs() + lipschitz * (z.abs() + t.abs())) + phi.value_error(
-                z + t
-            )
-            slack = up(steepness * (apart + UNIT * t.abs()) + at_base + rounding, 8)
+            rounding = 4 * UNIT * (value.abs() + straight.abs() + lipschitz * (z.abs() + t.abs()))
+            slack = up(steepness * (apart + UNIT * t.abs()) + at_base + (rounding + error), 8)
             lower, upper = torch.minimum(lower, remainder - slack), torch.maximum(upper, remainder + slack)
         unbounded = low.isinf() | high.isinf()
         lower, upper = lower.masked_fill(unbounded, -math.inf), upper.masked_fill(unbounded, math.inf)
