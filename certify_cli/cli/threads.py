@@ -1,4 +1,4 @@
-"""How threads of torch wait for one another: soon asleep, so that waiting does not take the cores of a busy machine."""
+"""How threads of torch wait for one another: soon asleep, so that waiting does not take a busy machine's cores."""
 
 from __future__ import annotations
 
