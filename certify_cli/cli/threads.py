@@ -6,9 +6,9 @@ import os
 import sys
 
 SPINS, COUNT = "GOMP_SPINCOUNT", "3000"
-"""How often a waiting thread looks before it sleeps; the runtime's own figure is 300,000. On two idle
-cores 3,000 cost some 1 % and no spins at all 12 to 56 %; beside a busy process 3,000 took a third of the time of 300,000
-(two models; `benchmarks/threads.py` measures it)."""
+"""How often a waiting thread looks before it sleeps; the runtime's own figure is 300,000. On two idle cores 3,000 cost
+some 1 % and no spins at all 12 to 56 %; beside a busy process 3,000 took a third of the time of 300,000 (two models;
+`benchmarks/threads.py` measures it)."""
 OTHERS = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 """Variables by which a user has decided already."""
 
