@@ -41,14 +41,24 @@ def fit(
 
 
 def prepend(network: Network, input_shape: Shape, steps: Sequence[tuple[str, AffineOp]]) -> Network:
-    """The network after a chain of named operations on inputs of `input_shape`."""
+    """The network after a chain of named operations on inputs of `input_shape`.
+
+    Where the network begins by moving what the last operation moved, the two are one, or nothing: a model that takes
+    channels last often puts them first again.
+    """
     builder = Builder(input_shape, network.nodes[0].name)
-    last = 0
+    last = before = 0
     for name, op in steps:
-        last = builder.add(name, op, last)
+        before, last = last, builder.add(name, op, last)
+    moved = steps[-1][1] if steps else None
     indices = [last]
     for node in network.nodes[1:]:
-        indices.append(builder.add(node.name, node.op, *(indices[i] for i in node.inputs)))
+        if node.inputs == (0,) and isinstance(node.op, Select) and isinstance(moved, Select):
+            both = node.op.after(moved)
+            kept = both.keeps(builder.shape(before))
+            indices.append(before if kept else builder.add(node.name, both, before))
+        else:
+            indices.append(builder.add(node.name, node.op, *(indices[i] for i in node.inputs)))
     return builder.build(indices[-1])
 
 

@@ -99,17 +99,42 @@ class Select(AffineOp):
     def linear(self, x: Tensor) -> Tensor:
         flat, index = x.flatten(1), self.index.flatten()
         picked = flat[:, index.clamp(min=0)]
-        if bool((index < 0).any()):
-            picked = picked * (index >= 0)
+        if self._has_zeros:
+            picked = picked.masked_fill(index < 0, 0.0)
         return picked.reshape(x.shape[0], *self.index.shape)
+
+    @cached_property
+    def _has_zeros(self) -> bool:
+        return bool((self.index < 0).any())
 
     absolute = linear
 
     def transpose(self, y: Tensor, shape: Shape) -> Tensor:
+        if self.copies <= 1:  # a selection, too, and to gather is quicker than to add
+            return self._back.linear(y).reshape(y.shape[0], *shape)
         index = self.index.flatten()
         kept = index >= 0
         out = torch.zeros(y.shape[0], self.size, dtype=y.dtype, device=y.device)
         return out.index_add(1, index[kept], y.flatten(1)[:, kept]).reshape(y.shape[0], *shape)
+
+    @cached_property
+    def _back(self) -> Select:
+        """The transpose where no entry is copied: where each entry of the input goes."""
+        index = self.index.flatten()
+        kept = (index >= 0).nonzero()[:, 0]
+        back = torch.full((self.size,), -1, dtype=torch.int64, device=index.device)
+        back[index[kept]] = kept
+        return Select(back, len(index))
+
+    def after(self, first: Select) -> Select:
+        """The movement of what `first` moved, as one."""
+        chosen = first.index.flatten()[self.index.clamp(min=0)]
+        return Select(chosen.masked_fill(self.index < 0, -1), first.size, self.title)
+
+    def keeps(self, shape: Shape) -> bool:
+        """Whether values of `shape` stay as they are."""
+        index = self.index
+        return index.shape == shape and torch.equal(index.flatten(), torch.arange(self.size, device=index.device))
 
     absolute_transpose = transpose
 

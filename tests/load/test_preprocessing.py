@@ -12,8 +12,8 @@ from torch import Tensor
 from certify_cli.errors import DataError, UsageError
 from certify_cli.load.preprocessing import LAYOUTS, fit
 from certify_cli.network.affine import Dense
-from certify_cli.network.graph import Builder, Network, Shape
-from certify_cli.network.movement import Reshape
+from certify_cli.network.graph import Add, Builder, Network, Shape
+from certify_cli.network.movement import Reshape, Select
 
 IMAGE = (3, 4, 5)
 
@@ -50,6 +50,34 @@ def test_channels_last(model: Shape, layout: str | None) -> None:
     fitted = fit(network, IMAGE, layout=layout)
     torch.testing.assert_close(fitted(images()), images().permute(0, 2, 3, 1).flatten(1) @ weight.T)
     assert fitted.nodes[1].op.norm(IMAGE) == 1.0
+
+
+MOVED = {
+    "back to channels first": (lambda x: x.permute(0, 3, 1, 2), 0),
+    "elsewhere": (lambda x: x.permute(0, 2, 3, 1), 1),
+    "in part, among zeros": (lambda x: torch.nn.functional.pad(x[:, 1:], (1, 1, 0, 2)), 1),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_channels_that_the_model_moves_again_are_moved_once_or_not_at_all(name: str) -> None:
+    function, movements = MOVED[name]
+    builder = Builder((4, 5, 3))
+    moved = builder.add("moved", Select.of(function, (4, 5, 3)), 0)
+    size = torch.Size(builder.shape(moved)).numel()
+    weight = torch.arange(2.0 * size, dtype=torch.float64).reshape(2, size).sin()
+    flat = builder.add("flatten", Reshape((size,)), moved)
+    also = builder.add("all", Reshape((60,)), 0)  # what reads the input as it is must see it so
+    unmoved = builder.add("fc all", Dense(torch.ones(2, 60, dtype=torch.float64).cumsum(1)), also)
+    network = builder.build(builder.add("sum", Add(), builder.add("fc", Dense(weight), flat), unmoved))
+    fitted = fit(network, IMAGE)
+    torch.testing.assert_close(fitted(images()), network(images().permute(0, 2, 3, 1)))
+    selects = [node for node in fitted.nodes if isinstance(node.op, Select)]
+    assert len(selects) == movements + 1  # the other one is for what reads the input as it is
+    alone = Builder((4, 5, 3))
+    alone_flat = alone.add("flatten", Reshape((size,)), alone.add("moved", Select.of(function, (4, 5, 3)), 0))
+    whole = fit(alone.build(alone.add("fc", Dense(weight), alone_flat)), IMAGE)
+    assert sum(isinstance(node.op, Select) for node in whole.nodes) == movements
 
 
 def test_one_grey_channel_needs_no_permutation() -> None:
