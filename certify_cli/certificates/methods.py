@@ -24,6 +24,7 @@ from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
 from certify_cli.certificates.dual import refined
 from certify_cli.certificates.dual_on_ball import certified_attack_on_ball, extended_on_balls
+from certify_cli.certificates.exactness import nearly_exact
 from certify_cli.certificates.local import fits, local_radii
 from certify_cli.certificates.local_attack import certified_local_attack
 from certify_cli.errors import MethodError, UsageError, quoted
@@ -333,16 +334,22 @@ def certify_batch(
 
     attack: whether to certify attacks.
     levels: radii eps whose verdicts matter. If any are given, expensive methods skip samples that are certified or
-    attacked at each of them, unless the effort asks for every verdict.
+    attacked at each of them. Where curvature is bounded, methods that search balls skip samples whose radius an attack
+    all but reaches (`exactness`). Neither where the effort asks for every verdict.
 
     When time ends (`deadline`), certificates are what is proved by then. Raises OutOfTime if that is nothing.
     """
     best = _certify(methods[0], model_bounds, point, attack, None)
     attack = attack and not methods[0].attacks  # only the first method that can certify attacks does
+    effort, exact = model_bounds.effort, None
     for method in methods[1:]:
-        todo = torch.arange(len(point.x), device=point.x.device)
-        if method.expensive and levels and not model_bounds.effort.every_verdict:
-            todo = (~decided(best, levels)).nonzero().squeeze(1)
+        wanted = torch.ones(len(point.x), dtype=torch.bool, device=point.x.device)
+        if method.expensive and levels and not effort.every_verdict:
+            wanted = ~decided(best, levels)
+        if method.searched and point.smooth and not effort.every_verdict:
+            exact = nearly_exact(point, best, effort) if exact is None else exact
+            wanted = wanted & ~exact
+        todo = wanted.nonzero()[:, 0]
         if not len(todo):
             continue
         samples = point if len(todo) == len(point.x) else point.at(todo)

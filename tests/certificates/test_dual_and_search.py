@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from certify_cli.attacks.ddn import nearest_attacks
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import curvature_radius
 from certify_cli.certificates.dual import GAIN, refined, tangent
+from certify_cli.certificates.exactness import NEAR, nearly_exact
 from certify_cli.certificates.methods import METHODS, certify_batch, select
 from certify_cli.efforts import EFFORTS
 from certify_cli.network.affine import Dense
@@ -115,6 +119,32 @@ def test_the_gap_closes_on_a_wide_two_layer_network() -> None:
     gap = (norm - found.radius) / norm
     assert (gap > 0).all()
     assert float(gap.mean()) < 0.02
+
+
+@pytest.mark.parametrize("effort", ["normal", "max"])
+def test_auto_searches_balls_only_where_no_example_stands_at_the_certified_radius(effort: str) -> None:
+    """On a network whose dual is exact for some samples; what is left out loses at most the search's accuracy."""
+    network = mlp((20, 60, 3), "tanh", gain=2.0, seed=11)
+    model_bounds = ModelBounds(network, EFFORTS[effort])
+    asked: list[Tensor] = []
+    dual, local = METHODS["dual"], METHODS["local"]
+
+    def spied(bounds: ModelBounds, point: EvaluatedPoints, attack: bool, given: Certificates | None) -> Certificates:
+        asked.append(point.x)
+        return local.certify(bounds, point, attack, given)
+
+    with exact_kernels():
+        point = EvaluatedPoints(network, points(network, 40, spread=0.5))
+        alone = certify_batch((dual,), model_bounds, point, False)
+        found = certify_batch((dual, replace(local, certify=spied)), model_bounds, point, False)
+        exact = nearly_exact(point, alone, EFFORTS[effort])
+        everywhere = local.certify(model_bounds, point, False, alone)
+    assert bool(exact.any())
+    assert bool((~exact).any())
+    assert torch.equal(torch.cat(asked), point.x if effort == "max" else point.x[~exact])
+    assert bool((found.radius >= everywhere.radius * (1 - NEAR)).all())
+    _, norm = nearest_attacks(point, alone.near, alone.radius, EFFORTS["max"])
+    assert bool((norm[exact] <= alone.radius[exact] * (1 + 2 * NEAR)).all())
 
 
 def test_auto_with_levels_reaches_every_verdict_that_all_methods_reach() -> None:
