@@ -164,7 +164,7 @@ def joint_quadratic(ball: BallExpansion, weights: Mapping[int, Tensor]) -> Tenso
     count = w.shape[2]
     unit = powers_of_two(w.flatten(0, 1)).reshape(w.shape[:2])  # so that no square of a weight underflows
     w = w / unit.unsqueeze(2)
-    form = (up((w @ rows.squared * w).sum(2), 2 * count + 4) + UNDERFLOW).sqrt().sqrt()
+    form = (up(rows.squared_form(w), 2 * count + 8) + UNDERFLOW).sqrt().sqrt()
     own = (up((w * positive_up(residual.square()).unsqueeze(1)).sum(2), count + 3) + UNDERFLOW).sqrt()
     return up(unit * up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12))
 

@@ -1,0 +1,151 @@
+"""Squared inner products of rows that are known up to an error: what weighted sums of squares are bounded with.
+
+With A's rows a_i and weights u >= 0,  lambda_max(A^T diag(u) A)^2 <= u^T (G o G) u ,  G = A A^T: no eigenvalue is
+computed. Rows that share no column have product 0, so that G of a convolution holds neighbours only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from certify_cli.bounds.linear_maps.row_matrices import Grouped, Matrix, Whole
+from certify_cli.numerics.rounding import UNDERFLOW, gamma, up
+from certify_cli.numerics.trees import Batched
+
+FEW = 0.5
+"""Products of rows are kept by groups where they fill at most this part of the whole matrix."""
+
+
+@dataclass(frozen=True, eq=False)
+class InexactRows(Batched, shared=("matrix", "error")):
+    """The rows of a matrix as computed.   error: (batch or 1, m), upper bounds of each row's Euclidean error."""
+
+    matrix: Matrix
+    error: Tensor
+
+    @cached_property
+    def size(self) -> Tensor:
+        """Euclidean norms (batch or 1, m) of the computed rows, up."""
+        return self.matrix.row_norms
+
+    @property
+    def length(self) -> Tensor:
+        """Upper bounds (batch or 1, m) of the norms of the exact rows."""
+        return up(self.size + self.error, 2)
+
+    @cached_property
+    def squares(self) -> Matrix:
+        """`squared_products` of the rows with themselves."""
+        return squared_products(self, self)
+
+
+def squared_products(first: InexactRows, second: InexactRows) -> Matrix:
+    """Upper bounds of <a_i, b_j>^2 as a matrix (batch or 1, rows, others), zero where no column is shared."""
+    a, b = first.matrix, second.matrix
+    if isinstance(a, Grouped) and isinstance(b, Grouped):
+        others = _neighbours(a, b)
+        if a.rows.shape[0] * a.rows.shape[1] * others.shape[1] <= FEW * a.shape[0] * b.shape[0]:
+            values = _at_groups(first, a.values, a.rows, second, b.within(others, a.columns), others)
+            return Grouped(values, a.rows, others, (a.shape[0], b.shape[0]))
+    if isinstance(a, Grouped) and isinstance(b, Whole):
+        products = a.times(b.values).mT
+    else:
+        products = b.times(a.dense)
+    return Whole(
+        _squared(products, first.size, first.error, second.size, second.error, a.shape[1])
+    )
+
+
+def squared_products_at(places: Matrix, first: InexactRows, second: InexactRows) -> Tensor:
+    """The same at the places of a matrix (rows, others), shaped as its values."""
+    if isinstance(places, Whole):
+        return squared_products(first, second).dense
+    columns = used_columns(places, second.matrix)
+    parts = (rows.matrix.within(index, columns) for rows, index in ((first, places.rows), (second, places.columns)))
+    return _at_groups(first, next(parts), places.rows, second, next(parts), places.columns)
+
+
+def squared_products_within(places: Grouped, rows: InexactRows) -> Tensor:
+    """The same of the rows that each group of `places` (any, rows) uses, with each other: (batch or 1, groups, c, c)."""
+    values = rows.matrix.within(places.columns, used_columns(places, rows.matrix))
+    return _at_groups(rows, values, places.columns, rows, values, places.columns)
+
+
+def forms(u: Matrix, squares: Matrix | Tensor) -> Tensor:
+    """u_i^T M u_i (batch, m) for each row u_i of a matrix, (batch, m, n).
+
+    squares: M (n, n), for u by groups as from `squared_products_within`.
+    """
+    if isinstance(u, Grouped):
+        assert isinstance(squares, Tensor)
+        return u.row_sums((u.values @ squares) * u.values)
+    assert not isinstance(squares, Tensor)
+    return u.row_sums(squares.times(u.values) * u.values)
+
+
+def used_columns(places: Grouped, matrix: Matrix) -> Tensor:
+    """The columns (groups, c) of a matrix that the rows use which each group of `places` uses; n in the padding."""
+    n, groups = matrix.shape[1], len(places.columns)
+    every = torch.arange(n, device=places.columns.device)
+    if isinstance(matrix, Whole):
+        return every.expand(groups, -1)
+    of_row = torch.full((matrix.shape[0] + 1,), len(matrix.rows), device=every.device)
+    of_row[matrix.rows.flatten()] = torch.arange(len(matrix.rows), device=every.device).repeat_interleave(
+        matrix.rows.shape[1]
+    )
+    of_row[-1] = len(matrix.rows)
+    used = torch.zeros(groups, n + 1, dtype=torch.bool, device=every.device)
+    columns = torch.nn.functional.pad(matrix.columns, (0, 0, 0, 1), value=n)
+    for number, index in enumerate(of_row[places.columns]):
+        used[number, columns[index.unique()].flatten()] = True
+    return _indices(used[:, :-1])
+
+
+def _neighbours(a: Grouped, b: Grouped) -> Tensor:
+    """For each group of a the rows (groups, count) of b that share a column with it; b's number of rows as padding."""
+    n = a.shape[1]
+    masks = []
+    for matrix in (a, b):
+        mask = torch.zeros(len(matrix.columns), n + 1, dtype=torch.float32, device=a.columns.device)
+        masks.append(mask.scatter_(1, matrix.columns, 1.0)[:, :-1])
+    near = masks[0] @ masks[1].T > 0  # sums of ones: exact
+    rows = torch.zeros(len(a.columns), b.shape[0] + 1, dtype=torch.bool, device=near.device)
+    shared = near.repeat_interleave(b.rows.shape[1], 1)
+    rows.scatter_(1, b.rows.flatten().expand(len(near), -1), shared)
+    return _indices(rows[:, :-1])
+
+
+def _indices(mask: Tensor) -> Tensor:
+    """The places (groups, most) that are true in each row of a mask (groups, n); n in the padding."""
+    counts = mask.sum(1)
+    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : max(1, int(counts.max()))]
+    behind = torch.arange(order.shape[1], device=mask.device) >= counts.unsqueeze(1)
+    return order.masked_fill(behind, mask.shape[1])
+
+
+def _at_groups(
+    first: InexactRows, a: Tensor, rows: Tensor, second: InexactRows, b: Tensor, others: Tensor
+) -> Tensor:
+    """Squared products, up, of rows a (batch or 1, g, r, c) and b (batch or 1, g, s, c): (batch or 1, g, r, s).
+
+    rows, others: their indices; zeros in the padding.
+    """
+    padded = (torch.nn.functional.pad(t, (0, 1)) for t in (first.size, first.error, second.size, second.error))
+    size, error, length, off = (t[:, index] for t, index in zip(padded, (rows, rows, others, others), strict=True))
+    return _squared(a @ b.mT, size, error, length, off, first.matrix.shape[1])
+
+
+def _squared(products: Tensor, size: Tensor, error: Tensor, length: Tensor, off: Tensor, terms: int) -> Tensor:
+    """Upper bounds of the squares of all inner products of the exact rows.
+
+    products: (..., m, k), as computed, of `terms` terms or fewer.
+    size, error: (..., m), of the first rows: norms as computed, up, and errors.   length, off: (..., k), of the others.
+    """
+    size, error, length, off = size.unsqueeze(-1), error.unsqueeze(-1), length.unsqueeze(-2), off.unsqueeze(-2)
+    # |a.b - (a+p).(b+q)| <= |a||q| + |p||b| + |p||q|, and the product's own rounding
+    slack = gamma(terms + 2) * size * length + size * off + error * (length + off)
+    return up((products.abs() + slack).square(), 8) + UNDERFLOW
