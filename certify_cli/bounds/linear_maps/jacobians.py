@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.row_matrices import Matrix, Whole, matrix_of, times, transposed
-from certify_cli.bounds.linear_maps.row_products import InexactRows, squared_products
+from certify_cli.bounds.linear_maps.row_products import InexactRows, products_size, squared_products
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Concat, Network, Shape
 from certify_cli.network.linear_forms import Forms, unit_forms
@@ -23,6 +23,9 @@ from certify_cli.network.walk import Backward, backward
 from certify_cli.numerics.batched import estimate_dtype
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, power_of_two, up
 from certify_cli.numerics.trees import Batched
+
+SQUARED_ENTRIES = 2**23
+"""Largest number of squared products of rows that are formed to bound all rivals at once (64 MiB a sample)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +76,29 @@ class Rows(Batched, shared=("blocks", "gram")):
         return transposed([block.matrix for block in self.blocks], p)
 
     @cached_property
-    def squares(self) -> tuple[tuple[Matrix, ...], ...]:
-        """Upper bounds of (A A^T)^2, entry by entry, by pairs of blocks, the second one not behind the first."""
-        blocks = self.blocks
-        return tuple(
-            tuple(block.squares if other is block else squared_products(block, other) for other in blocks[: i + 1])
-            for i, block in enumerate(blocks)
-        )
+    def squares(self) -> tuple[tuple[Matrix, ...], ...] | None:
+        """Upper bounds of (A A^T)^2, entry by entry, by pairs of blocks, the second one not behind the first.
 
-    def squared_form(self, w: Tensor) -> Tensor:
-        """w^T M w (batch, several) of w (batch, several, count) >= 0, M of `squares`; not rounded.
+        None where they have more than SQUARED_ENTRIES entries a sample.
+        """
+        found, entries = [], 0
+        for i, block in enumerate(self.blocks):
+            row = []
+            for other in self.blocks[: i + 1]:
+                if products_size(block.matrix, other.matrix) > SQUARED_ENTRIES - entries:
+                    return None
+                row.append(block.squares if other is block else squared_products(block, other))
+                entries += row[-1].values[0].numel()
+            found.append(tuple(row))
+        return tuple(found)
+
+    def squared_form(self, w: Tensor) -> Tensor | None:
+        """w^T M w (batch, several) of w (batch, several, count) >= 0, M of `squares`, not rounded; None without them.
 
         A sum of at most count (count + 2) products of three numbers.
         """
+        if self.squares is None:
+            return None
         parts = w.split(self.sizes, dim=2)
         total = torch.zeros_like(w[..., 0])
         for i, row in enumerate(self.squares):

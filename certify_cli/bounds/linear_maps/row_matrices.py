@@ -82,13 +82,14 @@ class Whole(Batched, shared=("values",)):
 
 
 @dataclass(frozen=True, eq=False)
-class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape")):
+class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape", "structural")):
     """A matrix A by groups of rows that use the same columns. It is zero outside of them.
 
     values: (batch or 1, groups, r, c), the groups padded with zeros to one size.
     rows: (groups, r), indices of each group's rows; m in the padding. Every row is in one group.
     columns: (groups, c), indices of each group's columns, each once; n in the padding.
     shape: (m, n).
+    structural: whether the entries outside are 0 by the network's structure, so that they carry no error either.
 
     The methods are those of `Whole`.
     """
@@ -97,6 +98,7 @@ class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape")
     rows: Tensor
     columns: Tensor
     shape: tuple[int, int]
+    structural: bool = False
 
     @classmethod
     def of(cls, matrix: Tensor, groups: Sequence[tuple[Tensor, Tensor]]) -> Grouped:
@@ -223,7 +225,7 @@ def _by_windows(forms: WindowForms) -> Grouped | None:
     if values[0, 0].numel() > DENSE * n or len(corners) > GROUPS or bool((sizes != sizes[0]).any()):
         return None
     rows = which.argsort(stable=True).reshape(len(corners), -1)
-    return Grouped(values.flatten(2)[:, rows], rows, index[rows[:, 0]], (count, n))
+    return Grouped(values.flatten(2)[:, rows], rows, index[rows[:, 0]], (count, n), structural=True)
 
 
 def times(stack: Sequence[Matrix], d: Tensor) -> Tensor:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.row_matrices import Grouped, Matrix, Whole
+from certify_cli.numerics.eigen import strips
 from certify_cli.numerics.rounding import UNDERFLOW, gamma, up
 from certify_cli.numerics.trees import Batched
 
+CHUNK_ENTRIES = 2**22
+"""Rows are multiplied with neighbours' products in chunks of at most so many entries (32 MiB)."""
 FEW = 0.5
 """Products of rows are kept by groups where they fill at most this part of the whole matrix."""
 
@@ -39,25 +42,31 @@ class InexactRows(Batched, shared=("matrix", "error")):
 
     @cached_property
     def squares(self) -> Matrix:
-        """`squared_products` of the rows with themselves."""
+        """A matrix M with u^T M u >= u^T (G o G) u for all u >= 0, G the exact rows' products with each other.
+
+        By groups, each pair of them stands there once, doubled.
+        """
         return squared_products(self, self)
 
 
 def squared_products(first: InexactRows, second: InexactRows) -> Matrix:
-    """Upper bounds of <a_i, b_j>^2 as a matrix (batch or 1, rows, others), zero where no column is shared."""
+    """Upper bounds of <a_i, b_j>^2 as a matrix (batch or 1, rows, others); of rows with themselves see `squares`."""
     a, b = first.matrix, second.matrix
-    if isinstance(a, Grouped) and isinstance(b, Grouped):
-        others = _neighbours(a, b)
-        if a.rows.shape[0] * a.rows.shape[1] * others.shape[1] <= FEW * a.shape[0] * b.shape[0]:
-            values = _at_groups(first, a.values, a.rows, second, b.within(others, a.columns), others)
-            return Grouped(values, a.rows, others, (a.shape[0], b.shape[0]))
-    if isinstance(a, Grouped) and isinstance(b, Whole):
-        products = a.times(b.values).mT
-    else:
-        products = b.times(a.dense)
-    return Whole(
-        _squared(products, first.size, first.error, second.size, second.error, a.shape[1])
-    )
+    others = _few_neighbours(a, b)
+    if isinstance(a, Grouped) and others is not None:
+        values = _at_groups(first, a.values, a.rows, second, b.within(others, a.columns), others)
+        if a is b:
+            group = groups_of_rows(a)
+            values *= 2.0 - (group[others].unsqueeze(1) == group[a.rows].unsqueeze(2)).to(values.dtype)
+        return Grouped(values, a.rows, others, (a.shape[0], b.shape[0]))
+    products = a.times(b.values).mT if isinstance(b, Whole) else b.times(a.dense)
+    return Whole(_squared(products, first.size, first.error, second.size, second.error, a.shape[1]))
+
+
+def products_size(a: Matrix, b: Matrix) -> int:
+    """Number of entries, for one item of the batch, of `squared_products`."""
+    others = _few_neighbours(a, b)
+    return a.shape[0] * b.shape[0] if others is None else a.values[0, ..., 0].numel() * others.shape[1]
 
 
 def squared_products_at(places: Matrix, first: InexactRows, second: InexactRows) -> Tensor:
@@ -78,13 +87,35 @@ def squared_products_within(places: Grouped, rows: InexactRows) -> Tensor:
 def forms(u: Matrix, squares: Matrix | Tensor) -> Tensor:
     """u_i^T M u_i (batch, m) for each row u_i of a matrix, (batch, m, n).
 
-    squares: M (n, n), for u by groups as from `squared_products_within`.
+    squares: M (n, n) from `InexactRows.squares` or, for u by groups, from `squared_products_within`.
     """
     if isinstance(u, Grouped):
         assert isinstance(squares, Tensor)
         return u.row_sums((u.values @ squares) * u.values)
     assert not isinstance(squares, Tensor)
-    return u.row_sums(squares.times(u.values) * u.values)
+    if isinstance(squares, Whole):
+        return _symmetric_forms(u.values, squares.values)
+    chunk = max(1, CHUNK_ENTRIES // (len(u.values) * squares.columns.numel()))
+    return torch.cat([_neighbour_forms(part, squares) for part in u.values.split(chunk, 1)], dim=1)
+
+
+def _neighbour_forms(u: Tensor, squares: Grouped) -> Tensor:
+    """The forms of u (batch, m, n): columns of u, which are contiguous, are what is gathered."""
+    batch, count = u.shape[:2]
+    columns = u.permute(2, 0, 1).reshape(1, -1, batch * count) if len(squares.values) == 1 else u.mT
+    columns = torch.nn.functional.pad(columns, (0, 0, 0, 1))
+    image = squares.values @ columns[:, squares.columns]
+    return (image * columns[:, squares.rows]).sum((1, 2)).reshape(batch, count)
+
+
+def _symmetric_forms(u: Tensor, squares: Tensor) -> Tensor:
+    """The forms of u (batch, m, n) with a symmetric M (batch or 1, n, n): by strips of rows up to the diagonal block."""
+    total = torch.zeros_like(u[..., 0])
+    for first, last in strips(u.shape[2]):
+        part = u[..., first:last]
+        image = part @ (squares[0] if len(squares) == 1 else squares)[..., first:last, :last]
+        total = total + 2 * (image[..., :first] * u[..., :first]).sum(2) + (image[..., first:] * part).sum(2)
+    return total
 
 
 def used_columns(places: Grouped, matrix: Matrix) -> Tensor:
@@ -93,30 +124,43 @@ def used_columns(places: Grouped, matrix: Matrix) -> Tensor:
     every = torch.arange(n, device=places.columns.device)
     if isinstance(matrix, Whole):
         return every.expand(groups, -1)
-    of_row = torch.full((matrix.shape[0] + 1,), len(matrix.rows), device=every.device)
-    of_row[matrix.rows.flatten()] = torch.arange(len(matrix.rows), device=every.device).repeat_interleave(
-        matrix.rows.shape[1]
-    )
-    of_row[-1] = len(matrix.rows)
     used = torch.zeros(groups, n + 1, dtype=torch.bool, device=every.device)
     columns = torch.nn.functional.pad(matrix.columns, (0, 0, 0, 1), value=n)
-    for number, index in enumerate(of_row[places.columns]):
+    for number, index in enumerate(groups_of_rows(matrix)[places.columns]):
         used[number, columns[index.unique()].flatten()] = True
     return _indices(used[:, :-1])
 
 
-def _neighbours(a: Grouped, b: Grouped) -> Tensor:
-    """For each group of a the rows (groups, count) of b that share a column with it; b's number of rows as padding."""
+def groups_of_rows(matrix: Grouped) -> Tensor:
+    """The group of each row, (rows + 1,); the number of groups for the padding."""
+    groups, height = matrix.rows.shape
+    of_row = torch.full((matrix.shape[0] + 1,), groups, device=matrix.rows.device)
+    of_row[matrix.rows.flatten()] = torch.arange(groups, device=of_row.device).repeat_interleave(height)
+    of_row[-1] = groups
+    return of_row
+
+
+def _few_neighbours(a: Matrix, b: Matrix) -> Tensor | None:
+    """For each group of a the rows (groups, count) of b that share a column with it, b's number of rows as padding.
+
+    None where they are not few (FEW), or where rows that share no column may have products by their errors. If the
+    matrices are one and the same, each pair of groups stands once.
+    """
+    if isinstance(a, Whole) or isinstance(b, Whole) or not (a.structural and b.structural):
+        return None
     n = a.shape[1]
     masks = []
     for matrix in (a, b):
         mask = torch.zeros(len(matrix.columns), n + 1, dtype=torch.float32, device=a.columns.device)
         masks.append(mask.scatter_(1, matrix.columns, 1.0)[:, :-1])
     near = masks[0] @ masks[1].T > 0  # sums of ones: exact
+    if a is b:
+        near = near.tril()
     rows = torch.zeros(len(a.columns), b.shape[0] + 1, dtype=torch.bool, device=near.device)
     shared = near.repeat_interleave(b.rows.shape[1], 1)
     rows.scatter_(1, b.rows.flatten().expand(len(near), -1), shared)
-    return _indices(rows[:, :-1])
+    others = _indices(rows[:, :-1])
+    return others if a.rows.numel() * others.shape[1] <= FEW * a.shape[0] * b.shape[0] else None
 
 
 def _indices(mask: Tensor) -> Tensor:

@@ -153,7 +153,8 @@ class Factor:
     def _on_side(self, r: Tensor) -> Tensor:
         size = r.abs().amax(1, keepdim=True).clamp(min=TINY)  # keeps all in the range of single precision
         single = (r / size).to(self.lower.dtype).unsqueeze(2)
-        return torch.cholesky_solve(single, self.lower).squeeze(2).to(r.dtype) * size
+        half = torch.linalg.solve_triangular(self.lower, single, upper=False)
+        return torch.linalg.solve_triangular(self.lower.mT, half, upper=True).squeeze(2).to(r.dtype) * size
 
 
 def conjugate_gradients(factor: Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
