@@ -212,7 +212,7 @@ class WindowForms(_Entries):
 
     @property
     def columns(self) -> Tensor:
-        """(rows, channels * window): flat indices of the entries in the node's value; its size where they are outside."""
+        """(rows, channels * window): flat indices of the entries in the node's value, or its size outside."""
         (index, outside), channels = self._pixel, self.values.shape[2]
         channel = torch.arange(channels, device=index.device).reshape(-1, *[1] * len(self.window))
         places = channel * self.pixels + index.unsqueeze(1)

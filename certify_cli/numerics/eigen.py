@@ -170,7 +170,7 @@ def strips(n: int) -> list[tuple[int, int]]:
 def factor_residual(matrices: Tensor, lower: Tensor) -> Tensor:
     """||B - L L^H||_F as computed, (batch,), for lower triangular L and Hermitian B; overwrites B.
 
-    By blocks up to the diagonal ones, mirrored, and up to the columns that L has there: about a quarter of the products.
+    By blocks up to the diagonal ones, mirrored, and up to the columns that L has: about a quarter of the products.
     """
     total = torch.zeros_like(matrices[:, 0, 0].real)
     sides = strips(matrices.shape[-1])

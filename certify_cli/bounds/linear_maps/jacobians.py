@@ -21,7 +21,7 @@ from certify_cli.network.linear_forms import Forms, unit_forms
 from certify_cli.network.propagate import NodeVjp, Slope, Vectors, affine_error, vjp
 from certify_cli.network.walk import Backward, backward
 from certify_cli.numerics.batched import estimate_dtype
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, power_of_two, up
+from certify_cli.numerics.rounding import UNIT, power_of_two, up
 from certify_cli.numerics.trees import Batched
 
 SQUARED_ENTRIES = 2**23

@@ -73,7 +73,7 @@ class Whole(Batched, shared=("values",)):
         return pad(self.values, (0, 1, 0, 1))[:, rows.unsqueeze(2), columns.unsqueeze(1)]
 
     def add_form(self, total: Tensor, weights: Tensor) -> None:
-        """Adds A^T diag(w) A to `total` (batch, n, n); weights: w (batch, m)."""
+        """Adds A^T diag(w) A to `total` (batch, n, n), contiguous; weights: w (batch, m)."""
         total += (self.values * weights.unsqueeze(2)).mT @ self.values
 
     def over(self, unit: float, dtype: torch.dtype) -> Whole:
@@ -179,13 +179,11 @@ class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape",
         return found[..., :-1].reshape(-1, groups, r, width)
 
     def add_form(self, total: Tensor, weights: Tensor) -> None:
-        n = self.shape[1]
         weighted = self.values * pad(weights, (0, 1))[:, self.rows].unsqueeze(3)
-        for number, columns in enumerate(self.columns):
-            used = columns[columns < n]
-            part = self.values[:, number, :, : len(used)]
-            square = weighted[:, number, :, : len(used)].mT @ part
-            total[:, used.unsqueeze(1), used.unsqueeze(0)] += square
+        squares = (weighted.mT @ self.values).flatten(1)
+        columns = self.columns.clamp(max=self.shape[1] - 1)  # in the padding zeros are added to the last column
+        places = (columns.unsqueeze(2) * self.shape[1] + columns.unsqueeze(1)).flatten()
+        total.view(len(total), -1).scatter_add_(1, places.expand(len(squares), -1), squares)
 
     def over(self, unit: float, dtype: torch.dtype) -> Grouped:
         return self.put_values((self.values / unit).to(dtype))
@@ -218,14 +216,13 @@ def by_columns(matrices: Tensor) -> Matrix:
 def _by_windows(forms: WindowForms) -> Grouped | None:
     """Forms on windows as a matrix; None where the windows hold too much of the image, or groups differ in size."""
     values, index = forms.values, forms.columns
-    batch, count = values.shape[:2]
     corners, which = forms.corner.unique(dim=0, return_inverse=True)
     sizes = which.bincount()
     n = forms.values.shape[2] * forms.pixels
     if values[0, 0].numel() > DENSE * n or len(corners) > GROUPS or bool((sizes != sizes[0]).any()):
         return None
     rows = which.argsort(stable=True).reshape(len(corners), -1)
-    return Grouped(values.flatten(2)[:, rows], rows, index[rows[:, 0]], (count, n), structural=True)
+    return Grouped(values.flatten(2)[:, rows], rows, index[rows[:, 0]], (values.shape[1], n), structural=True)
 
 
 def times(stack: Sequence[Matrix], d: Tensor) -> Tensor:

@@ -70,33 +70,35 @@ def products_size(a: Matrix, b: Matrix) -> int:
 
 
 def squared_products_at(places: Matrix, first: InexactRows, second: InexactRows) -> Tensor:
-    """The same at the places of a matrix (rows, others), shaped as its values."""
-    if isinstance(places, Whole):
-        return squared_products(first, second).dense
-    columns = used_columns(places, second.matrix)
-    parts = (rows.matrix.within(index, columns) for rows, index in ((first, places.rows), (second, places.columns)))
-    return _at_groups(first, next(parts), places.rows, second, next(parts), places.columns)
+    """`squared_products` at the places of a matrix (rows, others), shaped as its values."""
+    products = squared_products(first, second)
+    return products.within(places.rows, places.columns) if isinstance(places, Grouped) else products.dense
 
 
-def squared_products_within(places: Grouped, rows: InexactRows) -> Tensor:
-    """The same of the rows that each group of `places` (any, rows) uses, with each other: (batch or 1, groups, c, c)."""
-    values = rows.matrix.within(places.columns, used_columns(places, rows.matrix))
-    return _at_groups(rows, values, places.columns, rows, values, places.columns)
+def squares_for(places: Matrix, rows: InexactRows) -> Matrix | Tensor:
+    """`rows.squares` for `forms` of matrices at these places (any, rows).
+
+    By groups: of the rows that each group uses, (batch or 1, groups, c, c), where this is no more than there is.
+    """
+    if isinstance(places, Grouped) and places.columns.numel() * places.columns.shape[1] <= rows.matrix.shape[0] ** 2:
+        return rows.squares.within(places.columns, places.columns)
+    return rows.squares
 
 
 def forms(u: Matrix, squares: Matrix | Tensor) -> Tensor:
-    """u_i^T M u_i (batch, m) for each row u_i of a matrix, (batch, m, n).
-
-    squares: M (n, n) from `InexactRows.squares` or, for u by groups, from `squared_products_within`.
-    """
-    if isinstance(u, Grouped):
-        assert isinstance(squares, Tensor)
+    """u_i^T M u_i (batch, m) for each row u_i of a matrix, (batch, m, n); squares: M (n, n), from `squares_for`."""
+    if isinstance(u, Grouped) and isinstance(squares, Tensor):
         return u.row_sums((u.values @ squares) * u.values)
     assert not isinstance(squares, Tensor)
+    if isinstance(u, Grouped) and isinstance(squares, Whole):
+        parts = (squares.within(columns.unsqueeze(0), columns.unsqueeze(0)) for columns in u.columns)
+        images = [part @ square[:, 0] for part, square in zip(u.values.unbind(1), parts, strict=True)]
+        return u.row_sums(torch.stack(images, 1) * u.values)
+    dense = u.dense
     if isinstance(squares, Whole):
-        return _symmetric_forms(u.values, squares.values)
-    chunk = max(1, CHUNK_ENTRIES // (len(u.values) * squares.columns.numel()))
-    return torch.cat([_neighbour_forms(part, squares) for part in u.values.split(chunk, 1)], dim=1)
+        return _symmetric_forms(dense, squares.values)
+    chunk = max(1, CHUNK_ENTRIES // (len(dense) * squares.columns.numel()))
+    return torch.cat([_neighbour_forms(part, squares) for part in dense.split(chunk, 1)], dim=1)
 
 
 def _neighbour_forms(u: Tensor, squares: Grouped) -> Tensor:
@@ -109,26 +111,13 @@ def _neighbour_forms(u: Tensor, squares: Grouped) -> Tensor:
 
 
 def _symmetric_forms(u: Tensor, squares: Tensor) -> Tensor:
-    """The forms of u (batch, m, n) with a symmetric M (batch or 1, n, n): by strips of rows up to the diagonal block."""
+    """The forms of u (batch, m, n) with a symmetric M (batch or 1, n, n), by strips of rows up to the diagonal."""
     total = torch.zeros_like(u[..., 0])
     for first, last in strips(u.shape[2]):
         part = u[..., first:last]
         image = part @ (squares[0] if len(squares) == 1 else squares)[..., first:last, :last]
         total = total + 2 * (image[..., :first] * u[..., :first]).sum(2) + (image[..., first:] * part).sum(2)
     return total
-
-
-def used_columns(places: Grouped, matrix: Matrix) -> Tensor:
-    """The columns (groups, c) of a matrix that the rows use which each group of `places` uses; n in the padding."""
-    n, groups = matrix.shape[1], len(places.columns)
-    every = torch.arange(n, device=places.columns.device)
-    if isinstance(matrix, Whole):
-        return every.expand(groups, -1)
-    used = torch.zeros(groups, n + 1, dtype=torch.bool, device=every.device)
-    columns = torch.nn.functional.pad(matrix.columns, (0, 0, 0, 1), value=n)
-    for number, index in enumerate(groups_of_rows(matrix)[places.columns]):
-        used[number, columns[index.unique()].flatten()] = True
-    return _indices(used[:, :-1])
 
 
 def groups_of_rows(matrix: Grouped) -> Tensor:
@@ -171,9 +160,7 @@ def _indices(mask: Tensor) -> Tensor:
     return order.masked_fill(behind, mask.shape[1])
 
 
-def _at_groups(
-    first: InexactRows, a: Tensor, rows: Tensor, second: InexactRows, b: Tensor, others: Tensor
-) -> Tensor:
+def _at_groups(first: InexactRows, a: Tensor, rows: Tensor, second: InexactRows, b: Tensor, others: Tensor) -> Tensor:
     """Squared products, up, of rows a (batch or 1, g, r, c) and b (batch or 1, g, s, c): (batch or 1, g, r, s).
 
     rows, others: their indices; zeros in the padding.

@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.jacobians import Jacobians, Rows, jacobian_rows
-from certify_cli.bounds.linear_maps.row_matrices import Grouped, Matrix
-from certify_cli.bounds.linear_maps.row_products import (
-    InexactRows,
-    forms,
-    squared_products_at,
-    squared_products_within,
-)
+from certify_cli.bounds.linear_maps.row_matrices import Matrix
+from certify_cli.bounds.linear_maps.row_products import InexactRows, forms, squared_products_at, squares_for
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.remainder.weighted_squares import RemainderSum, joint
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
@@ -66,9 +61,7 @@ class SourceProducts(Batched, shared=("squared", "crossed")):
     @classmethod
     def of(cls, block: InexactRows, after: InexactRows, before: InexactRows) -> SourceProducts:
         """block: B_lk.   after, before: A_l and A_k."""
-        places = block.matrix
-        squared = squared_products_within(places, before) if isinstance(places, Grouped) else before.squares
-        return cls(squared, squared_products_at(places, after, before))
+        return cls(squares_for(block.matrix, before), squared_products_at(block.matrix, after, before))
 
 
 @dataclass(frozen=True, eq=False)
