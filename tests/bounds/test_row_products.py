@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -37,13 +38,19 @@ def slopes_of(network: Network) -> dict[int, Slope]:
     return {k: Slope(torch.rand(BATCH, *shape, generator=g, dtype=D)) for k, shape in shapes.items()}
 
 
+@cache
+def drawn(topology: Callable[[], Network]) -> Network:
+    return topology()
+
+
+@cache
 def all_rows(network: Network) -> dict[int, dict[int, InexactRows]]:
     return {t: jacobian_rows(network, t, slopes_of(network)) for t in pre_activations(network)[:-1]}
 
 
 @topologies
 def test_rows_on_windows_are_whole_rows(topology: Callable[[], Network]) -> None:
-    network = topology()
+    network = drawn(topology)
     for target, found in all_rows(network).items():
         whole = pulled_rows(network, target, slopes_of(network))
         assert set(found) == set(whole)
@@ -57,11 +64,15 @@ def test_rows_on_windows_are_whole_rows(topology: Callable[[], Network]) -> None
 
 def test_windows_are_used() -> None:
     kept = [
-        rows.matrix for topology in TOPOLOGIES for found in all_rows(topology()).values() for rows in found.values()
+        rows.matrix
+        for topology in TOPOLOGIES
+        for found in all_rows(drawn(topology)).values()
+        for rows in found.values()
     ]
     assert sum(isinstance(matrix, Grouped) and matrix.structural for matrix in kept) >= len(kept) // 3
 
 
+@cache
 def computed_rows(network: Network) -> dict[int, dict[int, InexactRows]]:
     """All rows, taken as exact."""
     return {
@@ -81,7 +92,7 @@ def exact_forms(u: Tensor, squares: Tensor) -> Tensor:
 @topologies
 def test_products_are_those_of_whole_rows(topology: Callable[[], Network]) -> None:
     """Of two layers' rows, everywhere, at the places of B, and of the rows that a group of B uses."""
-    network = topology()
+    network = drawn(topology)
     found = computed_rows(network)
     for rows in found.values():
         for source, block in rows.items():
@@ -102,7 +113,7 @@ def test_products_are_those_of_whole_rows(topology: Callable[[], Network]) -> No
 @topologies
 def test_forms_are_those_of_whole_matrices(topology: Callable[[], Network]) -> None:
     """u^T (G o G) u, from products of neighbours that stand once, or of the rows that a group uses."""
-    network = topology()
+    network = drawn(topology)
     found = computed_rows(network)
     g = torch.Generator().manual_seed(3)
     for target, rows in found.items():
@@ -119,7 +130,7 @@ def test_forms_are_those_of_whole_matrices(topology: Callable[[], Network]) -> N
 
 
 def test_neighbours_are_used() -> None:
-    kept = [rows[0].squares for topology in TOPOLOGIES for rows in computed_rows(topology()).values()]
+    kept = [rows[0].squares for topology in TOPOLOGIES for rows in computed_rows(drawn(topology)).values()]
     assert sum(isinstance(squares, Grouped) for squares in kept) >= 3
 
 
@@ -139,8 +150,8 @@ def inner_forms(
 @topologies
 def test_all_layers_together(topology: Callable[[], Network], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jacobians, "SQUARED_ENTRIES", 10**9)
-    rows = [found[0] for found in computed_rows(topology()).values()]
-    rows = [block for block in rows if block.matrix.shape[0] ** 2 <= 2 * LARGEST]
+    rows = [found[0] for found in computed_rows(drawn(topology)).values()]
+    rows = sorted(rows, key=lambda block: block.matrix.shape[0])[:2]
     stacked = Rows.of(tuple(rows))
     a = torch.cat([block.matrix.dense.expand(BATCH, -1, -1) for block in rows], dim=1)
     w = torch.rand(BATCH, 3, a.shape[1], generator=torch.Generator().manual_seed(4), dtype=D)
@@ -159,7 +170,7 @@ def test_all_layers_together(topology: Callable[[], Network], monkeypatch: pytes
 @topologies
 def test_products_hold_rows_within_their_errors(topology: Callable[[], Network]) -> None:
     """Exact rows differ from computed ones by up to their error, within their windows."""
-    found = all_rows(topology())
+    found = all_rows(drawn(topology))
     g = torch.Generator().manual_seed(5)
     for rows in found.values():
         computed, (count, _) = rows[0].matrix, rows[0].matrix.shape
