@@ -193,16 +193,35 @@ class WindowForms(_Entries):
         parts = self.values.split([shape[0] for shape in shapes], dim=2)
         return [self.at(part) for part in parts]
 
-    def whole(self) -> WholeForms:
-        """The same forms with all entries of the node's value."""
-        batch, rows, channels = self.values.shape[:3]
+    @property
+    def pixels(self) -> int:
+        """Number of pixels of the image."""
+        return math.prod(self.image)
+
+    @property
+    def _pixel(self) -> tuple[Tensor, Tensor]:
+        """Of every place of each window, (rows, *window): the flat index of its pixel, and whether it lies outside."""
+        rows = len(self.corner)
         index = torch.zeros(rows, *[1] * len(self.window), dtype=torch.long, device=self.corner.device)
         outside = torch.zeros_like(index, dtype=torch.bool)
         for axis, (size, width) in enumerate(zip(self.image, self.window, strict=True)):
             pixel = self.corner[:, axis].unsqueeze(1) + torch.arange(width, device=index.device)
             pixel = pixel.reshape(rows, *[1] * axis, width, *[1] * (len(self.window) - 1 - axis))
             index, outside = index * size + pixel, outside | (pixel < 0) | (pixel >= size)
-        pixels = math.prod(self.image)
+        return index, outside
+
+    @property
+    def columns(self) -> Tensor:
+        """(rows, channels * window): flat indices of the entries in the node's value, or its size outside."""
+        (index, outside), channels = self._pixel, self.values.shape[2]
+        channel = torch.arange(channels, device=index.device).reshape(-1, *[1] * len(self.window))
+        places = channel * self.pixels + index.unsqueeze(1)
+        return places.masked_fill(outside.unsqueeze(1), channels * self.pixels).flatten(1)
+
+    def whole(self) -> WholeForms:
+        """The same forms with all entries of the node's value."""
+        batch, rows, channels = self.values.shape[:3]
+        (index, outside), pixels = self._pixel, self.pixels
         index = index.masked_fill(outside, pixels).flatten(1).reshape(1, rows, 1, -1)
         image = self.values.new_zeros(batch, rows, channels, pixels + 1)
         image.scatter_(3, index.expand(batch, rows, channels, -1), self.values.flatten(3))
@@ -236,3 +255,12 @@ Forms = WholeForms | WindowForms
 def mostly(window: Sequence[int], image: Sequence[int]) -> bool:
     """Whether a window of these sizes is most of the image."""
     return math.prod(window) > MOSTLY * math.prod(image)
+
+
+def unit_forms(shape: Shape, rows: Tensor, sign: Tensor | None = None) -> Forms:
+    """Entries of a value of `shape`, times `sign` (count,) if given; rows: (count,), flat indices."""
+    sign = torch.ones(len(rows), dtype=torch.float64, device=rows.device) if sign is None else sign
+    if len(shape) > 1 and not mostly([1] * (len(shape) - 1), shape[1:]):
+        return WindowForms.units(rows, shape, sign)
+    units = F.one_hot(rows, math.prod(shape)).to(sign.dtype) * sign.unsqueeze(1)
+    return WholeForms(units.reshape(1, -1, *shape))

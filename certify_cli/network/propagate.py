@@ -49,6 +49,18 @@ class Slope:
         error = self.error.unsqueeze(1) if isinstance(self.error, Tensor) else self.error
         return _scaled(vectors, Slope(value, error))
 
+    def row_error(self, size: Tensor, error: Tensor) -> Tensor:
+        """Upper bounds (batch, rows) of the Euclidean errors of rows times these slopes.
+
+        size, error: (batch or 1, rows), of the rows as computed: norms, up, and bounds of their errors.
+        """
+        largest, off = (t.unsqueeze(1) if isinstance(t, Tensor) else t for t in self._largest(1))
+        return _scaled_error(largest, off, size, error)
+
+    def _largest(self, dims: int) -> tuple[Tensor | float, Tensor | float]:
+        """The largest slope and the largest error (*batch), `dims` axes of it."""
+        return _largest(self.value, dims), _largest(self.error, dims)
+
 
 @dataclass(frozen=True, eq=False)
 class Vectors(Batched):
@@ -61,17 +73,6 @@ class Vectors(Batched):
     def size(self) -> Tensor:
         """Euclidean norm of each computed vector, up: (*batch)."""
         return vector_norm_up(self.value.flatten(self.error.dim()))
-
-    def squared_products(self, other: Vectors) -> Tensor:
-        """Entrywise upper bounds (batch, rows, others) of the squares of all inner products of the exact vectors.
-
-        Both are (batch or 1, count, inputs).
-        """
-        sizes, others = self.size.unsqueeze(2), other.size.unsqueeze(1)
-        error, off = self.error.unsqueeze(2), other.error.unsqueeze(1)
-        # |a.b - (a+p).(b+q)| <= |a||q| + |p||b| + |p||q|, and the product's own rounding
-        slack = gamma(self.value.shape[2] + 2) * sizes * others + sizes * off + error * (others + off)
-        return up(((self.value @ other.value.mT).abs() + slack).square(), 8) + UNDERFLOW
 
     def __add__(self, other: Vectors) -> Vectors:
         total = Vectors(self.value + other.value, self.error)
@@ -175,9 +176,14 @@ def _or_zeros(parts: list[Tensor | None], shapes: list[Shape]) -> list[Tensor]:
 
 def through_affine(op: AffineOp, vectors: Vectors, shape: tuple[int, ...], image: Tensor) -> Vectors:
     """The image of vectors under a linear map or its transpose (their norms agree), with the bound of its error."""
+    return Vectors(image, affine_error(op, vectors.size, vectors.error, shape))
+
+
+def affine_error(op: AffineOp, size: Tensor, error: Tensor, shape: Shape) -> Tensor:
+    """Upper bounds of the Euclidean errors of vectors' images; size, error: the vectors' norms, up, and errors."""
     rounding = gamma(op.terms) * op.frobenius_norm(shape) if op.terms else 0.0
-    error = up(op.norm(shape) * vectors.error + rounding * vectors.size, 4)
-    return Vectors(image, error + UNDERFLOW if op.terms else error)
+    error = up(op.norm(shape) * error + rounding * size, 4)
+    return error + UNDERFLOW if op.terms else error
 
 
 def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
@@ -185,10 +191,12 @@ def _scaled(vectors: Vectors, slope: Slope) -> Vectors:
 
     The vectors' own error e enters the bound as ||e o vector|| <= max e ||vector||.
     """
-    dims = vectors.error.dim()
-    largest, off = _largest(slope.value, dims), _largest(slope.error, dims)
-    error = (largest + off) * vectors.error + (UNIT * largest + off) * vectors.size
-    return Vectors(vectors.value * slope.value, up(error, 8) + UNDERFLOW)
+    error = _scaled_error(*slope._largest(vectors.error.dim()), vectors.size, vectors.error)
+    return Vectors(vectors.value * slope.value, error)
+
+
+def _scaled_error(largest: Tensor | float, off: Tensor | float, size: Tensor, error: Tensor) -> Tensor:
+    return up((largest + off) * error + (UNIT * largest + off) * size, 8) + UNDERFLOW
 
 
 def _largest(slopes: Tensor | float, dims: int) -> Tensor | float:

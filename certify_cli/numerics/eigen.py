@@ -141,7 +141,8 @@ def shifted_cholesky(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, T
     bound: (batch,), rounded up; without a factor n times the largest entry, inf where that is not finite.
     Large factors are in single precision, which makes the bound larger by about 1e-6, relative.
     """
-    largest = up(matrices.shape[-1] * matrices.abs().amax((1, 2)), 2)
+    entry = torch.maximum(matrices.amax((1, 2)), -matrices.amin((1, 2)))
+    largest = up(matrices.shape[-1] * entry, 2)
     t = torch.where(t.isfinite() & (t > 0), t, largest).clamp(min=UNDERFLOW)
     lower = torch.zeros_like(matrices, dtype=estimate_dtype(matrices.shape[-1]))
     bound = torch.where(largest.isfinite(), largest, torch.full_like(largest, math.inf))
@@ -160,7 +161,7 @@ def shifted_cholesky(matrices: Tensor, t: Tensor, tries: int) -> tuple[Tensor, T
     return t, lower, bound
 
 
-def _strips(n: int) -> list[tuple[int, int]]:
+def strips(n: int) -> list[tuple[int, int]]:
     """(first, last) of the strips of n rows."""
     step = max(LEAST_STRIP, -(-n // STRIPS))
     return [(first, min(first + step, n)) for first in range(0, n, step)]
@@ -169,14 +170,17 @@ def _strips(n: int) -> list[tuple[int, int]]:
 def factor_residual(matrices: Tensor, lower: Tensor) -> Tensor:
     """||B - L L^H||_F as computed, (batch,), for lower triangular L and Hermitian B; overwrites B.
 
-    By strips of rows up to the diagonal block, mirrored: nearly a third of the products.
+    By blocks up to the diagonal ones, mirrored, and up to the columns that L has: about a quarter of the products.
     """
     total = torch.zeros_like(matrices[:, 0, 0].real)
-    for first, last in _strips(matrices.shape[-1]):
-        strip = matrices[:, first:last, :last]
-        strip.baddbmm_(lower[:, first:last, :last], lower[:, :last, :last].mH, alpha=-1)
-        below, diagonal = _square_sum(strip[:, :, :first]), _square_sum(strip[:, :, first:])
-        total = total + 2 * below + diagonal
+    sides = strips(matrices.shape[-1])
+    for first, last in sides:
+        for begin, end in sides:
+            if begin > first:
+                break
+            block = matrices[:, first:last, begin:end]
+            block.baddbmm_(lower[:, first:last, :end], lower[:, begin:end, :end].mH, alpha=-1)
+            total = total + (1 if begin == first else 2) * _square_sum(block)
     return total.sqrt()
 
 
@@ -188,19 +192,19 @@ def _square_sum(matrices: Tensor) -> Tensor:
 
 def symmetric_product(rows: Tensor) -> Tensor:
     """A A^H for A (batch, m, n), exactly Hermitian: by strips of rows up to the diagonal block, mirrored."""
-    strips = _strips(rows.shape[1])
-    if len(strips) == 1:
+    sides = strips(rows.shape[1])
+    if len(sides) == 1:
         found = rows @ rows.mH
     else:
         found = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
-        for first, last in strips:
+        for first, last in sides:
             found[:, first:last, :last] = rows[:, first:last] @ rows[:, :last].mH
     return mirrored(found)
 
 
 def mirrored(matrices: Tensor) -> Tensor:
     """Matrices (batch, n, n) whose lower triangle stands for the upper one, too; overwritten."""
-    for first, last in _strips(matrices.shape[-1]):
+    for first, last in strips(matrices.shape[-1]):
         block = matrices[:, first:last, first:last]
         matrices[:, first:last, first:last] = block.tril() + block.tril(-1).mH
         matrices[:, :first, first:last] = matrices[:, first:last, :first].mH
@@ -220,7 +224,7 @@ def _shifted_cholesky(matrices: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tens
     shifted.diagonal(dim1=1, dim2=2).add_(1.0)
     factor, info = torch.linalg.cholesky_ex(shifted.to(estimate_dtype(n)))
     lower = factor.double()
-    sizes = lower.square().sum((1, 2)) + torch.linalg.matrix_norm(shifted)
+    sizes = torch.linalg.matrix_norm(lower).square() + torch.linalg.matrix_norm(shifted)
     residual = factor_residual(shifted, lower)
     # the last term: S / t was rounded (its norm is at most that of I - S/t and of I), and so was the difference
     residual = residual * (1 + gamma(n * n + 8)) + (gamma(n + 2) + 4 * UNIT) * (sizes + n)

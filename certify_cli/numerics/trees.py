@@ -84,4 +84,6 @@ def _map(rule: Rule, trees: tuple[Any, ...], axis: int = 0, shared: bool = False
         parts = tuple(getattr(tree, name) for tree in trees)
         inner_axis, inner_shared = roles._axes.get(name, axis), shared or name in roles._shared
         values[name] = parts[0] if name in roles._constant else _map(rule, parts, inner_axis, inner_shared)
+    if all(value is getattr(first, name) for name, value in values.items()):
+        return first  # shared by all items, with what it has remembered
     return type(first)(**values)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
-from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
+from certify_cli.bounds.linear_maps.row_matrices import by_columns
+from certify_cli.bounds.linear_maps.row_products import InexactRows
 from certify_cli.bounds.on_ball.interval_ranges import activation_on_range, interval_ranges
 from certify_cli.bounds.remainder import expansion, tangent_bound
 from certify_cli.bounds.remainder.expansion import (
     BallExpansion,
+    SourceProducts,
     chosen_slopes,
     expand_on_ball,
     range_of_remainder,
@@ -27,7 +29,7 @@ from certify_cli.bounds.remainder.weighted_squares import joint
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import Vectors, nonlinear_nodes, pre_activation
+from certify_cli.network.propagate import nonlinear_nodes, pre_activation
 from tests.adversary import attacked, directions, pairs
 from tests.networks import (
     CURVED,
@@ -70,7 +72,7 @@ def test_no_sampled_offset_leaves_the_ball(name: str) -> None:
                         slack = rounding(point, target) + 1e-13 * offset.abs()
                         assert bool((offset >= found.ranges.low[target] - slack).all())
                         assert bool((offset <= found.ranges.high[target] + slack).all())
-                        straight = (rows.value @ step.flatten(1).unsqueeze(2)).squeeze(2)
+                        straight = rows.matrix.times(step.flatten(1))
                         assert bool(((offset - straight).abs() <= found.residual[target] + slack).all())
             for target in found.jacobians.outer:
                 assert bool((found.ranges.low[target] >= begin.low[target]).all())
@@ -89,7 +91,8 @@ def test_jacobians_are_those_of_autograd_where_tangents_are_chosen(name: str) ->
             exact = torch.autograd.functional.jacobian(
                 lambda x, t=target: network.values(x.unsqueeze(0))[t].flatten(), point.x[sample]
             ).flatten(1)
-            assert torch.allclose(rows.value[min(sample, len(rows.value) - 1)], exact, rtol=1e-9, atol=1e-12)
+            found = rows.matrix.dense
+            assert torch.allclose(found[min(sample, len(found) - 1)], exact, rtol=1e-9, atol=1e-12)
         if target > small.jacobians.pre_activations[0]:
             ratio = large.residual[target] / small.residual[target]
             moves = small.residual[target] > 1e-16
@@ -112,34 +115,38 @@ def test_weighted_sums_hold_every_sample(name: str, mixed: float, monkeypatch: p
             moved = [network.values(point.x + d) for d in steps]
             for layer in nonlinear_nodes(network):
                 target, phi = pre_activation(network, layer), network.nodes[layer].op
-                gram = found.jacobians.outer[target].squared_products(found.jacobians.outer[target])
                 on = activation_on_range(point, layer, found.ranges)
                 slope, flat = chosen_slopes(point, layer, on)
-                q = range_of_remainder(point, layer, on, slope, flat, found.residual[target], gram)
+                q = range_of_remainder(point, layer, on, slope, flat, found.residual[target])
                 shared = torch.randn(1, 7, network.nodes[layer].size, generator=g, dtype=D)
                 own = torch.randn(5, 7, network.nodes[layer].size, generator=g, dtype=D)
-                blocks = [Vectors(b, 0.1 * torch.rand(b.shape[:2], generator=g, dtype=D)) for b in (shared, own)]
+                blocks = [
+                    InexactRows(by_columns(b), 0.1 * torch.rand(b.shape[:2], generator=g, dtype=D))
+                    for b in (shared, own)
+                ]
                 blocks += [b for (_, source), b in found.jacobians.inner.items() if source == layer]
                 outer = found.jacobians.outer[target]
                 for block in blocks:
-                    sparsity = RowSparsity.of(block.value)
-                    mixed_rows = torch.randn(1, block.value.shape[1], outer.value.shape[1], generator=g, dtype=D)
-                    lines = Vectors(mixed_rows @ outer.value[:1], torch.zeros(1, block.value.shape[1], dtype=D))
-                    sides = remainder_sums(block, q, sparsity, sparsity.products(lines, outer))
+                    count = block.matrix.shape[0]
+                    mixed_rows = torch.randn(1, count, outer.matrix.shape[0], generator=g, dtype=D)
+                    combined = by_columns(mixed_rows @ outer.matrix.dense[:1])
+                    lines = InexactRows(combined, torch.zeros(1, count, dtype=D))
+                    sides = remainder_sums(block, q, SourceProducts.of(block, lines, outer))
                     more, less = (side.separate(found.radius) for side in sides)
                     rise, fall = (joint(lines.size, found.radius, [side]) for side in sides)
                     rises = joint(lines.size, found.radius, [sides[0], sides[0]])
-                    off = torch.randn(block.value.shape, generator=g, dtype=D)
+                    values = block.matrix.dense
+                    off = torch.randn(values.shape, generator=g, dtype=D)
                     off = off / off.norm(dim=2, keepdim=True) * block.error.unsqueeze(2)  # the exact block
                     for step, after in zip(steps, moved, strict=True):
                         z = before[target]
                         left = phi.apply(after[target]) - phi.apply(z) - slope.value * (after[target] - z)
-                        total = ((block.value + off) @ left.flatten(1).unsqueeze(2)).squeeze(2)
-                        size = (block.value.abs() @ rounding(point, target).unsqueeze(2)).squeeze(2)
+                        total = ((values + off) @ left.flatten(1).unsqueeze(2)).squeeze(2)
+                        size = (values.abs() @ rounding(point, target).unsqueeze(2)).squeeze(2)
                         slack = 10 * size * (1 + slope.value.flatten(1).abs().amax(1, keepdim=True))
                         assert bool((total <= more + slack).all())
                         assert bool((-total <= less + slack).all())
-                        straight = (lines.value @ step.flatten(1).unsqueeze(2)).squeeze(2)
+                        straight = lines.matrix.times(step.flatten(1))
                         for sign in (1, -1):
                             assert bool((sign * straight + total <= rise + slack).all())
                             assert bool((sign * straight - total <= fall + slack).all())
@@ -265,8 +272,10 @@ def test_all_layers_together_count_every_activation(name: str, monkeypatch: pyte
     together = tangent_bound.joint_quadratic
 
     def spied(known: BallExpansion, weights: dict[int, Tensor]) -> Tensor:
-        seen.append(together(known, weights))
-        return seen[-1]
+        found = together(known, weights)
+        assert found is not None
+        seen.append(found)
+        return found
 
     monkeypatch.setattr(tangent_bound, "joint_quadratic", spied)
     with exact_kernels():
@@ -332,38 +341,6 @@ def test_a_part_of_a_ball_is_the_ball_of_that_part() -> None:
             (cut.ranges.low[target], fresh.ranges.low[target]),
             (cut.ranges.high[target], fresh.ranges.high[target]),
             (cut.residual[target], fresh.residual[target]),
-            (cut.jacobians.outer[target].value, fresh.jacobians.outer[target].value),
+            (cut.jacobians.outer[target].matrix.dense, fresh.jacobians.outer[target].matrix.dense),
         ):
             assert torch.allclose(one, other, rtol=1e-9, atol=1e-13)
-
-
-def test_supports_change_no_form() -> None:
-    """Rows grouped by where they are not zero, or not: the same quadratic forms."""
-    g = torch.Generator().manual_seed(0)
-    mask = (torch.rand(6, 40, generator=g) < 0.15).repeat(5, 1)
-    mask[7] = False
-    for batch in (1, 3):
-        u = torch.randn(3, 30, 40, generator=g, dtype=D) * mask
-        matrix = torch.randn(batch, 40, 40, generator=g, dtype=D)
-        found = RowSparsity.of(u)
-        assert found.groups is not None
-        assert sum(len(rows) for rows, _ in found.groups) == 30
-        expected = torch.einsum("bmi,bij,bmj->bm", u, matrix.expand(3, -1, -1), u)
-        assert torch.allclose(found.forms(u, matrix), expected, rtol=1e-12, atol=1e-12)
-    assert RowSparsity.of(torch.ones(1, 4, 9)).groups is None
-
-
-def test_forms_added_by_supports_are_those_of_the_whole() -> None:
-    """A^T diag(w) A of a convolution's Jacobian, patch by patch."""
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(2, 1, 3, 3, dtype=D, generator=generator)
-    units = torch.eye(64, dtype=D).reshape(64, 1, 8, 8)
-    matrix = torch.nn.functional.conv2d(units, weight, padding=1).flatten(1).T.unsqueeze(0)
-    weights = torch.rand(3, matrix.shape[1], dtype=D, generator=generator)
-    found = RowSparsity.of(matrix)
-    assert found.groups is not None
-    assert len(found.groups) == 64
-    total = torch.ones(3, 64, 64, dtype=D)
-    found.add_form(total, matrix, weights)
-    whole = 1 + (matrix * weights.unsqueeze(2)).mT @ matrix
-    assert torch.allclose(total, whole, rtol=1e-12)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.jacobians import Rows
+from certify_cli.bounds.linear_maps.row_matrices import Whole
+from certify_cli.bounds.linear_maps.row_products import InexactRows
 from certify_cli.bounds.remainder import trust_region
 from certify_cli.bounds.remainder.trust_region import Quadratic, trust_region_loss
-from certify_cli.network.propagate import Vectors
 
 D = torch.float64
 BATCH = 6
@@ -34,15 +36,19 @@ def problem(shape: str, seed: int, rest: float = 0.3, size: float = 1.0) -> tupl
 
     inputs, blocks = SHAPES[shape]
     made = tuple(size * random(1 if shared else BATCH, rows, inputs) for rows, shared in blocks)
-    rows = Rows.of(made, tuple(torch.zeros(b.shape[:2], dtype=D) for b in made))
+    rows = stack(made, [torch.zeros(b.shape[:2], dtype=D) for b in made])
     weights = random(BATCH, rows.count).abs() * torch.randint(0, 3, (BATCH, rows.count), generator=g).clamp(max=1)
     beyond = rest * random(BATCH, rows.count).abs()
     gradient = random(BATCH, inputs) * 10 ** (2 * random(BATCH, 1))
     return Quadratic(rows, weights, beyond), gradient, 10 ** (0.5 * random(BATCH))
 
 
+def stack(blocks: Sequence[Tensor], errors: Sequence[Tensor]) -> Rows:
+    return Rows.of(tuple(InexactRows(Whole(b), e) for b, e in zip(blocks, errors, strict=True)))
+
+
 def stacked(rows: Rows) -> Tensor:
-    return torch.cat([b.expand(BATCH, -1, -1) for b in rows.blocks], dim=1)
+    return torch.cat([b.matrix.dense.expand(BATCH, -1, -1) for b in rows.blocks], dim=1)
 
 
 def loss(quadratic: Quadratic, gradient: Tensor, d: Tensor) -> Tensor:
@@ -161,12 +167,10 @@ def test_rows_and_gradients_within_their_errors(shape: str, seed: int) -> None:
     """The exact rows are off by their errors, which the rest covers on the ball; the gradient by its own."""
     quadratic, gradient, radius = problem(shape, seed, rest=0.05)
     g = torch.Generator().manual_seed(seed)
-    off = [0.1 * torch.randn(b.shape, generator=g, dtype=D) for b in quadratic.rows.blocks]
-    rows = Rows.of(
-        tuple(b + o for b, o in zip(quadratic.rows.blocks, off, strict=True)),
-        tuple(o.norm(dim=2) for o in off),
-    )
-    reach = torch.cat([e.expand(BATCH, -1) for e in rows.errors], dim=1) * radius.unsqueeze(1)
+    blocks = [b.matrix.dense for b in quadratic.rows.blocks]
+    off = [0.1 * torch.randn(b.shape, generator=g, dtype=D) for b in blocks]
+    rows = stack([b + o for b, o in zip(blocks, off, strict=True)], [o.norm(dim=2) for o in off])
+    reach = torch.cat([b.error.expand(BATCH, -1) for b in rows.blocks], dim=1) * radius.unsqueeze(1)
     given = Quadratic(rows, quadratic.weights, quadratic.residual + reach)
     away = torch.randn(gradient.shape, generator=g, dtype=D)
     value = trust_region_loss(
@@ -187,7 +191,7 @@ def test_rows_of_any_size(shape: str, scale: float) -> None:
     plain, gradient, radius = problem(shape, 1)
     found = worst(plain, gradient, radius)
     _, mu = optimum(plain, gradient, radius)
-    rows = Rows.of(tuple(b * scale for b in plain.rows.blocks), plain.rows.errors)
+    rows = stack([b.matrix.dense * scale for b in plain.rows.blocks], [b.error for b in plain.rows.blocks])
     scaled = Quadratic(rows, plain.weights, plain.residual)
     value = bound(scaled, gradient * scale, radius / scale, mu * scale**2, 0.3)
     assert bool((value >= found * (1 - 1e-12)).all())
@@ -207,7 +211,8 @@ def test_what_is_no_number_claims_nothing(shape: str, spoilt: float) -> None:
     assert plain.weights[1, unused] == 0
     for part in ("rest", "rest of no weight", "weight", "gradient", "row", "radius"):
         rest, weights, g, e = plain.residual.clone(), plain.weights.clone(), gradient.clone(), radius.clone()
-        blocks = [b.clone() for b in plain.rows.blocks]
+        blocks = [b.matrix.dense.clone() for b in plain.rows.blocks]
+        errors = [b.error for b in plain.rows.blocks]
         if part == "rest":
             rest[1, used] = spoilt
         elif part == "rest of no weight":
@@ -220,7 +225,7 @@ def test_what_is_no_number_claims_nothing(shape: str, spoilt: float) -> None:
             blocks[1][1, 0, 0] = spoilt
         else:
             e[1] = spoilt
-        value = bound(Quadratic(Rows.of(tuple(blocks), plain.rows.errors), weights, rest), g, e, mu, 0.3)
+        value = bound(Quadratic(stack(blocks, errors), weights, rest), g, e, mu, 0.3)
         # no weight times an infinite rest may be read as nothing, or as unknown: never as if there were no rest at all
         assert bool(value[1].isinf()) or (part == "rest of no weight" and float(value[1]) >= float(clean[1])), part
         assert torch.allclose(value[[0, 2, 3, 4, 5]], clean[[0, 2, 3, 4, 5]], rtol=1e-9)
@@ -245,18 +250,25 @@ def test_rows_know_their_gram_matrix(shape: str) -> None:
     quadratic, gradient, _ = problem(shape, 5)
     rows, a = quadratic.rows, stacked(quadratic.rows)
     assert (rows.gram is None) == (rows.count > rows.inputs)
-    assert bool((rows.squared >= (a @ a.mT).square() * (1 - 1e-15)).all())
+    w = torch.rand(BATCH, 3, rows.count, generator=torch.Generator().manual_seed(6), dtype=D)
+    form = rows.squared_form(w)
+    assert form is not None
+    exact_form = torch.einsum("bri,bij,brj->br", w, (a @ a.mT).square(), w)
+    assert bool((form >= exact_form * (1 - 1e-12)).all())
+    assert torch.allclose(form, exact_form, rtol=1e-9)
     assert torch.allclose(rows.apply(gradient), (a @ gradient.unsqueeze(2)).squeeze(2))
     p = quadratic.weights
     assert torch.allclose(rows.transpose(p), (a.mT @ p.unsqueeze(2)).squeeze(2))
     index = torch.tensor([4, 4, 0])
     part = rows.at(index)  # with what was computed before, and without
-    fresh = Rows.of(rows.blocks, rows.errors).at(index)
+    fresh = Rows.of(rows.blocks).at(index)
     if rows.gram is not None:
         assert torch.allclose(rows.gram, a @ a.mT, rtol=0, atol=1e-13)
         assert torch.equal(part.gram, rows.gram.expand(BATCH, -1, -1)[index])
         assert torch.allclose(fresh.gram, part.gram, rtol=0, atol=1e-13)
-    assert torch.equal(part.squared.expand(3, -1, -1), rows.squared.expand(BATCH, -1, -1)[index])
+    again = part.squared_form(w[index])
+    assert again is not None
+    assert torch.allclose(again, form[index], rtol=1e-12)
     matrix, slack = quadratic.matrix()
     exact = torch.linalg.eigvalsh(a.mT @ (p.unsqueeze(2) * a))[:, -1]
     assert torch.allclose(torch.linalg.eigvalsh(matrix)[:, -1], exact, rtol=1e-9)
@@ -266,8 +278,7 @@ def test_rows_know_their_gram_matrix(shape: str) -> None:
 def test_squared_gram_covers_rows_within_their_errors() -> None:
     g = torch.Generator().manual_seed(0)
     value, error = torch.randn(3, 5, 8, generator=g, dtype=D), 0.3 * torch.rand(3, 5, generator=g, dtype=D)
-    rows = Vectors(value, error)
-    squared = rows.squared_products(rows)
+    squared = InexactRows(Whole(value), error).squares.dense
     for _ in range(200):
         off = torch.randn(3, 5, 8, generator=g, dtype=D)
         # the same direction for all rows is the worst

@@ -1,97 +1,114 @@
-"""Every pre-activation's Jacobian, and its derivative by every earlier activation, in a linearised network (theory 4).
+"""Jacobians of the pre-activations at each sample, pulled back row by row, with bounds of their errors.
 
-    z_l(x+d) - z_l(x) = A_l d + sum over earlier nonlinear k of  B_lk q_k ,      q_k = phi(z_k+D_k) - phi(z_k) - s_k D_k
-
-A_l = dz_l/dx and B_lk = dz_l/dh_k are total derivatives, h_k taken as a free variable. Both are computed by pulling
-unit vectors back from pre-activation l. Every row carries a bound of its Euclidean error.
+The rows of A_l and B_lk (theory section 4) come from pulling unit vectors back from pre-activation l, on the windows
+that they see where l is the image of a convolution (`linear_forms`). Every row carries a bound of its Euclidean error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.linear_maps.row_operators import Operator, Whole, operator, times, transposed
-from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
-from certify_cli.network.graph import Network
-from certify_cli.network.propagate import NodeVjp, Vectors, vjp
+from certify_cli.bounds.linear_maps.row_matrices import Matrix, Whole, matrix_of, times, transposed
+from certify_cli.bounds.linear_maps.row_products import InexactRows, products_size, squared_products
+from certify_cli.network.affine import AffineOp
+from certify_cli.network.graph import Concat, Network, Shape
+from certify_cli.network.linear_forms import Forms, unit_forms
+from certify_cli.network.propagate import NodeVjp, Slope, Vectors, affine_error, vjp
+from certify_cli.network.walk import Backward, backward
 from certify_cli.numerics.batched import estimate_dtype
-from certify_cli.numerics.rounding import UNDERFLOW, gamma, power_of_two, up
+from certify_cli.numerics.rounding import UNIT, power_of_two, up
 from certify_cli.numerics.trees import Batched
+
+SQUARED_ENTRIES = 2**23
+"""Largest number of squared products of rows that are formed to bound all rivals at once (64 MiB a sample)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(Batched, shared=("blocks", "errors", "gram"), constant=("sparsity",)):
+class Rows(Batched, shared=("blocks", "gram")):
     """The Jacobians A_l of several pre-activations, stacked into one matrix A of `count` rows.
 
-    blocks: A_l, one per pre-activation, (batch or 1, size, inputs); batch 1 where all samples share it.
-    errors: per block, (batch or 1, size): upper bounds of the Euclidean error of each row.
-    sparsity: per block, which columns its rows use; dense where `gram` is given.
-    operators: the blocks in the form in which they are multiplied.
+    blocks: A_l, one per pre-activation; batch 1 where all samples share it.
     gram: A A^T as computed, (batch or 1, count, count); None where A has more rows than columns.
     estimates: A A^T / unit^2 where `gram` is given, else the blocks of A / unit. They may be in single precision, and
         serve estimates only, no bound.
     unit: a power of two near the largest entry of A.
     """
 
-    blocks: tuple[Tensor, ...]
-    errors: tuple[Tensor, ...]
-    sparsity: tuple[RowSparsity, ...]
-    operators: tuple[Operator, ...]
+    blocks: tuple[InexactRows, ...]
     gram: Tensor | None
-    estimates: tuple[Operator, ...]
+    estimates: tuple[Matrix, ...]
     unit: float
 
     @classmethod
-    def of(cls, blocks: tuple[Tensor, ...], errors: tuple[Tensor, ...]) -> Rows:
-        count, inputs = sum(block.shape[1] for block in blocks), blocks[0].shape[2]
-        unit = max(power_of_two(block) for block in blocks)
+    def of(cls, blocks: tuple[InexactRows, ...]) -> Rows:
+        count, inputs = sum(block.matrix.shape[0] for block in blocks), blocks[0].matrix.shape[1]
+        unit = max(power_of_two(block.matrix.values) for block in blocks)
         dtype = estimate_dtype(min(count, inputs))
         if count <= inputs:
-            gram = _stacked_gram(blocks)
-            dense = tuple(RowSparsity(None) for _ in blocks)
-            whole = tuple(Whole(block) for block in blocks)
-            return cls(blocks, errors, dense, whole, gram, (Whole(gram / unit).over(unit, dtype),), unit)
-        sparsity = tuple(RowSparsity.of(block) for block in blocks)
-        operators = tuple(operator(block, s) for block, s in zip(blocks, sparsity, strict=True))
-        return cls(blocks, errors, sparsity, operators, None, tuple(o.over(unit, dtype) for o in operators), unit)
+            gram = _stacked_gram([block.matrix.dense for block in blocks])
+            return cls(blocks, gram, (Whole(gram / unit).over(unit, dtype),), unit)
+        return cls(blocks, None, tuple(block.matrix.over(unit, dtype) for block in blocks), unit)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of rows of each block."""
+        return tuple(block.matrix.shape[0] for block in self.blocks)
 
     @property
     def count(self) -> int:
-        return sum(block.shape[1] for block in self.blocks)
+        return sum(self.sizes)
 
     @property
     def inputs(self) -> int:
-        return self.blocks[0].shape[2]
-
-    @cached_property
-    def sizes(self) -> tuple[Tensor, ...]:
-        """Upper bounds (batch or 1, size) of the norms of the computed rows."""
-        return tuple(Vectors(b, e).size for b, e in zip(self.blocks, self.errors, strict=True))
+        return self.blocks[0].matrix.shape[1]
 
     def apply(self, d: Tensor) -> Tensor:
         """A d: (batch, inputs) -> (batch, count)."""
-        return times(self.operators, d)
+        return times([block.matrix for block in self.blocks], d)
 
     def transpose(self, p: Tensor) -> Tensor:
         """A^T p: (batch, count) -> (batch, inputs)."""
-        return transposed(self.operators, p)
+        return transposed([block.matrix for block in self.blocks], p)
 
     @cached_property
-    def squared(self) -> Tensor:
-        """Entrywise upper bounds (batch or 1, count, count) of (A A^T)^2, for the computed A."""
-        gram = _stacked_gram(self.blocks) if self.gram is None else self.gram
-        sizes = torch.cat([s.expand(len(gram), -1) for s in self.sizes], dim=1)
-        # every entry of the Gram matrix is computed within gamma_n |A_i row| |A_j row|
-        slack = gamma(self.inputs + 2) * sizes.unsqueeze(2) * sizes.unsqueeze(1)
-        return up((gram.abs() + slack).square(), 8) + UNDERFLOW
+    def squares(self) -> tuple[tuple[Matrix, ...], ...] | None:
+        """Upper bounds of (A A^T)^2, entry by entry, by pairs of blocks, the second one not behind the first.
+
+        None where they have more than SQUARED_ENTRIES entries a sample.
+        """
+        found, entries = [], 0
+        for i, block in enumerate(self.blocks):
+            row = []
+            for other in self.blocks[: i + 1]:
+                if products_size(block.matrix, other.matrix) > SQUARED_ENTRIES - entries:
+                    return None
+                row.append(block.squares if other is block else squared_products(block, other))
+                entries += row[-1].values[0].numel()
+            found.append(tuple(row))
+        return tuple(found)
+
+    def squared_form(self, w: Tensor) -> Tensor | None:
+        """w^T M w (batch, several) of w (batch, several, count) >= 0, M of `squares`, not rounded; None without them.
+
+        A sum of at most count (count + 2) products of three numbers.
+        """
+        if self.squares is None:
+            return None
+        parts = w.split(self.sizes, dim=2)
+        total = torch.zeros_like(w[..., 0])
+        for i, row in enumerate(self.squares):
+            for j, square in enumerate(row):
+                form = (square.times(parts[j]) * parts[i]).sum(2)
+                total = total + (form if i == j else 2 * form)
+        return total
 
 
-def _stacked_gram(blocks: tuple[Tensor, ...]) -> Tensor:
+def _stacked_gram(blocks: Sequence[Tensor]) -> Tensor:
     """A A^T as computed, (batch or 1, count, count). Each pair of blocks is multiplied once."""
     number = range(len(blocks))
     products = {(i, j): blocks[i] @ blocks[j].mT for i in number for j in range(i + 1)}
@@ -104,33 +121,71 @@ def _stacked_gram(blocks: tuple[Tensor, ...]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Jacobians(Batched, shared=("outer", "inner")):
-    """The Jacobians of every pre-activation, as vectors (batch or 1, rows, size).
+    """The Jacobians of every pre-activation.
 
     outer: A_l by pre-activation, in topological order.
     inner: B_lk by (pre-activation, nonlinear node).
     rows: all A_l, stacked in the order of `outer`.
     """
 
-    outer: Mapping[int, Vectors]
-    inner: Mapping[tuple[int, int], Vectors]
+    outer: Mapping[int, InexactRows]
+    inner: Mapping[tuple[int, int], InexactRows]
     rows: Rows
-
-    @classmethod
-    def of(cls, outer: Mapping[int, Vectors], inner: Mapping[tuple[int, int], Vectors]) -> Jacobians:
-        return cls(
-            outer, inner, Rows.of(tuple(v.value for v in outer.values()), tuple(v.error for v in outer.values()))
-        )
 
     @property
     def pre_activations(self) -> tuple[int, ...]:
         return tuple(self.outer)
 
 
-def pulled_rows(network: Network, target: int, node_vjps: Mapping[int, NodeVjp]) -> dict[int, Vectors]:
-    """The rows A_l (key 0) and B_lk (keyed by nonlinear node) of pre-activation `target`, (batch or 1, size, inputs).
+@dataclass(frozen=True, eq=False)
+class _Pulled:
+    """Forms as computed, and upper bounds (batch or 1, rows) of their Euclidean errors."""
 
-    node_vjps: the linear map that stands for each nonlinear node; a node without one is cut.
+    forms: Forms
+    error: Tensor
+
+
+def jacobian_rows(network: Network, target: int, slopes: Mapping[int, Slope]) -> dict[int, InexactRows]:
+    """The rows A_l (key 0) and B_lk (keyed by nonlinear node) of pre-activation `target`.
+
+    slopes: of the nonlinear nodes; a node without is cut.
     """
+
+    def affine(index: int, op: AffineOp, rows: _Pulled, shape: Shape) -> _Pulled:
+        return _Pulled(rows.forms.back(op, shape), affine_error(op, rows.forms.size, rows.error, shape))
+
+    def split(op: Concat, rows: _Pulled, shapes: list[Shape]) -> list[_Pulled]:
+        return [_Pulled(part, rows.error) for part in rows.forms.split(op, shapes)]
+
+    found: dict[int, _Pulled] = {}
+
+    def nonlinear(index: int, rows: _Pulled) -> _Pulled | None:
+        found[index] = rows
+        if index not in slopes:
+            return None
+        slope, forms = slopes[index], rows.forms
+        assert isinstance(slope.value, Tensor)
+        scaled = forms.at(forms.values * forms.entries(slope.value))
+        return _Pulled(scaled, slope.row_error(forms.size, rows.error))
+
+    def merge(index: int, total: _Pulled, rows: _Pulled) -> _Pulled:
+        forms = total.forms.plus(rows.forms)
+        return _Pulled(forms, up(total.error + rows.error + UNIT * forms.size, 4))
+
+    units = unit_forms(network.nodes[target].shape, torch.arange(network.nodes[target].size, device=network.device))
+    none = torch.zeros(units.values.shape[:2], dtype=torch.float64, device=network.device)
+    at_input = backward(network, target, _Pulled(units, none), Backward(affine, split, nonlinear, merge))
+    if at_input is not None:
+        found[0] = at_input
+    rows = {source: InexactRows(matrix_of(pulled.forms), pulled.error) for source, pulled in found.items()}
+    if 0 not in rows:
+        zeros = torch.zeros(1, network.nodes[target].size, network.nodes[0].size, dtype=torch.float64)
+        rows[0] = InexactRows(Whole(zeros.to(none.device)), none)
+    return rows
+
+
+def pulled_rows(network: Network, target: int, node_vjps: Mapping[int, NodeVjp]) -> dict[int, Vectors]:
+    """The same rows as whole vectors (batch or 1, size, inputs), for any linear maps that stand for nonlinear nodes."""
     node = network.nodes[target]
     units = torch.eye(node.size, dtype=torch.float64, device=network.device).reshape(1, node.size, *node.shape)
     adjoints = vjp(network, units, node_vjps, target)

@@ -19,7 +19,7 @@ from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.linear_forms import Forms, WholeForms, WindowForms, mostly
+from certify_cli.network.linear_forms import unit_forms
 from certify_cli.network.propagate import consumers, is_nonlinear, pre_activation, pre_activations, rows_cost, vjp_cost
 from certify_cli.numerics.rounding import UNDERFLOW
 
@@ -104,15 +104,6 @@ def is_curved(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Tensor:
     return ~(steepest - flattest <= UNDERFLOW)
 
 
-def unit_forms(network: Network, target: int, rows: Tensor, sign: Tensor) -> Forms:
-    """Units of node `target`, times `sign`, as linear forms in its value; rows: (count,), flat indices."""
-    node = network.nodes[target]
-    if len(node.shape) > 1 and not mostly([1] * (len(node.shape) - 1), node.shape[1:]):
-        return WindowForms.units(rows, node.shape, sign)
-    units = torch.nn.functional.one_hot(rows, node.size).to(sign.dtype) * sign.unsqueeze(1)
-    return WholeForms(units.reshape(1, -1, *node.shape))
-
-
 def offset_bounds(relaxed: RelaxedNetwork, target: int, rows: Tensor, memory: int) -> tuple[Tensor, Tensor]:
     """Upper bounds (batch, count) of the decrease and of the increase of units of node `target` on the balls.
 
@@ -124,7 +115,7 @@ def offset_bounds(relaxed: RelaxedNetwork, target: int, rows: Tensor, memory: in
     parts = []
     for part in rows.split(chunk):
         sign = torch.ones(len(part), dtype=radius.dtype, device=radius.device)
-        forms = unit_forms(network, target, torch.cat([part, part]), torch.cat([sign, -sign]))
+        forms = unit_forms(network.nodes[target].shape, torch.cat([part, part]), torch.cat([sign, -sign]))
         parts.append(relaxed.loss(forms, target).on(radius).reshape(len(radius), 2, -1))
     lower, upper = torch.cat(parts, dim=2).unbind(1)
     return lower, upper

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.linear_maps.jacobians import Jacobians, pulled_rows
-from certify_cli.bounds.linear_maps.row_sparsity import RowSparsity
+from certify_cli.bounds.linear_maps.jacobians import Jacobians, Rows, jacobian_rows
+from certify_cli.bounds.linear_maps.row_matrices import Matrix
+from certify_cli.bounds.linear_maps.row_products import InexactRows, forms, squared_products_at, squares_for
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.remainder.weighted_squares import RemainderSum, joint
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-from certify_cli.network.propagate import Slope, Vectors, consumers, nonlinear_nodes, pre_activation
-from certify_cli.numerics.batched import vector_times_matrix
+from certify_cli.network.propagate import Slope, consumers, nonlinear_nodes, pre_activation
 from certify_cli.numerics.rounding import UNDERFLOW, positive_up, up, vector_norm_up
 from certify_cli.numerics.trees import Batched
 
@@ -32,23 +32,36 @@ MIXED = 0.2
 
 
 @dataclass(frozen=True, eq=False)
-class Linearisation(Batched, shared=("squared", "crossed"), constant=("sparsity",)):
+class Linearisation(Batched, shared=("products",)):
     """The slopes of (2), and all that depends on them but not on the ball.
 
     slopes: of every nonlinear node that a pre-activation follows.
     chorded: by the same nodes, (batch, size): where the slope is the chord's, not the tangent's.
     jacobians: A_l and B_lk with these slopes.
-    squared: by pre-activation, upper bounds (batch or 1, size, size) of the squared entries of A_l A_l^T.
-    sparsity: by (pre-activation, nonlinear node), of the rows of B_lk.
-    crossed: by the same, the squared products of the rows of A_l and A_k (see `RowSparsity.products`).
+    products: by (pre-activation, nonlinear node), what B_lk's weighted sums of squares are bounded with.
     """
 
     slopes: Mapping[int, Slope]
     chorded: Mapping[int, Tensor]
     jacobians: Jacobians
-    squared: Mapping[int, Tensor]
-    sparsity: Mapping[tuple[int, int], RowSparsity]
-    crossed: Mapping[tuple[int, int], tuple[Tensor, ...]]
+    products: Mapping[tuple[int, int], SourceProducts]
+
+
+@dataclass(frozen=True, eq=False)
+class SourceProducts(Batched, shared=("squared", "crossed")):
+    """Squared products of the rows of A_l and A_k, as B_lk needs them (`row_products`).
+
+    squared: of the rows of A_k with each other, as `forms` takes them.
+    crossed: of those of A_l and A_k, shaped as the values of B_lk.
+    """
+
+    squared: Matrix | Tensor
+    crossed: Tensor
+
+    @classmethod
+    def of(cls, block: InexactRows, after: InexactRows, before: InexactRows) -> SourceProducts:
+        """block: B_lk.   after, before: A_l and A_k."""
+        return cls(squares_for(block.matrix, before), squared_products_at(block.matrix, after, before))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +99,6 @@ class RemainderRange:
     bottom, top, lower, upper: (batch, size); bottom, lower <= 0 <= top, upper.
     half_square: (batch, size), t^2 / 2 at its largest, up.
     residual: (batch, size), upper bounds of |D_k - A_k d|.
-    squared: (batch or 1, size, size), the squared entries of A_k A_k^T, up.
     """
 
     bottom: Tensor
@@ -95,7 +107,6 @@ class RemainderRange:
     upper: Tensor
     half_square: Tensor
     residual: Tensor
-    squared: Tensor
 
     @property
     def norm(self) -> Tensor:
@@ -110,7 +121,7 @@ def expand_on_ball(
     """The expansion on the balls of `start`, with ranges that are never wider.
 
     given: a linearisation made for other balls of the same samples. By default one is made for these balls.
-    like: another linearisation of the network, to take the Gram matrices from that do not depend on slopes.
+    like: another linearisation of the same samples, to take from what does not depend on slopes.
 
     In a new linearisation a neuron's slope is phi'(z), with the quadratic remainder of theory section 4, or the
     chord's, with an interval, where the quadratic would be much larger (a wide range, saturated ends). Pre-activations
@@ -118,7 +129,7 @@ def expand_on_ball(
     """
     network, radius = point.network, start.radius
     low, high, residual = dict(start.low), dict(start.high), {}
-    parts = _Parts() if given is None else _Parts.of(given)
+    parts = _Parts(like) if given is None else _Parts.of(given)
     remainders: dict[int, RemainderRange] = {}
     last = nonlinear_nodes(network)[-1]
     for target in sorted({pre_activation(network, k) for k in nonlinear_nodes(network)}):
@@ -126,12 +137,11 @@ def expand_on_ball(
             parts.pull(network, target)
         linear = parts.outer[target]
         sums = [
-            remainder_sums(block, remainders[source], parts.sparsity[target, source], parts.crossed[target, source])
+            remainder_sums(block, remainders[source], parts.products[target, source])
             for (to, source), block in parts.inner.items()
             if to == target
         ]
-        size = up(linear.size + linear.error, 2)
-        upper, lower = (joint(size, radius, side) for side in ([s[0] for s in sums], [s[1] for s in sums]))
+        upper, lower = (joint(linear.length, radius, side) for side in ([s[0] for s in sums], [s[1] for s in sums]))
         separate = [torch.maximum(*(side.separate(radius) for side in sides)) for sides in sums]
         error_term = radius.unsqueeze(1) * linear.error
         residual[target] = up(torch.stack([*separate, error_term]).sum(0), len(separate) + 4) + UNDERFLOW
@@ -140,32 +150,24 @@ def expand_on_ball(
         high[target] = torch.fmin(torch.fmin(high[target], upper), norm)
         ranges = Ranges(radius, low, high, start.norm)
         for layer in (k for k in consumers(network, target) if k < last):
-            if target not in parts.squared:
-                if like is not None and not parts.slopes:  # A_l depends on no slope yet
-                    parts.squared[target] = like.squared[target]
-                else:
-                    parts.squared[target] = linear.squared_products(linear)
             on = activation_on_range(point, layer, ranges)
             if layer not in parts.slopes:
                 parts.slopes[layer], parts.chorded[layer] = chosen_slopes(point, layer, on)
             slope, chorded = parts.slopes[layer], parts.chorded[layer]
-            remainders[layer] = range_of_remainder(
-                point, layer, on, slope, chorded, residual[target], parts.squared[target]
-            )
+            remainders[layer] = range_of_remainder(point, layer, on, slope, chorded, residual[target])
     return BallExpansion(given or parts.linearisation(), Ranges(radius, low, high, start.norm), residual)
 
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """A linearisation as it grows, node by node; its fields."""
+    """A linearisation as it grows, node by node; its fields.   like: see `expand_on_ball`."""
 
+    like: Linearisation | None = None
     slopes: dict[int, Slope] = field(default_factory=dict)
     chorded: dict[int, Tensor] = field(default_factory=dict)
-    outer: dict[int, Vectors] = field(default_factory=dict)
-    inner: dict[tuple[int, int], Vectors] = field(default_factory=dict)
-    squared: dict[int, Tensor] = field(default_factory=dict)
-    sparsity: dict[tuple[int, int], RowSparsity] = field(default_factory=dict)
-    crossed: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict)
+    outer: dict[int, InexactRows] = field(default_factory=dict)
+    inner: dict[tuple[int, int], InexactRows] = field(default_factory=dict)
+    products: dict[tuple[int, int], SourceProducts] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: Linearisation) -> _Parts:
@@ -175,24 +177,24 @@ class _Parts:
             chorded=dict(given.chorded),
             outer=dict(given.jacobians.outer),
             inner=dict(given.jacobians.inner),
-            squared=dict(given.squared),
-            sparsity=dict(given.sparsity),
-            crossed=dict(given.crossed),
+            products=dict(given.products),
         )
 
     def pull(self, network: Network, target: int) -> None:
         """Add the Jacobians of one pre-activation node, and the products of their rows."""
-        rows = pulled_rows(network, target, self.slopes)
+        if self.like is not None and all(to != target for to, _ in self.like.jacobians.inner):
+            self.outer[target] = self.like.jacobians.outer[target]  # it depends on no slope
+            return
+        rows = jacobian_rows(network, target, self.slopes)
         self.outer[target] = rows.pop(0)
         for source, block in rows.items():
             pair, before = (target, source), self.outer[pre_activation(network, source)]
             self.inner[pair] = block
-            self.sparsity[pair] = RowSparsity.of(block.value)
-            self.crossed[pair] = self.sparsity[pair].products(self.outer[target], before)
+            self.products[pair] = SourceProducts.of(block, self.outer[target], before)
 
     def linearisation(self) -> Linearisation:
-        jacobians = Jacobians.of(self.outer, self.inner)
-        return Linearisation(self.slopes, self.chorded, jacobians, self.squared, self.sparsity, self.crossed)
+        jacobians = Jacobians(self.outer, self.inner, Rows.of(tuple(self.outer.values())))
+        return Linearisation(self.slopes, self.chorded, jacobians, self.products)
 
 
 def chosen_slopes(point: EvaluatedPoints, layer: int, on: ActivationOnInterval) -> tuple[Slope, Tensor]:
@@ -213,12 +215,10 @@ def range_of_remainder(
     slope: Slope,
     chorded: Tensor,
     residual: Tensor,
-    squared: Tensor,
 ) -> RemainderRange:
     """Bounds of a node's remainders: an interval where the slope is the chord's (`chorded`), else a quadratic.
 
-    With the quadratic there is an interval for the error of the computed tangent. residual, squared: see
-    `RemainderRange`.
+    With the quadratic there is an interval for the error of the computed tangent. residual: see `RemainderRange`.
     """
     error = point.slopes[layer].error.flatten(1)  # type: ignore[union-attr]
     magnitude = torch.maximum(-on.lo, on.hi)
@@ -229,7 +229,7 @@ def range_of_remainder(
     if not bool(chorded.all()):
         low, high = on.at(~chorded).quadratic_coefficients()
         bottom[~chorded], top[~chorded] = low.clamp(max=0.0), high.clamp(min=0.0)
-    return RemainderRange(bottom, top, lower, upper, up(0.5 * magnitude.square(), 2), residual, squared)
+    return RemainderRange(bottom, top, lower, upper, up(0.5 * magnitude.square(), 2), residual)
 
 
 def chords(on: ActivationOnInterval, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,26 +244,24 @@ def chords(on: ActivationOnInterval, otherwise: Tensor) -> tuple[Tensor, Tensor,
 
 
 def remainder_sums(
-    block: Vectors, q: RemainderRange, sparsity: RowSparsity, crossed: tuple[Tensor, ...]
+    block: InexactRows, q: RemainderRange, products: SourceProducts
 ) -> tuple[RemainderSum, RemainderSum]:
-    """Bounds of sum_j B_ij q_j on the ball, and of its negative.
-
-    block: B.   q: of the source.   sparsity: of B's rows.   crossed: squared products of the rows of A_i and A_j.
-    """
-    terms = block.value.shape[2] + 6
+    """Bounds of sum_j B_ij q_j on the ball, and of its negative.   block: B.   q: of the source."""
+    matrix, terms = block.matrix, block.matrix.shape[1] + 6
     slack = up(block.error * q.norm.unsqueeze(1)) + UNDERFLOW
-    positive, negative = block.value.clamp(min=0.0), (-block.value).clamp(min=0.0)
+    top, bottom = (matrix.at_columns(t) for t in (q.top, -q.bottom))
+    residual_square = positive_up(q.residual.square())
+    positive, negative = matrix.values.clamp(min=0.0), (-matrix.values).clamp(min=0.0)
 
     def remainder_sum(plus: Tensor, minus: Tensor) -> RemainderSum:
-        u = plus * q.top.unsqueeze(1) + minus * (-q.bottom).unsqueeze(1)
+        u = matrix.put_values(plus * top + minus * bottom)
+        above, below = matrix.put_values(plus), matrix.put_values(minus)
         return RemainderSum(
-            eigenvalue=up((up(sparsity.forms(u, q.squared), 2 * terms) + UNDERFLOW).sqrt(), 2),
-            row_form=up(sparsity.sums(u, crossed), terms) + UNDERFLOW,
-            residual=up(vector_times_matrix(positive_up(q.residual.square()), u.mT), terms) + UNDERFLOW,
-            square_sum=up(vector_times_matrix(q.half_square, u.mT), terms),
-            constant=up(
-                up(vector_times_matrix(q.upper, plus.mT) + vector_times_matrix(-q.lower, minus.mT), terms) + slack
-            ),
+            eigenvalue=up((up(forms(u, products.squared), 2 * terms) + UNDERFLOW).sqrt(), 2),
+            row_form=up(u.row_sums(u.values * products.crossed), terms) + UNDERFLOW,
+            residual=up(u.times(residual_square), terms) + UNDERFLOW,
+            square_sum=up(u.times(q.half_square), terms),
+            constant=up(up(above.times(q.upper) + below.times(-q.lower), terms) + slack),
         )
 
     return remainder_sum(positive, negative), remainder_sum(negative, positive)

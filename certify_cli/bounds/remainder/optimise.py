@@ -215,7 +215,7 @@ class Problem:
 
     def _by_pre_activation(self, rows: Tensor) -> dict[int, Tensor]:
         """Stacked rows (items, count), split by pre-activation node."""
-        parts = rows.split([block.shape[1] for block in self.jacobians.rows.blocks], dim=1)
+        parts = rows.split(self.jacobians.rows.sizes, dim=1)
         return dict(zip(self.jacobians.pre_activations, parts, strict=True))
 
     def gradient_of(self, choice: Choice) -> Tensor:

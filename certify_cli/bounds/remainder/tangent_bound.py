@@ -23,9 +23,6 @@ from certify_cli.network.propagate import Slope, Vectors, nonlinear_nodes, pre_a
 from certify_cli.numerics.rounding import UNDERFLOW, positive_up, powers_of_two, up, vector_norm_up
 from certify_cli.numerics.trees import Batched
 
-SQUARED_ENTRIES = 2**23
-"""Size up to which the stacked Gram matrix is squared entrywise in `joint_quadratic` (64 MiB per sample)."""
-
 
 def tangent_losses(
     point: EvaluatedPoints,
@@ -57,8 +54,9 @@ def tangent_losses(
             if part.pre_activation in by_pre_activation
             else part.weights
         )
-    if expansion is not None and expansion.jacobians.rows.count**2 <= SQUARED_ENTRIES:
-        remainder = torch.fmin(up(remainder, len(parts)), joint_quadratic(expansion, by_pre_activation))
+    together = None if expansion is None else joint_quadratic(expansion, by_pre_activation)
+    if together is not None:
+        remainder = torch.fmin(up(remainder, len(parts)), together)
     return up(linear_loss + remainder + error_terms, 4 * len(parts) + 2)
 
 
@@ -151,8 +149,8 @@ def tangent_expansions(
     )
 
 
-def joint_quadratic(ball: BallExpansion, weights: Mapping[int, Tensor]) -> Tensor:
-    """Upper bounds (batch, rivals) of 1/2 sum w D^2 over all pre-activations.
+def joint_quadratic(ball: BallExpansion, weights: Mapping[int, Tensor]) -> Tensor | None:
+    """Upper bounds (batch, rivals) of 1/2 sum w D^2 over all pre-activations; None where the rows are too many.
 
     weights: by pre-activation, (batch, rivals, size), >= 0.
 
@@ -164,7 +162,10 @@ def joint_quadratic(ball: BallExpansion, weights: Mapping[int, Tensor]) -> Tenso
     count = w.shape[2]
     unit = powers_of_two(w.flatten(0, 1)).reshape(w.shape[:2])  # so that no square of a weight underflows
     w = w / unit.unsqueeze(2)
-    form = (up((w @ rows.squared * w).sum(2), 2 * count + 4) + UNDERFLOW).sqrt().sqrt()
+    squared = rows.squared_form(w)
+    if squared is None:
+        return None
+    form = (up(squared, 2 * count + 8) + UNDERFLOW).sqrt().sqrt()
     own = (up((w * positive_up(residual.square()).unsqueeze(1)).sum(2), count + 3) + UNDERFLOW).sqrt()
     return up(unit * up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12))
 

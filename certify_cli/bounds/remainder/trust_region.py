@@ -65,7 +65,7 @@ class Quadratic(Batched):
     @property
     def trace(self) -> Tensor:
         """Trace of A^T diag(w) A, up, (batch,)."""
-        squares = torch.cat([up(s.square(), 2).expand(len(self.weights), -1) for s in self.rows.sizes], dim=1)
+        squares = torch.cat([up(b.size.square(), 2).expand(len(self.weights), -1) for b in self.rows.blocks], dim=1)
         return up((self.weights * squares).sum(1), self.weights.shape[1] + 3) + UNDERFLOW
 
     def matrix(self) -> tuple[Tensor, Tensor]:
@@ -79,10 +79,10 @@ class Quadratic(Batched):
             matrix = self.rows.gram * root.unsqueeze(2)
             matrix *= root.unsqueeze(1)
             return matrix, up((gamma(self.rows.inputs + 2) + 8 * UNIT) * self.trace, 4) + UNDERFLOW
-        parts = self.weights.split([block.shape[1] for block in self.rows.blocks], dim=1)
+        parts = self.weights.split(self.rows.sizes, dim=1)
         total = torch.zeros(batch, self.rows.inputs, self.rows.inputs, dtype=torch.float64, device=self.weights.device)
-        for block, part, sparsity in zip(self.rows.blocks, parts, self.rows.sparsity, strict=True):
-            sparsity.add_form(total, block, part)
+        for block, part in zip(self.rows.blocks, parts, strict=True):
+            block.matrix.add_form(total, part)
         return total, up(gamma(2 * count + len(parts) + 3) * self.trace, 4) + UNDERFLOW
 
     @property
@@ -153,7 +153,8 @@ class Factor:
     def _on_side(self, r: Tensor) -> Tensor:
         size = r.abs().amax(1, keepdim=True).clamp(min=TINY)  # keeps all in the range of single precision
         single = (r / size).to(self.lower.dtype).unsqueeze(2)
-        return torch.cholesky_solve(single, self.lower).squeeze(2).to(r.dtype) * size
+        half = torch.linalg.solve_triangular(self.lower, single, upper=False)
+        return torch.linalg.solve_triangular(self.lower.mT, half, upper=True).squeeze(2).to(r.dtype) * size
 
 
 def conjugate_gradients(factor: Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:

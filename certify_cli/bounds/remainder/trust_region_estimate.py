@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.linear_maps.row_operators import times, transposed
+from certify_cli.bounds.linear_maps.row_matrices import times, transposed
 from certify_cli.bounds.remainder.trust_region import Quadratic
 from certify_cli.numerics.lanczos import lanczos
 from certify_cli.numerics.rounding import TINY
