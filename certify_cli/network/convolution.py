@@ -23,6 +23,9 @@ MATERIALISE_FLOPS = 2e10
 
 WHOLE_CHUNK = 2**20
 """Entries of the unit vectors that are carried through a convolution together for it (8 MiB)."""
+PATCH_ENTRIES = 2**19
+"""torch writes out the patch that each output reads before it multiplies; a batch is convolved in parts whose patches
+have about this many entries (4 MiB), which stay in the cache."""
 MAX_PRODUCTS = 2**27
 """Largest number of products that one output channel of a convolution takes over a whole image."""
 
@@ -47,7 +50,19 @@ class Conv(AffineOp):
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         function = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
-        return function(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        together = len(x) if x.requires_grad or x.is_cuda else self._together(tuple(x.shape[1:]))
+        if together >= len(x):
+            return function(x, weight, None, *geometry)
+        image = x.new_empty(len(x), *self.output_shape(tuple(x.shape[1:])))
+        for part, into in zip(x.split(together), image.split(together), strict=True):
+            into.copy_(function(part, weight, None, *geometry))
+        return image
+
+    def _together(self, shape: Shape) -> int:
+        """How many samples are convolved together: their patches stay in the cache, and every thread has one."""
+        patch = self.weight[0].numel() * math.prod(self.output_shape(shape)[1:])
+        return max(torch.get_num_threads(), PATCH_ENTRIES // patch)
 
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
