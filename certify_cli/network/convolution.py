@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from certify_cli.network.affine import AffineOp, largest_row_sum, longest_row
 from certify_cli.network.graph import Shape, refuse_large
+from certify_cli.network.live import Box, Reach, cropped, empty, live_boxes, mostly, slices, within
 from certify_cli.numerics.eigen import mirrored
 from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, gram_norm, matrix_norm
 from certify_cli.numerics.rounding import gamma, power_of_two, times, up
@@ -49,20 +51,42 @@ class Conv(AffineOp):
         return self.weight.dim() - 2
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        function = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        together = len(x) if x.requires_grad or x.is_cuda else self._together(tuple(x.shape[1:]))
-        if together >= len(x):
-            return function(x, weight, None, *geometry)
-        image = x.new_empty(len(x), *self.output_shape(tuple(x.shape[1:])))
-        for part, into in zip(x.split(together), image.split(together), strict=True):
-            into.copy_(function(part, weight, None, *geometry))
+        shape = tuple(x.shape[1:])
+        if x.requires_grad or x.is_cuda or len(x) <= self._together(shape):
+            return self._convolved(x, weight, self.padding)
+        image = x.new_zeros(len(x), *self.output_shape(shape))
+        reach, places = self._reach, image.shape[2:]
+        for part, into, box in self._parts(x, image, shape):
+            if box is None:
+                continue
+            written = reach.places(box, places)
+            if mostly(written, places):
+                into.copy_(self._convolved(part, weight, self.padding))
+            elif not empty(written):
+                into[slices(written)] = self._convolved(cropped(part, reach.pixels(written)), weight, self._unpadded)
         return image
+
+    def _convolved(self, x: Tensor, weight: Tensor, padding: Shape) -> Tensor:
+        function = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
+        return function(x, weight, None, self.stride, padding, self.dilation, self.groups)
+
+    @property
+    def _unpadded(self) -> Shape:
+        return (0,) * self.dimensions
+
+    @cached_property
+    def _reach(self) -> Reach:
+        return Reach(tuple(self.weight.shape[2:]), self.stride, self.padding, self.dilation)
 
     def _together(self, shape: Shape) -> int:
         """How many samples are convolved together: their patches stay in the cache, and every thread has one."""
         patch = self.weight[0].numel() * math.prod(self.output_shape(shape)[1:])
         return max(torch.get_num_threads(), PATCH_ENTRIES // patch)
+
+    def _parts(self, values: Tensor, images: Tensor, shape: Shape) -> Iterator[tuple[Tensor, Tensor, Box | None]]:
+        """Values and their images part by part, and the box outside of which the values are zero."""
+        together = self._together(shape)
+        return zip(values.split(together), images.split(together), live_boxes(values, together), strict=True)
 
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
@@ -98,9 +122,27 @@ class Conv(AffineOp):
         return self._convolve(x, self._absolute_weight)
 
     def _convolve_back(self, y: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        if y.requires_grad or y.is_cuda or len(y) <= self._together(shape):
+            return self._convolved_back(y, weight, shape, self.padding)
+        image = y.new_zeros(len(y), *shape)
+        for part, into, box in self._parts(y, image, shape):
+            if box is None:
+                continue
+            read = self._reach.pixels(box)
+            written = within(read, shape[1:])
+            if mostly(written, shape[1:]):
+                into.copy_(self._convolved_back(part, weight, shape, self.padding))
+            elif not empty(written):
+                window = tuple(end - first for first, end in read)
+                found = self._convolved_back(part[slices(box)], weight, (shape[0], *window), self._unpadded)
+                begun = [(first - begin, end - begin) for (begin, _), (first, end) in zip(read, written, strict=True)]
+                into[slices(written)] = found[slices(tuple(begun))]
+        return image
+
+    def _convolved_back(self, y: Tensor, weight: Tensor, shape: Shape, padding: Shape) -> Tensor:
         function = (conv1d_input, conv2d_input, conv3d_input)[self.dimensions - 1]
         size = (len(y), *shape)
-        return function(size, weight, y, self.stride, self.padding, self.dilation, self.groups)
+        return function(size, weight, y, self.stride, padding, self.dilation, self.groups)
 
     def transpose(self, y: Tensor, shape: Shape) -> Tensor:
         return self._convolve_back(y, self.weight, shape)
