@@ -52,7 +52,7 @@ class Conv(AffineOp):
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         shape = tuple(x.shape[1:])
-        if x.requires_grad or x.is_cuda or len(x) <= self._together(shape):
+        if self._at_once(x, shape):
             return self._convolved(x, weight, self.padding)
         image = x.new_zeros(len(x), *self.output_shape(shape))
         reach, places = self._reach, image.shape[2:]
@@ -82,6 +82,9 @@ class Conv(AffineOp):
         """How many samples are convolved together: their patches stay in the cache, and every thread has one."""
         patch = self.weight[0].numel() * math.prod(self.output_shape(shape)[1:])
         return max(torch.get_num_threads(), PATCH_ENTRIES // patch)
+
+    def _at_once(self, values: Tensor, shape: Shape) -> bool:
+        return values.requires_grad or values.device.type != "cpu" or len(values) <= self._together(shape)
 
     def _parts(self, values: Tensor, images: Tensor, shape: Shape) -> Iterator[tuple[Tensor, Tensor, Box | None]]:
         """Values and their images part by part, and the box outside of which the values are zero."""
@@ -122,7 +125,7 @@ class Conv(AffineOp):
         return self._convolve(x, self._absolute_weight)
 
     def _convolve_back(self, y: Tensor, weight: Tensor, shape: Shape) -> Tensor:
-        if y.requires_grad or y.is_cuda or len(y) <= self._together(shape):
+        if self._at_once(y, shape):
             return self._convolved_back(y, weight, shape, self.padding)
         image = y.new_zeros(len(y), *shape)
         for part, into, box in self._parts(y, image, shape):

@@ -34,7 +34,9 @@ def live_boxes(images: Tensor, together: int) -> list[Box | None]:
         along = F.pad(along, (0, 0, 0, -len(live) % together)).reshape(-1, together, size).any(1).to(torch.uint8)
         ends = along.argmax(1), size - along.flip(1).argmax(1)
         axes.append(list(zip(*(end.tolist() for end in ends), along.amax(1).tolist(), strict=True)))
-    return [tuple(side[:2] for side in box) if all(side[2] for side in box) else None for box in zip(*axes, strict=True)]
+    return [
+        tuple(side[:2] for side in box) if all(side[2] for side in box) else None for box in zip(*axes, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

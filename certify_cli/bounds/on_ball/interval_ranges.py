@@ -177,9 +177,9 @@ def _through_nonlinear(point: EvaluatedPoints, index: int, before: Change) -> Ch
 
 
 def range_after_nonlinear(point: EvaluatedPoints, ranges: Ranges, target: int) -> tuple[Tensor, Tensor]:
-    """The range (low, high) of a node, narrowed by those of the pre-activations that it is a function of, entry by entry.
+    """The range (low, high) of a node, narrowed by those of the pre-activations behind which it stands.
 
-    So it is where the node is nonlinear, or a concatenation of such: what a max pooling sees behind activations.
+    For a nonlinear node or a concatenation of such, as max pooling often has them; other nodes keep their range.
     """
     network = point.network
     node = network.nodes[target]

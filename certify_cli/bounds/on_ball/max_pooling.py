@@ -166,8 +166,7 @@ class MaxPoolRelaxation:
         return image.reshape(*image.shape[:2], *self.shape)
 
     def _scattered(self, parts: Sequence[Tensor]) -> Tensor:
-        """Figures (..., channels, groups, members) of each side's members, added up by entry: (..., channels, entries).
-        """
+        """Figures (..., channels, groups, members) of each side, added up by entry: (..., channels, entries)."""
         entries = torch.Size(self.shape).numel() // self.groups.channels
         # the last entry collects the padding
         image = parts[0].new_zeros(*parts[0].shape[:-2], entries + 1)

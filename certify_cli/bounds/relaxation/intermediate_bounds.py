@@ -26,7 +26,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.network.linear_forms import Forms, WholeForms, WindowForms, mostly
-from certify_cli.network.propagate import consumers, is_nonlinear, pre_activation, pre_activations, rows_cost, vjp_cost
+from certify_cli.network.propagate import consumers, is_nonlinear, pre_activations, rows_cost, vjp_cost
 from certify_cli.numerics.rounding import UNDERFLOW
 
 NEGLIGIBLE = 1e-9
@@ -104,7 +104,6 @@ def optimised_cost(network: Network, steps: int) -> float:
 
 def is_curved(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Tensor:
     """(batch, size): where a narrower range can help: the node is not a straight line there, or the maximum is open."""
-    target = pre_activation(point.network, layer)
     if not isinstance(point.network.nodes[layer].op, Activation):
         relaxed = relax(point, layer, ranges)
         assert isinstance(relaxed, MaxPoolRelaxation)
