@@ -27,7 +27,7 @@ WHOLE_CHUNK = 2**20
 """Entries of the unit vectors that are carried through a convolution together for it (8 MiB)."""
 PATCH_ENTRIES = 2**19
 """torch writes out the patch that each output reads before it multiplies; a batch is convolved in parts whose patches
-have about this many entries (4 MiB), which stay in the cache."""
+have about this many entries for each thread (4 MiB), which stay in the cache."""
 MAX_PRODUCTS = 2**27
 """Largest number of products that one output channel of a convolution takes over a whole image."""
 
@@ -79,9 +79,9 @@ class Conv(AffineOp):
         return Reach(tuple(self.weight.shape[2:]), self.stride, self.padding, self.dilation)
 
     def _together(self, shape: Shape) -> int:
-        """How many samples are convolved together: their patches stay in the cache, and every thread has one."""
+        """How many samples are convolved together: every thread has some, whose patches stay in its cache."""
         patch = self.weight[0].numel() * math.prod(self.output_shape(shape)[1:])
-        return max(torch.get_num_threads(), PATCH_ENTRIES // patch)
+        return torch.get_num_threads() * max(1, PATCH_ENTRIES // patch)
 
     def _at_once(self, values: Tensor, shape: Shape) -> bool:
         return values.requires_grad or values.device.type != "cpu" or len(values) <= self._together(shape)
