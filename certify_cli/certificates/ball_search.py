@@ -36,6 +36,7 @@ from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, s
 from certify_cli.certificates.column_plan import (
     COLUMN_STRIDE,
     COLUMN_TOLERANCE,
+    DEAR_STRIDE,
     DEAR_TOLERANCE,
     FEW,
     most_columns,
@@ -192,8 +193,8 @@ def search_balls(
         few, most = (bending_radius(search.point, count) for count in (FEW, max(1, columns // 2)))
         few = torch.where(few.isfinite() & (few > 0), few, search.unit)
         dear = rows_are_dear(point.network, limits)
-        tolerance, ceiling = (DEAR_TOLERANCE, most) if dear else (COLUMN_TOLERANCE, None)
-        best = search.largest(bounds, few, floor, limits.balls, tolerance, ceiling, COLUMN_STRIDE)
+        options = (DEAR_TOLERANCE, most, DEAR_STRIDE) if dear else (COLUMN_TOLERANCE, None, COLUMN_STRIDE)
+        best = search.largest(bounds, few, floor, limits.balls, *options)
     elif linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
         best = search.largest(bounds, search.start(floor), floor, limits.balls, limits.tolerance)
     else:

@@ -18,8 +18,9 @@ LIVE = 4
 FEW = 150
 """Where ranges come from columns, so many units bend on the first ball, to first order. Where rows are dear as well, no
 ball is tried on which half of the columns would be needed to first order: by then more are needed than there are."""
-COLUMN_STRIDE = 3.0
-"""Largest ratio of the next radius to the last one there: where ranges run away, a ball costs most."""
+COLUMN_STRIDE, DEAR_STRIDE = 3.0, 4.0
+"""Largest ratio of the next radius to the last one there: where ranges run away, a ball costs most. Where rows are dear
+as well, fewer balls can be afforded, and no ball is far too large."""
 COLUMN_TOLERANCE, DEAR_TOLERANCE = 1e-2, 5e-2
 """The relative accuracy where ranges come from columns, and where rows are dear as well: each ball costs much."""
 

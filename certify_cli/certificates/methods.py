@@ -265,7 +265,8 @@ def _of_curvature(model_bounds: ModelBounds, predicted: Tensor) -> object:
 
 
 def _of_weights_and_lipschitz(model_bounds: ModelBounds, predicted: Tensor) -> object:
-    return model_bounds.weights, _of_lipschitz(model_bounds, predicted)
+    figures = [(block.rows, block.norm) for block in model_bounds.weights.values()]  # each is computed when asked for
+    return figures, _of_lipschitz(model_bounds, predicted)
 
 
 def _everywhere(network: Network) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from certify_cli.network.affine import AffineOp, largest_row_sum, longest_row
 from certify_cli.network.graph import Shape, refuse_large
+from certify_cli.network.live import Box, Reach, cropped, empty, live_boxes, mostly, slices, within
 from certify_cli.numerics.eigen import mirrored
 from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, gram_norm, matrix_norm
 from certify_cli.numerics.rounding import gamma, power_of_two, times, up
@@ -23,6 +25,9 @@ MATERIALISE_FLOPS = 2e10
 
 WHOLE_CHUNK = 2**20
 """Entries of the unit vectors that are carried through a convolution together for it (8 MiB)."""
+PATCH_ENTRIES = 2**19
+"""torch writes out the patch that each output reads before it multiplies; a batch is convolved in parts whose patches
+have about this many entries for each thread (4 MiB), which stay in the cache."""
 MAX_PRODUCTS = 2**27
 """Largest number of products that one output channel of a convolution takes over a whole image."""
 
@@ -46,8 +51,45 @@ class Conv(AffineOp):
         return self.weight.dim() - 2
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        shape = tuple(x.shape[1:])
+        if self._at_once(x, shape):
+            return self._convolved(x, weight, self.padding)
+        image = x.new_zeros(len(x), *self.output_shape(shape))
+        reach, places = self._reach, image.shape[2:]
+        for part, into, box in self._parts(x, image, shape):
+            if box is None:
+                continue
+            written = reach.places(box, places)
+            if mostly(written, places):
+                into.copy_(self._convolved(part, weight, self.padding))
+            elif not empty(written):
+                into[slices(written)] = self._convolved(cropped(part, reach.pixels(written)), weight, self._unpadded)
+        return image
+
+    def _convolved(self, x: Tensor, weight: Tensor, padding: Shape) -> Tensor:
         function = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
-        return function(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return function(x, weight, None, self.stride, padding, self.dilation, self.groups)
+
+    @property
+    def _unpadded(self) -> Shape:
+        return (0,) * self.dimensions
+
+    @cached_property
+    def _reach(self) -> Reach:
+        return Reach(tuple(self.weight.shape[2:]), self.stride, self.padding, self.dilation)
+
+    def _together(self, shape: Shape) -> int:
+        """How many samples are convolved together: every thread has some, whose patches stay in its cache."""
+        patch = self.weight[0].numel() * math.prod(self.output_shape(shape)[1:])
+        return torch.get_num_threads() * max(1, PATCH_ENTRIES // patch)
+
+    def _at_once(self, values: Tensor, shape: Shape) -> bool:
+        return values.requires_grad or values.device.type != "cpu" or len(values) <= self._together(shape)
+
+    def _parts(self, values: Tensor, images: Tensor, shape: Shape) -> Iterator[tuple[Tensor, Tensor, Box | None]]:
+        """Values and their images part by part, and the box outside of which the values are zero."""
+        together = self._together(shape)
+        return zip(values.split(together), images.split(together), live_boxes(values, together), strict=True)
 
     def output_shape(self, *shapes: Shape) -> Shape:
         (shape,) = shapes
@@ -83,9 +125,27 @@ class Conv(AffineOp):
         return self._convolve(x, self._absolute_weight)
 
     def _convolve_back(self, y: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        if self._at_once(y, shape):
+            return self._convolved_back(y, weight, shape, self.padding)
+        image = y.new_zeros(len(y), *shape)
+        for part, into, box in self._parts(y, image, shape):
+            if box is None:
+                continue
+            read = self._reach.pixels(box)
+            written = within(read, shape[1:])
+            if mostly(written, shape[1:]):
+                into.copy_(self._convolved_back(part, weight, shape, self.padding))
+            elif not empty(written):
+                window = tuple(end - first for first, end in read)
+                found = self._convolved_back(part[slices(box)], weight, (shape[0], *window), self._unpadded)
+                begun = [(first - begin, end - begin) for (begin, _), (first, end) in zip(read, written, strict=True)]
+                into[slices(written)] = found[slices(tuple(begun))]
+        return image
+
+    def _convolved_back(self, y: Tensor, weight: Tensor, shape: Shape, padding: Shape) -> Tensor:
         function = (conv1d_input, conv2d_input, conv3d_input)[self.dimensions - 1]
         size = (len(y), *shape)
-        return function(size, weight, y, self.stride, self.padding, self.dilation, self.groups)
+        return function(size, weight, y, self.stride, padding, self.dilation, self.groups)
 
     def transpose(self, y: Tensor, shape: Shape) -> Tensor:
         return self._convolve_back(y, self.weight, shape)

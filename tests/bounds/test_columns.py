@@ -10,6 +10,7 @@ from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball import columns
 from certify_cli.bounds.on_ball.columns import bending_radius, column_ranges
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
+from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation
 from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense
@@ -17,10 +18,12 @@ from certify_cli.network.convolution import Conv
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Add, Builder, Concat, Network
+from certify_cli.network.linear_forms import WholeForms
 from certify_cli.network.movement import Reshape
 from certify_cli.network.pooling import MaxMin, MaxPool
-from certify_cli.network.propagate import Winners, jvp, pre_activations
+from certify_cli.network.propagate import Winners, jvp, pre_activation, pre_activations
 from certify_cli.network.row_norms import row_norms
+from certify_cli.numerics.rounding import UNDERFLOW
 from tests.adversary import directions
 from tests.networks import CURVED, PIECEWISE, mlp, points, pooled_net
 
@@ -75,6 +78,26 @@ def inception() -> Network:
     return b.build(b.add("fc", Dense(torch.randn(3, 75, generator=g, dtype=D), None), flat))
 
 
+def fire() -> Network:
+    """Poolings of concatenated activations: of two branches from one squeezed value, and of an activation alone."""
+    g = torch.Generator().manual_seed(12)
+    b = Builder((2, 9, 9))
+
+    def bent(x: int, out: int, size: int, activation: str = "relu") -> int:
+        weight = torch.randn(out, b.shape(x)[0], size, size, generator=g, dtype=D) / size
+        offset = 0.3 * torch.randn(out, generator=g, dtype=D)
+        x = b.add("conv", Conv(weight, offset, (1, 1), (size // 2, size // 2), (1, 1)), x)
+        return b.add(activation, from_name(activation), x)
+
+    x = b.add("pool", MaxPool((3, 3), (2, 2), (0, 0), (1, 1)), bent(0, 3, 3))
+    for kinds in (("relu", "relu"), ("relu", "leaky_relu")):
+        squeezed = bent(x, 2, 1)
+        x = b.add("cat", Concat(0), bent(squeezed, 3, 1, kinds[0]), bent(squeezed, 2, 3, kinds[1]))
+        x = b.add("pool", MaxPool((2, 2), (1, 1), (0, 0), (1, 1)), x)
+    flat = b.add("flat", Reshape((20,)), x)
+    return b.build(b.add("fc", Dense(torch.randn(3, 20, generator=g, dtype=D), None), flat))
+
+
 NETWORKS = (
     CURVED
     | PIECEWISE
@@ -85,6 +108,7 @@ NETWORKS = (
         "opposite branches, added": opposite_branches("add"),
         "opposite branches, concatenated": opposite_branches("concat"),
         "inception": inception(),
+        "fire": fire(),
     }
 )
 RADII = (1e-9, 0.02, 0.3, 3.0)
@@ -236,3 +260,40 @@ def test_a_tie_selects_one_entry_twice() -> None:
     node = row_norms(network, network.values(torch.ones(1, 4, dtype=D))).nodes[1]
     assert isinstance(node, Winners)
     assert node.norm >= 2**0.5
+
+
+def test_ranges_behind_activations_follow_those_before_them() -> None:
+    """Units that are dead on the ball do not move, and a pooling sees it."""
+    network = fire()
+    with exact_kernels():
+        point, fast = known(network, 3, 0.02)
+        found, _ = column_ranges(point, fast, 3000)
+        cats = [k for k, node in enumerate(network.nodes) if isinstance(node.op, Concat)]
+        for cat in cats:
+            dead = []
+            for k in network.nodes[cat].inputs:
+                before = pre_activation(network, k)
+                z = point.evaluation.values[before].flatten(1)
+                dead.append((z + found.high[before] < 0) & (network.nodes[k].op.title == "relu"))
+            still = torch.cat(dead, 1)
+            assert bool(still.any())
+            assert bool((torch.maximum(-found.low[cat], found.high[cat])[still] <= UNDERFLOW).all())
+
+
+@pytest.mark.parametrize("radius", [0.02, 0.3])
+def test_members_that_do_not_contend_need_no_range(radius: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sample leaves the ranges, and margins are what they are where every member of every group is bounded."""
+
+    def every(self: MaxPoolRelaxation) -> Tensor:
+        return torch.ones(len(self.sides[0].winner), torch.Size(self.shape).numel(), dtype=torch.bool)
+
+    network = fire()
+    forms = WholeForms(torch.eye(3, dtype=D).unsqueeze(0))
+    with exact_kernels():
+        point, fast = known(network, 3, radius)
+        asked, relaxed = intermediate_bounds(point, fast, 2**26)
+        assert not leaves(network, point, asked)
+        loss = relaxed.loss(forms).on(fast.radius)
+        monkeypatch.setattr(MaxPoolRelaxation, "contending", property(every))
+        everything = intermediate_bounds(point, fast, 2**26)[1].loss(forms).on(fast.radius)
+    assert torch.allclose(loss, everything, rtol=1e-9)

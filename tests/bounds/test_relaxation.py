@@ -248,6 +248,21 @@ def test_planes_hold_max_pooling(op: GroupMap, shape: tuple[int, ...], width: fl
         assert float((-smallest / loss).amax()) > 0.3
 
 
+@pytest.mark.parametrize(("op", "shape"), POOLS)
+def test_bounds_of_pooling_are_those_of_its_contending_members(op: GroupMap, shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(13)
+    z = torch.randn(3, *shape, generator=g, dtype=D)
+    low, high = (-torch.rand(z.shape, generator=g, dtype=D), torch.rand(z.shape, generator=g, dtype=D))
+    wide = MaxPoolRelaxation.of(op, shape, z, torch.zeros_like(z), low, high)
+    part = torch.where(wide.contending.reshape(z.shape), 1.0, 0.3)
+    narrow = MaxPoolRelaxation.of(op, shape, z, torch.zeros_like(z), part * low, part * high)
+    assert bool((part < 1).any()), "some member cannot win"
+    forms = WholeForms(torch.randn(3, 4, *op.output_shape(shape), generator=g, dtype=D))
+    assert torch.allclose(narrow.loss(forms), wide.loss(forms), rtol=1e-12)
+    assert torch.equal(narrow.back(forms).values, wide.back(forms).values)
+    assert torch.equal(narrow.undecided, wide.undecided)
+
+
 def test_a_decided_pool_passes_back_no_more_than_it_says() -> None:
     op, shape = POOLS[1]
     g = torch.Generator().manual_seed(10)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range, range_after_nonlinear
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -123,6 +123,7 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
         low[target] = torch.fmax(low[target], (centre - reach).unsqueeze(0))
         high[target] = torch.fmin(high[target], (centre + reach).unsqueeze(0))
         low[target], high[target] = low[target].clamp(max=0.0), high[target].clamp(min=0.0)
+        low[target], high[target] = range_after_nonlinear(point, Ranges(radius, low, high, start.norm), target)
 
     def affine(op: AffineOp, spread: _Spread, shape: Shape) -> _Spread:
         columns = through_affine(op, spread.columns, shape, op.linear(spread.columns.value))
@@ -148,7 +149,6 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
 
     def nonlinear(index: int, spread: _Spread) -> _Spread:
         target, op = pre_activation(network, index), network.nodes[index].op
-        narrowed(target, spread)
         ranges = Ranges(radius, low, high, start.norm)
         nonlocal taken
         node = norms.nodes[index]

@@ -23,9 +23,15 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.evaluated import EvaluatedPoints
-from certify_cli.network.graph import Network, Nonlinear
+from certify_cli.network.graph import Concat, Network, Nonlinear
 from certify_cli.network.pooling import GroupMap
-from certify_cli.network.propagate import interval_jvp, nonlinear_nodes, pre_activation, pre_activations
+from certify_cli.network.propagate import (
+    interval_jvp,
+    is_nonlinear,
+    nonlinear_nodes,
+    pre_activation,
+    pre_activations,
+)
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, times, up, vector_norm_up
 from certify_cli.numerics.trees import Batched
 
@@ -168,6 +174,29 @@ def _through_nonlinear(point: EvaluatedPoints, index: int, before: Change) -> Ch
     norm = _norm_after(point, index, before)
     box = norm.unsqueeze(1).expand(-1, point.network.nodes[index].size)
     return Change.of(-box, box, norm)
+
+
+def range_after_nonlinear(point: EvaluatedPoints, ranges: Ranges, target: int) -> tuple[Tensor, Tensor]:
+    """The range (low, high) of a node, narrowed by those of the pre-activations behind which it stands.
+
+    For a nonlinear node or a concatenation of such, as max pooling often has them; other nodes keep their range.
+    """
+    network = point.network
+    node = network.nodes[target]
+    sources = node.inputs if isinstance(node.op, Concat) else (target,)
+    low, high = ranges.low[target], ranges.high[target]
+    if not all(is_nonlinear(network.nodes[k]) for k in sources):
+        return low, high
+    befores = [pre_activation(network, k) for k in sources]
+    changes = [
+        _through_nonlinear(point, k, Change(ranges.low[before], ranges.high[before], ranges.norm[before]))
+        for k, before in zip(sources, befores, strict=True)
+    ]
+    ends = [[change.low for change in changes], [change.high for change in changes]]
+    if isinstance(node.op, Concat):
+        shapes = [(-1, *network.nodes[k].shape) for k in sources]
+        ends = [[node.op.apply(*(map(torch.Tensor.reshape, parts, shapes))).flatten(1)] for parts in ends]
+    return torch.fmax(low, ends[0][0]), torch.fmin(high, ends[1][0])
 
 
 def _norm_after(point: EvaluatedPoints, index: int, before: Change) -> Tensor:

@@ -12,7 +12,7 @@ that is the largest at the sample. A minimum is minus the maximum of the negated
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +46,15 @@ class Side:
     winner: (batch, channels, groups, members), 1 at the sample's winner, else 0.
     weights: (batch, channels, groups, members), of the sum above.
     decided: (batch, channels, groups), where no other member can win on the box: there the maximum is the winner.
+    contending: (batch, channels, groups, members), those of other groups that can win: narrower ranges of the rest
+        would leave these bounds as they are.
     below, above: (batch, channels, groups), constants of the two bounds, >= 0, up.
     """
 
     winner: Tensor
     weights: Tensor
     decided: Tensor
+    contending: Tensor
     below: Tensor
     above: Tensor
 
@@ -72,6 +75,7 @@ class Side:
         best, argmax = values.max(3)
         top, bottom = values + hi, values + lo
         level = bottom.amax(3, keepdim=True)
+        contending = top + off >= level
         if top.shape[3] > 2:  # at most two members are above the level
             level = torch.maximum(level, top.topk(3, dim=3).values[..., 2:])
         weights = ((top - level) / (top - bottom)).nan_to_num(nan=1.0).clamp(min=0.0, max=1.0)
@@ -82,7 +86,8 @@ class Side:
         weights = torch.where(decided, winner, weights)
         slack = 4 * off.amax(3) + 4 * (values.shape[3] + 4) * UNIT * (weights * -lo).sum(3)
         above = (values + ((1 - weights) * hi + weights * lo)).amax(3) - best - (weights * lo).sum(3)
-        return cls(winner, weights, decided[..., 0], up(slack, 4), up(above.clamp(min=0.0) + slack, 4))
+        constants = up(slack, 4), up(above.clamp(min=0.0) + slack, 4)
+        return cls(winner, weights, decided[..., 0], contending & ~decided, *constants)
 
     def relaxation(self, v: Tensor) -> Tensor:
         """v through the bound that its sign selects: (batch, rows, channels, groups) -> (..., members)."""
@@ -129,6 +134,12 @@ class MaxPoolRelaxation:
         """(batch, size): whether another entry than the sample's winner can be the output."""
         return torch.stack([~side.decided for side in self.sides], dim=1).flatten(1)
 
+    @property
+    def contending(self) -> Tensor:
+        """(batch, size of the input): whether a narrower range of this entry could change the bounds."""
+        masks = [side.contending.to(side.winner.dtype) for side in self.sides]
+        return (self._scattered(masks) > 0).flatten(1)
+
     def back(self, forms: Forms) -> WholeForms:
         """The forms in the input of the map made linear by the bounds that their signs select, as computed."""
         return WholeForms(self.pulled(forms.whole().values, Side.relaxation))
@@ -150,14 +161,18 @@ class MaxPoolRelaxation:
 
     def pulled(self, v: Tensor, through: Callable[[Side, Tensor], Tensor]) -> Tensor:
         """Rows v (batch or 1, rows, *shape of the output) in the input, by the rule `through` of each side."""
-        members, channels = self.groups.members, self.groups.channels
-        entries = torch.Size(self.shape).numel() // channels
+        parts = zip(self.groups.signs, self.sides, self._parts(v), strict=True)
+        image = self._scattered([sign * through(side, sign * part) for sign, side, part in parts])
+        return image.reshape(*image.shape[:2], *self.shape)
+
+    def _scattered(self, parts: Sequence[Tensor]) -> Tensor:
+        """Figures (..., channels, groups, members) of each side, added up by entry: (..., channels, entries)."""
+        entries = torch.Size(self.shape).numel() // self.groups.channels
         # the last entry collects the padding
-        image = v.new_zeros(len(self.sides[0].winner), v.shape[1], channels, entries + 1)
-        for sign, side, part in zip(self.groups.signs, self.sides, self._parts(v), strict=True):
-            passed = sign * through(side, sign * part)
-            image.index_add_(3, members.reshape(-1) % (entries + 1), passed.flatten(3))
-        return image[..., :-1].reshape(*image.shape[:2], *self.shape)
+        image = parts[0].new_zeros(*parts[0].shape[:-2], entries + 1)
+        for part in parts:
+            image.index_add_(-1, self.groups.members.reshape(-1) % (entries + 1), part.flatten(-2))
+        return image[..., :-1]
 
     def loss(self, forms: Forms) -> Tensor:
         """Upper bounds (batch, rows) of -<v, q>; see `relaxation.backward.Relaxation`."""

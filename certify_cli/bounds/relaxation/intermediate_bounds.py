@@ -12,7 +12,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range, change_norms
+from certify_cli.bounds.on_ball.interval_ranges import (
+    Ranges,
+    activation_on_range,
+    change_norms,
+    range_after_nonlinear,
+)
+from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, RelaxedNetwork, relax
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
@@ -20,7 +26,7 @@ from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.network.linear_forms import unit_forms
-from certify_cli.network.propagate import consumers, is_nonlinear, pre_activation, pre_activations, rows_cost, vjp_cost
+from certify_cli.network.propagate import consumers, is_nonlinear, pre_activations, rows_cost, vjp_cost
 from certify_cli.numerics.rounding import UNDERFLOW
 
 NEGLIGIBLE = 1e-9
@@ -51,6 +57,7 @@ def intermediate_bounds(
     steps = steps if has_slopes(point) else 0
     for target in pre_activations(network)[:-1]:
         ranges = Ranges(start.radius, low, high, start.norm)
+        low[target], high[target] = range_after_nonlinear(point, ranges, target)
         if follows_nonlinear(network, target):
             curved = torch.stack([is_curved(point, k, ranges) for k in consumers(network, target)]).any(0)
             width = high[target] - low[target]
@@ -96,10 +103,11 @@ def optimised_cost(network: Network, steps: int) -> float:
 
 
 def is_curved(point: EvaluatedPoints, layer: int, ranges: Ranges) -> Tensor:
-    """(batch, size): where the node is not a straight line on its range, so that a narrower range can help."""
-    node, target = point.network.nodes[layer], pre_activation(point.network, layer)
-    if not isinstance(node.op, Activation):
-        return torch.ones_like(ranges.low[target], dtype=torch.bool)
+    """(batch, size): where a narrower range can help: the node is not a straight line there, or the maximum is open."""
+    if not isinstance(point.network.nodes[layer].op, Activation):
+        relaxed = relax(point, layer, ranges)
+        assert isinstance(relaxed, MaxPoolRelaxation)
+        return relaxed.contending
     flattest, steepest = activation_on_range(point, layer, ranges).slopes()
     return ~(steepest - flattest <= UNDERFLOW)
 
