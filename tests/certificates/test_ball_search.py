@@ -14,8 +14,10 @@ from torch import Tensor
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
-from certify_cli.certificates.ball_search import BallBound, linear_bound, lipschitz_bound, search_balls
+from certify_cli.certificates.ball_bounds import BallBound, linear_bound, lipschitz_bound
+from certify_cli.certificates.ball_search import search_balls
 from certify_cli.certificates.methods import METHODS, certify_batch, select
+from certify_cli.certificates.rivals import Rivals
 from certify_cli.efforts import EFFORTS, FAST
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -37,17 +39,15 @@ NETWORKS = {
 
 
 def holds(bounds: tuple[BallBound, ...], model_bounds: ModelBounds, x: Tensor, radius: Tensor) -> Tensor:
-    """Which samples' margins one of the bounds keeps positive on the balls of `radius`."""
-    network = model_bounds.network
-    point = EvaluatedPoints(network, x)
+    """Of which samples every margin is kept positive on the balls of `radius`, each by one of the bounds."""
+    point = EvaluatedPoints(model_bounds.network, x)
     ranges = interval_ranges(point, model_bounds.weights, radius)
-    eye = torch.eye(network.classes, dtype=D)
-    cotangents = eye[point.prediction].unsqueeze(1) - eye
-    passed = torch.zeros(len(x), dtype=torch.bool)
+    every = Rivals.of(torch.ones_like(point.own))
+    passed = point.own.clone()
     for bound in bounds:
-        fall, ranges = bound(model_bounds, point, ranges, cotangents)
-        passed |= ((point.margin_low - fall.on(radius)) > 0).all(1)
-    return passed
+        ranges, losses = bound(model_bounds, point, ranges)
+        passed |= (point.margin_low - losses(every).on(radius)) > 0
+    return passed.all(1)
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
