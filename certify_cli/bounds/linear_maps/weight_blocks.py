@@ -213,7 +213,7 @@ class Blocks(Mapping[Pair, Block]):
         for target in pre_activations(self.network):
             sources = tuple(s for t, s in self.composed if t == target and (t, s) not in self._shared)
             cost = self._costs.rows(target, min(sources, default=0))
-            fits = cost <= self._budget.norm and spent + cost <= self._budget.blocks
+            fits = 0 < cost <= self._budget.norm and spent + cost <= self._budget.blocks
             if sources and self.network.nodes[target].size > 1 and fits:
                 chosen[target], spent = sources, spent + cost
         return chosen
