@@ -226,12 +226,16 @@ class Blocks(Mapping[Pair, Block]):
         if target not in self._pulled:
             sources = self._pullable[target]
             first = min(sources)
-            parts: dict[int, list[Tensor]] = {k: [] for k in sources}
+            size, device = self.network.nodes[target].size, self.network.device
+            # made beforehand: small pieces between large ones that come and go would keep these from being used again
+            norms = {k: torch.empty(size, dtype=torch.float64, device=device) for k in sources}
+            done = 0
             for units in self._units(target, first, target):
                 adjoints = vjp(self.network, units, self._behind(first), target)
                 for k in sources:
-                    parts[k].append(up(adjoints[k].size + adjoints[k].error, 2)[0])
-            self._pulled[target] = {k: torch.cat(found) for k, found in parts.items()}
+                    norms[k][done : done + units.shape[1]] = up(adjoints[k].size + adjoints[k].error, 2)[0]
+                done += units.shape[1]
+            self._pulled[target] = norms
         return self._pulled[target][source]
 
 
