@@ -15,7 +15,7 @@ from certify_cli.certificates.rivals import ROW
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import nonlinear_nodes
 
-EVALUATION, PASSES, REMAINDERS, DIFFERENCES = 4, 4, 8, 4
+EVALUATION, PASSES, REMAINDERS, DIFFERENCES = 4, 4, 8, 2
 """Numbers for each entry of a node: its value and what its error bound needs; a row that is pulled back through it; a
 row's remainders at a nonlinear node; and of a logit's row, what margins are made of that take two of them."""
 PROCESS, STORED = 330 * 2**20, 4
