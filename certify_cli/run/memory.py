@@ -54,7 +54,8 @@ def within_memory(
 
     asked: the method asked for. Raises UsageError where it is a single one and does not fit, or none does.
     """
-    kept, notes = [], []
+    kept: list[Method] = []
+    notes = []
     for method in methods:
         names = method.name.split("+")
         too_large = [name for name in names if needed(name, network) > memory]
