@@ -23,9 +23,9 @@ MATERIALISE_FLOPS = 2e10
 
 WHOLE_CHUNK = 2**20
 """Entries of the unit vectors that are carried through a convolution together for it (8 MiB)."""
-DENSE_ENTRIES = 2**23
-"""A convolution of an image with at most as many pixels as the kernel has taps is the product with a matrix, of at most
-so many entries (64 MiB)."""
+DENSE, DENSE_ENTRIES = 2, 2**23
+"""A convolution to at most as many pixels as the kernel has taps, from at most so many times as many, is the product
+with a matrix, of at most so many entries (64 MiB)."""
 MAX_PRODUCTS = 2**27
 """Largest number of products that one output channel of a convolution takes over a whole image."""
 
@@ -89,14 +89,14 @@ class Conv(AffineOp):
         return self._convolve(x, self._absolute_weight)
 
     def _tiny(self, shape: Shape) -> bool:
-        """Whether the whole matrix is better than a convolution: it takes no more products, and all at once.
+        """Whether the whole matrix is better than a convolution: it takes few more products, but all at once.
 
         Entries that are no weight are zero, and add nothing: its dot products round like those of `terms` products.
         """
-        taps, pixels = math.prod(self.weight.shape[2:]), math.prod(shape[1:])
-        if self.groups > 1 or pixels > taps or taps == 1:
+        taps, pixels, image = math.prod(self.weight.shape[2:]), math.prod(shape[1:]), self.output_shape(shape)
+        if self.groups > 1 or taps == 1 or pixels > DENSE * taps or math.prod(image[1:]) > taps:
             return False
-        return math.prod(shape) * math.prod(self.output_shape(shape)) <= DENSE_ENTRIES
+        return math.prod(shape) * math.prod(image) <= DENSE_ENTRIES
 
     def _matrix(self, weight: Tensor, shape: Shape) -> Tensor:
         """The map's matrix (outputs, inputs), written out without a rounding; `weight`: the weights or magnitudes."""
