@@ -14,25 +14,26 @@ rounding error, which on deep networks changes radii by up to a percent; each of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
-from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.columns import bending_radius, column_ranges
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
-from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss
-from certify_cli.bounds.relaxation.backward import RelaxedNetwork, relax_all
-from certify_cli.bounds.relaxation.intermediate_bounds import (
-    follows_nonlinear,
-    intermediate_bounds,
-    optimised_cost,
+from certify_cli.bounds.on_ball.columns import bending_radius
+from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
+from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, optimised_cost
+from certify_cli.bounds.relaxation.optimise import has_slopes
+from certify_cli.certificates.ball_bounds import (
+    NARROW,
+    BallBound,
+    linear_bound,
+    linear_bound_on_ranges,
+    lipschitz_bound,
+    optimised_linear_bound,
 )
-from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.certificates.column_plan import (
     COLUMN_STRIDE,
     COLUMN_TOLERANCE,
@@ -45,11 +46,12 @@ from certify_cli.certificates.column_plan import (
 from certify_cli.certificates.failed_balls import FailedBalls
 from certify_cli.certificates.local import footprint, searchable
 from certify_cli.certificates.radius_bracket import Bracket
+from certify_cli.certificates.rivals import ProvedRivals, Rivals, losses_in_parts, rows_at_once, settled_by_ranges
 from certify_cli.efforts import BallSearchLimits
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
-from certify_cli.network.linear_forms import WholeForms
 from certify_cli.network.propagate import nonlinear_nodes, pre_activations
+from certify_cli.numerics.choose import either
 from certify_cli.numerics.deadline import OutOfTime, present
 from certify_cli.numerics.rounding import difference_down
 from certify_cli.numerics.trees import Batched
@@ -67,94 +69,8 @@ OPTIMISED_GAIN, FIRST_TOLERANCE = 1.1, 2e-2
 the search without them that comes first."""
 OVERTAKEN = 1.25
 """Slopes are not optimised for each range where the previous radius is so many times larger."""
-HOPELESS = -1.0
-"""An ascent is not tried for a lower bound of the margin below this part of the margin at the sample."""
-NARROW = 0.1
-"""Where a bound leaves less than this part of the margin, an ascent and the next bound are tried as well."""
-
-BallBound = Callable[[ModelBounds, EvaluatedPoints, Ranges, Tensor], tuple[AffineLoss, Ranges]]
-"""(model bounds, samples, ranges on their balls, cotangents of the margins (batch, classes, classes)) -> upper bounds
-(batch, classes) of the margins' losses on the balls, and ranges that are at least as narrow."""
-
-
-def linear_bound(
-    model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor, range_steps: int = 0
-) -> tuple[AffineLoss, Ranges]:
-    """Linear relaxation on ranges narrowed by linear relaxation, with slopes optimised for narrow margins.
-
-    range_steps: ascent steps for slopes optimised for each range.
-    """
-    limits = model_bounds.effort.ball_search
-    budget = limits.range_operations
-    columns = most_columns(model_bounds)
-    if columns and bool((ranges.radius <= bending_radius(point, columns)).all()):
-        ranges, complete = column_ranges(point, ranges, columns)
-        if not complete and rows_are_dear(point.network, limits):
-            budget = 0.0  # almost every unit seems to bend: rows would be asked for in vain
-    ranges, relaxed = intermediate_bounds(point, ranges, model_bounds.memory, budget, range_steps)
-    loss = relaxed.loss(WholeForms(cotangents))
-    steps = limits.slope_steps
-    if steps and has_slopes(point):
-        loss = _with_optimised_slopes(point, ranges, relaxed, cotangents, loss, steps)
-    return loss, ranges
-
-
-def _with_optimised_slopes(
-    point: EvaluatedPoints,
-    ranges: Ranges,
-    relaxed: RelaxedNetwork,
-    cotangents: Tensor,
-    loss: AffineLoss,
-    steps: int,
-) -> AffineLoss:
-    """`loss` (batch, classes), replaced by that of optimised slopes where the margin left is narrow and this helps."""
-    remaining = (point.margin_low - loss.on(ranges.radius)) / point.margin_low
-    sample, rival = ((remaining <= NARROW) & (remaining > HOPELESS)).nonzero().unbind(1)
-    if not len(sample):
-        return loss
-    narrow, position = sample.unique(return_inverse=True)
-    linear = relaxed.lines
-    tables = slope_tables(point.at(narrow), ranges.at(narrow), {k: line.at(narrow) for k, line in linear.items()})
-    optimised = optimised_loss(
-        point.network,
-        {k: norm[sample] for k, norm in relaxed.changes.items()},
-        {k: table.at(position) for k, table in tables.items()},
-        {k: line.slopes[:, sample] for k, line in linear.items()},
-        cotangents[sample, rival],
-        steps,
-    )
-    pairs = AffineLoss(loss.rate[sample, rival].unsqueeze(1), loss.constant[sample, rival].unsqueeze(1))
-    smaller = pairs.minimum(optimised, ranges.radius[sample])
-    entries = (sample, rival)
-    return AffineLoss(
-        loss.rate.index_put(entries, smaller.rate[:, 0]), loss.constant.index_put(entries, smaller.constant[:, 0])
-    )
-
-
-def optimised_linear_bound(
-    model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
-) -> tuple[AffineLoss, Ranges]:
-    """`linear_bound` with slopes optimised for each range as well."""
-    return linear_bound(model_bounds, point, ranges, cotangents, model_bounds.effort.ball_search.range_slope_steps)
-
-
-def linear_bound_on_ranges(
-    model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
-) -> tuple[AffineLoss, Ranges]:
-    """Linear relaxation on the given ranges."""
-    return relax_all(point, ranges).loss(WholeForms(cotangents)), ranges
-
-
-def lipschitz_bound(
-    model_bounds: ModelBounds, point: EvaluatedPoints, ranges: Ranges, cotangents: Tensor
-) -> tuple[AffineLoss, Ranges]:
-    """Lipschitz constants on the balls, for as many samples at once as fit the memory."""
-    fitting = model_bounds.memory // footprint(point.network)
-    every = torch.arange(len(point.x), device=point.x.device)
-    chunks = every.split(max(1, fitting))
-    budget = model_bounds.effort.ball_search.range_operations if fitting else 0.0
-    losses = [lipschitz_loss(point.at(i), ranges.at(i), cotangents[i], budget) for i in chunks]
-    return AffineLoss(torch.cat([loss.rate for loss in losses]), torch.cat([loss.constant for loss in losses])), ranges
+UNTOLD = 0.1
+"""What is taken to be left of a margin that another bound, or a larger ball, has proved, where this bound fails."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +102,8 @@ def search_balls(
         return BallSearchResult(radius, rival, bound)
     if len(bounds) > 1 and footprint(point.network) > model_bounds.memory:
         bounds = tuple(bound for bound in bounds if bound is not lipschitz_bound)  # no better without Jacobians
-    search, floor = _Search(model_bounds, point.at(able)), previous[able]
+    samples, floor = point.at(able), previous[able]
+    search = _Search(model_bounds, samples, ProvedRivals(model_bounds, samples))
     limits = model_bounds.effort.ball_search
     columns = most_columns(model_bounds) if linear_bound in bounds else 0
     if columns:
@@ -289,6 +206,7 @@ class _Search:
 
     model_bounds: ModelBounds
     point: EvaluatedPoints
+    proved: ProvedRivals
 
     @cached_property
     def failed(self) -> FailedBalls:
@@ -354,39 +272,47 @@ class _Search:
     ) -> tuple[Tensor, BallSearchResult]:
         """Evaluate the bounds on balls of `radius` (count,) around the samples `index` (count,).
 
-        Returns the part of the margin (count,) that the best bound leaves, smallest over all rivals; and the radii
-        certified, which are smaller than the balls' where that part is not positive.
+        Returns the part of the margin (count,) that is left, smallest over the rivals that were asked for, each by the
+        best of the bounds; and the radii certified, which are smaller than the balls' where that part is not positive.
         """
         point = self.point.at(index)
         ranges = self.failed.narrow(index, interval_ranges(point, self.model_bounds.weights, radius))
-        eye = torch.eye(point.network.classes, dtype=radius.dtype, device=radius.device)
-        best_remaining, result = torch.full_like(radius, -torch.inf), _nothing(point)
+        classes = point.network.classes
+        asked, nearest = self.proved.unproved(index, radius)
+        remaining, result = either(asked, -torch.inf, torch.inf), _nothing(point)
         todo = torch.arange(len(index), device=index.device)
         for number, bound in enumerate(bounds):
-            samples = point.at(todo)
-            cotangents = eye[samples.prediction].unsqueeze(1) - eye.unsqueeze(0)
+            samples, here = point.at(todo), index[todo]
             try:
-                loss, ranges = bound(self.model_bounds, samples, ranges, cotangents)
+                ranges, losses = bound(self.model_bounds, samples, ranges)
+                settled, first = settled_by_ranges(samples, ranges), one_hot(nearest, classes).bool()
+                left = remaining[todo].masked_fill(settled & ~first, torch.inf)
+                rivals = Rivals.of((left <= NARROW) | first)
+                loss = losses_in_parts(losses, rivals, rows_at_once(self.model_bounds, len(todo)))
             except OutOfTime:
                 if not number:
                     raise
                 break  # what the bounds before this one have proved holds
-            remaining = difference_down(samples.margin_low, loss.on(ranges.radius)) / samples.margin_low
-            remaining, rival = remaining.masked_fill(samples.own, torch.inf).min(1)
-            smaller = loss.largest(samples.margin_low, ranges.radius).masked_fill(samples.own, torch.inf).amin(1)
-            proved = torch.where(remaining > 0, ranges.radius, smaller)
-            best_remaining[todo] = torch.fmax(best_remaining[todo], remaining)
-            better = proved > result.radius[todo]
-            result.radius[todo[better]], result.rival[todo[better]] = proved[better], rival[better]
+            margin, ball = rivals.of_table(samples.margin_low), ranges.radius.unsqueeze(1)
+            part = difference_down(margin, loss.on(ranges.radius)) / margin
+            proved = torch.where(part > 0, ball, loss.largest(margin, ranges.radius))
+            known = self.proved.enter(here, rivals.largest_in(either(settled, 1.0, 0.0) * ball, proved))
+            left = rivals.largest_in(left, part)
+            left = left.masked_fill((left <= 0) & (known >= ball), UNTOLD)
+            remaining[todo] = left
+            least, nearest = left.min(1)
+            certified = torch.minimum(known.amin(1), ranges.radius)
+            better = certified > result.radius[todo]
+            result.radius[todo[better]], result.rival[todo[better]] = certified[better], nearest[better]
             result.bound[todo[better]] = number
-            lost = (remaining <= 0).nonzero()[:, 0]
+            lost = (least <= 0).nonzero()[:, 0]
             if len(lost):
-                self.failed.keep(index[todo[lost]], ranges.at(lost), len(self.point.x))
-            narrow = (remaining <= NARROW).nonzero()[:, 0]
-            todo, ranges = todo[narrow], ranges.at(narrow)
+                self.failed.keep(here[lost], ranges.at(lost), len(self.point.x))
+            narrow = (least <= NARROW).nonzero()[:, 0]
+            todo, ranges, nearest = todo[narrow], ranges.at(narrow), nearest[narrow]
             if not len(todo):
                 break
-        return best_remaining, result
+        return remaining.amin(1), result
 
 
 def _nothing(point: EvaluatedPoints) -> BallSearchResult:

@@ -46,7 +46,7 @@ def inspect(
 
 def describe(loaded: LoadedModel) -> dict[str, Any]:
     """The model, its nodes in order and every method with the reason where it does not apply."""
-    from certify_cli.certificates.footprints import wanted
+    from certify_cli.certificates.footprints import of_process, wanted
     from certify_cli.certificates.methods import METHODS
 
     nodes = loaded.network.nodes
@@ -57,6 +57,7 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
         "input_shape": list(loaded.input_shape),
         "stored_dtype": loaded.stored_dtype,
         "parameters": sum(parameter_count(node.op) for node in nodes),
+        "process_memory": of_process(loaded.network),
         "notes": list(loaded.notes),
         "nodes": [
             {
@@ -114,6 +115,7 @@ def as_text(found: dict[str, Any], view: View) -> str:
             ("classes", str(model["classes"])),
             ("stored as", found["stored_dtype"]),
             ("parameters", str(found["parameters"])),
+            ("memory", f"{binary_size(found['process_memory'])} for the program and the model, besides a method's"),
         ]
     )
     number_of = {node["name"]: str(position) for position, node in enumerate(found["nodes"])}

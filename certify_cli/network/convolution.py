@@ -28,6 +28,9 @@ WHOLE_CHUNK = 2**20
 PATCH_ENTRIES = 2**19
 """torch writes out the patch that each output reads before it multiplies; a batch is convolved in parts whose patches
 have about this many entries for each thread (4 MiB), which stay in the cache."""
+DENSE, DENSE_ENTRIES = 2, 2**23
+"""A convolution to at most as many pixels as the kernel has taps, from at most so many times as many, is the product
+with a matrix, of at most so many entries (64 MiB)."""
 MAX_PRODUCTS = 2**27
 """Largest number of products that one output channel of a convolution takes over a whole image."""
 
@@ -52,6 +55,8 @@ class Conv(AffineOp):
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         shape = tuple(x.shape[1:])
+        if self._tiny(shape):
+            return (x.flatten(1) @ self._matrix(weight, shape).T).reshape(-1, *self.output_shape(shape))
         if self._at_once(x, shape):
             return self._convolved(x, weight, self.padding)
         image = x.new_zeros(len(x), *self.output_shape(shape))
@@ -124,7 +129,41 @@ class Conv(AffineOp):
     def absolute(self, x: Tensor) -> Tensor:
         return self._convolve(x, self._absolute_weight)
 
+    def _tiny(self, shape: Shape) -> bool:
+        """Whether the whole matrix is better than a convolution: it takes few more products, but all at once.
+
+        Entries that are no weight are zero, and add nothing: its dot products round like those of `terms` products.
+        """
+        taps, pixels, image = math.prod(self.weight.shape[2:]), math.prod(shape[1:]), self.output_shape(shape)
+        if self.groups > 1 or taps == 1 or pixels > DENSE * taps or math.prod(image[1:]) > taps:
+            return False
+        return math.prod(shape) * math.prod(image) <= DENSE_ENTRIES
+
+    def _matrix(self, weight: Tensor, shape: Shape) -> Tensor:
+        """The map's matrix (outputs, inputs), written out without a rounding; `weight`: the weights or magnitudes."""
+        own = weight is self.weight
+        key = (shape, weight.device)
+        if own and key in self._matrices:
+            return self._matrices[key]
+        taps, pixels = math.prod(weight.shape[2:]), math.prod(shape[1:])
+        # which tap, if any, leads from a pixel to an output's place
+        units = torch.eye(pixels, dtype=weight.dtype, device=weight.device).reshape(pixels, 1, *shape[1:])
+        each = torch.eye(taps, dtype=weight.dtype, device=weight.device).reshape(taps, 1, *weight.shape[2:])
+        function = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
+        leads = function(units, each, None, self.stride, self.padding, self.dilation).flatten(2)  # (pixel, tap, place)
+        matrix = torch.einsum("oct,itp->opci", weight.flatten(2), leads)
+        matrix = matrix.reshape(math.prod(self.output_shape(shape)), math.prod(shape))
+        if own:
+            self._matrices[key] = matrix
+        return matrix
+
+    @cached_property
+    def _matrices(self) -> dict[tuple[Shape, torch.device], Tensor]:
+        return {}
+
     def _convolve_back(self, y: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        if self._tiny(shape):
+            return (y.flatten(1) @ self._matrix(weight, shape)).reshape(-1, *shape)
         if self._at_once(y, shape):
             return self._convolved_back(y, weight, shape, self.padding)
         image = y.new_zeros(len(y), *shape)

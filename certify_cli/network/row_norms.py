@@ -18,8 +18,9 @@ from certify_cli.network.pooling import GroupMap
 from certify_cli.network.propagate import NodeJvp, Slope, Winners, jvp, nonlinear_nodes, pre_activation, vjp_cost
 from certify_cli.numerics.rounding import up
 
-CHUNK_ENTRIES = 2**19
-"""Columns pass in chunks whose widest value has about this many entries, 4 MiB: they stay in the cache."""
+CHUNK_ENTRIES, FEWEST = 2**19, 32
+"""Columns pass in chunks whose widest value has about this many entries, 4 MiB: they stay in the cache. But with fewer
+than so many columns, deep layers would read their weights more often than they use them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ def row_norms(network: Network, values: Sequence[Tensor]) -> RowNorms:
         elif isinstance(op, GroupMap):
             nodes[k] = _winners(op, z, network.nodes[before].shape, network.nodes[k].shape)
     size, shape = network.nodes[0].size, network.input_shape
-    chunk = max(1, CHUNK_ENTRIES // max(node.size for node in network.nodes))
+    chunk = max(FEWEST, CHUNK_ENTRIES // max(node.size for node in network.nodes))
     squares: dict[int, Tensor] = {}
     errors: dict[int, Tensor] = {}
     for part in torch.arange(size, device=network.device).split(chunk):

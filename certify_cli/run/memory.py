@@ -52,9 +52,10 @@ def within_memory(
 ) -> tuple[tuple[Method, ...], tuple[str, ...]]:
     """The methods that fit the memory, in order, and a note for everything that is left out.
 
-    asked: the method asked for. Raises UsageError where it is a single one and does not fit.
+    asked: the method asked for. Raises UsageError where it is a single one and does not fit, or none does.
     """
-    kept, notes = [], []
+    kept: list[Method] = []
+    notes = []
     for method in methods:
         names = method.name.split("+")
         too_large = [name for name in names if needed(name, network) > memory]
@@ -64,6 +65,11 @@ def within_memory(
                 raise UsageError(
                     f"--memory {room} is too little for --method {asked}: one sample of this model takes about {size}; "
                     "allow more, or use --method auto, which leaves out what does not fit"
+                )
+            if not kept and method is methods[-1]:
+                smallest = binary_size(min(needed(name, network) for m in methods for name in m.name.split("+")))
+                raise UsageError(
+                    f"--memory {room} is too little for any method: it takes {smallest} at least; allow more"
                 )
             notes.append(f"{' and '.join(names)} left out: one sample takes about {size}, more than the {room} allowed")
             continue

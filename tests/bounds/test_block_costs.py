@@ -10,7 +10,7 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds import lipschitz as lipschitz_module
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, lipschitz_expansion, weight_blocks
-from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds, PairTable
 from certify_cli.bounds.linear_maps import weight_blocks as blocks_module
 from certify_cli.bounds.linear_maps.block_costs import Costs, affordable, contributions, shared
 from certify_cli.efforts import NORMAL, Budget
@@ -151,6 +151,31 @@ def test_classes_in_parts_give_the_same_constants(name: str, monkeypatch: pytest
         lipschitz = ModelBounds(network).lipschitz
         assert torch.allclose(lipschitz.of_margins(pairs), whole, rtol=1e-12)
         assert torch.allclose(lipschitz.of_margins(few), whole[pairs[:, 1] == 1], rtol=1e-12)
+
+
+def test_a_table_of_pairs_holds_predicted_classes_alone() -> None:
+    """As many numbers as there are classes for each; a pair once, whichever way it is first asked for."""
+    classes, asked = 10**6, []
+
+    def bound(pairs: Tensor) -> Tensor:
+        asked.append(len(pairs))
+        value = (3 * pairs[:, 0] + 5 * pairs[:, 1]).double()
+        return value.masked_fill(pairs[:, 1] == 7, torch.nan)
+
+    table = PairTable(classes, torch.tensor([4]), bound, most=300_000)
+    every, own = torch.arange(classes), torch.tensor([2, 9, 2])
+    for found, expected in (
+        (table.rows(own), (3 * own.unsqueeze(1) + 5 * every).double()),
+        (table.columns(own), (5 * own.unsqueeze(1) + 3 * every).double()),
+        (table.rows(torch.tensor([4])), (12 + 5 * every).double().unsqueeze(0)),
+    ):
+        free = ~torch.isin(every, torch.tensor([2, 4, 7, 9]))
+        assert torch.equal(found[:, free], expected[:, free])
+    assert table.rows(own)[:, 7].isinf().all()
+    assert table.rows(own)[0, 2] == table.columns(own)[1, 9] == 0
+    assert table.columns(torch.tensor([9]))[0, 2] == table.rows(torch.tensor([2]))[0, 9] == 3 * 2 + 5 * 9
+    assert max(asked) <= 300_000
+    assert sum(asked) == 3 * (classes - 1) + 3 * (classes - 3)
 
 
 @pytest.mark.parametrize("most", [2, 3, 5, 100])

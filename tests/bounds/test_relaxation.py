@@ -12,7 +12,7 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
-from certify_cli.bounds.on_ball.lipschitz import lipschitz_loss, matrix_norms
+from certify_cli.bounds.on_ball.lipschitz import linearised_on_balls, matrix_norms
 from certify_cli.bounds.on_ball.max_pooling import DecidedGroups, MaxPoolRelaxation
 from certify_cli.bounds.relaxation import backward
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, relax_all
@@ -87,8 +87,8 @@ def bounds_of(point: EvaluatedPoints, fast: Ranges) -> dict[str, Callable[[Tenso
     return more | {
         "lines": lambda rows: relax_all(point, fast).loss(WholeForms(rows)).on(fast.radius),
         "relaxed": lambda rows: intermediate_bounds(point, fast, MEMORY)[1].loss(WholeForms(rows)).on(fast.radius),
-        "slopes": lambda rows: lipschitz_loss(point, fast, rows).on(fast.radius),
-        "slopes, no Jacobian": lambda rows: lipschitz_loss(point, fast, rows, budget=0.0).on(fast.radius),
+        "slopes": lambda rows: linearised_on_balls(point, fast).loss(rows).on(fast.radius),
+        "slopes, no Jacobian": lambda rows: linearised_on_balls(point, fast, budget=0.0).loss(rows).on(fast.radius),
     }
 
 

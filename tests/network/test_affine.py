@@ -149,3 +149,37 @@ def test_quick_norms_are_bounds_at_equal_weights(
         op = Conv(weight, None, (stride, stride), (1, 0), (dilation, dilation), groups)
         spectral = float(torch.linalg.matrix_norm(materialise(op, shape), 2))
         assert spectral <= op.quick_norm(shape) <= 3.5 * spectral
+
+
+TINY = [
+    ((2, 2), (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((2, 1), (3, 2), (2, 1), (2, 1), (1, 1)),
+    ((3, 2), (3, 3), (1, 1), (2, 2), (2, 2)),
+    ((3,), (5,), (2,), (2,), (1,)),
+    ((4, 4), (3, 3), (2, 2), (1, 1), (1, 1)),
+    ((1, 1, 2), (2, 1, 2), (1, 1, 1), (1, 0, 0), (1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("image", "kernel", "stride", "padding", "dilation"), TINY)
+def test_a_tiny_image_is_convolved_by_a_matrix_of_the_weights(
+    image: Shape, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape
+) -> None:
+    """Each weight stands at its place, bit by bit as torch's convolution places it."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 3, *kernel, dtype=torch.float64, generator=g)
+    op, shape = Conv(weight, None, stride, padding, dilation), (3, *image)
+    assert op._tiny(shape)
+    inputs, outputs = math.prod(shape), math.prod(op.output_shape(shape))
+    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[len(image) - 1]
+    units = torch.eye(inputs, dtype=torch.float64).reshape(inputs, *shape)
+    placed = convolve(units, weight, None, stride, padding, dilation).flatten(1).T
+    assert torch.equal(op.linear(units).flatten(1).T, placed)
+    assert torch.equal(op.absolute(units).flatten(1).T, placed.abs())
+    back = torch.eye(outputs, dtype=torch.float64).reshape(outputs, *op.output_shape(shape))
+    assert torch.equal(op.transpose(back, shape).flatten(1), placed)
+    assert torch.equal(op.absolute_transpose(back, shape).flatten(1), placed.abs())
+    x = torch.randn(4, *shape, dtype=torch.float64, generator=g)
+    expected = convolve(x, weight, None, stride, padding, dilation)
+    slack = 2 * op.terms * 2.0**-53 * op.absolute(x.abs())
+    assert bool(((op.linear(x) - expected).abs() <= slack).all())

@@ -34,8 +34,8 @@ from certify_cli.network.propagate import (
 )
 from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
 
-ROW_ENTRIES = 2**24
-"""Entries of rows of logits, or of differences of such rows, that are held at once (128 MiB)."""
+ROW_ENTRIES = 2**21
+"""Entries of rows of logits, or of differences of such rows, that are held at once: 16 MiB, which are used again."""
 
 
 def node_lipschitz(network: Network, index: int) -> float:
@@ -94,9 +94,9 @@ class Expansion:
 
     @cached_property
     def row_entries(self) -> int:
-        """Entries of the derivatives of one logit at all nodes that they reach."""
+        """Entries of one logit's unit vector, and of its derivatives at all nodes that they reach."""
         last, nodes = len(self.network.nodes) - 1, self.network.nodes
-        return sum(node.size for i, node in enumerate(nodes) if (last, i) in self.blocks)
+        return self.network.classes + sum(node.size for i, node in enumerate(nodes) if (last, i) in self.blocks)
 
     @cached_property
     def _logit_rows(self) -> LogitRows:
@@ -167,11 +167,12 @@ class LogitRows:
         """Upper bounds (count,) of ||v_source||, in parts that fit ROW_ENTRIES."""
         if source not in self.rows:
             return torch.zeros(len(pairs), dtype=torch.float64, device=pairs.device)
-        found = []
-        for part in pairs.split(max(1, ROW_ENTRIES // self.network.nodes[source].size)):
+        found = torch.empty(len(pairs), dtype=torch.float64, device=pairs.device)
+        at_once = max(1, ROW_ENTRIES // self.network.nodes[source].size)
+        for part, norms in zip(pairs.split(at_once), found.split(at_once), strict=True):
             rows = self.difference(source, part)
-            found.append(up(vector_norm_up(rows.value) + rows.error, 2))
-        return torch.cat(found)
+            norms.copy_(up(vector_norm_up(rows.value) + rows.error, 2))
+        return found
 
 
 def _in_parts(pairs: Tensor, most: int) -> Iterator[Tensor]:

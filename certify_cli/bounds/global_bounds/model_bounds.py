@@ -20,42 +20,50 @@ from certify_cli.network.graph import Network
 MEMORY = 2**31
 """Bytes that the bounds of a batch may take, unless the caller states another figure."""
 
+PAIR = 8
+"""An estimate of the numbers that the bound of a pair keeps for each entry of the widest node."""
+
 
 class PairTable:
-    """A bound for each ordered pair of classes, computed when first used.
+    """A bound for each ordered pair of a predicted class and another, computed when first used.
+
+    Only the pairs of predicted classes are held: as many numbers for each as there are classes.
 
     expected: classes that will be predicted. Their pairs are computed in one batch with the first that is used: the
         rounding of a bound depends on its batch, and must not depend on the order of the samples.
-    bound: from pairs (count, 2) to their bounds (count,).
+    bound: from pairs (count, 2) to their bounds (count,).   most: pairs that it takes at once.
     """
 
-    def __init__(self, classes: int, expected: Tensor, bound: Callable[[Tensor], Tensor]) -> None:
-        device = expected.device
-        self._expected, self._bound = expected, bound
-        self._value = torch.full((classes, classes), torch.nan, dtype=torch.float64, device=device)
-        self._value.fill_diagonal_(0.0)
+    def __init__(self, classes: int, expected: Tensor, bound: Callable[[Tensor], Tensor], most: int) -> None:
+        self._classes, self._expected, self._bound, self._most = classes, expected, bound, most
+        self._rows: dict[int, Tensor] = {}
+        self._columns: dict[int, Tensor] = {}
 
     def rows(self, predicted: Tensor) -> Tensor:
         """Bounds (batch, classes) of the margins z_y - z_i; 0 at i = y."""
-        self._fill(predicted, swap=False)
-        return self._value[predicted]
+        return self._found(predicted, self._rows, self._columns)
 
     def columns(self, predicted: Tensor) -> Tensor:
         """Bounds (batch, classes) of the reversed margins z_i - z_y."""
-        self._fill(predicted, swap=True)
-        return self._value.T[predicted]
+        return self._found(predicted, self._columns, self._rows)
 
-    def _fill(self, predicted: Tensor, swap: bool) -> None:
-        view = self._value.T if swap else self._value
-        wanted = torch.zeros_like(self._value, dtype=torch.bool)
-        wanted[predicted.unique()] = True
-        if bool((wanted & view.isnan()).any()):
-            wanted[self._expected] = True
-        pairs = (wanted & view.isnan()).nonzero()
-        if len(pairs):
-            bound = self._bound(pairs.flip(1) if swap else pairs)
-            # NaN marks a bound that is not computed yet; one that is NaN itself (0 times an overflow) becomes inf
-            view[pairs[:, 0], pairs[:, 1]] = bound.masked_fill(bound.isnan(), torch.inf)
+    def _found(self, predicted: Tensor, table: dict[int, Tensor], reversed_: dict[int, Tensor]) -> Tensor:
+        if not table.keys() >= set(predicted.tolist()):
+            every = torch.cat([predicted, self._expected]).unique()
+            new = torch.stack([y for y in every if int(y) not in table])
+            value = torch.full((len(new), self._classes), torch.nan, dtype=torch.float64, device=new.device)
+            value.scatter_(1, new.unsqueeze(1), 0.0)
+            for i, known in reversed_.items():
+                value[:, i] = known[new]
+            row, rival = value.isnan().nonzero().unbind(1)
+            pairs = torch.stack([new[row], rival], 1)
+            pairs = pairs.flip(1) if table is self._columns else pairs
+            bounds = [self._bound(part) for part in pairs.split(self._most)]
+            value[row, rival] = (
+                torch.cat(bounds).nan_to_num(nan=torch.inf, posinf=torch.inf) if bounds else value[:0, 0]
+            )
+            table.update(zip(new.tolist(), value, strict=True))
+        return torch.stack([table[y] for y in predicted.tolist()])
 
 
 class ModelBounds:
@@ -97,9 +105,13 @@ class ModelBounds:
     @cached_property
     def lipschitz_pairs(self) -> PairTable:
         """Upper bounds of the margins' Lipschitz constants."""
-        return PairTable(self.network.classes, self.expected, self.lipschitz.of_margins)
+        return self._pairs(self.lipschitz.of_margins)
 
     @cached_property
     def curvature_pairs(self) -> PairTable:
         """Upper bounds of -lambda_min of the margins' Hessians; the reversed pair's bound is that of lambda_max."""
-        return PairTable(self.network.classes, self.expected, self.curvature.lower)
+        return self._pairs(self.curvature.lower)
+
+    def _pairs(self, bound: Callable[[Tensor], Tensor]) -> PairTable:
+        widest = max(node.size for node in self.network.nodes)
+        return PairTable(self.network.classes, self.expected, bound, max(1, self.memory // (8 * PAIR * widest)))

@@ -213,7 +213,7 @@ class Blocks(Mapping[Pair, Block]):
         for target in pre_activations(self.network):
             sources = tuple(s for t, s in self.composed if t == target and (t, s) not in self._shared)
             cost = self._costs.rows(target, min(sources, default=0))
-            fits = cost <= self._budget.norm and spent + cost <= self._budget.blocks
+            fits = 0 < cost <= self._budget.norm and spent + cost <= self._budget.blocks
             if sources and self.network.nodes[target].size > 1 and fits:
                 chosen[target], spent = sources, spent + cost
         return chosen
@@ -226,12 +226,16 @@ class Blocks(Mapping[Pair, Block]):
         if target not in self._pulled:
             sources = self._pullable[target]
             first = min(sources)
-            parts: dict[int, list[Tensor]] = {k: [] for k in sources}
+            size, device = self.network.nodes[target].size, self.network.device
+            # made beforehand: small pieces between large ones that come and go would keep these from being used again
+            norms = {k: torch.empty(size, dtype=torch.float64, device=device) for k in sources}
+            done = 0
             for units in self._units(target, first, target):
                 adjoints = vjp(self.network, units, self._behind(first), target)
                 for k in sources:
-                    parts[k].append(up(adjoints[k].size + adjoints[k].error, 2)[0])
-            self._pulled[target] = {k: torch.cat(found) for k, found in parts.items()}
+                    norms[k][done : done + units.shape[1]] = up(adjoints[k].size + adjoints[k].error, 2)[0]
+                done += units.shape[1]
+            self._pulled[target] = norms
         return self._pulled[target][source]
 
 

@@ -45,27 +45,23 @@ SQUARINGS = 3
 """Number of squarings of the Gram matrix in `matrix_norms`."""
 
 
-def lipschitz_loss(point: EvaluatedPoints, start: Ranges, cotangents: Tensor, budget: float = math.inf) -> AffineLoss:
-    """Upper bounds of the drop of <row, logits> on the balls of `start`, (batch, rows).
+def linearised_on_balls(point: EvaluatedPoints, start: Ranges, budget: float = math.inf) -> LinearisedOnBalls:
+    """The network linearised on the balls of `start`.
 
-    start: ranges on the balls, by any method.   cotangents: the rows, (batch or 1, rows, classes).
+    start: ranges on the balls, by any method.
     budget: floating-point operations per sample up to which the ranges of a pre-activation are narrowed first.
     """
     network = point.network
-    sources = _Sources(point, start)
+    sources = LinearisedOnBalls(point, start)
     for target in pre_activations(network)[:-1]:
         if rows_cost(network, target) <= budget:
             sources.narrow(target)
         for layer in consumers(network, target):
             sources.linearise(layer, target)
-    adjoints = vjp(point.network, cotangents, sources.node_vjps)
-    rate = up(adjoints[0].size + adjoints[0].error, 2)
-    return AffineLoss.of(
-        rate, [sources.deviation(layer, adjoints[layer]) for layer in sources.layers if layer in adjoints]
-    )
+    return sources
 
 
-class _Sources:
+class LinearisedOnBalls:
     """The nonlinear nodes linearised so far: their linear maps, and their deviations r o D from these on the balls."""
 
     def __init__(self, point: EvaluatedPoints, start: Ranges) -> None:
@@ -78,6 +74,14 @@ class _Sources:
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(self.deviations)
+
+    def loss(self, cotangents: Tensor) -> AffineLoss:
+        """Upper bounds (batch, rows) of the drop of <row, logits>; cotangents (batch or 1, rows, classes): the rows."""
+        adjoints = vjp(self.point.network, cotangents, self.node_vjps)
+        rate = up(adjoints[0].size + adjoints[0].error, 2)
+        return AffineLoss.of(
+            rate, [self.deviation(layer, adjoints[layer]) for layer in self.layers if layer in adjoints]
+        )
 
     def narrow(self, target: int) -> None:
         """Intersects the ranges of pre-activation `target` with the bound by the nodes linearised so far."""

@@ -20,7 +20,7 @@ from certify_cli.bounds.on_ball.interval_ranges import (
 )
 from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, RelaxedNetwork, relax
-from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
+from certify_cli.bounds.relaxation.optimise import COPIES, has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -33,8 +33,8 @@ NEGLIGIBLE = 1e-9
 """Units whose range is narrower than this part of the widest one in their layer are not asked for."""
 CACHE = 2**25
 """Bytes of the rows that are pulled back at once: few enough for the processor's cache."""
-OPTIMISED_CACHE, COPIES = 2**27, 16
-"""The same with optimised relaxations, and an estimate of the numbers that an ascent keeps for each neuron and row."""
+OPTIMISED_CACHE = 2**27
+"""The same with optimised relaxations."""
 
 
 def intermediate_bounds(

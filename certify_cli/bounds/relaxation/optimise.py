@@ -30,6 +30,8 @@ from certify_cli.numerics.momentum import RATE, SLOPE_STEP, MomentumAscent, adjo
 from certify_cli.numerics.rounding import TINY
 from certify_cli.numerics.trees import Batched
 
+COPIES = 16
+"""An estimate of the numbers that an ascent keeps for each neuron and row."""
 SHORTER, LONGER = 0.5, 1.4
 """Factors of the rate after a step that lowers the bound, and after one that raises it."""
 
@@ -46,6 +48,12 @@ def slope_tables(
     return {
         k: SlopeTable.of(activation_on_range(point, k, ranges), relaxation) for k, relaxation in relaxations.items()
     }
+
+
+def items_at_once(network: Network, memory: int) -> int:
+    """How many rows may have an ascent of their own at the same time."""
+    neurons = sum(network.nodes[k].size for k in nonlinear_nodes(network))
+    return max(1, memory // (8 * (COPIES * neurons + 8 * max(node.size for node in network.nodes))))
 
 
 def optimised_loss(
