@@ -311,7 +311,9 @@ class ConvTranspose(AffineOp):
         if min(sizes) < 1:
             raise ValueError(f"a transposed convolution leaves nothing of a value of shape {shape}")
         refuse_large((self.weight.shape[0], *sizes))
-        return (self.weight.shape[1] * self.groups, *sizes)
+        image = (self.weight.shape[1] * self.groups, *sizes)
+        self._adjoint.output_shape(image)  # which refuses what its transpose could not take
+        return image
 
     def linear(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight)

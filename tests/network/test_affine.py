@@ -183,3 +183,10 @@ def test_a_tiny_image_is_convolved_by_a_matrix_of_the_weights(
     expected = convolve(x, weight, None, stride, padding, dilation)
     slack = 2 * op.terms * 2.0**-53 * op.absolute(x.abs())
     assert bool(((op.linear(x) - expected).abs() <= slack).all())
+
+
+def test_a_transposed_convolution_whose_transpose_is_too_large_is_refused_when_it_is_built() -> None:
+    op = ConvTranspose(torch.zeros(1, 512, 5, 5, dtype=torch.float64), None, (1, 1), (0, 0), (0, 0), (1, 1))
+    with pytest.raises(ValueError, match="12100 places is too large"):
+        op.output_shape((1, 110, 110))
+    assert op.output_shape((1, 4, 4)) == (512, 8, 8)

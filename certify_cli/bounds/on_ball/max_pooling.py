@@ -47,7 +47,7 @@ class Side:
     weights: (batch, channels, groups, members), of the sum above.
     decided: (batch, channels, groups), where no other member can win on the box: there the maximum is the winner.
     contending: (batch, channels, groups, members), those of other groups that can win: narrower ranges of the rest
-        would leave these bounds as they are.
+        would leave these two bounds as they are.
     below, above: (batch, channels, groups), constants of the two bounds, >= 0, up.
     """
 
@@ -136,7 +136,7 @@ class MaxPoolRelaxation:
 
     @property
     def contending(self) -> Tensor:
-        """(batch, size of the input): whether a narrower range of this entry could change the bounds."""
+        """(batch, size of the input): whether a narrower range of this entry could change the two bounds of a side."""
         masks = [side.contending.to(side.winner.dtype) for side in self.sides]
         return (self._scattered(masks) > 0).flatten(1)
 
