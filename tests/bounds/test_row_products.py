@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import cache
 
 import pytest
@@ -200,3 +201,20 @@ def test_rows_whose_zeros_are_only_computed_have_products_by_their_errors() -> N
     squares = exact_squares(exact, exact)
     assert float(forms(Whole(u), rows.squares)) >= float(squares.sum())
     assert products_size(rows.matrix, rows.matrix) == 1600
+
+
+def test_sums_over_many_layers_are_rounded_up_for_all_of_them() -> None:
+    """60 blocks of two rows, in fractions: the number of roundings grows with the pairs of blocks."""
+    g = torch.Generator().manual_seed(6)
+    blocks = [torch.rand(1, 2, 1, generator=g, dtype=D) for _ in range(60)]
+    stacked = Rows.of(tuple(InexactRows(Whole(b), torch.zeros(1, 2, dtype=D)) for b in blocks))
+    for _ in range(20):
+        w = torch.rand(1, 1, 120, generator=g, dtype=D)
+        rows = [Fraction(value) for value in torch.cat(blocks, 1).flatten().tolist()]
+        weights = [Fraction(value) for value in w.flatten().tolist()]
+        # one column: the products are those of numbers, and the form is the square of a sum
+        exact = sum(weight * row**2 for weight, row in zip(weights, rows, strict=True)) ** 2
+        form = stacked.squared_form(w)
+        assert form is not None
+        assert Fraction(float(form)) >= exact
+        assert float(form) <= float(exact) * (1 + 1e-11)

@@ -21,7 +21,7 @@ from certify_cli.network.linear_forms import Forms, unit_forms
 from certify_cli.network.propagate import NodeVjp, Slope, Vectors, affine_error, vjp
 from certify_cli.network.walk import Backward, backward
 from certify_cli.numerics.batched import estimate_dtype
-from certify_cli.numerics.rounding import UNIT, power_of_two, up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, power_of_two, up
 from certify_cli.numerics.trees import Batched
 
 SQUARED_ENTRIES = 2**23
@@ -81,22 +81,16 @@ class Rows(Batched, shared=("blocks", "gram")):
 
         None where they have more than SQUARED_ENTRIES entries a sample.
         """
-        found, entries = [], 0
-        for i, block in enumerate(self.blocks):
-            row = []
-            for other in self.blocks[: i + 1]:
-                if products_size(block.matrix, other.matrix) > SQUARED_ENTRIES - entries:
-                    return None
-                row.append(block.squares if other is block else squared_products(block, other))
-                entries += row[-1].values[0].numel()
-            found.append(tuple(row))
-        return tuple(found)
+        pairs = [[(block, other) for other in self.blocks[: i + 1]] for i, block in enumerate(self.blocks)]
+        entries = sum(products_size(one.matrix, other.matrix) for row in pairs for one, other in row)
+        if entries > SQUARED_ENTRIES:
+            return None
+        return tuple(
+            tuple(one.squares if one is other else squared_products(one, other) for one, other in row) for row in pairs
+        )
 
     def squared_form(self, w: Tensor) -> Tensor | None:
-        """w^T M w (batch, several) of w (batch, several, count) >= 0, M of `squares`, not rounded; None without them.
-
-        A sum of at most count (count + 2) products of three numbers.
-        """
+        """Upper bounds (batch, several) of w^T M w for w (batch, several, count) >= 0, M of `squares`; None without."""
         if self.squares is None:
             return None
         parts = w.split(self.sizes, dim=2)
@@ -105,7 +99,8 @@ class Rows(Batched, shared=("blocks", "gram")):
             for j, square in enumerate(row):
                 form = (square.times(parts[j]) * parts[i]).sum(2)
                 total = total + (form if i == j else 2 * form)
-        return total
+        # each term has two products, and passes two sums within its blocks, and that of all pairs
+        return up(total, 2 * self.count + len(self.blocks) ** 2 + 8) + UNDERFLOW
 
 
 def _stacked_gram(blocks: Sequence[Tensor]) -> Tensor:

@@ -53,14 +53,15 @@ def squared_products(first: InexactRows, second: InexactRows) -> Matrix:
     """Upper bounds of <a_i, b_j>^2 as a matrix (batch or 1, rows, others); of rows with themselves see `squares`."""
     a, b = first.matrix, second.matrix
     others = _few_neighbours(a, b)
-    if isinstance(a, Grouped) and others is not None:
-        values = _at_groups(first, a.values, a.rows, second, b.within(others, a.columns), others)
-        if a is b:
-            group = groups_of_rows(a)
-            values *= 2.0 - (group[others].unsqueeze(1) == group[a.rows].unsqueeze(2)).to(values.dtype)
-        return Grouped(values, a.rows, others, (a.shape[0], b.shape[0]))
-    products = a.times(b.values).mT if isinstance(b, Whole) else b.times(a.dense)
-    return Whole(_squared(products, first.size, first.error, second.size, second.error, a.shape[1]))
+    if not isinstance(a, Grouped) or others is None:
+        products = a.dense @ b.dense.mT
+        return Whole(_squared(products, first.size, first.error, second.size, second.error, a.shape[1]))
+    values = _at_groups(first, a.values, a.rows, second, b.within(others, a.columns), others)
+    if a is b:
+        group = groups_of_rows(a)
+        values *= 2.0 - (group[others].unsqueeze(1) == group[a.rows].unsqueeze(2)).to(values.dtype)
+    outside = (a.rows == a.shape[0]).unsqueeze(2) | (others == b.shape[0]).unsqueeze(1)
+    return Grouped(values.masked_fill(outside, 0.0), a.rows, others, (a.shape[0], b.shape[0]))
 
 
 def products_size(a: Matrix, b: Matrix) -> int:
@@ -71,8 +72,22 @@ def products_size(a: Matrix, b: Matrix) -> int:
 
 def squared_products_at(places: Matrix, first: InexactRows, second: InexactRows) -> Tensor:
     """`squared_products` at the places of a matrix (rows, others), shaped as its values."""
-    products = squared_products(first, second)
-    return products.within(places.rows, places.columns) if isinstance(places, Grouped) else products.dense
+    if isinstance(places, Whole):
+        return squared_products(first, second).dense
+    if _few_neighbours(first.matrix, second.matrix) is not None:
+        return squared_products(first, second).within(places.rows, places.columns)
+    a, b = first.matrix.dense, second.matrix.dense
+    columns = places.columns.clamp(max=b.shape[1] - 1)  # what stands in the padding meets zeros
+    found = []
+    for rows, others in zip(places.rows.clamp(max=a.shape[1] - 1), columns, strict=True):
+        size, error, length, off = (
+            t[:, index]
+            for t, index in (
+                (first.size, rows), (first.error, rows), (second.size, others), (second.error, others)
+            )
+        )  # fmt: skip
+        found.append(_squared(a[:, rows] @ b[:, others].mT, size, error, length, off, a.shape[2]))
+    return torch.stack(found, dim=1)
 
 
 def squares_for(places: Matrix, rows: InexactRows) -> Matrix | Tensor:
@@ -91,8 +106,9 @@ def forms(u: Matrix, squares: Matrix | Tensor) -> Tensor:
         return u.row_sums((u.values @ squares) * u.values)
     assert not isinstance(squares, Tensor)
     if isinstance(u, Grouped) and isinstance(squares, Whole):
-        parts = (squares.within(columns.unsqueeze(0), columns.unsqueeze(0)) for columns in u.columns)
-        images = [part @ square[:, 0] for part, square in zip(u.values.unbind(1), parts, strict=True)]
+        columns = u.columns.clamp(max=squares.shape[1] - 1)  # u is zero in the padding
+        parts = (squares.values[:, index.unsqueeze(1), index.unsqueeze(0)] for index in columns)
+        images = [part @ square for part, square in zip(u.values.unbind(1), parts, strict=True)]
         return u.row_sums(torch.stack(images, 1) * u.values)
     dense = u.dense
     if isinstance(squares, Whole):

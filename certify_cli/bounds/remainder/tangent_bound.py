@@ -165,7 +165,7 @@ def joint_quadratic(ball: BallExpansion, weights: Mapping[int, Tensor]) -> Tenso
     squared = rows.squared_form(w)
     if squared is None:
         return None
-    form = (up(squared, 2 * count + 8) + UNDERFLOW).sqrt().sqrt()
+    form = squared.sqrt().sqrt()
     own = (up((w * positive_up(residual.square()).unsqueeze(1)).sum(2), count + 3) + UNDERFLOW).sqrt()
     return up(unit * up(0.5 * (ball.radius.unsqueeze(1) * form + own).square(), 12))
 
