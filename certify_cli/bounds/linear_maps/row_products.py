@@ -48,6 +48,11 @@ class InexactRows(Batched, shared=("matrix", "error")):
         """
         return squared_products(self, self)
 
+    @cached_property
+    def whole_squares(self) -> Whole:
+        """`squares` as a whole matrix."""
+        return self.squares if isinstance(self.squares, Whole) else Whole(self.squares.dense)
+
 
 def squared_products(first: InexactRows, second: InexactRows) -> Matrix:
     """Upper bounds of <a_i, b_j>^2 as a matrix (batch or 1, rows, others); of rows with themselves see `squares`."""
@@ -93,28 +98,30 @@ def squared_products_at(places: Matrix, first: InexactRows, second: InexactRows)
 def squares_for(places: Matrix, rows: InexactRows) -> Matrix | Tensor:
     """`rows.squares` for `forms` of matrices at these places (any, rows).
 
-    By groups: of the rows that each group uses, (batch or 1, groups, c, c), where this is no more than there is.
+    By groups: of the rows that each group uses, (batch or 1, groups, c, c), or whole where that is less.
     """
-    if isinstance(places, Grouped) and places.columns.numel() * places.columns.shape[1] <= rows.matrix.shape[0] ** 2:
-        return rows.squares.within(places.columns, places.columns)
-    return rows.squares
+    if isinstance(places, Whole):
+        return rows.squares
+    if places.columns.numel() * places.columns.shape[1] > rows.matrix.shape[0] ** 2:
+        return rows.whole_squares
+    return rows.squares.within(places.columns, places.columns)
 
 
 def forms(u: Matrix, squares: Matrix | Tensor) -> Tensor:
     """u_i^T M u_i (batch, m) for each row u_i of a matrix, (batch, m, n); squares: M (n, n), from `squares_for`."""
-    if isinstance(u, Grouped) and isinstance(squares, Tensor):
+    if isinstance(u, Whole):
+        assert not isinstance(squares, Tensor)
+        if isinstance(squares, Whole):
+            return _symmetric_forms(u.values, squares.values)
+        chunk = max(1, CHUNK_ENTRIES // (len(u.values) * squares.columns.numel()))
+        return torch.cat([_neighbour_forms(part, squares) for part in u.values.split(chunk, 1)], dim=1)
+    if isinstance(squares, Tensor):
         return u.row_sums((u.values @ squares) * u.values)
-    assert not isinstance(squares, Tensor)
-    if isinstance(u, Grouped) and isinstance(squares, Whole):
-        columns = u.columns.clamp(max=squares.shape[1] - 1)  # u is zero in the padding
-        parts = (squares.values[:, index.unsqueeze(1), index.unsqueeze(0)] for index in columns)
-        images = [part @ square for part, square in zip(u.values.unbind(1), parts, strict=True)]
-        return u.row_sums(torch.stack(images, 1) * u.values)
-    dense = u.dense
-    if isinstance(squares, Whole):
-        return _symmetric_forms(dense, squares.values)
-    chunk = max(1, CHUNK_ENTRIES // (len(dense) * squares.columns.numel()))
-    return torch.cat([_neighbour_forms(part, squares) for part in dense.split(chunk, 1)], dim=1)
+    assert isinstance(squares, Whole)
+    columns = u.columns.clamp(max=squares.shape[1] - 1)  # u is zero in the padding
+    parts = (squares.values[:, index.unsqueeze(1), index.unsqueeze(0)] for index in columns)
+    images = [part @ square for part, square in zip(u.values.unbind(1), parts, strict=True)]
+    return u.row_sums(torch.stack(images, 1) * u.values)
 
 
 def _neighbour_forms(u: Tensor, squares: Grouped) -> Tensor:
