@@ -19,6 +19,8 @@ from certify_cli.numerics.trees import Batched
 
 CHUNK_ENTRIES = 2**22
 """Rows are multiplied with neighbours' products in chunks of at most so many entries (32 MiB)."""
+GATHERED = 32
+"""Products that take the time of gathering one entry, about."""
 FEW = 0.5
 """Products of rows are kept by groups where they fill at most this part of the whole matrix."""
 
@@ -59,14 +61,22 @@ def squared_products(first: InexactRows, second: InexactRows) -> Matrix:
     a, b = first.matrix, second.matrix
     others = _few_neighbours(a, b)
     if not isinstance(a, Grouped) or others is None:
-        products = a.dense @ b.dense.mT
-        return Whole(_squared(products, first.size, first.error, second.size, second.error, a.shape[1]))
+        return Whole(_squared(_products(a, b), first.size, first.error, second.size, second.error, a.shape[1]))
     values = _at_groups(first, a.values, a.rows, second, b.within(others, a.columns), others)
     if a is b:
         group = groups_of_rows(a)
         values *= 2.0 - (group[others].unsqueeze(1) == group[a.rows].unsqueeze(2)).to(values.dtype)
     outside = (a.rows == a.shape[0]).unsqueeze(2) | (others == b.shape[0]).unsqueeze(1)
     return Grouped(values.masked_fill(outside, 0.0), a.rows, others, (a.shape[0], b.shape[0]))
+
+
+def _products(a: Matrix, b: Matrix) -> Tensor:
+    """A B^T (batch or 1, m, k): by the groups of either matrix where gathering for them is less than multiplying."""
+    for groups, other, turned in ((b, a, False), (a, b, True)):
+        if isinstance(groups, Grouped) and GATHERED * groups.columns.numel() < groups.shape[0] * groups.shape[1]:
+            found = groups.times(other.dense)
+            return found.mT if turned else found
+    return a.dense @ b.dense.mT
 
 
 def products_size(a: Matrix, b: Matrix) -> int:
