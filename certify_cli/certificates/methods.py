@@ -343,24 +343,22 @@ def certify_batch(
     best = _certify(methods[0], model_bounds, point, attack, None)
     attack = attack and not methods[0].attacks  # only the first method that can certify attacks does
     effort, exact = model_bounds.effort, None
-    for method in methods[1:]:
-        wanted = torch.ones(len(point.x), dtype=torch.bool, device=point.x.device)
-        if method.expensive and levels and not effort.every_verdict:
-            wanted = ~decided(best, levels)
-        if method.searched and point.smooth and not effort.every_verdict:
-            exact = nearly_exact(point, best, effort) if exact is None else exact
-            wanted = wanted & ~exact
-        todo = wanted.nonzero()[:, 0]
-        if not len(todo):
-            continue
-        samples = point if len(todo) == len(point.x) else point.at(todo)
-        previous = best.at(todo)
-        try:
+    with suppress(OutOfTime):
+        for method in methods[1:]:
+            wanted = torch.ones(len(point.x), dtype=torch.bool, device=point.x.device)
+            if method.expensive and levels and not effort.every_verdict:
+                wanted = ~decided(best, levels)
+            if method.searched and point.smooth and not effort.every_verdict:
+                exact = nearly_exact(point, best, effort) if exact is None else exact
+                wanted = wanted & ~exact
+            todo = wanted.nonzero()[:, 0]
+            if not len(todo):
+                continue
+            samples = point if len(todo) == len(point.x) else point.at(todo)
+            previous = best.at(todo)
             certificates = _certify(method, model_bounds, samples, attack, previous)
-        except OutOfTime:
-            break
-        best = best.put(todo, previous.best_of(certificates))
-        attack = attack and not method.attacks
+            best = best.put(todo, previous.best_of(certificates))
+            attack = attack and not method.attacks
     return best
 
 

@@ -113,7 +113,7 @@ class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape",
     @cached_property
     def _place(self) -> Tensor:
         """(m + 1,): where each row stands in the flattened groups; behind them for row m, the padding."""
-        place = torch.full((self.shape[0] + 1,), self.rows.numel(), device=self.rows.device)
+        place = torch.full((self.shape[0] + 1,), self.rows.numel(), dtype=torch.long, device=self.rows.device)
         place[self.rows.flatten()] = torch.arange(self.rows.numel(), device=self.rows.device)
         place[-1] = self.rows.numel()
         return place
@@ -170,7 +170,7 @@ class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape",
         place = self._place[rows].flatten()
         values = pad(self.values.flatten(1, 2), (0, 0, 0, 1))[:, place]  # (batch, groups * r, c)
         own = pad(self.columns.repeat_interleave(self.rows.shape[1], 0), (0, 0, 0, 1), value=n)[place]
-        position = torch.full((groups, n + 1), width, device=rows.device)
+        position = torch.full((groups, n + 1), width, dtype=torch.long, device=rows.device)
         position.scatter_(1, columns, torch.arange(width, device=rows.device).expand(groups, -1))
         position[:, n] = width
         target = position.gather(1, own.reshape(groups, r * c)).reshape(1, groups * r, c)

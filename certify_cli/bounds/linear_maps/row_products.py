@@ -156,7 +156,7 @@ def _symmetric_forms(u: Tensor, squares: Tensor) -> Tensor:
 def groups_of_rows(matrix: Grouped) -> Tensor:
     """The group of each row, (rows + 1,); the number of groups for the padding."""
     groups, height = matrix.rows.shape
-    of_row = torch.full((matrix.shape[0] + 1,), groups, device=matrix.rows.device)
+    of_row = torch.full((matrix.shape[0] + 1,), groups, dtype=torch.long, device=matrix.rows.device)
     of_row[matrix.rows.flatten()] = torch.arange(groups, device=of_row.device).repeat_interleave(height)
     of_row[-1] = groups
     return of_row
@@ -173,7 +173,7 @@ def _few_neighbours(a: Matrix, b: Matrix) -> Tensor | None:
     n = a.shape[1]
     masks = []
     for matrix in (a, b):
-        mask = torch.zeros(len(matrix.columns), n + 1, dtype=torch.float32, device=a.columns.device)
+        mask = torch.zeros(len(matrix.columns), n + 1, dtype=torch.float64, device=a.columns.device)
         masks.append(mask.scatter_(1, matrix.columns, 1.0)[:, :-1])
     near = masks[0] @ masks[1].T > 0  # sums of ones: exact
     if a is b:
