@@ -43,7 +43,7 @@ class Family:
     samples: int
 
 
-SIZES, DEPTHS, CLASSES = (32, 64, 96, 128, 160, 224), (8, 14, 20, 32, 44, 56), (10, 100, 1000, 10000)
+SIZES, DEPTHS, CLASSES = (32, 64, 128, 224), (8, 14, 20, 32, 44, 56), (10, 100, 1000, 10000)
 FAMILIES = (
     Family("size", "pixels a side", "lipschitz", {s: ("resnet18", s, 1000) for s in SIZES}, 4),
     Family("depth", "layers", "lipschitz", {d: (f"{deep.CIFAR}{d}", 32, 10) for d in DEPTHS}, 4),

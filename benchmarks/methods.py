@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
     from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
     from certify_cli.certificates.certificates import Certificates
-    from certify_cli.efforts import EFFORTS
     from certify_cli.network.evaluated import EvaluatedPoints
     from certify_cli.network.graph import Network
 
@@ -151,6 +150,7 @@ def measure(network: Network, x: Tensor, labels: Tensor | None, columns: list[st
 
     from certify_cli.bounds.global_bounds.curvature import why_no_curvature
     from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+    from certify_cli.efforts import EFFORTS
     from certify_cli.network.evaluated import EvaluatedPoints
 
     if why_no_curvature(network) is not None:
