@@ -31,7 +31,6 @@ from certify_cli.certificates.ball_bounds import (
     BallBound,
     linear_bound,
     linear_bound_on_ranges,
-    lipschitz_bound,
     optimised_linear_bound,
 )
 from certify_cli.certificates.column_plan import (
@@ -44,7 +43,7 @@ from certify_cli.certificates.column_plan import (
     rows_are_dear,
 )
 from certify_cli.certificates.failed_balls import FailedBalls
-from certify_cli.certificates.local import footprint, searchable
+from certify_cli.certificates.local import searchable
 from certify_cli.certificates.radius_bracket import Bracket
 from certify_cli.certificates.rivals import ProvedRivals, Rivals, losses_in_parts, rows_at_once, settled_by_ranges
 from certify_cli.efforts import BallSearchLimits
@@ -100,8 +99,6 @@ def search_balls(
     able = searchable(point, previous).nonzero()[:, 0]
     if not len(able) or not nonlinear_nodes(point.network):  # affine: margin over norm is exact
         return BallSearchResult(radius, rival, bound)
-    if len(bounds) > 1 and footprint(point.network) > model_bounds.memory:
-        bounds = tuple(bound for bound in bounds if bound is not lipschitz_bound)  # no better without Jacobians
     samples, floor = point.at(able), previous[able]
     search = _Search(model_bounds, samples, ProvedRivals(model_bounds, samples))
     limits = model_bounds.effort.ball_search

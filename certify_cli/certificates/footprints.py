@@ -55,6 +55,6 @@ def wanted(method: str, network: Network) -> int:
 
 WITH_JACOBIANS = {
     "local": "its tangent bound alone decides",
-    "local-lipschitz": "beside linear it is left out, alone it takes the ranges of intervals",
+    "local-lipschitz": "it takes the ranges of linear, or alone those of intervals",
 }
 """Methods that use a sample's Jacobians, and what they do without."""

@@ -19,7 +19,8 @@ from certify_cli.attacks.replay import replayed_along
 from certify_cli.bounds.global_bounds.curvature import why_no_curvature
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.certificates.anchoring import Constants, anchored, certified_attack
-from certify_cli.certificates.ball_search import BallBound, linear_bound, lipschitz_bound, search_balls
+from certify_cli.certificates.ball_bounds import BallBound, linear_bound, lipschitz_bound
+from certify_cli.certificates.ball_search import search_balls
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
 from certify_cli.certificates.dual import refined

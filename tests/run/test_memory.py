@@ -71,6 +71,20 @@ def test_without_jacobians() -> None:
     assert any((a.certified_radius or 0) < (b.certified_radius or 0) for a, b in zip(found, whole, strict=True))
 
 
+def test_auto_is_no_worse_than_local_lipschitz_alone_where_jacobians_do_not_fit() -> None:
+    """On wide layers with ranges of intervals it can be the best of all methods."""
+    network = mlp((6, 1000, 1000, 3), "relu", seed=3)
+    room = max(needed(name, network) for name in METHODS) + 1
+    assert room < footprint(network)
+    data = data_of(points(network, 6))
+    together, alone, linear = (
+        certify(model_of(network), data, method=m, memory=room) for m in ("auto", "local-lipschitz", "linear")
+    )
+    assert any("local-lipschitz without Jacobians" in note for note in together.run.notes)
+    radii = [[sample.certified_radius or 0.0 for sample in run.samples] for run in (together, alone, linear)]
+    assert all(a >= max(b, c) * (1 - 2e-3) for a, b, c in zip(*radii, strict=True))
+
+
 @pytest.mark.parametrize("network", [SMOOTH["convolutional"], PIECEWISE["relu"], WIDE])
 def test_everything_fits_without_an_option(network: object) -> None:
     job = prepare(model_of(network), data_of(points(network, 2)), Settings())  # type: ignore[arg-type]
