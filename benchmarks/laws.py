@@ -43,11 +43,11 @@ class Family:
     samples: int
 
 
-SIZES, DEPTHS, CLASSES = (32, 64, 128, 224), (8, 14, 20, 32, 44, 56), (10, 100, 1000, 10000)
+SIZES, DEPTHS, CLASSES = (32, 64, 128, 224), (8, 20, 32, 56), (10, 100, 1000, 10000)
 FAMILIES = (
-    Family("size", "pixels a side", "lipschitz", {s: ("resnet18", s, 1000) for s in SIZES}, 4),
+    Family("size", "pixels a side", "lipschitz", {s: ("resnet18", s, 1000) for s in SIZES}, 2),
     Family("depth", "layers", "lipschitz", {d: (f"{deep.CIFAR}{d}", 32, 10) for d in DEPTHS}, 4),
-    Family("depth", "layers", "auto", {d: (f"{deep.CIFAR}{d}", 32, 10) for d in DEPTHS[:4]}, 1),
+    Family("depth", "layers", "auto", {d: (f"{deep.CIFAR}{d}", 32, 10) for d in DEPTHS[:2]}, 1),
     Family("classes", "classes", "lipschitz", {c: ("resnet18", 64, c) for c in CLASSES}, 4),
 )
 
