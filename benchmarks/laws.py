@@ -3,7 +3,7 @@
     python benchmarks/laws.py [--svg docs/laws.svg] [--threads 2]
 
 - size: ResNet-18, 1,000 classes, images of 32 to 224 pixels a side, `lipschitz`;
-- depth: residual networks of 8 to 56 layers for 32 x 32 pixels, 10 classes, `lipschitz` and `auto`;
+- depth: residual networks for 32 x 32 pixels, 10 classes, of 8 to 56 layers by `lipschitz`, of 8 and 20 by `auto`;
 - classes: ResNet-18 at 64 x 64 with 10 to 10,000 classes, `lipschitz`.
 
 Random weights and images of noise, as in deep.py, each figure in a process of its own. A law is the exponent p of

@@ -118,6 +118,11 @@ class Grouped(Batched, shared=("values",), constant=("rows", "columns", "shape",
         place[-1] = self.rows.numel()
         return place
 
+    @property
+    def group_of_row(self) -> Tensor:
+        """(m + 1,): the group of each row; the number of groups for row m, the padding."""
+        return self._place // self.rows.shape[1]
+
     def _to_rows(self, values: Tensor) -> Tensor:
         """(..., groups, r) -> (..., m)."""
         return values.flatten(-2)[..., self._place[:-1]]

@@ -64,7 +64,7 @@ def squared_products(first: InexactRows, second: InexactRows) -> Matrix:
         return Whole(_squared(_products(a, b), first.size, first.error, second.size, second.error, a.shape[1]))
     values = _at_groups(first, a.values, a.rows, second, b.within(others, a.columns), others)
     if a is b:
-        group = groups_of_rows(a)
+        group = a.group_of_row
         values *= 2.0 - (group[others].unsqueeze(1) == group[a.rows].unsqueeze(2)).to(values.dtype)
     outside = (a.rows == a.shape[0]).unsqueeze(2) | (others == b.shape[0]).unsqueeze(1)
     return Grouped(values.masked_fill(outside, 0.0), a.rows, others, (a.shape[0], b.shape[0]))
@@ -151,15 +151,6 @@ def _symmetric_forms(u: Tensor, squares: Tensor) -> Tensor:
         image = part @ (squares[0] if len(squares) == 1 else squares)[..., first:last, :last]
         total = total + 2 * (image[..., :first] * u[..., :first]).sum(2) + (image[..., first:] * part).sum(2)
     return total
-
-
-def groups_of_rows(matrix: Grouped) -> Tensor:
-    """The group of each row, (rows + 1,); the number of groups for the padding."""
-    groups, height = matrix.rows.shape
-    of_row = torch.full((matrix.shape[0] + 1,), groups, dtype=torch.long, device=matrix.rows.device)
-    of_row[matrix.rows.flatten()] = torch.arange(groups, device=of_row.device).repeat_interleave(height)
-    of_row[-1] = groups
-    return of_row
 
 
 def _few_neighbours(a: Matrix, b: Matrix) -> Tensor | None:
