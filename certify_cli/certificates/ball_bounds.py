@@ -24,8 +24,9 @@ from certify_cli.certificates.rivals import Losses, Rivals
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.linear_forms import WholeForms
 
-HOPELESS = -1.0
-"""An ascent is not tried for a lower bound of the margin below this part of the margin at the sample."""
+HOPELESS, AT_MOST = 0.25, 1.0
+"""An ascent is not tried where more than this part of the margin is missing, for each nonlinear node whose slopes it
+can choose; and no more than that in all."""
 NARROW = 0.1
 """Where a bound leaves less than this part of a margin, an ascent and the next bound are tried as well."""
 
@@ -69,7 +70,8 @@ def _with_optimised_slopes(
     """`loss` (batch, count), replaced by that of optimised slopes where the margin left is narrow and this helps."""
     margin = rivals.of_table(point.margin_low)
     remaining = (margin - loss.on(ranges.radius)) / margin
-    sample, rival = ((remaining <= NARROW) & (remaining > HOPELESS)).nonzero().unbind(1)
+    missing = min(HOPELESS * len(relaxed.relaxations), AT_MOST)
+    sample, rival = ((remaining <= NARROW) & (remaining > -missing) & ~rivals.repeated).nonzero().unbind(1)
     if not len(sample):
         return loss
     cotangents, steps = rivals.cotangents(point), model_bounds.effort.ball_search.slope_steps

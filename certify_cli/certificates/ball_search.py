@@ -24,7 +24,7 @@ from torch.nn.functional import one_hot
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.columns import bending_radius
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
-from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, optimised_cost
+from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, narrows, optimised_cost
 from certify_cli.bounds.relaxation.optimise import has_slopes
 from certify_cli.certificates.ball_bounds import (
     NARROW,
@@ -110,9 +110,9 @@ def search_balls(
         options = (DEAR_TOLERANCE, most, DEAR_STRIDE) if dear else (COLUMN_TOLERANCE, None, COLUMN_STRIDE)
         best = search.largest(bounds, few, floor, limits.balls, *options)
     elif linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
-        best = search.largest(bounds, search.start(floor), floor, limits.balls, limits.tolerance)
+        best = search.largest(bounds, search.start(bounds, floor), floor, limits.balls, limits.tolerance)
     else:
-        best = search.largest(bounds, search.start(floor), floor / OVERTAKEN, limits.balls, FIRST_TOLERANCE)
+        best = search.largest(bounds, search.start(bounds, floor), floor / OVERTAKEN, limits.balls, FIRST_TOLERANCE)
         optimised = tuple(optimised_linear_bound if bound is linear_bound else bound for bound in bounds)
         floor = torch.where(best.radius > 0, torch.maximum(floor, best.radius), torch.inf)
         second = search.largest(optimised, OPTIMISED_GAIN * best.radius, floor, limits.balls, limits.tolerance)
@@ -215,17 +215,21 @@ class _Search:
         start = START * self.point.distance_estimate.nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1)
         return torch.where(start.isfinite() & (start > 0), start, torch.ones_like(start))
 
-    def start(self, previous: Tensor) -> Tensor:
-        """Radii (batch,) of the first balls, from a rough search on interval ranges.
+    def start(self, bounds: tuple[BallBound, ...], previous: Tensor) -> Tensor:
+        """Radii (batch,) of the first balls, from a rough search by linear relaxation on interval ranges.
+
+        Not where that is what the bounds begin with anyway.
 
         A previous radius counts as close to the best one if it is large, or if the model is smooth, because better
         bounds than a global Lipschitz constant have then been tried.
         """
         first = torch.where(previous > 0, previous, self.unit)
-        apart = replace(self)  # what failed on interval ranges says little
-        rough = apart.largest((linear_bound_on_ranges,), first, previous, ROUGH_BALLS, ROUGH_TOLERANCE).radius
         close = (previous > 0.5 * self.unit) | (len(self.point.slopes) > 0)
         start = torch.where(close & (previous > 0), previous, self.unit)
+        if linear_bound in bounds and not narrows(self.point.network):
+            return start
+        apart = replace(self)  # what failed on interval ranges says little
+        rough = apart.largest((linear_bound_on_ranges,), first, previous, ROUGH_BALLS, ROUGH_TOLERANCE).radius
         between = torch.maximum(NARROWER * rough, (rough * self.unit).sqrt())
         return torch.where(rough > 0, torch.where(close, NARROWER * rough, between), start)
 

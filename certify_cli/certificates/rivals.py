@@ -42,6 +42,12 @@ class Rivals:
         order = (~asked).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
         return cls(torch.where(asked.gather(1, order), order, order[:, :1]))
 
+    @property
+    def repeated(self) -> Tensor:
+        """Mask (batch, count): entries that repeat the first one."""
+        same = self.classes == self.classes[:, :1]
+        return torch.cat([torch.zeros_like(same[:, :1]), same[:, 1:]], dim=1)
+
     def of_table(self, table: Tensor) -> Tensor:
         """The entries (batch, count) of a table (batch, classes)."""
         return table.gather(1, self.classes)

@@ -38,7 +38,7 @@ def up(value: Number, operations: int = 1) -> Number:
     """Upper bound of a non-negative expression whose computed value took `operations` roundings."""
     factor = 1.0 + 2 * (operations + 1) * UNIT
     if isinstance(value, Tensor):
-        return torch.nextafter(value * factor, torch.full_like(value, math.inf))
+        return torch.nextafter(value * factor, value.new_full((), math.inf))
     return math.nextafter(value * factor, math.inf)
 
 
@@ -54,7 +54,7 @@ def down(value: Number, operations: int = 1) -> Number:
     """Lower bound, at least 0, of a non-negative expression whose computed value took `operations` roundings."""
     factor = 1.0 - 2 * (operations + 1) * UNIT
     if isinstance(value, Tensor):
-        return torch.nextafter(value * factor, torch.full_like(value, -math.inf)).clamp(min=0.0)
+        return torch.nextafter(value * factor, value.new_full((), -math.inf)).clamp(min=0.0)
     return max(0.0, math.nextafter(value * factor, -math.inf))
 
 

@@ -71,9 +71,10 @@ class LinearRelaxation(Batched):
         curved = ~(flattest == steepest)  # where phi is a straight line, that line is both bounds
         slopes, constants = (flattest.clone(), flattest.clone()), (torch.zeros_like(on.z), torch.zeros_like(on.z))
         part = on.at(curved)
-        for side, slope in enumerate(supporting_slopes(part)):
-            lower, upper = part.remainders(slope)
-            slopes[side][curved], constants[side][curved] = slope, upper if side else -lower
+        found = [slope.unsqueeze(0) for slope in supporting_slopes(part)]
+        lower, upper = part.remainders_of_lines(*found)
+        for side, constant in enumerate((-lower, upper)):
+            slopes[side][curved], constants[side][curved] = found[side][0], constant[0]
         below, above = (slope.reshape(-1, *shape) for slope in slopes)
         return cls((below, constants[0]), (above, constants[1]))
 
@@ -129,16 +130,14 @@ def supporting_slopes(on: ActivationOnInterval) -> tuple[Tensor, Tensor]:
     chord = ((end - start) / (last - first)).nan_to_num(nan=0.0)
     close = TIGHT * (grid.increments.amax(0) - grid.increments.amin(0))
     close = close + 16 * UNIT * (phi.value(on.z).abs() + phi.lipschitz * on.z.abs())  # the increments' own rounding
+    deviations = [torch.addcmul(grid.increments, grid.offsets, line, value=-1) for line in (tangent, chord)]
+    touched, at_first, at_last = increment - tangent * middle, start - chord * first, end - chord * last
     slopes = []
-    for side in (1.0, -1.0):
-        sign = torch.full_like(tangent, side)
-        touches = (side * (grid.increments - increment - tangent * (grid.offsets - middle))).amin(0) >= -close
-        at_ends = torch.minimum(side * (start - chord * first), side * (end - chord * last))
-        crosses = -grid.line_offset(sign, chord) < at_ends - close
-        slope = torch.where(touches, tangent, chord)
-        neither = crosses & ~touches
-        if bool(neither.any()):
-            slope = torch.where(neither, grid.supporting_line(middle, sign)[0], slope)
+    for side, lowest, lower in ((1.0, torch.amin, torch.minimum), (-1.0, torch.amax, torch.maximum)):
+        touches = side * (lowest(deviations[0], 0) - touched) >= -close
+        crosses = side * (lowest(deviations[1], 0) - lower(at_first, at_last)) < -close
+        slope, neither = torch.where(touches, tangent, chord), crosses & ~touches
+        slope[neither] = grid.at(neither).supporting_line(middle[neither], torch.full_like(middle[neither], side))[0]
         slopes.append(torch.where(slope.isfinite(), slope, phi.slope(on.z)))
     return slopes[0], slopes[1]
 

@@ -164,6 +164,18 @@ def optimised_offset_bounds(
     return torch.cat(parts, dim=2)
 
 
+def narrows(network: Network) -> bool:
+    """Whether linear relaxation can narrow the range of some pre-activation.
+
+    Not that of one without a nonlinear node before it, nor of one that is a nonlinear node itself: what its own
+    pre-activation says of it is as good.
+    """
+    return any(
+        follows_nonlinear(network, target) and not is_nonlinear(network.nodes[target])
+        for target in pre_activations(network)[:-1]
+    )
+
+
 def follows_nonlinear(network: Network, target: int) -> bool:
     """Whether a nonlinear node precedes node `target`."""
     return any(is_nonlinear(network.nodes[i]) or follows_nonlinear(network, i) for i in network.nodes[target].inputs)

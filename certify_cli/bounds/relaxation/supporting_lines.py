@@ -61,25 +61,23 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
         grid, (samples, size) = Grid.of(on), on.z.shape
         one_kink = on.activation.piecewise_linear and len(on.activation.kinks) == 1
         count = OF_ONE_KINK if one_kink else LINES
-        slopes, constants = [], []
-        for side, (given_slope, given_constant) in enumerate((lines.below, lines.above)):
-            spread = _spread(grid, 1.0 - 2.0 * side, count)
-            several = spread[-1] - spread[0] > CLOSE * (spread[-1].abs() + spread[0].abs())  # false for NaN
-            slope, constant = (t.reshape(samples, size).repeat(count, 1, 1) for t in (given_slope, given_constant))
-            part, spread_slopes = on.at(several), spread[:, several]
-            error = torch.as_tensor(part.error, dtype=torch.float64, device=part.z.device)
-            wide = ActivationOnInterval(part.activation, *(t.repeat(count) for t in (part.z, error, part.lo, part.hi)))
-            lower, upper = wide.remainders(spread_slopes.reshape(-1))
-            slope[:, several] = spread_slopes
-            constant[:, several] = (upper if side else -lower).reshape(count, -1)
-            slopes.append(slope)
-            constants.append(constant)
-        all_slopes = torch.stack(slopes)
+        spreads = torch.stack([_spread(grid, side, count) for side in (1.0, -1.0)])
+        given = torch.stack([lines.slopes, torch.stack([lines.below[1], lines.above[1]])]).reshape(
+            2, 2, 1, samples, size
+        )
+        slopes, constants = given.expand(2, 2, count, samples, size).clone()
+        several = spreads[:, -1] - spreads[:, 0] > CLOSE * (spreads[:, -1].abs() + spreads[:, 0].abs())  # not for NaN
+        some = several.any(0)
+        spreads, several = spreads[..., some], several[..., some]
+        lower, upper = on.at(some).remainders_of_lines(*spreads)
+        kept = several.unsqueeze(1)
+        slopes[..., some] = torch.where(kept, spreads, slopes[..., some])
+        constants[..., some] = torch.where(kept, torch.stack([-lower, upper]), constants[..., some])
         magnitude = torch.maximum(-on.lo, on.hi)
         steepness, _, width = grid.scales()
         every = torch.arange(samples, device=on.z.device)
-        ends = all_slopes[:, 0], all_slopes[:, -1]
-        return cls(lines.shape, every, all_slopes, torch.stack(constants), ends, magnitude, steepness / width)
+        ends = slopes[:, 0], slopes[:, -1]
+        return cls(lines.shape, every, slopes, constants, ends, magnitude, steepness / width)
 
     def clamped(self, slopes: Tensor) -> Tensor:
         """The slopes nearest to `slopes` (sides, items, size) that support."""

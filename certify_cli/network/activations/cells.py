@@ -202,28 +202,34 @@ class Cells:
                 upper = torch.where(self.unbounded, torch.maximum(upper, high), upper)
         return lower.amin(0) - slack, upper.amax(0) + slack
 
-    def remainders(self, activation: Activation, slope: Tensor) -> Ends:
-        """phi(z'+t) - phi(z') - slope t: the extremes of tents. On the mirrored side the remainder is minus a tent's.
+    def remainders(self, activation: Activation, below: Tensor, above: Tensor) -> Ends:
+        """The least of phi(z'+t) - phi(z') - slope t for slopes `below` (lines, entries), the greatest for `above`.
+
+        The tents are two polygons around phi, the same for every slope, so that the extremes are at their vertices. In
+        the mirrored side, which is turned back here, the tents change places.
 
         `error` moves phi(z') by D error and slope t by |slope| error, D the Lipschitz constant of phi.
         """
         increments, base = self.increments(activation.value)
-        size = activation.lipschitz + slope.abs()
-        relative = SLACK + 2 * UNIT * activation.value.relative
-        errors = (
-            2 * base
-            + 2 * size * self.error
-            + (relative * size + evaluation_error(activation.slope)) * self.offsets.abs()
-        )
-        heights = increments - slope * self.offsets
-        slope_lower, slope_upper = (end - slope for end in self.ranges(activation.slope))
-        _, peak, _, trough = self.tents(heights, slope_lower, slope_upper)
-        excess = errors[1:]
-        lower = torch.minimum((heights - errors).amin(0), (trough - excess).amin(0))
-        upper = torch.maximum((heights + errors).amax(0), (peak + excess).amax(0))
-        if self.unbounded is not None:
-            lower, upper = lower.masked_fill(self.unbounded, -math.inf), upper.masked_fill(self.unbounded, math.inf)
-        return torch.minimum(lower[0], -upper[1]), torch.maximum(upper[0], -lower[1])
+        p, peak, q, trough = self.tents(increments, *self.ranges(activation.slope))
+        t, far = self.offsets, self.offsets.abs().amax((0, 1))
+        lowest, highest = (t[:-1] + q, trough), (t[:-1] + p, peak)
+        found = []
+        for slopes, right, left, extreme in (
+            (below, lowest, highest, torch.amin),
+            (above, highest, lowest, torch.amax),
+        ):
+            at, height = (
+                torch.cat([knots[:, 0], -knots[:, 1], between[:, 0], -mirrored[:, 1]])
+                for knots, between, mirrored in zip((t, increments), right, left, strict=True)
+            )
+            found.append(torch.stack([extreme(torch.addcmul(height, at, s, value=-1), 0) for s in slopes]))
+        unbounded = self.ends.isinf().any(0)
+        sizes = (activation.lipschitz + slopes.abs() for slopes in (below, above))
+        relative, absolute = SLACK + 2 * UNIT * activation.value.relative, evaluation_error(activation.slope)
+        slack = [2 * base + 2 * size * self.error + (relative * size + absolute) * far for size in sizes]
+        lower, upper = found[0] - slack[0], found[1] + slack[1]
+        return lower.masked_fill(unbounded, -math.inf), upper.masked_fill(unbounded, math.inf)
 
 
 def _sup(curve: Curve) -> float:

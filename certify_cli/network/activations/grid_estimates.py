@@ -70,6 +70,10 @@ class Grid:
         offsets = torch.cat([even[:-1], *at_kinks, even[-1:], torch.zeros_like(z).unsqueeze(0)])
         return cls(op, z, offsets, op.value(z + offsets) - op.value(z))
 
+    def at(self, mask: Tensor) -> Grid:
+        """The neurons where the mask is true, as vectors."""
+        return Grid(self.op, self.z[mask], self.offsets[:, mask], self.increments[:, mask])
+
     @property
     def ends(self) -> tuple[Tensor, Tensor]:
         """The ends of the range."""

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from certify_cli.network.activations.cells import Cells, Ends
+from certify_cli.network.activations.cells import SLACK, Cells, Ends
 from certify_cli.network.activations.monotone_pieces import Curve
 from certify_cli.network.activations.table import Activation
 from certify_cli.numerics.rounding import UNIT, up
@@ -66,6 +66,8 @@ class ActivationOnInterval:
     def secants(self) -> Ends:
         """(phi(z+t) - phi(z)) / t, phi'(z) at t = 0; never outside `slopes`."""
         value, slope = self.activation.value, self.activation.slope
+        if self.activation.piecewise_linear:
+            return _intersection(self._secants_at_kinks(), self.slopes())
         return _intersection(self._by_cells(lambda cells, _: cells.means(value, slope), slope), self.slopes())
 
     def slope_secants(self) -> Ends:
@@ -84,14 +86,56 @@ class ActivationOnInterval:
 
         (-inf, inf) for an unbounded interval.
         """
+        slope = slope.expand(self.z.shape).unsqueeze(0)
+        lower, upper = self.remainders_of_lines(slope, slope)
+        return lower[0], upper[0]
+
+    def remainders_of_lines(self, below: Tensor, above: Tensor) -> Ends:
+        """`remainders`: the lower ends for the slopes `below`, the upper ones for `above`, (lines, *shape of z) each.
+
+        The activation is evaluated once for all lines.
+        """
         activation = self.activation
         if activation.piecewise_linear:
-            return self._remainders_at_kinks(slope)
-        slopes = slope.double().expand(self.z.shape).reshape(-1)
+            return self._remainders_at_kinks(below)[0], self._remainders_at_kinks(above)[1]
+        below, above = (slopes.double().reshape(len(slopes), -1) for slopes in (below, above))
         lower, upper = self._by_cells(
-            lambda cells, entries: cells.remainders(activation, slopes[entries]), activation.slope
+            lambda cells, entries: cells.remainders(activation, below[:, entries], above[:, entries]),
+            activation.slope,
+            lines=len(below),
         )
         return lower.clamp(max=0.0), upper.clamp(min=0.0)
+
+    def _secants_at_kinks(self) -> Ends:
+        """`secants` of a piecewise linear activation, which are extreme next to t = 0, at a kink or at an end.
+
+        For they are monotone in t between these. With the true pre-activation, the increment and t move by at most
+        2 Lip apart and apart; where t is not much larger than that, the secant is a mean of the slopes next to z.
+        """
+        phi, lipschitz = self.activation, self.activation.lipschitz
+        z, low, high = (t.double() for t in (self.z, self.lo, self.hi))
+        apart = self._apart
+        reach, base = 16 * apart + 4 * UNIT * z.abs(), phi.value(z)
+        lower, upper = phi.slope.on(z - reach, z + reach)
+        for t in (low, high, *((kink - z).clamp(min=low, max=high) for kink in phi.kinks)):
+            value = phi.value(z + t)
+            rounding = 4 * UNIT * (value.abs() + base.abs() + lipschitz * (z.abs() + t.abs()))
+            error = phi.value_error(z + t) + phi.value_error(z) + rounding + 4 * lipschitz * apart
+            secant, spread = (value - base) / t, up(error / t.abs() + SLACK * lipschitz, 8)
+            clear = (t.abs() > 8 * apart) & t.isfinite()
+            lower = torch.where(clear, torch.minimum(lower, secant - spread), lower)
+            upper = torch.where(clear, torch.maximum(upper, secant + spread), upper)
+        for limit in phi.slope.critical_points:  # beyond the last kink the secants tend to the slope there
+            beyond = (low if limit.abscissa < 0 else high) == limit.abscissa
+            if math.isinf(limit.abscissa) and bool(beyond.any()):
+                lower = torch.where(beyond, lower.clamp(max=limit.low), lower)
+                upper = torch.where(beyond, upper.clamp(min=limit.high), upper)
+        return lower, upper
+
+    @property
+    def _apart(self) -> Tensor:
+        """How far a kink of a piecewise linear activation may be from where it seems, counted from z."""
+        return self._errors + max(point.slack for point in self.activation.slope.critical_points)
 
     def _remainders_at_kinks(self, slope: Tensor) -> Ends:
         """`remainders` of a piecewise linear activation, which are extreme at the ends of the interval or at a kink.
@@ -101,7 +145,7 @@ class ActivationOnInterval:
         """
         phi, lipschitz = self.activation, self.activation.lipschitz
         z, low, high = (t.double() for t in (self.z, self.lo, self.hi))
-        apart = self._errors + max(point.slack for point in phi.slope.critical_points)
+        apart = self._apart
         base, steepness = phi.value(z), 3 * lipschitz + 2 * slope.abs()
         at_base = phi.value_error(z) + 4 * UNIT * base.abs()
         lower, upper = torch.zeros_like(z), torch.zeros_like(z)
@@ -132,13 +176,14 @@ class ActivationOnInterval:
         z, lo, hi = (tensor.double() for tensor in (self.z, self.lo, self.hi))
         return -_sum_up(_sum_up(-z, -lo), self._errors), _sum_up(_sum_up(z, hi), self._errors)
 
-    def _by_cells(self, rule: Callable[[Cells, Tensor], Ends], jumping: Curve) -> Ends:
+    def _by_cells(self, rule: Callable[[Cells, Tensor], Ends], jumping: Curve, lines: int | None = None) -> Ends:
         """The bounds of `rule`(cells, indices of their entries), a few entries at a time.
 
-        jumping: the curve whose jumps are fenced.
+        jumping: the curve whose jumps are fenced.   lines: the rule's bounds are so many for each entry, in rows.
         """
         z, error, low, high = (t.reshape(-1) for t in (self.z.double(), self._errors, *self._interval))
-        lower, upper = torch.full_like(z, math.nan), torch.full_like(z, math.nan)
+        shape = () if lines is None else (lines,)
+        lower, upper = z.new_full((*shape, len(z)), math.nan), z.new_full((*shape, len(z)), math.nan)
         knots = _Knots(self.activation, jumping)
         side = torch.maximum(high - z, z - low) / knots.length
         shortest = -math.inf
@@ -146,15 +191,15 @@ class ActivationOnInterval:
             members = ((side > shortest) & (side <= longest)).nonzero().squeeze(1)
             for entries in members.split(CHUNK // (2 * knots.number(count))):
                 cells = knots.cut(count, z[entries], error[entries], low[entries], high[entries])
-                lower[entries], upper[entries] = rule(cells, entries)
+                lower[..., entries], upper[..., entries] = rule(cells, entries)
             shortest = longest
-        return lower.reshape(self.z.shape), upper.reshape(self.z.shape)
+        return lower.reshape(*shape, *self.z.shape), upper.reshape(*shape, *self.z.shape)
 
 
 def _sum_up(a: Tensor, b: Tensor) -> Tensor:
     """a + b, rounded up."""
     total = a + b
-    return torch.nextafter(total, torch.full_like(total, math.inf))
+    return torch.nextafter(total, total.new_full((), math.inf))
 
 
 def _intersection(ends: Ends, bounds: Ends) -> Ends:

@@ -86,10 +86,9 @@ class Curve:
     def error_of(self, value: Tensor, z: Tensor) -> Tensor:
         """`error`, given the computed value at z."""
         error = UNIT * (self.relative * value.abs() + self.absolute) + TINY
-        for point in self.critical_points:
-            if point.slack > 0.0 and point.jump > 0.0:
-                at_jump = (z >= point.abscissa - point.slack) & (z <= point.abscissa + point.slack)
-                error = torch.where(at_jump, error + point.jump, error)
+        for point in self._blurred_jumps:
+            at_jump = (z >= point.abscissa - point.slack) & (z <= point.abscissa + point.slack)
+            error = torch.where(at_jump, error + point.jump, error)
         return error
 
     @cached_property
@@ -104,29 +103,48 @@ class Curve:
         NaN.
         """
         lo, hi = lo.double(), hi.double()
-        lower, upper = self._hull_of_ends(lo, hi)
+        bounded = bool((hi - lo).isfinite().all())
+        lower, upper = self._hull_of_ends(lo, hi, bounded)
         for point in self.critical_points:
+            if bounded and math.isinf(point.abscissa):
+                continue
             inside = self.may_contain(lo, hi, point)
             lower = torch.where(inside, lower.clamp(max=point.low), lower)
             upper = torch.where(inside, upper.clamp(min=point.high), upper)
         return lower.clamp(*self.range), upper.clamp(*self.range)
 
-    def _hull_of_ends(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Hull of the values at the finite ends; the empty interval [inf, -inf] where both ends are infinite."""
-        lower, upper = torch.full_like(lo, math.inf), torch.full_like(lo, -math.inf)
-        for end in (lo, hi):
-            finite = ~end.isinf()
-            z = torch.where(finite, end, torch.zeros_like(end))
-            value = self.function(z)
-            error = self.error_of(value, z)
-            below = torch.nextafter(value - error, torch.full_like(value, -math.inf))
-            above = torch.nextafter(value + error, torch.full_like(value, math.inf))
-            if self.relative == self.absolute == 0.0:  # the numbers of a step function are exact away from its jumps
-                exact = error <= TINY
-                below, above = torch.where(exact, value, below), torch.where(exact, value, above)
-            lower = torch.where(finite, torch.minimum(lower, below), lower)
-            upper = torch.where(finite, torch.maximum(upper, above), upper)
-        return lower, upper
+    def _hull_of_ends(self, lo: Tensor, hi: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+        """Hull of the values at the finite ends; the empty interval [inf, -inf] where both ends are infinite.
+
+        bounded: whether every end is finite.
+        """
+        ends = [self._around(z if bounded else torch.where(z.isinf(), 0.0, z)) for z in (lo, hi)]
+        if not bounded:
+            ends = [
+                (below.masked_fill(z.isinf(), math.inf), above.masked_fill(z.isinf(), -math.inf))
+                for z, (below, above) in zip((lo, hi), ends, strict=True)
+            ]
+        (first, second), (third, fourth) = ends
+        return torch.minimum(first, third), torch.maximum(second, fourth)
+
+    def _around(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(lower, upper) at the float64 numbers z, rounded outward."""
+        value = self.function(z)
+        exact = self.relative == self.absolute == 0.0  # so are the numbers of a step function away from its jumps
+        if exact and not self._blurred_jumps:
+            return value, value
+        error = self.error_of(value, z)
+        below = torch.nextafter(value - error, value.new_full((), -math.inf))
+        above = torch.nextafter(value + error, value.new_full((), math.inf))
+        if exact:
+            away = error <= TINY
+            below, above = torch.where(away, value, below), torch.where(away, value, above)
+        return below, above
+
+    @cached_property
+    def _blurred_jumps(self) -> tuple[CriticalPoint, ...]:
+        """Jumps whose abscissa is rounded."""
+        return tuple(point for point in self.critical_points if point.slack > 0.0 and point.jump > 0.0)
 
     def may_contain(self, lo: Tensor, hi: Tensor, point: CriticalPoint) -> Tensor:
         """Whether the critical point, or one of its repetitions, may lie in [lo, hi]."""
