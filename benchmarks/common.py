@@ -43,8 +43,10 @@ def read_index(models: Path, data: Sequence[str]) -> dict[str, Entry]:
 def load(path: Path, entry: Entry, root: str | None, samples: int) -> tuple[Network, Dataset]:
     """The model, fitted to its data, and the first `samples` of the test part."""
     from certify_cli import load_data, load_model
+    from certify_cli.cli.allocation import keep_freed_memory
     from certify_cli.load.preprocessing import fit
 
+    keep_freed_memory()  # as the command line does
     data = load_data(entry["data"], root=root, samples=samples, offline=True)
     layout = "nhwc" if entry["layout"] == "NHWC" else None
     shape = tuple(data.x.shape[1:])

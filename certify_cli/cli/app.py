@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from certify_cli.cli.allocation import keep_freed_memory
 from certify_cli.cli.bounds import bounds
 from certify_cli.cli.certify import certify
 from certify_cli.cli.check import check
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     _replace_missing_streams()
     wait_asleep()
+    keep_freed_memory()
     code = _code_of(words or ["--help"])
     _settle_stdout()
     return code

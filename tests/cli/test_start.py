@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import platform
 import struct
 import subprocess
 import sys
@@ -88,6 +90,26 @@ def test_a_process_that_has_torch_is_left_alone() -> None:
     """Its runtime has read the variable; only processes that it starts would see the change."""
     assert environment("import torch") == "None"
     assert environment("import certify_cli.run.library") == "None"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library has the setting")
+def test_the_memory_of_freed_tensors_is_kept() -> None:
+    """After a command line, tensors of 80 MiB one after the other soon take no new pages."""
+    program = """
+import resource, torch
+from certify_cli.cli.app import main
+main(['--version'])
+faults = [0]
+for _ in range(60):
+    torch.ones(10 * 2**20, dtype=torch.float64)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-31])
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=kept, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout.splitlines()[-1]) < 30 * 80 * 2**20 // mmap.PAGESIZE // 4
 
 
 def test_torchvision_is_whole_after_it_was_deferred() -> None:
