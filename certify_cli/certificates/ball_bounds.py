@@ -71,7 +71,9 @@ def _with_optimised_slopes(
     margin = rivals.of_table(point.margin_low)
     remaining = (margin - loss.on(ranges.radius)) / margin
     missing = min(HOPELESS * len(relaxed.relaxations), AT_MOST)
-    sample, rival = ((remaining <= NARROW) & (remaining > -missing) & ~rivals.repeated).nonzero().unbind(1)
+    decides = (remaining <= 0) | (remaining == remaining.amin(1, keepdim=True))
+    wanted = (remaining <= NARROW) & (remaining > -missing) & decides & ~rivals.repeated
+    sample, rival = wanted.nonzero().unbind(1)
     if not len(sample):
         return loss
     cotangents, steps = rivals.cotangents(point), model_bounds.effort.ball_search.slope_steps

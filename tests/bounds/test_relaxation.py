@@ -16,7 +16,7 @@ from certify_cli.bounds.on_ball.lipschitz import linearised_on_balls, matrix_nor
 from certify_cli.bounds.on_ball.max_pooling import DecidedGroups, MaxPoolRelaxation
 from certify_cli.bounds.relaxation import backward
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, relax_all
-from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
+from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds, narrows
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import ACTIVATIONS, from_name
@@ -302,6 +302,18 @@ def test_what_is_beyond_the_budget_stays_as_it_is() -> None:
     assert torch.equal(some.low[first], every.low[first])
     assert bool((some.low[first] > fast.low[first]).any())
     assert torch.equal(some.low[last], fast.low[last])
+
+
+def test_ranges_are_narrowed_behind_a_second_layer_alone() -> None:
+    """Of a network that says it has none to narrow, the ranges stay as they are."""
+    assert narrows(mlp((6, 8, 8, 3), "relu", seed=1))
+    for network in (mlp((6, 8, 3), "tanh", seed=1), pooled_net()):
+        assert not narrows(network)
+        point, start = known(network, 3, 0.1)
+        narrowed, _ = intermediate_bounds(point, start, MEMORY)
+        for target in pre_activations(network)[:-1]:
+            torch.testing.assert_close(narrowed.low[target], start.low[target], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(narrowed.high[target], start.high[target], rtol=1e-9, atol=1e-12)
 
 
 def test_rows_in_chunks_are_the_same_rows() -> None:

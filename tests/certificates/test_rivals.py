@@ -196,3 +196,9 @@ def test_rivals_as_rows_and_in_parts() -> None:
         small = ModelBounds(network, EFFORTS["normal"], memory=2**14)  # so that no ball's rows are taken together
         assert torch.allclose(found_by(BOTH[:1], small, point), found_by(BOTH[:1], model_bounds, point), rtol=1e-9)
         assert bool((whole > 0).all())
+
+
+def test_rivals_that_are_repeated_have_one_row_with_slopes() -> None:
+    rivals = Rivals.of(torch.tensor([[True, False, True, True], [False, True, False, False]]))
+    assert rivals.classes.tolist() == [[0, 2, 3], [1, 1, 1]]
+    assert rivals.repeated.tolist() == [[False, False, False], [False, True, True]]

@@ -18,6 +18,9 @@ D = torch.float64
 SMALL = 1e-4
 """Below this offset samples in float64 are worth nothing: 50 digits look there."""
 
+BELOW, ABOVE = ((1.0, 0.0), (0.5, -0.2), (-1.0, 0.1)), ((0.9, 0.05), (1.0, 0.0), (0.0, 3.0))
+"""Slopes of lines, as (factor of the chord's, added)."""
+
 
 def answers(span: ActivationOnInterval, slope: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     found = {"slopes": span.slopes(), "secants": span.secants(), "remainders": span.remainders(slope)}
@@ -212,6 +215,23 @@ def test_piecewise_linear_rows_are_exact() -> None:
     least, most = clip.remainders(double([0.5, 0.25, 0.5]))
     torch.testing.assert_close(least, double([5 - 500, -0.5, -2.5]), atol=3e-11, rtol=0)
     torch.testing.assert_close(most, double([2.5, 4.0, 0.5]), atol=3e-11, rtol=0)
+
+
+@EVERY_CASE
+def test_many_lines_are_proved_as_one_by_one(name: str, numbers: tuple[float, ...]) -> None:
+    """Lines below and above have slopes of their own, and each keeps its place; no sample is beyond a constant."""
+    span = random_spans(ACTIVATIONS[name](*numbers), 300, 6.0)
+    chord = chords(span)
+    below, above = (torch.stack([chord * factor + shift for factor, shift in pairs]) for pairs in (BELOW, ABOVE))
+    least, most = span.remainders_of_lines(below, above)
+    for number, slope in enumerate(below):
+        assert torch.equal(least[number], span.remainders(slope)[0])
+        samples, error = sampled(span, slope, 200)["remainders"]
+        assert not bool((samples + error < least[number]).any())
+    for number, slope in enumerate(above):
+        assert torch.equal(most[number], span.remainders(slope)[1])
+        samples, error = sampled(span, slope, 200)["remainders"]
+        assert not bool((samples - error > most[number]).any())
 
 
 @EVERY_CASE

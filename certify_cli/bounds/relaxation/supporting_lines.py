@@ -58,21 +58,19 @@ class SlopeTable(Batched, constant=("shape", "slopes", "constants"), along={"end
 
         lines: the relaxation there, used alone where the slopes of all supporting lines are equal.
         """
-        grid, (samples, size) = Grid.of(on), on.z.shape
+        grid, samples = Grid.of(on), len(on.z)
         one_kink = on.activation.piecewise_linear and len(on.activation.kinks) == 1
         count = OF_ONE_KINK if one_kink else LINES
-        spreads = torch.stack([_spread(grid, side, count) for side in (1.0, -1.0)])
-        given = torch.stack([lines.slopes, torch.stack([lines.below[1], lines.above[1]])]).reshape(
-            2, 2, 1, samples, size
-        )
-        slopes, constants = given.expand(2, 2, count, samples, size).clone()
-        several = spreads[:, -1] - spreads[:, 0] > CLOSE * (spreads[:, -1].abs() + spreads[:, 0].abs())  # not for NaN
-        some = several.any(0)
-        spreads, several = spreads[..., some], several[..., some]
-        lower, upper = on.at(some).remainders_of_lines(*spreads)
-        kept = several.unsqueeze(1)
-        slopes[..., some] = torch.where(kept, spreads, slopes[..., some])
-        constants[..., some] = torch.where(kept, torch.stack([-lower, upper]), constants[..., some])
+        spreads = _spreads(grid, count)
+        flattest, steepest = spreads[:, :1], spreads[:, -1:]
+        several = steepest - flattest > CLOSE * (steepest.abs() + flattest.abs())  # false for NaN
+        some = several.any(0)[0]
+        given = lines.slopes, torch.stack([lines.below[1], lines.above[1]])
+        lower, upper = on.at(some).remainders_of_lines(*spreads[..., some])
+        found = spreads[..., some], torch.stack([-lower, upper])
+        slopes, constants = (t.unsqueeze(1).repeat(1, count, 1, 1) for t in given)
+        for table, own, proved in zip((slopes, constants), given, found, strict=True):
+            table[..., some] = torch.where(several[..., some], proved, own[:, some].unsqueeze(1))
         magnitude = torch.maximum(-on.lo, on.hi)
         steepness, _, width = grid.scales()
         every = torch.arange(samples, device=on.z.device)
@@ -140,17 +138,20 @@ class OptimisableRelaxation:
         return torch.where(v < 0, self.slopes[1], self.slopes[0])
 
 
-def _spread(grid: Grid, side: float, lines: int) -> Tensor:
-    """Slopes (lines, samples, size), evenly spaced between those of phi's envelope at the two ends of the range.
+def _spreads(grid: Grid, lines: int) -> Tensor:
+    """Slopes (sides, lines, samples, size), evenly spaced between those of phi's envelope at the two ends of the range.
 
-    side: 1 for the convex envelope below phi, -1 for the concave one above.   lines: number of slopes.
+    Side 0: of the convex envelope below phi; side 1: of the concave one above.   lines: number of slopes.
     """
     (first, last), (start, end) = grid.ends, grid.end_increments
     outer = []
-    for end_point, increment, sign in ((first, start, side), (last, end, -side)):  # below, left: the smallest secant
+    for end_point, increment in ((first, start), (last, end)):
         distance = grid.offsets - end_point
-        secants = sign * (grid.increments - increment) / distance
-        outer.append(sign * secants.masked_fill(distance.abs() <= CLOSE * (last - first), torch.inf).amin(0))
-    ends = torch.stack(outer)
-    steps = torch.linspace(0, 1, lines, dtype=ends.dtype, device=ends.device).reshape(-1, 1, 1)
-    return torch.lerp(ends.amin(0), ends.amax(0), steps).cummax(0).values
+        close = distance.abs() <= CLOSE * (last - first)
+        secants = (grid.increments - increment).div_(distance)
+        outer.append((secants.masked_fill(close, torch.inf).amin(0), secants.masked_fill_(close, -torch.inf).amax(0)))
+    (left_least, left_most), (right_least, right_most) = outer
+    pairs = torch.stack([torch.stack([left_least, right_most]), torch.stack([left_most, right_least])])
+    steps = torch.linspace(0, 1, lines, dtype=pairs.dtype, device=pairs.device).reshape(-1, *[1] * first.dim())
+    slopes = torch.lerp(pairs.amin(1, keepdim=True), pairs.amax(1, keepdim=True), steps)
+    return slopes.cummax(1).values
