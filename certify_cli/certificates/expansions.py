@@ -16,6 +16,9 @@ from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bound
 from certify_cli.bounds.remainder.expansion import BallExpansion, expand_on_ball
 from certify_cli.network.evaluated import EvaluatedPoints
 
+NEAR = 1.5
+"""A linearisation serves balls of up to this many times the radius that it was made for, or one part in so many."""
+
 
 @dataclass(eq=False)
 class Expansions:
@@ -28,10 +31,21 @@ class Expansions:
     point: EvaluatedPoints
     relaxed: bool
     _latest: BallExpansion | None = None
+    _centre: Tensor | None = None
 
     def linearise(self, radius: Tensor) -> None:
-        """Make the linearisation of all later balls for those of `radius` (batch,)."""
-        before = None if self._latest is None else self._latest.linearisation
+        """Make the linearisation of all later balls for those of `radius` (batch,).
+
+        A sample whose present linearisation is for a ball of about this size keeps it.
+        """
+        before = None
+        if self._centre is not None and self._latest is not None:
+            ratio = radius / self._centre
+            far = ~((ratio < NEAR) & (ratio > 1 / NEAR))
+            if not bool(far.any()):
+                return
+            radius, before = torch.where(far, radius, self._centre), self._latest.linearisation
+        self._centre = radius
         self._latest = expand_on_ball(self.point, self._ranges(self.point, radius), like=before)
 
     def at(self, samples: Tensor, radius: Tensor) -> BallExpansion:
