@@ -33,7 +33,7 @@ from certify_cli.numerics.deadline import OutOfTime, present
 from certify_cli.numerics.rounding import difference_down
 from certify_cli.numerics.trees import Batched
 
-START = 0.7
+START = 0.5
 """The first ball, as a part of the radius to first order."""
 ROUGH_BALLS, SHARP_BALLS = 14, 2
 """Balls tried with the tangent bound: from ranges of phi'' alone, then with sharp remainders, which cost the most."""
