@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
-from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
-from certify_cli.bounds.remainder.expansion import BallExpansion, Linearisation, expand_on_ball
+from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
+from certify_cli.bounds.remainder.expansion import BallExpansion
 from certify_cli.bounds.remainder.margin_bound import Choice, lower_bound
 from certify_cli.bounds.remainder.optimise import Optimised, coarse_estimate, optimise
 from certify_cli.bounds.remainder.tangent_bound import node_remainders, tangent_expansions, tangent_losses
 from certify_cli.bounds.remainder.trust_region_estimate import estimated_minimiser
+from certify_cli.certificates.expansions import Expansions
 from certify_cli.certificates.radius_bracket import HOPELESS, Bracket, power_step
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
@@ -169,7 +169,7 @@ class LocalSearch:
     def __init__(self, model_bounds: ModelBounds, point: EvaluatedPoints, jacobians: bool = True) -> None:
         self.model_bounds, self.point = model_bounds, point
         self.limits = model_bounds.effort.local if jacobians else None
-        self.linearisation: Linearisation | None = None
+        self.expansions = Expansions(model_bounds, point, self.limits is not None and self.limits.relaxed_ranges)
 
     def fast(self, start: Tensor, balls: int, sharp: bool) -> tuple[Tensor, Tensor]:
         """Radii that the tangent bound proves for all rivals, and estimates of each rival's radius.
@@ -252,7 +252,7 @@ class LocalSearch:
     def _estimated_radii(self, radius: Tensor) -> Tensor:
         """Estimates (batch, classes) of each rival's radius, from the tangent bound on balls of `radius` (batch,)."""
         every = torch.arange(len(radius), device=radius.device)
-        expansion = self.expand(every, radius)
+        expansion = self.expansions.at(every, radius)
         low, own = self.point.margin_low, self.point.own
         remaining = (low - tangent_losses(self.point, expansion.ranges, self.point.adjoints, expansion)) / low
         return power_step(radius.unsqueeze(1), remaining).nan_to_num(nan=0.0).masked_fill(own, torch.inf)
@@ -267,7 +267,7 @@ class LocalSearch:
         sample = rivals[:, 0].unique()
         if not len(sample):
             return torch.zeros(0, dtype=torch.bool, device=rivals.device)
-        samples, expansion = self.point.at(sample), self.expand(sample, radius[sample])
+        samples, expansion = self.point.at(sample), self.expansions.at(sample, radius[sample])
         low, adjoints = samples.margin_low, samples.adjoints
         value = difference_down(low, tangent_losses(samples, expansion.ranges, adjoints, expansion))
         unproved = torch.zeros_like(self.point.own)
@@ -318,7 +318,7 @@ class LocalSearch:
             choice = optimised.choice.at(torch.isin(active, following).nonzero()[:, 0])
             active = following
             if is_first and not count:  # of all samples, resolved or not: none may depend on others of its batch
-                self._linearise(pairs.sample, torch.where(bracket.radius.isfinite(), bracket.radius, start))
+                self.expansions.linearise(torch.where(bracket.radius.isfinite(), bracket.radius, start))
             if not len(active):
                 break
         assert best is not None
@@ -342,7 +342,7 @@ class LocalSearch:
 
         pairs: one for each sample, in order.   radius (batch,): of the first balls.
         """
-        self._linearise(pairs.sample, radius)
+        self.expansions.linearise(radius)
         bracket = Bracket.around(radius)
         active = torch.arange(len(radius), device=radius.device)
         for count in range(1, MOST_PROBES + 1):
@@ -353,34 +353,11 @@ class LocalSearch:
                 break
         return ASCENT_GAIN * bracket.radius
 
-    def _linearise(self, samples: Tensor, radius: Tensor) -> None:
-        """Make the linearisation for balls of `radius` (batch,). samples (batch,): all of the batch, in order."""
-        assert len(samples) == len(self.point.x)
-        expansion = expand_on_ball(self.point, self._ranges(self.point, radius), like=self.linearisation)
-        self.linearisation = expansion.linearisation
-
-    def _ranges(self, point: EvaluatedPoints, radius: Tensor) -> Ranges:
-        """Pre-activation ranges on balls of `radius` (count,), for an expansion.
-
-        Interval bounds, or at `max` those of linear relaxation.
-        """
-        ranges = interval_ranges(point, self.model_bounds.weights, radius)
-        if self.limits is not None and self.limits.relaxed_ranges:
-            ranges, _ = intermediate_bounds(point, ranges, self.model_bounds.memory)
-        return ranges
-
-    def expand(self, samples: Tensor, radius: Tensor) -> BallExpansion:
-        """The expansion on balls of `radius` (count,) around the samples (count,), with the search's linearisation."""
-        point, linearisation = self.point.at(samples), self.linearisation
-        if linearisation is not None and len(samples) != len(self.point.x):
-            linearisation = linearisation.at(samples)
-        return expand_on_ball(point, self._ranges(point, radius), linearisation)
-
     def _on_balls(self, pairs: RivalPairs, radius: Tensor) -> _PairsOnBalls:
         """The pairs on balls of `radius` (count,), which must be equal for pairs of one sample."""
         samples, position = pairs.sample.unique(return_inverse=True)
         first = torch.empty_like(samples).index_copy(0, position, torch.arange(len(position), device=position.device))
-        expansion = self.expand(samples, radius[first]).at(position)
+        expansion = self.expansions.at(samples, radius[first]).at(position)
         return _PairsOnBalls(self.point.at(pairs.sample), expansion, pairs)
 
 

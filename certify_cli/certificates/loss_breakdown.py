@@ -126,7 +126,7 @@ def _losses(model_bounds: ModelBounds, point: EvaluatedPoints) -> Losses:
         )
     index = torch.zeros(1, dtype=torch.long, device=point.x.device)
     pair = RivalPairs.of(point, index, rival)
-    expansion = search.expand(index, radius)
+    expansion = search.expansions.at(index, radius)
     problem = Problem(point, expansion, pair.margin, pair.cotangents)
     state = problem.at(_best_choice(point, expansion, pair), None)
     choice = state.optimised.choice

@@ -15,8 +15,8 @@ from certify_cli.bounds.linear_maps.jacobians import Rows, jacobian_rows, pulled
 from certify_cli.bounds.linear_maps.row_matrices import Grouped, Matrix, Whole, by_columns
 from certify_cli.bounds.linear_maps.row_products import (
     InexactRows,
+    few_squared_products,
     forms,
-    products_size,
     squared_products,
     squared_products_at,
     squares_for,
@@ -200,7 +200,8 @@ def test_rows_whose_zeros_are_only_computed_have_products_by_their_errors() -> N
     u = torch.ones(1, 1, 40, dtype=D)
     squares = exact_squares(exact, exact)
     assert float(forms(Whole(u), rows.squares)) >= float(squares.sum())
-    assert products_size(rows.matrix, rows.matrix) == 1600
+    assert few_squared_products(rows, rows, 1600) is not None
+    assert few_squared_products(rows, rows, 1599) is None
 
 
 def test_sums_over_many_layers_are_rounded_up_for_all_of_them() -> None:

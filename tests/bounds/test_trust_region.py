@@ -285,3 +285,22 @@ def test_squared_gram_covers_rows_within_their_errors() -> None:
         off = off[:, :1] if torch.rand(1, generator=g) < 0.5 else off
         moved = value + off / off.norm(dim=2, keepdim=True) * error.unsqueeze(2)
         assert bool((squared >= (moved @ moved.mT).square() * (1 - 1e-14)).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_far_above_the_curvature_no_matrix_is_needed(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The squared products of the rows bound the largest eigenvalue, and the value is that with a factor."""
+    quadratic, gradient, radius = problem(shape, 1)
+    a = stacked(quadratic.rows)
+    largest = torch.linalg.eigvalsh(a.mT @ (quadratic.weights.unsqueeze(2) * a))[:, -1]
+    assert bool((quadratic.norm_bound >= largest * (1 - 1e-12)).all())
+    tiny = Quadratic(quadratic.rows, 1e-200 * quadratic.weights, quadratic.residual)  # squares would underflow
+    some = (quadratic.weights > 0).any(1)
+    assert torch.allclose(1e200 * tiny.norm_bound[some], quadratic.norm_bound[some], rtol=1e-12)
+    mu = 1.3 * trust_region.CLEAR * quadratic.norm_bound
+    with monkeypatch.context() as patch:
+        patch.setattr(Quadratic, "matrix", None)  # whoever asked for one would fail
+        value = bound(quadratic, gradient, radius, mu, 0.01)
+    assert bool((value >= worst(quadratic, gradient, radius) * (1 - 1e-12)).all())
+    monkeypatch.setattr(trust_region, "CLEAR", math.inf)
+    assert torch.allclose(value, bound(quadratic, gradient, radius, mu, 0.01), rtol=1e-7)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.row_matrices import Matrix, Whole, matrix_of, times, transposed
-from certify_cli.bounds.linear_maps.row_products import InexactRows, products_size, squared_products
+from certify_cli.bounds.linear_maps.row_products import InexactRows, few_squared_products
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Concat, Network, Shape
 from certify_cli.network.linear_forms import Forms, unit_forms
@@ -29,7 +28,7 @@ SQUARED_ENTRIES = 2**23
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(Batched, shared=("blocks", "gram")):
+class Rows(Batched, shared=("blocks", "gram", "squares")):
     """The Jacobians A_l of several pre-activations, stacked into one matrix A of `count` rows.
 
     blocks: A_l, one per pre-activation; batch 1 where all samples share it.
@@ -37,22 +36,26 @@ class Rows(Batched, shared=("blocks", "gram")):
     estimates: A A^T / unit^2 where `gram` is given, else the blocks of A / unit. They may be in single precision, and
         serve estimates only, no bound.
     unit: a power of two near the largest entry of A.
+    squares: upper bounds of (A A^T)^2, entry by entry, by pairs of blocks, the second one not behind the first; None
+        where they have more than SQUARED_ENTRIES entries a sample.
     """
 
     blocks: tuple[InexactRows, ...]
     gram: Tensor | None
     estimates: tuple[Matrix, ...]
     unit: float
+    squares: tuple[tuple[Matrix, ...], ...] | None
 
     @classmethod
-    def of(cls, blocks: tuple[InexactRows, ...]) -> Rows:
+    def of(cls, blocks: tuple[InexactRows, ...], known: Mapping[tuple[int, int], Matrix] | None = None) -> Rows:
+        """known: squared products of pairs of blocks, by their positions, that have been computed already."""
         count, inputs = sum(block.matrix.shape[0] for block in blocks), blocks[0].matrix.shape[1]
         unit = max(power_of_two(block.matrix.values) for block in blocks)
-        dtype = estimate_dtype(min(count, inputs))
+        dtype, squares = estimate_dtype(min(count, inputs)), _squares(blocks, known or {})
         if count <= inputs:
             gram = _stacked_gram([block.matrix.dense for block in blocks])
-            return cls(blocks, gram, (Whole(gram / unit).over(unit, dtype),), unit)
-        return cls(blocks, None, tuple(block.matrix.over(unit, dtype) for block in blocks), unit)
+            return cls(blocks, gram, (Whole(gram / unit).over(unit, dtype),), unit, squares)
+        return cls(blocks, None, tuple(block.matrix.over(unit, dtype) for block in blocks), unit, squares)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -75,20 +78,6 @@ class Rows(Batched, shared=("blocks", "gram")):
         """A^T p: (batch, count) -> (batch, inputs)."""
         return transposed([block.matrix for block in self.blocks], p)
 
-    @cached_property
-    def squares(self) -> tuple[tuple[Matrix, ...], ...] | None:
-        """Upper bounds of (A A^T)^2, entry by entry, by pairs of blocks, the second one not behind the first.
-
-        None where they have more than SQUARED_ENTRIES entries a sample.
-        """
-        pairs = [[(block, other) for other in self.blocks[: i + 1]] for i, block in enumerate(self.blocks)]
-        entries = sum(products_size(one.matrix, other.matrix) for row in pairs for one, other in row)
-        if entries > SQUARED_ENTRIES:
-            return None
-        return tuple(
-            tuple(one.squares if one is other else squared_products(one, other) for one, other in row) for row in pairs
-        )
-
     def squared_form(self, w: Tensor) -> Tensor | None:
         """Upper bounds (batch, several) of w^T M w for w (batch, several, count) >= 0, M of `squares`; None without."""
         if self.squares is None:
@@ -101,6 +90,23 @@ class Rows(Batched, shared=("blocks", "gram")):
                 total = total + (form if i == j else 2 * form)
         # each term has two products, and passes two sums within its blocks, and that of all pairs
         return up(total, 2 * self.count + len(self.blocks) ** 2 + 8) + UNDERFLOW
+
+
+def _squares(
+    blocks: Sequence[InexactRows], known: Mapping[tuple[int, int], Matrix]
+) -> tuple[tuple[Matrix, ...], ...] | None:
+    """`Rows.squares`."""
+    left, rows = SQUARED_ENTRIES, []
+    for i, block in enumerate(blocks):
+        row = []
+        for j, other in enumerate(blocks[: i + 1]):
+            found = known[i, j] if (i, j) in known else few_squared_products(block, other, left)
+            left -= 0 if found is None else found.values[0].numel()
+            if found is None or left < 0:
+                return None
+            row.append(found)
+        rows.append(tuple(row))
+    return tuple(rows)
 
 
 def _stacked_gram(blocks: Sequence[Tensor]) -> Tensor:

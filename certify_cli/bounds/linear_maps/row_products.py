@@ -6,6 +6,7 @@ computed. Rows that share no column have product 0, so that G of a convolution h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,8 +59,18 @@ class InexactRows(Batched, shared=("matrix", "error")):
 
 def squared_products(first: InexactRows, second: InexactRows) -> Matrix:
     """Upper bounds of <a_i, b_j>^2 as a matrix (batch or 1, rows, others); of rows with themselves see `squares`."""
+    found = few_squared_products(first, second, math.inf)
+    assert found is not None
+    return found
+
+
+def few_squared_products(first: InexactRows, second: InexactRows, most: float) -> Matrix | None:
+    """`squared_products`; None where these have more than `most` entries for one item of the batch."""
     a, b = first.matrix, second.matrix
     others = _few_neighbours(a, b)
+    size = a.shape[0] * b.shape[0] if others is None else a.values[0, ..., 0].numel() * others.shape[1]
+    if size > most:
+        return None
     if not isinstance(a, Grouped) or others is None:
         return Whole(_squared(_products(a, b), first.size, first.error, second.size, second.error, a.shape[1]))
     values = _at_groups(first, a.values, a.rows, second, b.within(others, a.columns), others)
@@ -79,18 +90,12 @@ def _products(a: Matrix, b: Matrix) -> Tensor:
     return a.dense @ b.dense.mT
 
 
-def products_size(a: Matrix, b: Matrix) -> int:
-    """Number of entries, for one item of the batch, of `squared_products`."""
-    others = _few_neighbours(a, b)
-    return a.shape[0] * b.shape[0] if others is None else a.values[0, ..., 0].numel() * others.shape[1]
-
-
-def squared_products_at(places: Matrix, first: InexactRows, second: InexactRows) -> Tensor:
-    """`squared_products` at the places of a matrix (rows, others), shaped as its values."""
+def squared_products_at(places: Matrix, first: InexactRows, second: InexactRows, known: Matrix | None = None) -> Tensor:
+    """`squared_products` at the places of a matrix (rows, others), shaped as its values; known: where all are."""
     if isinstance(places, Whole):
-        return squared_products(first, second).dense
-    if _few_neighbours(first.matrix, second.matrix) is not None:
-        return squared_products(first, second).within(places.rows, places.columns)
+        return (known or squared_products(first, second)).dense
+    if known is not None:
+        return known.within(places.rows, places.columns)
     a, b = first.matrix.dense, second.matrix.dense
     columns = places.columns.clamp(max=b.shape[1] - 1)  # what stands in the padding meets zeros
     found = []

@@ -15,9 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.linear_maps.jacobians import Jacobians, Rows, jacobian_rows
+from certify_cli.bounds.linear_maps.jacobians import SQUARED_ENTRIES, Jacobians, Rows, jacobian_rows
 from certify_cli.bounds.linear_maps.row_matrices import Matrix
-from certify_cli.bounds.linear_maps.row_products import InexactRows, forms, squared_products_at, squares_for
+from certify_cli.bounds.linear_maps.row_products import (
+    InexactRows,
+    few_squared_products,
+    forms,
+    squared_products_at,
+    squares_for,
+)
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.bounds.remainder.weighted_squares import RemainderSum, joint
 from certify_cli.network.activations.interval_bounds import ActivationOnInterval
@@ -59,9 +65,11 @@ class SourceProducts(Batched, shared=("squared", "crossed")):
     crossed: Tensor
 
     @classmethod
-    def of(cls, block: InexactRows, after: InexactRows, before: InexactRows) -> SourceProducts:
-        """block: B_lk.   after, before: A_l and A_k."""
-        return cls(squares_for(block.matrix, before), squared_products_at(block.matrix, after, before))
+    def of(
+        cls, block: InexactRows, after: InexactRows, before: InexactRows, known: Matrix | None = None
+    ) -> SourceProducts:
+        """block: B_lk.   after, before: A_l and A_k.   known: all squared products of their rows, if they are few."""
+        return cls(squares_for(block.matrix, before), squared_products_at(block.matrix, after, before, known))
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +168,10 @@ def expand_on_ball(
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """A linearisation as it grows, node by node; its fields.   like: see `expand_on_ball`."""
+    """A linearisation as it grows, node by node; its fields.   like: see `expand_on_ball`.
+
+    squared: squared products of the rows of two pre-activations, where all of them are computed.
+    """
 
     like: Linearisation | None = None
     slopes: dict[int, Slope] = field(default_factory=dict)
@@ -168,6 +179,7 @@ class _Parts:
     outer: dict[int, InexactRows] = field(default_factory=dict)
     inner: dict[tuple[int, int], InexactRows] = field(default_factory=dict)
     products: dict[tuple[int, int], SourceProducts] = field(default_factory=dict)
+    squared: dict[tuple[int, int], Matrix] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: Linearisation) -> _Parts:
@@ -188,12 +200,20 @@ class _Parts:
         rows = jacobian_rows(network, target, self.slopes)
         self.outer[target] = rows.pop(0)
         for source, block in rows.items():
-            pair, before = (target, source), self.outer[pre_activation(network, source)]
+            pair, origin = (target, source), pre_activation(network, source)
+            after, before = self.outer[target], self.outer[origin]
+            if (target, origin) not in self.squared:
+                found = few_squared_products(after, before, SQUARED_ENTRIES)
+                if found is not None:
+                    self.squared[target, origin] = found
             self.inner[pair] = block
-            self.products[pair] = SourceProducts.of(block, self.outer[target], before)
+            self.products[pair] = SourceProducts.of(block, after, before, self.squared.get((target, origin)))
+            self.squared[origin, origin] = before.squares
 
     def linearisation(self) -> Linearisation:
-        jacobians = Jacobians(self.outer, self.inner, Rows.of(tuple(self.outer.values())))
+        place = {target: number for number, target in enumerate(self.outer)}
+        known = {(place[one], place[other]): matrix for (one, other), matrix in self.squared.items()}
+        jacobians = Jacobians(self.outer, self.inner, Rows.of(tuple(self.outer.values()), known))
         return Linearisation(self.slopes, self.chorded, jacobians, self.products)
 
 

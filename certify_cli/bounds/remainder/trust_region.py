@@ -9,11 +9,13 @@ H = mu I - (1+tau) A^T diag(w) A >= lam I, lam > 0, and every y,
 
 The bound is sharp for good mu, tau and y, and holds for any; lam comes from a proved eigenvalue. One Cholesky factor
 in single precision serves for both: its residual, measured in double precision, proves the eigenvalue
-(`eigen.shifted_cholesky`), and it preconditions the conjugate gradients that compute y.
+(`eigen.shifted_cholesky`), and it preconditions the conjugate gradients that compute y. Where mu is clear even of the
+bound by squared products of the rows, (w^T (G o G) w)^(1/2) with G = A A^T, which takes no matrix, neither is needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,9 @@ SMALLEST_TAU = 1e-9
 """Smallest tau where there is a residual; without one tau is 0."""
 STEPS = 2
 """Number of conjugate gradient steps; the preconditioner differs from H by about NEAREST."""
+CLEAR, PLAIN_STEPS = 1.25, 10
+"""Ratio of mu to a bound of the largest eigenvalue from which on no factor is needed: conjugate gradients converge by
+themselves, and in so many steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,13 @@ class Quadratic(Batched):
         return total, up(gamma(2 * count + len(parts) + 3) * self.trace, 4) + UNDERFLOW
 
     @property
+    def norm_bound(self) -> Tensor:
+        """Upper bounds (batch,) of lambda_max(A^T diag(w) A), by the rows' squared products; inf without these."""
+        unit = powers_of_two(self.weights)
+        squared = self.rows.squared_form((self.weights / unit.unsqueeze(1)).unsqueeze(1))
+        return torch.full_like(unit, torch.inf) if squared is None else times(up(squared[:, 0].sqrt(), 2), unit)
+
+    @property
     def by_rows(self) -> bool:
         """Whether the matrix of `matrix` has the size of the rows, not of the inputs."""
         return self.rows.count <= self.rows.inputs
@@ -99,36 +111,77 @@ def trust_region_loss(
     gradient: (batch, inputs), within `error` (batch,) of the exact g.   radius: (batch,).
     mu, tau: (batch,), hints (see the module); any values give a bound.
     """
-    side = min(quadratic.rows.count, quadratic.rows.inputs)
-    at_once = max(1, CACHE // (8 * side * side))
-    if len(gradient) > at_once:  # in parts, so that memory is reused and stays in the caches
-        every = torch.arange(len(gradient), device=gradient.device)
-        parts = [(quadratic.at(i), gradient[i], error[i], radius[i], mu[i], tau[i]) for i in every.split(at_once)]
-        return torch.cat([trust_region_loss(*part) for part in parts])
-    n = gradient.shape[1]
-    matrix, slack = quadratic.matrix()
-    residual_sum = quadratic.residual_sum
-    exact = quadratic.without_residual & residual_sum.isfinite()
+    exact = quadratic.without_residual & quadratic.residual_sum.isfinite()
     tau = torch.where(exact, torch.zeros_like(tau), tau.nan_to_num(nan=1.0).clamp(min=SMALLEST_TAU, max=1e9))
-    t, lower, proved = shifted_cholesky(matrix, mu / (1 + tau) * (1 - 2 * NEAREST), TRIES)
-    largest = times(up(proved + slack, 2), up(1 + tau, 2))
-    mu = torch.fmax(mu, largest * (1 + NEAREST) + UNDERFLOW)
-    lam = down(mu - largest, 1)  # both are float64 numbers: one rounding
-    y = conjugate_gradients(Factor(quadratic, t, lower), gradient, mu, tau)
-    size = vector_norm_up(y)
-    residual = gradient - (mu.unsqueeze(1) * y - (1 + tau).unsqueeze(1) * quadratic.product(y))
-    rounding = gamma(n + quadratic.rows.count + 8) * (
-        vector_norm_up(gradient) + (mu + (1 + tau) * quadratic.trace) * size
-    )
-    r = up(vector_norm_up(residual) + rounding, 6) + UNDERFLOW
-    inner = (gradient * y).sum(1)
-    inner = inner + gamma(n + 3) * (gradient * y).abs().sum(1) + UNDERFLOW  # with the rounding of the sum
-    form = up(inner.clamp(min=0.0) + size * r + up(r * up(r / lam)), 6)  # r^2 alone could underflow
-    factor = up(1 + 1 / tau.clamp(min=SMALLEST_TAU), 2)
-    residual_loss = torch.where(exact, torch.zeros_like(tau), times(residual_sum, factor))
-    total = up(0.5 * (times(mu, radius, radius) + form + residual_loss) + times(error, radius), 6)
-    valid = total.isfinite() & (lam > 0) & mu.isfinite()
-    return torch.where(valid, total, torch.full_like(total, torch.inf))
+    problem = _Problem(quadratic, gradient, error, radius, mu, tau, exact)
+    bound = quadratic.norm_bound
+    clear = mu > CLEAR * (1 + tau) * bound
+    loss = torch.full_like(mu, torch.inf)
+    some = clear.nonzero()[:, 0]
+    if len(some):
+        loss[some] = problem.at(some).loss_above(bound[some])
+    side = min(quadratic.rows.count, quadratic.rows.inputs)
+    for part in (~clear).nonzero()[:, 0].split(max(1, CACHE // (8 * side * side))):  # memory stays in the caches
+        if len(part):
+            loss[part] = problem.at(part).loss_by_factor()
+    return loss
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem(Batched):
+    """The arguments of `trust_region_loss`; mu is a hint, tau a number for every item.
+
+    exact: (batch,), whether there is no residual.
+    """
+
+    quadratic: Quadratic
+    gradient: Tensor
+    error: Tensor
+    radius: Tensor
+    mu: Tensor
+    tau: Tensor
+    exact: Tensor
+
+    def loss_above(self, bound: Tensor) -> Tensor:
+        """The loss (batch,) where mu is clear of a bound (batch,) of the largest eigenvalue: no matrix is formed."""
+        y = conjugate_gradients(self.quadratic, lambda r: r, self.gradient, self.mu, self.tau, PLAIN_STEPS)
+        return self.loss(bound, y)
+
+    def loss_by_factor(self) -> Tensor:
+        """The loss (batch,) by a Cholesky factor, which proves the largest eigenvalue and preconditions."""
+        matrix, slack = self.quadratic.matrix()
+        t, lower, proved = shifted_cholesky(matrix, self.mu / (1 + self.tau) * (1 - 2 * NEAREST), TRIES)
+        bound = up(proved + slack, 2)
+        factor = Factor(self.quadratic, t, lower)
+        y = conjugate_gradients(self.quadratic, factor.solve, self.gradient, self._mu(bound)[0], self.tau, STEPS)
+        return self.loss(bound, y)
+
+    def _mu(self, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """mu (batch,) above (1 + tau) times the bound of the largest eigenvalue, and lam (batch,), down."""
+        largest = times(bound, up(1 + self.tau, 2))
+        mu = torch.fmax(self.mu, largest * (1 + NEAREST) + UNDERFLOW)
+        return mu, down(mu - largest, 1)  # both are float64 numbers: one rounding
+
+    def loss(self, bound: Tensor, y: Tensor) -> Tensor:
+        """The loss (batch,) from a bound (batch,) of lambda_max(A^T diag(w) A) and any y (batch, inputs)."""
+        quadratic, gradient, tau = self.quadratic, self.gradient, self.tau
+        mu, lam = self._mu(bound)
+        size = vector_norm_up(y)
+        residual = gradient - (mu.unsqueeze(1) * y - (1 + tau).unsqueeze(1) * quadratic.product(y))
+        rounding = gamma(gradient.shape[1] + quadratic.rows.count + 8) * (
+            vector_norm_up(gradient) + (mu + (1 + tau) * quadratic.trace) * size
+        )
+        r = up(vector_norm_up(residual) + rounding, 6) + UNDERFLOW
+        inner = (gradient * y).sum(1)
+        inner = inner + gamma(gradient.shape[1] + 3) * (gradient * y).abs().sum(1) + UNDERFLOW  # the sum's rounding
+        form = up(inner.clamp(min=0.0) + size * r + up(r * up(r / lam)), 6)  # r^2 alone could underflow
+        factor = up(1 + 1 / tau.clamp(min=SMALLEST_TAU), 2)
+        residual_loss = torch.where(self.exact, torch.zeros_like(tau), times(quadratic.residual_sum, factor))
+        total = up(
+            0.5 * (times(mu, self.radius, self.radius) + form + residual_loss) + times(self.error, self.radius), 6
+        )
+        valid = total.isfinite() & (lam > 0) & mu.isfinite()
+        return torch.where(valid, total, torch.full_like(total, torch.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,18 +210,25 @@ class Factor:
         return torch.linalg.solve_triangular(self.lower.mT, half, upper=True).squeeze(2).to(r.dtype) * size
 
 
-def conjugate_gradients(factor: Factor, gradient: Tensor, mu: Tensor, tau: Tensor) -> Tensor:
+def conjugate_gradients(
+    quadratic: Quadratic,
+    precondition: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    mu: Tensor,
+    tau: Tensor,
+    steps: int,
+) -> Tensor:
     """An approximation y of H^-1 g by preconditioned conjugate gradients on H / mu; any y gives a bound."""
     ratio = ((1 + tau) / mu).unsqueeze(1)
     unit = powers_of_two(gradient).unsqueeze(1)  # so that no square of a gradient underflows
     r, y = gradient / unit, torch.zeros_like(gradient)
-    z = factor.solve(r)
+    z = precondition(r)
     p, square = z, (r * z).sum(1, keepdim=True)
-    for _ in range(STEPS):
-        image = p - ratio * factor.quadratic.product(p)
+    for _ in range(steps):
+        image = p - ratio * quadratic.product(p)
         step = (square / (p * image).sum(1, keepdim=True)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         y, r = y + step * p, r - step * image
-        z = factor.solve(r)
+        z = precondition(r)
         new = (r * z).sum(1, keepdim=True)
         p, square = z + (new / square).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) * p, new
     return (y / mu.unsqueeze(1) * unit).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
