@@ -95,7 +95,7 @@ def search_balls(
     limits = model_bounds.effort.ball_search
     columns = column_limits(model_bounds) if linear_bound in bounds else None
     if columns is not None:
-        plan = ball_plan(columns, model_bounds, search.point, search.unit)
+        plan = ball_plan(columns, model_bounds, search.point, floor)
         best = search.largest(bounds, plan.start, floor, limits.balls, plan.tolerance, plan.ceiling, plan.stride)
     elif linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
         best = search.largest(bounds, search.start(floor), floor, limits.balls, limits.tolerance)

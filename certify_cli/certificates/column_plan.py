@@ -30,6 +30,8 @@ of it, as ranges are wider than to first order."""
 COLUMN_STRIDE, DEAR_STRIDE = 3.0, 4.0
 """Largest ratio of the next radius to the last one there: where ranges run away, a ball costs most. Where rows are dear
 as well, the first ball is smaller than the largest one by that much, and seldom fails."""
+CLIMB = 16.0
+"""The same where no ball can have columns, which begins with so many times the certified radius."""
 COLUMN_TOLERANCE, DEAR_TOLERANCE = 2e-2, 5e-2
 """The relative accuracy where ranges come from columns, and where rows are dear as well: each ball costs much."""
 
@@ -59,7 +61,7 @@ def range_limits(model_bounds: ModelBounds, point: EvaluatedPoints, radius: Tens
     """What the ranges on balls of `radius` (batch,) may cost: columns only where, to first order, they suffice."""
     network, limits = point.network, model_bounds.effort.ball_search
     columns = column_limits(model_bounds)
-    if columns is None or not bool((radius <= bending_radius(point, columns.operations)).all()):
+    if columns is None or not bool((radius <= bending_radius(point, MOST_PART * columns.operations)).all()):
         return RangeLimits(limits.range_operations)
     if not rows_are_dear(network, limits):
         return RangeLimits(limits.range_operations, columns=columns)
@@ -79,12 +81,18 @@ class BallPlan:
     stride: float
 
 
-def ball_plan(columns: ColumnLimits, model_bounds: ModelBounds, point: EvaluatedPoints, unit: Tensor) -> BallPlan:
-    """The plan of a search; unit (batch,): the first balls where nothing bends, or everything does."""
+def ball_plan(columns: ColumnLimits, model_bounds: ModelBounds, point: EvaluatedPoints, floor: Tensor) -> BallPlan:
+    """The plan of a search; floor (batch,): radii that are certified.
+
+    Where units that have to bend on every ball take all that columns may, the search climbs from the certified radius,
+    without columns.
+    """
     dear = rows_are_dear(point.network, model_bounds.effort.ball_search)
     found = bending_radius(point, (MOST_PART if dear else FEW_PART) * columns.operations)
     told = found.isfinite() & (found > 0)
-    if not dear:
-        return BallPlan(torch.where(told, found, unit), None, COLUMN_TOLERANCE, COLUMN_STRIDE)
-    start, ceiling = torch.where(told, found / DEAR_STRIDE, unit), found.masked_fill(~told, torch.inf)
-    return BallPlan(start, ceiling, DEAR_TOLERANCE, DEAR_STRIDE)
+    climb = torch.where(floor > 0, CLIMB * floor, 1.0)
+    if not bool(told.all()):
+        return BallPlan(torch.where(told, found, climb), None, DEAR_TOLERANCE, CLIMB)
+    if dear:
+        return BallPlan(found / DEAR_STRIDE, found, DEAR_TOLERANCE, DEAR_STRIDE)
+    return BallPlan(found, None, COLUMN_TOLERANCE, COLUMN_STRIDE)
