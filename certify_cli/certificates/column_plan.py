@@ -27,7 +27,7 @@ FEW_PART, MOST_PART = 0.06, 0.35
 """Where ranges come from columns, those of the units that bend on the first ball to first order take this part of what
 they may. Where rows are dear as well, no ball is tried on which they would take the second part: by then they take all
 of it, as ranges are wider than to first order."""
-COLUMN_STRIDE, DEAR_STRIDE = 3.0, 4.0
+COLUMN_STRIDE, DEAR_STRIDE = 3.0, 3.0
 """Largest ratio of the next radius to the last one there: where ranges run away, a ball costs most. Where rows are dear
 as well, the first ball is smaller than the largest one by that much, and seldom fails."""
 CLIMB = 16.0
