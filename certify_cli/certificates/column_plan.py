@@ -23,11 +23,13 @@ rows of so many balls: a search tries more, and asks for fewer rows afterwards."
 ROW_PART = 0.6
 """Where rows are dear, those of pre-activations are asked for up to this part of the way through the network, by the
 cost of a row: there a row costs less than the column that it may spare."""
-FEW_PART, MOST_PART = 0.06, 0.35
-"""Where ranges come from columns, those of the units that bend on the first ball to first order take this part of what
-they may. Where rows are dear as well, no ball is tried on which they would take the second part: by then they take all
-of it, as ranges are wider than to first order."""
-COLUMN_STRIDE, DEAR_STRIDE = 3.0, 3.0
+FEW = 75
+"""Where ranges come from columns, the units that bend on the first ball to first order take as much as so many columns
+through the whole network."""
+MOST_PART = 0.35
+"""Where rows are dear as well, no ball is tried on which to first order columns would take this part of what they may:
+by then they take all of it, as ranges are wider than to first order."""
+COLUMN_STRIDE, DEAR_STRIDE = 2.5, 3.0
 """Largest ratio of the next radius to the last one there: where ranges run away, a ball costs most. Where rows are dear
 as well, the first ball is smaller than the largest one by that much, and seldom fails."""
 CLIMB = 16.0
@@ -87,8 +89,10 @@ def ball_plan(columns: ColumnLimits, model_bounds: ModelBounds, point: Evaluated
     Where units that have to bend on every ball take all that columns may, the search climbs from the certified radius,
     without columns.
     """
-    dear = rows_are_dear(point.network, model_bounds.effort.ball_search)
-    found = bending_radius(point, (MOST_PART if dear else FEW_PART) * columns.operations)
+    network = point.network
+    dear = rows_are_dear(network, model_bounds.effort.ball_search)
+    few = FEW * vjp_cost(network, len(network.nodes) - 1)
+    found = bending_radius(point, MOST_PART * columns.operations if dear else min(few, columns.operations))
     told = found.isfinite() & (found > 0)
     climb = torch.where(floor > 0, CLIMB * floor, 1.0)
     if not bool(told.all()):

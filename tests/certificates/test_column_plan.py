@@ -8,10 +8,10 @@ import torch
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.columns import ColumnLimits, bending_radius, column_cost
 from certify_cli.certificates import column_plan
-from certify_cli.certificates.column_plan import CLIMB, DEAR_STRIDE, FEW_PART, MOST_PART, ball_plan, column_limits
+from certify_cli.certificates.column_plan import CLIMB, DEAR_STRIDE, MOST_PART, ball_plan, column_limits
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
-from certify_cli.network.propagate import pre_activations
+from certify_cli.network.propagate import pre_activations, vjp_cost
 from tests.networks import mlp, points
 
 FLOOR = torch.tensor([1e-3, 0.0], dtype=torch.float64)
@@ -24,9 +24,11 @@ def test_balls_begin_where_few_columns_are_needed(dear: bool, monkeypatch: pytes
     network = mlp((6, 9, 9, 9, 3), "relu", seed=2)
     with exact_kernels():
         model_bounds, point = ModelBounds(network), EvaluatedPoints(network, points(network, 2))
+        monkeypatch.setattr(column_plan, "FEW", 4)
+        operations = 4 * vjp_cost(network, len(network.nodes) - 1)
         columns = ColumnLimits(40 * column_cost(network, pre_activations(network)[0]), 2**30)
         plan = ball_plan(columns, model_bounds, point, FLOOR)
-        few, most = (bending_radius(point, part * columns.operations) for part in (FEW_PART, MOST_PART))
+        few, most = (bending_radius(point, part) for part in (operations, MOST_PART * columns.operations))
     assert bool((few < most).all())
     if dear:
         assert plan.ceiling is not None
