@@ -11,19 +11,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+MEMORY = 2**31
+"""Bytes that the bounds of a batch may take, unless the caller states another figure."""
+
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits of the floating-point operations for global bounds.
+    """Upper limits for global bounds: of floating-point operations, and of bytes.
 
     norm: for the verified spectral norm of one matrix.   eigenvalues: for proved eigenvalues of one matrix.
     blocks: for all that refines the blocks of one expansion beyond products of norms (`block_costs`). Two cores do
-    some 2e10 such operations a second.
+    some 2e10 such operations a second.   memory: bytes.
     """
 
     norm: float
     eigenvalues: float
     blocks: float = math.inf
+    memory: int = MEMORY
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ import torch
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.columns import bending_radius, column_ranges
 from certify_cli.bounds.on_ball.interval_ranges import Ranges
 from certify_cli.bounds.on_ball.lipschitz import linearised_on_balls
 from certify_cli.bounds.relaxation.backward import RelaxedNetwork, relax_all
 from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
 from certify_cli.bounds.relaxation.optimise import has_slopes, items_at_once, optimised_loss, slope_tables
-from certify_cli.certificates.column_plan import most_columns, rows_are_dear
+from certify_cli.certificates.column_plan import range_limits
 from certify_cli.certificates.local import footprint
 from certify_cli.certificates.rivals import Losses, Rivals
 from certify_cli.network.evaluated import EvaluatedPoints
@@ -42,13 +41,9 @@ def linear_bound(
     range_steps: ascent steps for slopes optimised for each range.
     """
     limits = model_bounds.effort.ball_search
-    budget = limits.range_operations
-    columns = most_columns(model_bounds)
-    if columns and bool((ranges.radius <= bending_radius(point, columns)).all()):
-        ranges, complete = column_ranges(point, ranges, columns)
-        if not complete and rows_are_dear(point.network, limits):
-            budget = 0.0  # almost every unit seems to bend: rows would be asked for in vain
-    ranges, relaxed = intermediate_bounds(point, ranges, model_bounds.memory, budget, range_steps)
+    ranges, relaxed = intermediate_bounds(
+        point, ranges, model_bounds.memory, range_limits(model_bounds, point, ranges.radius), range_steps
+    )
 
     def losses(rivals: Rivals) -> AffineLoss:
         loss = relaxed.loss(WholeForms(rivals.cotangents(point)))

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
-from certify_cli.bounds.on_ball.columns import bending_radius
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.bounds.relaxation.intermediate_bounds import follows_nonlinear, narrows, optimised_cost
 from certify_cli.bounds.relaxation.optimise import has_slopes
@@ -33,15 +32,7 @@ from certify_cli.certificates.ball_bounds import (
     linear_bound_on_ranges,
     optimised_linear_bound,
 )
-from certify_cli.certificates.column_plan import (
-    COLUMN_STRIDE,
-    COLUMN_TOLERANCE,
-    DEAR_STRIDE,
-    DEAR_TOLERANCE,
-    FEW,
-    most_columns,
-    rows_are_dear,
-)
+from certify_cli.certificates.column_plan import ball_plan, column_limits
 from certify_cli.certificates.failed_balls import FailedBalls
 from certify_cli.certificates.local import searchable
 from certify_cli.certificates.radius_bracket import Bracket
@@ -102,13 +93,10 @@ def search_balls(
     samples, floor = point.at(able), previous[able]
     search = _Search(model_bounds, samples, ProvedRivals(model_bounds, samples))
     limits = model_bounds.effort.ball_search
-    columns = most_columns(model_bounds) if linear_bound in bounds else 0
-    if columns:
-        few, most = (bending_radius(search.point, count) for count in (FEW, max(1, columns // 2)))
-        few = torch.where(few.isfinite() & (few > 0), few, search.unit)
-        dear = rows_are_dear(point.network, limits)
-        options = (DEAR_TOLERANCE, most, DEAR_STRIDE) if dear else (COLUMN_TOLERANCE, None, COLUMN_STRIDE)
-        best = search.largest(bounds, few, floor, limits.balls, *options)
+    columns = column_limits(model_bounds) if linear_bound in bounds else None
+    if columns is not None:
+        plan = ball_plan(columns, model_bounds, search.point, floor)
+        best = search.largest(bounds, plan.start, floor, limits.balls, plan.tolerance, plan.ceiling, plan.stride)
     elif linear_bound not in bounds or not _worth_optimising_ranges(search.point, limits):
         best = search.largest(bounds, search.start(bounds, floor), floor, limits.balls, limits.tolerance)
     else:

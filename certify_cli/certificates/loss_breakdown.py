@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.curvature import why_no_curvature
-from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.remainder.expansion import BallExpansion
 from certify_cli.bounds.remainder.margin_bound import Choice, lower_bound
 from certify_cli.bounds.remainder.optimise import Problem, optimise
 from certify_cli.certificates.local import LocalSearch, RivalPairs, first_balls, fits, searchable
 from certify_cli.certificates.methods import METHODS
-from certify_cli.efforts import NORMAL
+from certify_cli.efforts import MEMORY, NORMAL
 from certify_cli.errors import MethodError
 from certify_cli.network.activations.grid_estimates import SoftMinimiser
 from certify_cli.network.evaluate import exact_kernels

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from certify_cli.attacks.ddn import nearest_attacks
 from certify_cli.bounds.global_bounds.layer_report import layer_table
-from certify_cli.bounds.global_bounds.model_bounds import MEMORY, ModelBounds
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.relaxation.intermediate_bounds import ball_cost
 from certify_cli.certificates.certificates import Certificates
 from certify_cli.certificates.methods import Method, certify_batch, decided, nothing_proved, select
 from certify_cli.data.datasets import Dataset
-from certify_cli.efforts import EFFORTS, FAST
+from certify_cli.efforts import EFFORTS, FAST, MEMORY
 from certify_cli.errors import DataError, UsageError, first_line, quoted
 from certify_cli.load.loaded_model import LoadedModel
 from certify_cli.load.preprocessing import fit

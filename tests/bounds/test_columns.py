@@ -8,10 +8,10 @@ from torch import Tensor
 
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball import columns
-from certify_cli.bounds.on_ball.columns import bending_radius, column_ranges
+from certify_cli.bounds.on_ball.columns import ColumnLimits, bending_radius, column_cost
 from certify_cli.bounds.on_ball.interval_ranges import Ranges, interval_ranges
 from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation
-from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds
+from certify_cli.bounds.relaxation.intermediate_bounds import RangeLimits, intermediate_bounds
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense
 from certify_cli.network.convolution import Conv
@@ -119,6 +119,12 @@ def known(network: Network, count: int, radius: float) -> tuple[EvaluatedPoints,
     return point, interval_ranges(point, ModelBounds(network).weights, torch.full((count,), radius, dtype=D))
 
 
+def column_ranges(point: EvaluatedPoints, start: Ranges, operations: float = torch.inf) -> Ranges:
+    """Ranges by columns alone, of as many units as may be had for so many operations."""
+    limits = RangeLimits(rows=0.0, columns=ColumnLimits(operations, 2**40))
+    return intermediate_bounds(point, start, 2**26, limits)[0]
+
+
 def leaves(network: Network, point: EvaluatedPoints, found: Ranges) -> bool:
     """Whether some sampled point of the balls moves a pre-activation out of its range."""
     before = network.values(point.x)
@@ -137,17 +143,22 @@ def leaves(network: Network, point: EvaluatedPoints, found: Ranges) -> bool:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("most", "negligible"), [(3000, 1e-9), (3000, 0.02), (4, 1e-9)])
+@pytest.mark.parametrize("rows", [False, True])
 def test_no_sampled_offset_leaves_the_ranges(
-    name: str, most: int, negligible: float, monkeypatch: pytest.MonkeyPatch
+    name: str, most: int, negligible: float, rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a column for every remainder; with small remainders counted by their norm; where few columns are allowed."""
+    """With a column for every remainder; with small remainders counted by their norm; where few columns are allowed.
+
+    By columns alone, and where rows narrow every pre-activation before its columns go on.
+    """
     monkeypatch.setattr(columns, "NEGLIGIBLE", negligible)
     network = NETWORKS[name]
     with exact_kernels():
         for radius in RADII:
             point, fast = known(network, 3, radius)
-            found, complete = column_ranges(point, fast, most)
-            assert complete or most == 4
+            limits = ColumnLimits(most * column_cost(network, pre_activations(network)[0]), 2**40)
+            each = RangeLimits(rows=torch.inf if rows else 0.0, columns=limits)
+            found, _ = intermediate_bounds(point, fast, 2**26, each)
             assert not leaves(network, point, found)
             for target in found.low:
                 assert bool((found.low[target] >= fast.low[target]).all())
@@ -184,7 +195,7 @@ def test_exact_where_nothing_bends() -> None:
     network = deep_residual()
     with exact_kernels():
         point, fast = known(network, 2, 1e-5)
-        found, _ = column_ranges(point, fast, 3000)
+        found = column_ranges(point, fast)
         for sample in range(2):
             rows = point.row_norms(sample).rows
             for target in pre_activations(network)[1:]:
@@ -196,7 +207,7 @@ def test_far_narrower_than_intervals_in_deep_networks() -> None:
     network = deep_residual()
     with exact_kernels():
         point, fast = known(network, 2, 0.02)
-        found, _ = column_ranges(point, fast, 3000)
+        found = column_ranges(point, fast)
         pulled, _ = intermediate_bounds(point, fast, 2**26)
         deepest = pre_activations(network)[-2]
         width = found.high[deepest] - found.low[deepest]
@@ -212,25 +223,61 @@ def test_a_remainder_that_is_left_out_would_be_noticed(monkeypatch: pytest.Monke
     network = NETWORKS["deep relu"]
     with exact_kernels():
         point, fast = known(network, 3, 0.3)
-        assert leaves(network, point, column_ranges(point, fast, 3000)[0])
+        assert leaves(network, point, column_ranges(point, fast))
 
 
 def test_the_radius_at_which_units_bend() -> None:
-    """Counted by moving along each row: to first order that many units have crossed their kink."""
+    """Counted by moving along each row: to first order the columns of these units take that many operations."""
     network = deep_residual()
+    dearest = column_cost(network, pre_activations(network)[0])
     with exact_kernels():
         point = EvaluatedPoints(network, points(network, 2))
-        for count in (1, 5, 40):
-            radius = bending_radius(point, count)
+        for operations in (0.5 * dearest, 5 * dearest, 40 * dearest):
+            radius = bending_radius(point, operations)
             for sample in range(2):
                 rows = point.row_norms(sample).rows
-                crossed = 0
+                spent, before = 0.0, 0.0
                 for target in pre_activations(network)[:-1]:
                     if network.nodes[target + 1].op.title == "relu":
                         z = point.evaluation.values[target][sample].flatten().abs()
-                        crossed += int((z <= radius[sample] * rows[target] * (1 + 1e-9)).sum())
-                assert crossed == count
-        assert bool(bending_radius(point, 10**6).isinf().all())
+                        for part in (1 + 1e-9, 1 - 1e-9):
+                            crossed = int((z <= radius[sample] * rows[target] * part).sum())
+                            spent += crossed * column_cost(network, target) * (part > 1)
+                            before += crossed * column_cost(network, target) * (part < 1)
+                assert before <= operations < spent
+        assert bool(bending_radius(point, torch.inf).isinf().all())
+
+
+def test_columns_end_where_they_would_take_too_much() -> None:
+    """Of operations or of memory: ranges are then those of the start from there on; and rows can go on without."""
+    network = deep_residual()
+    targets = pre_activations(network)
+    with exact_kernels():
+        point, fast = known(network, 1, 0.05)
+        every = column_ranges(point, fast)
+        for limits in (ColumnLimits(column_cost(network, targets[0]), 2**40), ColumnLimits(torch.inf, 2**12)):
+            found, _ = intermediate_bounds(point, fast, 2**26, RangeLimits(rows=0.0, columns=limits))
+            ended = [t for t in targets if bool((found.high[t] > every.high[t] * (1 + 1e-9)).any())]
+            assert targets[-1] in ended
+            assert targets[0] not in ended
+            asked, _ = intermediate_bounds(point, fast, 2**26, RangeLimits(columns=limits))
+            assert bool((asked.high[targets[-2]] < 0.5 * found.high[targets[-2]]).any())
+            none, _ = intermediate_bounds(point, fast, 2**26, RangeLimits(row=1e9, columns=limits))
+            assert torch.allclose(none.high[targets[-1]], found.high[targets[-1]], rtol=0.5)
+
+
+def test_what_rows_narrow_serves_the_columns_behind() -> None:
+    """Columns and rows by turns are narrower than rows on the ranges that columns alone left."""
+    network = deep_residual()
+    with exact_kernels():
+        point, fast = known(network, 2, 0.1)
+        alone = column_ranges(point, fast)
+        after, _ = intermediate_bounds(point, alone, 2**26)
+        turns, _ = intermediate_bounds(point, fast, 2**26, RangeLimits(columns=ColumnLimits(torch.inf, 2**40)))
+        deepest = pre_activations(network)[-2]
+        width = turns.high[deepest] - turns.low[deepest]
+        assert float((width / (alone.high[deepest] - alone.low[deepest])).mean()) < 0.9
+        assert float((width / (after.high[deepest] - after.low[deepest])).mean()) < 1.0
 
 
 def test_units_of_two_branches_have_columns_of_their_own() -> None:
@@ -241,8 +288,7 @@ def test_units_of_two_branches_have_columns_of_their_own() -> None:
             x = torch.tensor([[-0.01, -0.01]], dtype=D)
             point = EvaluatedPoints(network, x)
             fast = interval_ranges(point, ModelBounds(network).weights, torch.ones(1, dtype=D))
-            found, complete = column_ranges(point, fast, 3000)
-            assert complete
+            found = column_ranges(point, fast)
             before = network.values(x)
             for part in torch.linspace(-1, 1, 41, dtype=D):
                 after = network.values(x + part * (1 - 1e-12) * torch.tensor([[1.0, 0.0]], dtype=D))
@@ -267,7 +313,7 @@ def test_ranges_behind_activations_follow_those_before_them() -> None:
     network = fire()
     with exact_kernels():
         point, fast = known(network, 3, 0.02)
-        found, _ = column_ranges(point, fast, 3000)
+        found = column_ranges(point, fast)
         cats = [k for k, node in enumerate(network.nodes) if isinstance(node.op, Concat)]
         for cat in cats:
             dead = []

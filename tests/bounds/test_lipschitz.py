@@ -7,7 +7,6 @@ import torch
 
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, lipschitz_expansion, product_expansion, weight_blocks
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
-from certify_cli.bounds.linear_maps import weight_blocks as blocks
 from certify_cli.efforts import EFFORTS, Budget
 from certify_cli.network.affine import Dense
 from certify_cli.network.graph import Builder, Network
@@ -108,14 +107,11 @@ def test_deep_networks_finish() -> None:
 
 
 @pytest.mark.parametrize("name", ["convolutional", "residual", "concatenating, softsign", "relu, convolutional"])
-def test_a_block_that_is_not_written_out_has_a_norm_of_its_own_for_every_row(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against the rows of the blocks written out; without the means for either there is one norm for all."""
+def test_a_block_that_is_not_written_out_has_a_norm_of_its_own_for_every_row(name: str) -> None:
+    """Against the rows of the blocks written out, where these do not fit; without means there is one norm for all."""
     network = (SMOOTH | PIECEWISE)[name]
     written = weight_blocks(network, Budget(1e12, 1e12))
-    monkeypatch.setattr(blocks, "MATRIX_ENTRIES", 0)
-    adjoints = weight_blocks(network, Budget(1e12, 1e12))
+    adjoints = weight_blocks(network, Budget(1e12, 1e12, memory=0))
     poor = weight_blocks(network, Budget(0.0, 0.0))
     assert adjoints.keys() == written.keys() == poor.keys()
     for key, block in adjoints.items():

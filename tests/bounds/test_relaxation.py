@@ -16,7 +16,7 @@ from certify_cli.bounds.on_ball.lipschitz import linearised_on_balls, matrix_nor
 from certify_cli.bounds.on_ball.max_pooling import DecidedGroups, MaxPoolRelaxation
 from certify_cli.bounds.relaxation import backward
 from certify_cli.bounds.relaxation.backward import LinearRelaxation, relax_all
-from certify_cli.bounds.relaxation.intermediate_bounds import intermediate_bounds, narrows
+from certify_cli.bounds.relaxation.intermediate_bounds import RangeLimits, intermediate_bounds, narrows
 from certify_cli.bounds.relaxation.optimise import has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import ACTIVATIONS, from_name
@@ -294,9 +294,9 @@ def test_what_is_beyond_the_budget_stays_as_it_is() -> None:
     network = NETWORKS["deep relu"]
     with exact_kernels():
         point, fast = known(network, 3, 0.4)
-        none, _ = intermediate_bounds(point, fast, MEMORY, 0.0)
+        none, _ = intermediate_bounds(point, fast, MEMORY, RangeLimits(0.0))
         first, *_, last = pre_activations(network)[1:-1]
-        some, _ = intermediate_bounds(point, fast, MEMORY, 2 * 9 * vjp_cost(network, first))
+        some, _ = intermediate_bounds(point, fast, MEMORY, RangeLimits(2 * 9 * vjp_cost(network, first)))
         every, _ = intermediate_bounds(point, fast, MEMORY)
     assert all(torch.equal(none.low[target], fast.low[target]) for target in fast.low)
     assert torch.equal(some.low[first], every.low[first])

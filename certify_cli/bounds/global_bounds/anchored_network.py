@@ -146,7 +146,7 @@ class AnchoredNetwork:
         share = self.budget.eigenvalues / SHARES
         if 3.0 * min(block.matrix.shape) ** 3 > share:
             return bound
-        budget = Budget(self.budget.norm, share * len(weights))
+        budget = Budget(self.budget.norm, share * len(weights), memory=self.budget.memory)
         return torch.minimum(bound, weighted_gram_norms(block.matrix, weights, budget, block.matrix_error))
 
     def offsets(self, radii: Radii, batch: int) -> Offsets:

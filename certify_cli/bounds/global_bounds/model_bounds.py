@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -13,12 +14,9 @@ from certify_cli.bounds.global_bounds.anchored_network import AnchoredNetwork
 from certify_cli.bounds.global_bounds.curvature import Curvature
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, weight_blocks
 from certify_cli.bounds.linear_maps.weight_blocks import Blocks
-from certify_cli.efforts import NORMAL, Effort
+from certify_cli.efforts import MEMORY, NORMAL, Effort
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
-
-MEMORY = 2**31
-"""Bytes that the bounds of a batch may take, unless the caller states another figure."""
 
 PAIR = 8
 """An estimate of the numbers that the bound of a pair keeps for each entry of the widest node."""
@@ -76,7 +74,7 @@ class ModelBounds:
         self.network = network
         self.effort = effort
         self.memory = memory
-        self.budget = effort.budget
+        self.budget = replace(effort.budget, memory=memory)
         none = torch.zeros(0, dtype=torch.long, device=network.device)
         self.expected = none if expected is None else expected.unique()
 

@@ -27,10 +27,9 @@ from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.norms import matrix_norm
 from certify_cli.numerics.rounding import up, vector_norm_up
 
-MATRIX_ENTRIES = 2**24
-"""Number of entries up to which a block is written out as a matrix (128 MiB)."""
-SHARED_ENTRIES = 2**26
-"""Number of entries of the blocks that are written out by the same passes (512 MiB)."""
+MATRIX_PART, SHARED_PART = 16, 4
+"""Of the memory, one part in so many may go into the entries of one block that is written out as a matrix (of 2 GiB:
+128 MiB), and of all blocks that are written out by the same passes."""
 CHUNK_ENTRIES = 2**20
 """Unit vectors pass through the network in chunks whose widest value has about this many entries (8 MiB)."""
 
@@ -135,14 +134,14 @@ class Blocks(Mapping[Pair, Block]):
         for source in (0, *nonlinear_nodes(network)):
             self.composed |= {(t, source): found for t, found in _composed(network, source, centres).items()}
         self._blocks = {pair: Block(self, pair) for pair in self.composed}
-        small = {pair for pair in self.composed if self._costs.entries(pair) <= MATRIX_ENTRIES}
+        small = {pair for pair in self.composed if self._costs.entries(pair) <= budget.memory // (8 * MATRIX_PART)}
         small = {pair for pair in small if self._costs.cubed(pair) <= budget.norm}
         # a single factor's norm is verified already; a product of several may be far above the block's norm
         products = {pair for pair in small if self.composed[pair].factors > 1}
         worth = contributions(network, {pair: found.norm for pair, found in self.composed.items()}, radii)
         self.proved = affordable(self._costs, products, worth, budget.blocks)
         cheap = small if keep else small - (products - self.proved)
-        self._shared = shared(self._costs, cheap, SHARED_ENTRIES)
+        self._shared = shared(self._costs, cheap, budget.memory // (8 * SHARED_PART))
         self._written: dict[Pair, Written] = {}
         self._pulled: dict[int, dict[int, Tensor]] = {}
 

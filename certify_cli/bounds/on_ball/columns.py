@@ -16,17 +16,17 @@ entry that wins at the sample; the rest of their change is such a remainder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range, range_after_nonlinear
+from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp
 from certify_cli.network.evaluated import EvaluatedPoints
-from certify_cli.network.graph import Concat, Shape
+from certify_cli.network.graph import Concat, Network, Shape
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.propagate import (
     Slope,
@@ -36,13 +36,26 @@ from certify_cli.network.propagate import (
     pre_activation,
     pre_activations,
     through_affine,
+    vjp_cost,
 )
-from certify_cli.network.row_norms import RowNorms
 from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.rounding import UNDERFLOW, UNIT, times, up, vector_norm_up
 
 NEGLIGIBLE = 1e-9
 """Remainders below this part of the unit's range get no column."""
+LIVE = 4
+"""An estimate of the number of nodes whose columns are held at once."""
+
+
+@dataclass(frozen=True)
+class ColumnLimits:
+    """What the columns of the units that bend on a ball may take.
+
+    operations: floating-point operations.   memory: bytes.
+    """
+
+    operations: float
+    memory: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,34 +80,19 @@ class _Spread:
         )
 
 
-class _TooMany(Exception):
-    """More units bend on the ball than may have a column."""
+def column_cost(network: Network, target: int) -> float:
+    """About the floating-point operations for the column of a unit of pre-activation `target`."""
+    return vjp_cost(network, len(network.nodes) - 1) - vjp_cost(network, target)
 
 
-def column_ranges(point: EvaluatedPoints, start: Ranges, most: int) -> tuple[Ranges, bool]:
-    """Ranges on the balls of `start`, never wider, and whether they are those of columns for every sample.
+def bending_radius(point: EvaluatedPoints, operations: float) -> Tensor:
+    """Estimates (batch,) of the radius at which the columns of the units that reach a kink take so many operations.
 
-    most: number of units that may have a column of their own; where more bend, a sample keeps its ranges of `start`.
+    To first order; inf where they never do, and 0 where those of units at a kink do.
     """
-    parts, complete = [], True
-    for sample in range(len(point.x)):
-        index = torch.tensor([sample], dtype=torch.long, device=point.x.device)
-        before = start.at(index)
-        try:
-            parts.append(_of_sample(point.at(index), point.row_norms(sample), before, most))
-        except _TooMany:
-            parts.append(before)
-            complete = False
-    low = {t: torch.cat([part.low[t] for part in parts]) for t in start.low}
-    high = {t: torch.cat([part.high[t] for part in parts]) for t in start.high}
-    return Ranges(start.radius, low, high, start.norm), complete
-
-
-def bending_radius(point: EvaluatedPoints, count: int) -> Tensor:
-    """Estimates (batch,) of the radius at which so many units reach a kink, to first order; inf where fewer ever do."""
     network, found = point.network, []
     for sample in range(len(point.x)):
-        rows, distances = point.row_norms(sample).rows, []
+        rows, distances, costs = point.row_norms(sample).rows, [], []
         for k in nonlinear_nodes(network):
             op, target = network.nodes[k].op, pre_activation(network, k)
             if isinstance(op, Activation) and op.kinks and target in rows:
@@ -102,28 +100,31 @@ def bending_radius(point: EvaluatedPoints, count: int) -> Tensor:
                 nearest = torch.stack([(z - kink).abs() for kink in op.kinks]).amin(0)
                 moves = rows[target] > NEGLIGIBLE * rows[target].max()
                 distances.append(nearest[moves] / rows[target][moves])
-        every = torch.cat(distances) if distances else point.x.new_zeros(0)
-        found.append(every.kthvalue(count).values if len(every) >= count else every.new_tensor(torch.inf))
+                costs.append(torch.full_like(distances[-1], column_cost(network, target)))
+        none = point.x.new_zeros(0)
+        every, order = torch.cat([none, *distances]).sort()
+        beyond = (torch.cat([none, *costs])[order].cumsum(0) > operations).nonzero()[:, 0]
+        found.append(every[beyond[0]] if len(beyond) else point.x.new_tensor(torch.inf))
     return torch.stack(found)
 
 
-def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int) -> Ranges:
-    """`column_ranges` of a single sample."""
-    network, radius = point.network, start.radius
-    low, high = dict(start.low), dict(start.high)
-    taken = 1
+def column_walk(point: EvaluatedPoints, ranges: Ranges, limits: ColumnLimits) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pre-activations of a single sample, in their order, and bounds of their offsets, (1, size) each, outward.
+
+    ranges: on the ball. They are read as late as can be: what is narrowed before the next pre-activation is asked for
+        serves all behind it.
+    limits: where the units that bend take more, the walk ends early.
+    """
+    network, radius, norms = point.network, ranges.radius, point.row_norms(0)
+    taken, spent, over = 1, 0.0, False
     targets = set(pre_activations(network))
 
-    def narrowed(target: int, spread: _Spread) -> None:
+    def bounds(target: int, spread: _Spread) -> tuple[Tensor, Tensor]:
         value, error = spread.columns.value.flatten(1), spread.columns.error
-        count = len(value)
         centre = value[0]
         reach = value[1:].abs().sum(0) + error.sum() + spread.noise + radius * norms.rows.get(target, 0.0)
-        reach = up(reach + 4 * UNIT * centre.abs(), count + 6)
-        low[target] = torch.fmax(low[target], (centre - reach).unsqueeze(0))
-        high[target] = torch.fmin(high[target], (centre + reach).unsqueeze(0))
-        low[target], high[target] = low[target].clamp(max=0.0), high[target].clamp(min=0.0)
-        low[target], high[target] = range_after_nonlinear(point, Ranges(radius, low, high, start.norm), target)
+        reach = up(reach + 4 * UNIT * centre.abs(), len(value) + 6)
+        return (centre - reach).unsqueeze(0), (centre + reach).unsqueeze(0)
 
     def affine(op: AffineOp, spread: _Spread, shape: Shape) -> _Spread:
         columns = through_affine(op, spread.columns, shape, op.linear(spread.columns.value))
@@ -147,10 +148,9 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
         noise = up(torch.stack([part.noise for part in present]).sum(), len(present))
         return _Spread(Vectors(op.apply(*(vectors.value for vectors in filled)), error), noise)
 
-    def nonlinear(index: int, spread: _Spread) -> _Spread:
+    def nonlinear(index: int, spread: _Spread) -> _Spread | None:
         target, op = pre_activation(network, index), network.nodes[index].op
-        ranges = Ranges(radius, low, high, start.norm)
-        nonlocal taken
+        nonlocal taken, spent, over
         node = norms.nodes[index]
         # a column belongs to one unit of the whole network: branches that meet again must not share one
         pushed = node.push(spread.extended(taken))
@@ -166,12 +166,15 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
             steepest = node.norm
         centre, half = 0.5 * (lower + upper), up(0.5 * (upper - lower), 2)
         half = half + 2 * UNIT * centre.abs()
-        width = (high[target] - low[target]).amax()
+        width = (ranges.high[target] - ranges.low[target]).amax()
         own = half.flatten() > NEGLIGIBLE * width
         units = own.nonzero()[:, 0]
         taken += len(units)
-        if taken > most + 1:
-            raise _TooMany
+        spent += len(units) * column_cost(network, target)
+        widest = max(behind.size for behind in network.nodes[index:])
+        over = spent > limits.operations or 8 * LIVE * taken * widest > limits.memory
+        if over:
+            return None
         left = torch.maximum(-lower, upper).masked_fill(own, 0.0)
         noise = up(times(spread.noise, steepest) + vector_norm_up(left), 2) + UNDERFLOW
         value = pushed.value.clone()
@@ -190,9 +193,10 @@ def _of_sample(point: EvaluatedPoints, norms: RowNorms, start: Ranges, most: int
 
     zero = _Spread(Vectors(radius.new_zeros(1, *network.input_shape), radius.new_zeros(1)), radius.new_zeros(()))
     for index, spread in forward(network, 0, zero, Forward(affine, total, concat, nonlinear)):
+        if over:
+            return
         if index in targets:
-            narrowed(index, spread)
-    return Ranges(radius, low, high, start.norm)
+            yield bounds(index, spread)
 
 
 def _group_remainder(point: EvaluatedPoints, op: GroupMap, target: int, ranges: Ranges) -> tuple[Tensor, Tensor]:

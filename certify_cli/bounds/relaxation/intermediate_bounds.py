@@ -2,16 +2,20 @@
 
 Pre-activations are bounded in topological order, as each needs the relaxations of the nonlinear nodes before it, and
 these need the earlier ranges. Every unit is a row of its own, pulled back twice: for its lower and its upper bound.
+Columns (`on_ball.columns`) come before the rows of each pre-activation: rows are asked for units alone that bend on
+what columns leave, and what rows narrow, columns behind them have the use of.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from certify_cli.bounds.on_ball.columns import ColumnLimits, column_walk
 from certify_cli.bounds.on_ball.interval_ranges import (
     Ranges,
     activation_on_range,
@@ -19,7 +23,7 @@ from certify_cli.bounds.on_ball.interval_ranges import (
     range_after_nonlinear,
 )
 from certify_cli.bounds.on_ball.max_pooling import MaxPoolRelaxation
-from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, RelaxedNetwork, relax
+from certify_cli.bounds.relaxation.backward import LinearRelaxation, Relaxation, RelaxedNetwork, relax, relax_all
 from certify_cli.bounds.relaxation.optimise import COPIES, has_slopes, optimised_loss, slope_tables
 from certify_cli.bounds.relaxation.supporting_lines import SlopeTable
 from certify_cli.network.activations import Activation
@@ -28,6 +32,7 @@ from certify_cli.network.graph import Network
 from certify_cli.network.linear_forms import unit_forms
 from certify_cli.network.propagate import consumers, is_nonlinear, pre_activations, rows_cost, vjp_cost
 from certify_cli.numerics.rounding import UNDERFLOW
+from certify_cli.numerics.trees import joined
 
 NEGLIGIBLE = 1e-9
 """Units whose range is narrower than this part of the widest one in their layer are not asked for."""
@@ -37,34 +42,71 @@ OPTIMISED_CACHE = 2**27
 """The same with optimised relaxations."""
 
 
+@dataclass(frozen=True)
+class RangeLimits:
+    """What ranges may cost, in floating-point operations a sample.
+
+    rows: for the units of one pre-activation that are not straight on their ranges; where they take more, none is
+        pulled back.
+    row: for one of them; where it takes more, none is, nor any where columns end early.
+    columns: for the columns of units that bend; None for no columns.
+    """
+
+    rows: float = math.inf
+    row: float = math.inf
+    columns: ColumnLimits | None = None
+
+    def affords(self, network: Network, target: int, count: int, ended: bool) -> bool:
+        """Whether so many rows of a pre-activation are pulled back; ended: whether columns ended before it."""
+        each = vjp_cost(network, target)
+        return 2 * count * each <= self.rows and ((each <= self.row and not ended) or self.row == math.inf)
+
+
+EVERY_ROW = RangeLimits()
+
+
 def intermediate_bounds(
-    point: EvaluatedPoints, start: Ranges, memory: int, budget: float = math.inf, steps: int = 0
+    point: EvaluatedPoints, start: Ranges, memory: int, limits: RangeLimits = EVERY_ROW, steps: int = 0
 ) -> tuple[Ranges, RelaxedNetwork]:
     """Ranges on the balls of `start`, never wider, and the network relaxed on them.
 
     start: ranges by any method.   memory: bytes that the rows treated at once may take.
-    budget: floating-point operations per sample for the units of one pre-activation that are not straight on their
-        ranges; where they take more, all keep their ranges of `start`.
     steps: of an ascent that optimises the relaxations for each row (`optimise`); 0 for none.
 
     A pre-activation without a nonlinear node before it keeps its range of `start`, where no relaxation would narrow it.
     """
+    if limits.columns is not None and len(point.x) > 1:  # columns are a sample's own
+        every = torch.arange(len(point.x), device=point.x.device)
+        parts = (intermediate_bounds(point.at(i), start.at(i), memory, limits, steps)[0] for i in every.split(1))
+        ranges = joined(parts)
+        return ranges, relax_all(point, ranges)
     network = point.network
     low, high = dict(start.low), dict(start.high)
+    ranges = Ranges(start.radius, low, high, start.norm)  # narrowed as the walk goes on
+    columns = None if limits.columns is None else column_walk(point, ranges, limits.columns)
     relaxations: dict[int, Relaxation] = {}
     changes: dict[int, Tensor] = {}
     tables: dict[int, SlopeTable] = {}
     steps = steps if has_slopes(point) else 0
-    for target in pre_activations(network)[:-1]:
-        ranges = Ranges(start.radius, low, high, start.norm)
+    *inner, last = pre_activations(network)
+    for target in (*inner, last):
+        found = None if columns is None else next(columns, None)
+        if found is not None:
+            least, most = found
+            low[target] = torch.fmax(low[target], least).clamp(max=0.0)
+            high[target] = torch.fmin(high[target], most).clamp(min=0.0)
         low[target], high[target] = range_after_nonlinear(point, ranges, target)
+        if target == last:
+            break
         if follows_nonlinear(network, target):
             curved = torch.stack([is_curved(point, k, ranges) for k in consumers(network, target)]).any(0)
             width = high[target] - low[target]
             # a unit that hardly moves, such as one whose inputs are all dead, has next to nothing to gain
             curved = curved & ~(width <= NEGLIGIBLE * width.amax(1, keepdim=True))
             rows = curved.any(0).nonzero()[:, 0]
-            if len(rows) and 2 * len(rows) * vjp_cost(network, target) <= budget:
+            if len(rows) and limits.affords(
+                network, target, len(rows), ended=limits.columns is not None and found is None
+            ):
                 changes = change_norms(network, ranges, target, changes)
                 relaxed = RelaxedNetwork(network, relaxations, changes)
                 lower, upper = offset_bounds(relaxed, target, rows, memory)
@@ -75,13 +117,11 @@ def intermediate_bounds(
                 lower, upper = (torch.where(curved[:, rows], t, torch.inf) for t in (lower, upper))
                 low[target] = low[target].index_copy(1, rows, torch.fmax(low[target][:, rows], -lower))
                 high[target] = high[target].index_copy(1, rows, torch.fmin(high[target][:, rows], upper))
-        ranges = Ranges(start.radius, low, high, start.norm)
         added = {k: relax(point, k, ranges) for k in consumers(network, target)}
         relaxations |= added
         if steps:
             lines = {k: line for k, line in added.items() if isinstance(line, LinearRelaxation)}
             tables |= slope_tables(point, ranges, lines)
-    ranges = Ranges(start.radius, low, high, start.norm)
     return ranges, RelaxedNetwork(network, relaxations, change_norms(network, ranges, len(network.nodes), changes))
 
 
