@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from certify_cli.errors import ModelError, UsageError, quoted, shown
-from certify_cli.network.activations.monotone_pieces import Curve
+from certify_cli.network.activations.monotone_pieces import Curve, differentiable
 from certify_cli.network.graph import Nonlinear, Shape
 from certify_cli.plain import decimal
 
@@ -31,7 +32,8 @@ class Activation(Nonlinear):
     deviation: upper bound of sup |deployed - phi|, where the deployed operator is known to differ from phi.
     intercept: of a piecewise linear phi, which is slope(z) z + intercept(z), both float64 numbers.
 
-    Take derivatives from `slope`: autograd through the |z| of the safe formulas goes wrong at z = 0.
+    Autograd through the |z| of the safe formulas goes wrong at z = 0: `apply` and `slope_at` take derivatives from
+    `slope` and `curvature`.
     """
 
     value: Curve
@@ -52,7 +54,11 @@ class Activation(Nonlinear):
         return shapes[0]
 
     def apply(self, *values: Tensor) -> Tensor:
-        return self.value(values[0])
+        return differentiable(values[0], self.value, self.slope_at)
+
+    def slope_at(self, z: Tensor) -> Tensor:
+        """phi'(z), with phi'' as its derivative (0 where phi' jumps)."""
+        return differentiable(z, self.slope, self.curvature or torch.zeros_like)
 
     @property
     def slope_range(self) -> tuple[float, float]:
