@@ -17,8 +17,8 @@ from certify_cli.network.affine import AffineOp, largest_row_sum, longest_row
 from certify_cli.network.graph import Shape, refuse_large
 from certify_cli.network.live import Box, Reach, cropped, empty, live_boxes, mostly, slices, within
 from certify_cli.numerics.eigen import mirrored
-from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, gram_norm, matrix_norm
 from certify_cli.numerics.estimates import operator_norm_estimate
+from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, gram_norm, matrix_norm
 from certify_cli.numerics.rounding import carries_gradient, gamma, power_of_two, times, up
 
 MATERIALISE_FLOPS = 2e10

@@ -88,7 +88,7 @@ def operator_norm_estimate(
         return image / image.norm().clamp(min=torch.finfo(image.dtype).tiny)
 
     v = _refined((1, *shape), like.detach(), improve)
-    return linear(v / v.norm()).norm()  # type: ignore[return-value]
+    return linear(v / v.norm()).norm()
 
 
 def weighted_gram_estimates(matrix: Tensor, weights: Tensor) -> Tensor:

@@ -206,8 +206,8 @@ def waves_at(axes: Sequence[Axis], frequencies: Tensor, kernel: Sequence[int], c
     whole = math.lcm(*counts)
     offsets = [[a.offset[t] for a, t in zip(axes, index, strict=True)] for index in tap_indices(kernel)]
     parts = torch.zeros(frequencies.shape[0], len(offsets), dtype=torch.int64)
-    for number, count in enumerate(counts):
-        steps = torch.tensor([o[number] for o in offsets], dtype=torch.int64)
-        parts += torch.remainder(frequencies[:, number : number + 1] * steps, count) * (whole // count)
+    for axis, count in enumerate(counts):
+        steps = torch.tensor([o[axis] for o in offsets], dtype=torch.int64)
+        parts += torch.remainder(frequencies[:, axis : axis + 1] * steps, count) * (whole // count)
     angles = torch.remainder(parts, whole).to(torch.float64) / whole
     return torch.polar(torch.ones_like(angles), 2 * math.pi * angles)

@@ -45,7 +45,7 @@ def root_sum_square(values: Sequence[float]) -> float:
     """The root of the sum of squares of non-negative numbers, any of which may carry a gradient; not rounded up."""
     if not carries_gradient(*values):
         return math.hypot(*values)
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values]).norm()  # type: ignore[return-value]
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values]).norm()
 
 
 def gamma(k: int) -> float:

@@ -10,7 +10,15 @@ from torch import fx, nn
 
 from certify_cli.errors import ModelError, UsageError, first_line, quoted, shown
 from certify_cli.network.graph import Network
+from certify_cli.network.lowering.context import MODULES
 from certify_cli.network.lowering.fx_graph import lower_as_is
+
+
+class _Tracer(fx.Tracer):
+    """Enters every module but those that have a rule."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in MODULES or super().is_leaf_module(m, module_qualified_name)
 
 
 class DifferentiableNetwork:
@@ -26,8 +34,9 @@ class DifferentiableNetwork:
         if not isinstance(module, nn.Module):
             raise UsageError(f"an objective takes a torch.nn.Module, not a {quoted(type(module).__name__)}")
         self.module, self.input_shape = module, tuple(input_shape)
+        own = copy.deepcopy(module).eval()
         try:
-            self._traced = fx.symbolic_trace(copy.deepcopy(module).eval())
+            self._traced = fx.GraphModule(own, _Tracer().trace(own))
         except Exception as error:  # tracing runs the module's own code, which may raise anything
             name = shown(type(module).__name__)
             raise ModelError(
@@ -44,5 +53,5 @@ class DifferentiableNetwork:
                     tensor = current.get(f"{path}.{key}" if path else key, old)
                     if tensor is not None and tensor.is_floating_point():
                         tensor = tensor.to(torch.float64)
-                    table[key] = tensor  # type: ignore[assignment]
+                    table[key] = tensor
         return lower_as_is(self._traced, self.input_shape)[0]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, relu
+from torch.nn.functional import cross_entropy
 
 from certify_cli.bounds.global_bounds.curvature import RULES, Curvature, why_no_curvature
 from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, product_expansion, weight_blocks
@@ -26,7 +26,7 @@ from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import vjp
 from certify_cli.numerics.estimates import KeptVectors
-from certify_cli.training.attack_points import attack_points, negative_margins
+from certify_cli.training.attack_points import attack_points
 from certify_cli.training.differentiable import DifferentiableNetwork
 
 BUDGET = Budget(norm=1e11, eigenvalues=1e12)

@@ -42,7 +42,7 @@ class _WithDerivative(torch.autograd.Function):
 
 def differentiable(z: Tensor, function: Function, derivative: Function) -> Tensor:
     """function(z), entrywise; its gradient, where z carries one, comes from `derivative`, which may carry one itself."""
-    return _WithDerivative.apply(z, function, derivative) if z.requires_grad else function(z)  # type: ignore[no-any-return]
+    return _WithDerivative.apply(z, function, derivative) if z.requires_grad else function(z)
 
 
 @dataclass(frozen=True)

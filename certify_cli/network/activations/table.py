@@ -190,6 +190,20 @@ def from_module(module: nn.Module) -> Activation | None:
     return _build(spellings, {key: getattr(module, key) for key in keys})
 
 
+def to_module(activation: Activation) -> nn.Module | None:
+    """A torch.nn module that computes the row's values, with the parameters that the row sets; None without one."""
+    given = {key: value for key, value in activation.parameters.items() if value is not None}
+    for kind, spellings in _MODULES.items():
+        for name, spelling in spellings:
+            if name != activation.name or not given.keys() <= spelling.parameters.keys():
+                continue
+            module = kind(**{spelling.parameters[key]: value for key, value in given.items()}, **spelling.requires)
+            found = from_module(module)
+            if found is not None and given.items() <= found.parameters.items():
+                return module
+    return None
+
+
 def from_onnx(operator: str, attributes: Mapping[str, Any]) -> Activation | None:
     """The row of an ONNX operator of the default domain, or None. ModelError as in `from_module`.
 
