@@ -19,26 +19,10 @@ from certify_cli.errors import UsageError, quoted
 from certify_cli.load.safetensors.architecture import FORMAT
 from certify_cli.network.activations import Activation, from_name, to_module
 from certify_cli.network.graph import Shape
-from certify_cli.network.lowering.context import Data, LoweringContext, lowers
+from certify_cli.training.elementwise import Elementwise
 
 MAX_WIDTH, MAX_HIDDEN = 2**14, 64
 """Largest width of a layer, and largest number of hidden layers, that a name may ask for."""
-
-
-class Elementwise(nn.Module):
-    """An activation that torch has no module for, by the value and the derivative of its row."""
-
-    def __init__(self, activation: Activation) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.activation.apply(z)
-
-
-@lowers(Elementwise)
-def _elementwise(context: LoweringContext, layer: Elementwise, x: Any) -> Data:
-    return context.add(layer.activation, context.data(x))
 
 
 class Sum(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 from certify_cli.errors import ModelError, UsageError, first_line
 from certify_cli.load.convert import write_safetensors
 from certify_cli.load.safetensors.architecture import TRAINING
-from certify_cli.training.architectures import Elementwise
+from certify_cli.training.elementwise import Elementwise
 from certify_cli.training.loop import Epoch, Training
 from certify_cli.training.recipe import Recipe
 from certify_cli.training.validation import Score
@@ -74,7 +74,7 @@ def write_onnx(training: Training, path: Path) -> None:
     module.load_state_dict(training.best_tensors)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     sample = torch.zeros(1, *training.architecture.input_shape, device=training.device)
-    if odd := [part.activation.title for part in module.modules() if isinstance(part, Elementwise)]:
+    if odd := [part.text for part in module.modules() if isinstance(part, Elementwise)]:
         raise ModelError(f"{path}: torch has no module for {odd[0]}, which ONNX could name; leave out --onnx")
     try:
         with warnings.catch_warnings():

@@ -189,7 +189,7 @@ class Blocks(Mapping[Pair, Block]):
         by_row, by_column = (total, errors) if passes.forward else (errors, total)
         rows = up(vector_norm_up(matrix) + by_row, 2)
         columns = up(vector_norm_up(matrix.T) + by_column, 2)
-        norm = up(matrix_norm(matrix) + float(total), 2) if pair in self.proved else None
+        norm = up(matrix_norm(matrix) + float(total.detach()), 2) if pair in self.proved else None
         return Written(norm, rows, columns, matrix.contiguous() if self._keep else None, float(total.detach()))
 
     def _matrices(self, passes: Passes, group: tuple[Pair, ...]) -> dict[Pair, tuple[Tensor, Tensor]]:

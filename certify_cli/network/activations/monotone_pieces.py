@@ -41,7 +41,7 @@ class _WithDerivative(torch.autograd.Function):
 
 
 def differentiable(z: Tensor, function: Function, derivative: Function) -> Tensor:
-    """function(z), entrywise; its gradient, where z carries one, comes from `derivative`, which may carry one itself."""
+    """function(z), entrywise; its gradient, where z carries one, comes from `derivative`, which may have one itself."""
     return _WithDerivative.apply(z, function, derivative) if z.requires_grad else function(z)
 
 

@@ -333,6 +333,26 @@ def matmul(context: LoweringContext, left: Any, right: Any) -> Data:
     return context.move(lambda t: t.transpose(-1, -2), context.add(Dense(_matrix(context, left)), swapped))
 
 
+def along(context: LoweringContext, x: Data, axes: Sequence[int], keep: bool, mean: bool) -> Data:
+    """Sum or mean over `axes` (the batch is axis 0): a Dense layer of one row after the axes are moved to the end."""
+    shape = context.shape(x)
+    rank = len(shape) + 1
+    reduced = sorted(axis % rank for axis in axes)
+    if 0 in reduced:
+        context.refuse("it reduces over the batch")
+    kept = [axis for axis in range(rank) if axis not in reduced]
+    count = math.prod(shape[axis - 1] for axis in reduced)
+    x = context.move(lambda t: t.permute(*kept, *reduced).reshape(*(t.shape[axis] for axis in kept), count), x)
+    if mean:
+        weight, tail = reciprocal(torch.full((1, 1), float(count), dtype=torch.float64))
+        op = Dense(weight.expand(1, count).contiguous(), None, weight_error=1, title="mean", weight_tail=tail)
+    else:
+        op = Dense(torch.ones(1, count, dtype=torch.float64), title="sum")
+    x = context.add(op, x)
+    final = tuple(1 if axis in reduced else shape[axis - 1] for axis in range(1, rank) if keep or axis not in reduced)
+    return x if context.shape(x) == final else context.add(Reshape(final), x)
+
+
 def _matrix(context: LoweringContext, constant: Any) -> Tensor:
     weight = context.constant(constant)
     while weight.dim() > 2 and weight.shape[0] == 1:
