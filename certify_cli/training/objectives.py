@@ -185,7 +185,7 @@ class CRT(_Curved):
         return loss + self.weight * penalty.to(loss.dtype)
 
 
-class LocalCurvature(Objective):
+class LocalCurvature(_Curved):
     """Cross-entropy of worst-case logits: every margin lowered by its bound of the loss on the ball (theory section 4).
 
     The bound is the fast tier of the remainder identity, at the target radius and around each sample: no Jacobian.

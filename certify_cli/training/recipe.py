@@ -180,7 +180,8 @@ def _check(key: str, value: Any, limits: _Limits) -> None:
     wanted = _TYPES.get(key)
     if wanted is not None and type(value) is not wanted:
         names = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
-        raise UsageError(f"the recipe's {key} = {quoted(value)} is not {names[wanted]}")
+        shown_value = str(value).lower() if isinstance(value, bool) else quoted(value)
+        raise UsageError(f"the recipe's {key} = {shown_value} is not {names[wanted]}")
     if limits.choices and value not in limits.choices:
         raise UsageError(f"the recipe's {key} = {quoted(value)} is not one of {', '.join(limits.choices)}")
     if isinstance(value, int | float) and not limits.low <= value <= limits.high:

@@ -197,7 +197,10 @@ def to_module(activation: Activation) -> nn.Module | None:
         for name, spelling in spellings:
             if name != activation.name or not given.keys() <= spelling.parameters.keys():
                 continue
-            module = kind(**{spelling.parameters[key]: value for key, value in given.items()}, **spelling.requires)
+            arguments = {spelling.parameters[key]: value for key, value in given.items()} | spelling.requires
+            if not arguments.keys() <= inspect.signature(kind).parameters.keys():  # a special case, such as ReLU6
+                continue
+            module = kind(**arguments)
             found = from_module(module)
             if found is not None and given.items() <= found.parameters.items():
                 return module
