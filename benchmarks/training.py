@@ -1,6 +1,6 @@
-"""Training objectives compared: one network, one seed, each objective, certified on the test samples by every rival.
+"""Training objectives compared: one network, one seed, each objective; certified on test samples, all rivals.
 
-    python benchmarks/training.py --data-root DIR [--recipes models/recipes] [--samples 1000] [--only NAME] -o table.json
+    python benchmarks/training.py --data-root DIR [--recipes FOLDER] [--samples 1000] [--only NAME]
 
 Every recipe (TOML) of the folder is trained by `curvcert train` and certified by `curvcert certify`, in a folder that
 keeps the models, so that a second run only does what is missing. Prints a Markdown table: clean accuracy, certified at
