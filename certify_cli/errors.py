@@ -48,6 +48,12 @@ class RecordsError(CurvcertError):
     exit_code = 3
 
 
+class TrainingError(CurvcertError):
+    """A training run that has left the finite numbers and was given up (exit 1)."""
+
+    exit_code = 1
+
+
 class MethodError(CurvcertError):
     """A method that was requested by name and does not apply to this model (exit 3)."""
 

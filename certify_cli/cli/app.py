@@ -30,6 +30,7 @@ from certify_cli.cli.report import report
 from certify_cli.cli.signals import Stopped, at_once
 from certify_cli.cli.sink import refusing
 from certify_cli.cli.threads import wait_asleep
+from certify_cli.cli.train import train
 from certify_cli.cli.verify import verify
 from certify_cli.errors import CurvcertError
 from certify_cli.output.console import printable
@@ -53,7 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (certify, check, diff, verify, report, bounds, inspect, convert, doctor):
+for command in (certify, check, diff, verify, report, bounds, inspect, convert, train, doctor):
     app.command()(command)
 
 

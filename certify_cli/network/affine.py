@@ -24,7 +24,7 @@ from torch import Tensor
 
 from certify_cli.network.graph import Shape
 from certify_cli.numerics.norms import frobenius_norm, matrix_norm
-from certify_cli.numerics.rounding import gamma, times, up, vector_norm_up
+from certify_cli.numerics.rounding import carries_gradient, gamma, number, times, up, vector_norm_up
 
 
 class AffineOp(ABC):
@@ -112,18 +112,19 @@ class AffineOp(ABC):
 def _adjoint(function: Callable[[Tensor], Tensor], y: Tensor, shape: Shape) -> Tensor:
     with torch.enable_grad():
         x = torch.zeros((y.shape[0], *shape), dtype=y.dtype, device=y.device, requires_grad=True)
-        (result,) = torch.autograd.grad(function(x), x, y)
+        image = function(x)
+        (result,) = torch.autograd.grad(image, x, y, create_graph=carries_gradient(y))
     return result
 
 
 def longest_row(rows: Tensor) -> float:
     """Upper bound of the largest Euclidean norm of the rows of a matrix."""
-    return float(vector_norm_up(rows).max())
+    return number(vector_norm_up(rows).max())
 
 
 def largest_row_sum(rows: Tensor) -> float:
     """Upper bound of the largest sum of absolute values of the rows of a matrix."""
-    return up(float(rows.abs().sum(dim=1).max()), rows.shape[1] + 2)
+    return up(number(rows.abs().sum(dim=1).max()), rows.shape[1] + 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +211,7 @@ class Scale(AffineOp):
         return 1 + self.weight_error
 
     def _norm(self, shape: Shape) -> float:
-        return up(float(self.weight.abs().max()), self.weight_error)
+        return up(number(self.weight.abs().max()), self.weight_error)
 
     _row_norm = _norm
     _infinity_norm = _norm

@@ -17,8 +17,9 @@ from certify_cli.network.affine import AffineOp, largest_row_sum, longest_row
 from certify_cli.network.graph import Shape, refuse_large
 from certify_cli.network.live import Box, Reach, cropped, empty, live_boxes, mostly, slices, within
 from certify_cli.numerics.eigen import mirrored
+from certify_cli.numerics.estimates import operator_norm_estimate
 from certify_cli.numerics.norms import conv_symbol_norm, frobenius_norm, gram_norm, matrix_norm
-from certify_cli.numerics.rounding import gamma, power_of_two, times, up
+from certify_cli.numerics.rounding import carries_gradient, gamma, power_of_two, times, up
 
 MATERIALISE_FLOPS = 2e10
 """Cost up to which a convolution's whole matrix is built and its norm proved directly."""
@@ -141,7 +142,7 @@ class Conv(AffineOp):
 
     def _matrix(self, weight: Tensor, shape: Shape) -> Tensor:
         """The map's matrix (outputs, inputs), written out without a rounding; `weight`: the weights or magnitudes."""
-        own = weight is self.weight
+        own = weight is self.weight and not carries_gradient(weight)  # it may be made without one, and used with it
         key = (shape, weight.device)
         if own and key in self._matrices:
             return self._matrices[key]
@@ -229,7 +230,12 @@ class Conv(AffineOp):
         return up(norm + gamma(self.weight_error) * taps, self.weight[0, 0].numel() + 4)
 
     def _norm(self, shape: Shape) -> float:
-        """The smaller of the Fourier symbol's bound and, where affordable, the verified norm of the whole matrix."""
+        """The smaller of the Fourier symbol's bound and, where affordable, the verified norm of the whole matrix.
+
+        With weights that carry a gradient, an estimate from below.
+        """
+        if carries_gradient(self.weight):
+            return operator_norm_estimate(self.linear, lambda y: self.transpose(y, shape), shape, self.weight)
         symbol = conv_symbol_norm(self.weight, shape[1:], self.stride, self.padding, self.dilation, self.groups)
         columns, rows = math.prod(shape), math.prod(self.output_shape(shape))
         flops = min(rows, columns) ** 2 * float(max(rows, columns))

@@ -23,7 +23,7 @@ from certify_cli.network.graph import Add, Concat, Network, Op, Shape
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.digits import LARGEST
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, carries_gradient, gamma, up
 from certify_cli.numerics.trees import Batched, joined
 
 SAFETY = 1.001
@@ -74,9 +74,12 @@ def evaluate(network: Network, x: Tensor) -> Evaluation:
     """Values and error bounds of every node at x (batch, *input_shape), taken as exact float64 numbers.
 
     In float64, and once more in extended precision for samples whose smallest margin has a larger error than NEGLIGIBLE
-    of it, or than RESOLVED of the largest logit where the margin is tiny.
+    of it, or than RESOLVED of the largest logit where the margin is tiny. Not for networks whose weights carry a
+    gradient: training takes values, no claims.
     """
     found = evaluate_in_float64(network, x)
+    if carries_gradient(found.logits):
+        return found
     crude = _crude(network, found)
     if len(crude) == 0:
         return found

@@ -108,7 +108,7 @@ class EvaluatedPoints:
             op, before = self.network.nodes[k].op, pre_activation(self.network, k)
             if isinstance(op, Activation) and op.curvature_range is not None:
                 z, error = self.evaluation.values[before], self.evaluation.errors[before]
-                found[k] = Slope(op.slope(z), up(op.curvature_sup * error + op.slope_error(z), 4))
+                found[k] = Slope(op.slope_at(z), up(op.curvature_sup * error + op.slope_error(z), 4))
         return found
 
     @cached_property

@@ -22,7 +22,7 @@ from certify_cli.network.affine import AffineOp
 from certify_cli.network.graph import Add, Concat, Network, Node, Nonlinear, Shape
 from certify_cli.network.movement import Select
 from certify_cli.network.walk import Backward, Forward, backward, forward
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, up, vector_norm_up
+from certify_cli.numerics.rounding import UNDERFLOW, UNIT, gamma, next_above, next_below, number, up, vector_norm_up
 from certify_cli.numerics.trees import Batched
 
 
@@ -37,7 +37,7 @@ class Slope:
     def largest(self) -> float:
         values = self.value.abs().max() if isinstance(self.value, Tensor) else abs(self.value)
         errors = self.error.max() if isinstance(self.error, Tensor) else self.error
-        return up(float(values) + float(errors), 2)
+        return up(number(torch.as_tensor(values)) + float(errors), 2)
 
     def push(self, vectors: Vectors) -> Vectors:
         """The `NodeJvp`."""
@@ -351,8 +351,7 @@ def _centred(low: Tensor, high: Tensor) -> Interval:
 
 def _ends(middle: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """(low, high), outward."""
-    low = torch.nextafter(middle - radius, torch.full_like(middle, -torch.inf))
-    return low, torch.nextafter(middle + radius, torch.full_like(middle, torch.inf))
+    return next_below(middle - radius), next_above(middle + radius)
 
 
 def _interval_image(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from certify_cli.numerics.eigen import largest_eigenvalue, largest_of_all, symmetric_product
-from certify_cli.numerics.rounding import UNIT, gamma, power_of_two, times, up, vector_norm_up
+from certify_cli.numerics.estimates import norm_estimate
+from certify_cli.numerics.rounding import UNIT, carries_gradient, gamma, number, power_of_two, times, up, vector_norm_up
 
 CHUNK_ENTRIES = 2**22
 """Symbol matrices are built in chunks of at most this many complex entries (64 MiB)."""
@@ -34,7 +35,7 @@ The rest of the 64 u covers terms in u^2 and the rounding of the sums that WAVE_
 
 def frobenius_norm(matrix: Tensor) -> float:
     """Upper bound of the Frobenius norm of a real tensor."""
-    return float(vector_norm_up(matrix.flatten())) if matrix.numel() else 0.0
+    return number(vector_norm_up(matrix.flatten())) if matrix.numel() else 0.0
 
 
 def gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,8 +48,10 @@ def matrix_norm(matrix: Tensor) -> float:
     """Upper bound of the spectral norm of a real (m, n) matrix, by about 1e-9 too large, relative.
 
     From the Gram matrix of the smaller side, whose largest eigenvalue is proved by Cholesky; its rounding error is
-    added before the root. inf if an entry is not finite.
+    added before the root. inf if an entry is not finite. Of a matrix that carries a gradient, an estimate from below.
     """
+    if carries_gradient(matrix):
+        return norm_estimate(matrix)
     if matrix.numel() == 0:
         return 0.0
     rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -203,8 +206,8 @@ def waves_at(axes: Sequence[Axis], frequencies: Tensor, kernel: Sequence[int], c
     whole = math.lcm(*counts)
     offsets = [[a.offset[t] for a, t in zip(axes, index, strict=True)] for index in tap_indices(kernel)]
     parts = torch.zeros(frequencies.shape[0], len(offsets), dtype=torch.int64)
-    for number, count in enumerate(counts):
-        steps = torch.tensor([o[number] for o in offsets], dtype=torch.int64)
-        parts += torch.remainder(frequencies[:, number : number + 1] * steps, count) * (whole // count)
+    for axis, count in enumerate(counts):
+        steps = torch.tensor([o[axis] for o in offsets], dtype=torch.int64)
+        parts += torch.remainder(frequencies[:, axis : axis + 1] * steps, count) * (whole // count)
     angles = torch.remainder(parts, whole).to(torch.float64) / whole
     return torch.polar(torch.ones_like(angles), 2 * math.pi * angles)

@@ -3,11 +3,14 @@
 A quantity computed from non-negative numbers by k additions, products, quotients and roots has a relative error of at
 most gamma_k = k u / (1 - k u); `up` and `down` turn the computed value into a bound. They are not for terms of mixed
 sign, which cancel and need an error bound of their own.
+
+A tensor that carries a gradient is not rounded: training differentiates the same formulas, and takes values, no claims.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -25,6 +28,26 @@ TINY = 1e-300
 Number = TypeVar("Number", float, Tensor)
 
 
+def carries_gradient(*values: float | Tensor) -> bool:
+    """Whether training differentiates any of these; every claim is computed without gradients."""
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def number(value: Tensor) -> float:
+    """A tensor of one entry as a Python number; itself if it carries a gradient, so that formulas serve training too.
+
+    Typed as the number that it is everywhere but in training.
+    """
+    return value if carries_gradient(value) else float(value)  # type: ignore[return-value]
+
+
+def root_sum_square(values: Sequence[float]) -> float:
+    """The root of the sum of squares of non-negative numbers, any of which may carry a gradient; not rounded up."""
+    if not carries_gradient(*values):
+        return math.hypot(*values)
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values]).norm()
+
+
 def gamma(k: int) -> float:
     """Upper bound of k u / (1 - k u), the relative error of k roundings (Higham)."""
     if k == 0:
@@ -38,8 +61,18 @@ def up(value: Number, operations: int = 1) -> Number:
     """Upper bound of a non-negative expression whose computed value took `operations` roundings."""
     factor = 1.0 + 2 * (operations + 1) * UNIT
     if isinstance(value, Tensor):
-        return torch.nextafter(value * factor, value.new_full((), math.inf))
+        return next_above(value * factor) if not value.requires_grad else value
     return math.nextafter(value * factor, math.inf)
+
+
+def next_above(value: Tensor) -> Tensor:
+    """The next larger float64 numbers; the values themselves where they carry a gradient."""
+    return value if value.requires_grad else torch.nextafter(value, value.new_full((), math.inf))
+
+
+def next_below(value: Tensor) -> Tensor:
+    """The next smaller float64 numbers; the values themselves where they carry a gradient."""
+    return value if value.requires_grad else torch.nextafter(value, value.new_full((), -math.inf))
 
 
 def positive_up(value: Tensor, operations: int = 1) -> Tensor:
@@ -54,7 +87,7 @@ def down(value: Number, operations: int = 1) -> Number:
     """Lower bound, at least 0, of a non-negative expression whose computed value took `operations` roundings."""
     factor = 1.0 - 2 * (operations + 1) * UNIT
     if isinstance(value, Tensor):
-        return torch.nextafter(value * factor, value.new_full((), -math.inf)).clamp(min=0.0)
+        return (next_below(value * factor) if not value.requires_grad else value).clamp(min=0.0)
     return max(0.0, math.nextafter(value * factor, -math.inf))
 
 
@@ -84,7 +117,7 @@ def powers_of_two(rows: Tensor) -> Tensor:
     """
     if rows.shape[1] == 0:
         return rows.new_ones(len(rows))
-    largest = rows.abs().amax(1)
+    largest = rows.detach().abs().amax(1)
     mantissa, _ = torch.frexp(largest)
     return torch.where((largest > 0) & largest.isfinite(), largest / (2 * mantissa), torch.ones_like(largest))
 

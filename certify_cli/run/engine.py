@@ -278,7 +278,7 @@ def prepare(
             f"{data.name} has the label {int(data.y.max())}, but the model has {network.classes} classes (0 to "
             f"{network.classes - 1}); is this the data set the model was trained on?"
         )
-    device = _device(settings.device)
+    device = device_named(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     memory = allowed(device, settings.memory, MEMORY)
@@ -301,7 +301,7 @@ def prepare(
     return Job(network.to(device), data, settings, run, methods, memory)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     """The device of a `--device` text. Raises UsageError for a device that does not exist or cannot hold float64."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

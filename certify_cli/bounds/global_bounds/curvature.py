@@ -30,7 +30,16 @@ from certify_cli.network.graph import Network
 from certify_cli.network.propagate import interval_vjp, nonlinear_nodes, pre_activation, pre_activations
 from certify_cli.numerics.eigen import largest_eigenvalue
 from certify_cli.numerics.norms import frobenius_norm, gram, matrix_norm
-from certify_cli.numerics.rounding import UNDERFLOW, UNIT, power_of_two, times, up, vector_norm_up
+from certify_cli.numerics.rounding import (
+    UNDERFLOW,
+    UNIT,
+    number,
+    power_of_two,
+    root_sum_square,
+    times,
+    up,
+    vector_norm_up,
+)
 
 
 def why_no_curvature(network: Network) -> str | None:
@@ -230,13 +239,13 @@ class Curvature:
             target = pre_activation(self.network, layer)
             sources = sorted(s for t, s in self.weights if t == target)
             blocks = [(self.weights[target, s], self.lipschitz.to_output(s)) for s in sources]
-            norm = up(math.hypot(*(times(b.norm, lip) for b, lip in blocks)), len(blocks) + 2)
+            norm = up(root_sum_square([times(b.norm, lip) for b, lip in blocks]), len(blocks) + 2)
             size = self.network.nodes[target].size
             rows = vector_norm_up(torch.stack([times(b.rows, lip).expand(size) for b, lip in blocks], dim=1))
             matrix, error = None, 0.0
             if all(b.matrix is not None for b, _ in blocks):
                 matrix = torch.cat([b.matrix * lip for b, lip in blocks if b.matrix is not None], dim=1)
-                scaling = UNIT * float(vector_norm_up(matrix.flatten()))
+                scaling = UNIT * frobenius_norm(matrix)
                 error = up(sum(times(b.matrix_error, lip) for b, lip in blocks) + scaling, len(blocks) + 2) + UNDERFLOW
                 if len(blocks) > 1:
                     norm = min(norm, up(matrix_norm(matrix) + error, 2))
@@ -257,7 +266,7 @@ class Curvature:
                 scaled = (stack.matrix / scale) * (stack.rows / height).unsqueeze(1)
                 rounding = UNIT * frobenius_norm(scaled) + UNDERFLOW
                 value = times(up(matrix_norm(scaled) + rounding, 2), scale, height)
-                value = up(value + times(float(stack.rows.max()), stack.matrix_error))
+                value = up(value + times(number(stack.rows.max()), stack.matrix_error))
             self._norms["rows", layer] = value
         return self._norms["rows", layer]
 

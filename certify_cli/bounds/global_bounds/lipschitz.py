@@ -32,7 +32,7 @@ from certify_cli.network.propagate import (
     vjp,
     vjp_cost,
 )
-from certify_cli.numerics.rounding import UNIT, times, up, vector_norm_up
+from certify_cli.numerics.rounding import UNIT, number, times, up, vector_norm_up
 
 ROW_ENTRIES = 2**21
 """Entries of rows of logits, or of differences of such rows, that are held at once: 16 MiB, which are used again."""
@@ -167,12 +167,9 @@ class LogitRows:
         """Upper bounds (count,) of ||v_source||, in parts that fit ROW_ENTRIES."""
         if source not in self.rows:
             return torch.zeros(len(pairs), dtype=torch.float64, device=pairs.device)
-        found = torch.empty(len(pairs), dtype=torch.float64, device=pairs.device)
         at_once = max(1, ROW_ENTRIES // self.network.nodes[source].size)
-        for part, norms in zip(pairs.split(at_once), found.split(at_once), strict=True):
-            rows = self.difference(source, part)
-            norms.copy_(up(vector_norm_up(rows.value) + rows.error, 2))
-        return found
+        rows = (self.difference(source, part) for part in pairs.split(at_once))
+        return torch.cat([up(vector_norm_up(part.value) + part.error, 2) for part in rows])
 
 
 def _in_parts(pairs: Tensor, most: int) -> Iterator[Tensor]:
@@ -244,7 +241,7 @@ class Lipschitz:
 
     def rows(self, target: int) -> float:
         """Lipschitz constant of input -> any one unit of pre-activation `target`."""
-        return min([float(e.rows(target).max()) for e in self.expansions] + [self.to_pre_activation(target)])
+        return min([number(e.rows(target).max()) for e in self.expansions] + [self.to_pre_activation(target)])
 
     def sensitivity(self, source: int, pairs: Tensor) -> Tensor:
         """Lipschitz constants (count,) of margins z_a - z_b as functions of `source` (0: the input)."""

@@ -10,7 +10,6 @@ chosen by its cost beforehand (`block_costs`), and computed when it is first ask
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from certify_cli.bounds.linear_maps.block_costs import Costs, Pair, Passes, affordable, contributions, shared
 from certify_cli.efforts import Budget
-from certify_cli.network.affine import AffineOp
+from certify_cli.network.affine import AffineOp, Dense, Shift
 from certify_cli.network.graph import Concat, Network, Shape
+from certify_cli.network.movement import Reshape
 from certify_cli.network.propagate import Slopes, jvp, nonlinear_nodes, pre_activations, vjp
 from certify_cli.network.walk import Forward, forward
 from certify_cli.numerics.norms import matrix_norm
-from certify_cli.numerics.rounding import up, vector_norm_up
+from certify_cli.numerics.rounding import root_sum_square, up, vector_norm_up
 
 MATRIX_PART, SHARED_PART = 16, 4
 """Of the memory, one part in so many may go into the entries of one block that is written out as a matrix (of 2 GiB:
@@ -86,15 +86,15 @@ class Block:
     def rows(self) -> Tensor:
         """Euclidean norms of the rows, one entry each, or a single entry that holds for all."""
         rows = self.family.pulled_rows(self.pair) if self._written is None else self._written.rows
-        longest = torch.tensor([self._composed.row], dtype=torch.float64, device=self.family.network.device)
-        return longest if rows is None else rows.clamp(max=self._composed.row)
+        longest = self.family.one_entry(self._composed.row)
+        return longest if rows is None else torch.minimum(rows, longest)
 
     @cached_property
     def columns(self) -> Tensor:
         """The same of the columns."""
         if self._written is None:
-            return torch.tensor([self.norm], dtype=torch.float64, device=self.family.network.device)
-        return self._written.columns.clamp(max=self.norm)
+            return self.family.one_entry(self.norm)
+        return torch.minimum(self._written.columns, self.family.one_entry(self.norm))
 
     @property
     def matrix(self) -> Tensor | None:
@@ -154,22 +154,42 @@ class Blocks(Mapping[Pair, Block]):
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def one_entry(self, value: float) -> Tensor:
+        """A number as a tensor (1,), which carries the number's gradient, if it has one."""
+        return torch.as_tensor(value, dtype=torch.float64, device=self.network.device).reshape(1)
+
     def written(self, pair: Pair) -> Written | None:
         """The block written out, with all that share its passes; None where that is too dear."""
-        if pair in self._shared and pair not in self._written:
+        if pair in self._shared and pair not in self._written and (weight := self._single(pair)) is not None:
+            passes, _ = self._shared[pair]
+            self._written[pair] = self._figures(pair, passes, weight, weight.new_zeros(1))
+        elif pair in self._shared and pair not in self._written:
             passes, group = self._shared[pair]
             for other, (matrix, error) in self._matrices(passes, group).items():
                 self._written[other] = self._figures(other, passes, matrix, error)
         return self._written.get(pair)
 
+    def _single(self, pair: Pair) -> Tensor | None:
+        """The block's matrix where it is the weight of a single dense layer, and nothing else but shapes and biases."""
+        target, source = pair
+        weight = None
+        while target != source:
+            node = self.network.nodes[target]
+            if isinstance(node.op, Dense) and weight is None and len(node.shape) == 1 and node.op.weight_error == 0:
+                weight = node.op.weight
+            elif not isinstance(node.op, Shift | Reshape):
+                return None
+            target = node.inputs[0]
+        return weight
+
     def _figures(self, pair: Pair, passes: Passes, matrix: Tensor, errors: Tensor) -> Written:
         """The figures of a matrix (target size, source size), with an error bound for each row or each column."""
-        total = vector_norm_up(errors)
+        total = vector_norm_up(errors) if bool(errors.any()) else errors.new_zeros(())
         by_row, by_column = (total, errors) if passes.forward else (errors, total)
         rows = up(vector_norm_up(matrix) + by_row, 2)
         columns = up(vector_norm_up(matrix.T) + by_column, 2)
-        norm = up(matrix_norm(matrix) + float(total), 2) if pair in self.proved else None
-        return Written(norm, rows, columns, matrix.contiguous() if self._keep else None, float(total))
+        norm = up(matrix_norm(matrix) + float(total.detach()), 2) if pair in self.proved else None
+        return Written(norm, rows, columns, matrix.contiguous() if self._keep else None, float(total.detach()))
 
     def _matrices(self, passes: Passes, group: tuple[Pair, ...]) -> dict[Pair, tuple[Tensor, Tensor]]:
         """By block its matrix (target size, source size) and error bounds of the columns (forward) or of the rows."""
@@ -257,7 +277,7 @@ def _composed(network: Network, source: int, centres: Slopes) -> dict[int, _Comp
         present = [v for v in parts if v is not None]
         if len(present) == 1:
             return present[0]
-        norm = up(math.hypot(*(v.norm for v in present)), len(present) + 2)
+        norm = up(root_sum_square([v.norm for v in present]), len(present) + 2)
         return _Composed(norm, max(v.row for v in present), 2)
 
     def nonlinear(index: int, v: _Composed) -> _Composed | None:

@@ -7,7 +7,18 @@ from torch import Tensor
 
 from certify_cli.efforts import Budget
 from certify_cli.numerics.eigen import largest_eigenvalue, ritz_estimate, starting_vectors
-from certify_cli.numerics.rounding import TINY, UNDERFLOW, UNIT, gamma, power_of_two, times, up, vector_norm_up
+from certify_cli.numerics.estimates import weighted_gram_estimates
+from certify_cli.numerics.rounding import (
+    TINY,
+    UNDERFLOW,
+    UNIT,
+    carries_gradient,
+    gamma,
+    power_of_two,
+    times,
+    up,
+    vector_norm_up,
+)
 
 CHUNK_ENTRIES = 2**22
 """Matrices are proved in chunks of at most this many entries (32 MiB, and a few times that while proving)."""
@@ -28,7 +39,10 @@ def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: 
     Eigenvalues are proved where the budget allows it, on the smaller side: the rows with a positive weight, or the
     columns. Beyond the budget a Perron bound takes one matrix product a step: every positive vector p gives
     lambda_max(D G D) <= max_i (|G| w o p)_i / p_i with G = T T^T, D = diag(sqrt(w)) (Collatz and Wielandt).
+    Where matrix or weights carry a gradient, the results are estimates from below.
     """
+    if carries_gradient(matrix, weights):
+        return weighted_gram_estimates(matrix, weights)
     count, (rows, columns) = len(weights), matrix.shape
     if not bool(weights.isfinite().all()) or not bool(matrix.isfinite().all()):
         return torch.full((count,), torch.inf, dtype=torch.float64, device=weights.device)

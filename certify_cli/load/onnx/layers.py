@@ -19,12 +19,10 @@ from onnx2torch.node_converters.reshape import OnnxReshape
 from onnx2torch.node_converters.sum import OnnxSum
 
 from certify_cli.load.onnx.converters import ActivationLayer, AveragePoolLayer, MaxMinLayer, MaxPoolLayer, SelectLayer
-from certify_cli.network.affine import Dense
 from certify_cli.network.lowering import torch_layers as layers
 from certify_cli.network.lowering.context import Data, LoweringContext, lowers
-from certify_cli.network.movement import Reshape, Select
+from certify_cli.network.movement import Select
 from certify_cli.network.pooling import MaxMin
-from certify_cli.numerics.quotients import reciprocal
 
 _ARITHMETIC = {torch.add: layers.add, torch.sub: layers.subtract, torch.mul: layers.multiply}
 """The remaining function of OnnxBinaryMathOperation is division."""
@@ -74,32 +72,12 @@ def _reshape(context: LoweringContext, layer: OnnxReshape, x: Any, shape: Any) -
 def _reduce(context: LoweringContext, layer: OnnxReduceStaticAxes, x: Any) -> Data:
     if layer.operation_type != "ReduceMean":
         context.refuse("this reduction is not affine; use a mean or a sum")
-    return _along(context, context.data(x), layer.axes, layer.keepdims, mean=True)
+    return layers.along(context, context.data(x), layer.axes, layer.keepdims, mean=True)
 
 
 @lowers(OnnxReduceSumStaticAxes)
 def _reduce_sum(context: LoweringContext, layer: OnnxReduceSumStaticAxes, x: Any) -> Data:
-    return _along(context, context.data(x), layer._axes, bool(layer._keepdims), mean=False)
-
-
-def _along(context: LoweringContext, x: Data, axes: list[int], keep: bool, mean: bool) -> Data:
-    """Sum or mean over `axes` (the batch is axis 0): a Dense layer of one row after the axes are moved to the end."""
-    shape = context.shape(x)
-    rank = len(shape) + 1
-    reduced = sorted(axis % rank for axis in axes)
-    if 0 in reduced:
-        context.refuse("it reduces over the batch")
-    kept = [axis for axis in range(rank) if axis not in reduced]
-    count = math.prod(shape[axis - 1] for axis in reduced)
-    x = context.move(lambda t: t.permute(*kept, *reduced).reshape(*(t.shape[axis] for axis in kept), count), x)
-    if mean:
-        weight, tail = reciprocal(torch.full((1, 1), float(count), dtype=torch.float64))
-        op = Dense(weight.expand(1, count).contiguous(), None, weight_error=1, title="mean", weight_tail=tail)
-    else:
-        op = Dense(torch.ones(1, count, dtype=torch.float64), title="sum")
-    x = context.add(op, x)
-    final = tuple(1 if axis in reduced else shape[axis - 1] for axis in range(1, rank) if keep or axis not in reduced)
-    return x if context.shape(x) == final else context.add(Reshape(final), x)
+    return layers.along(context, context.data(x), layer._axes, bool(layer._keepdims), mean=False)
 
 
 @lowers(ActivationLayer)

@@ -29,6 +29,8 @@ from certify_cli.network.lowering.context import Data, LoweringContext
 from certify_cli.network.lowering.fx_graph import classifier
 
 FORMAT = "curvcert-architecture/1"
+TRAINING = "training"
+"""An optional key of the spec: how the model was made, which no bound depends on."""
 MAX_LAYERS = 10_000
 MAX_AXES = 8
 MAX_TOTAL = 2**28
@@ -43,7 +45,7 @@ def build(spec: Any, tensors: Mapping[str, Tensor]) -> Network:
         raise ModelError("the architecture must be a JSON object with format, input and layers")
     if spec.get("format") != FORMAT:
         raise ModelError(f"the architecture's format is {quoted(spec.get('format'))}; {FORMAT!r} is expected")
-    if unknown := sorted(set(spec) - {"format", "input", "layers"}):
+    if unknown := sorted(set(spec) - {"format", "input", "layers", TRAINING}):
         raise ModelError(f"the architecture has the unknown field {listed(unknown)}")
     layers = spec.get("layers")
     if not isinstance(layers, list) or not layers:

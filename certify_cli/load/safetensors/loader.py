@@ -127,6 +127,12 @@ def _by_shape(weights: Mapping[str, Tensor]) -> list[str]:
     return order
 
 
+def declared_in(path: Path) -> Any:
+    """The architecture in a file's metadata as it was read, unchecked; None without one. ModelError for the file."""
+    text = _read(path)[1].get(METADATA_KEY)
+    return None if text is None else _parsed(text)
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from certify_cli.network.activations.cells import SLACK, Cells, Ends
 from certify_cli.network.activations.monotone_pieces import Curve
 from certify_cli.network.activations.table import Activation
-from certify_cli.numerics.rounding import UNIT, up
+from certify_cli.numerics.rounding import UNIT, next_above, up
 
 CELLS = ((0.1, 4), (0.5, 6), (2.0, 10), (6.0, 16), (1e6, 24), (math.inf, 64))
 """(longest side of the interval in units of the length on which phi' changes, cells per side)."""
@@ -198,8 +198,7 @@ class ActivationOnInterval:
 
 def _sum_up(a: Tensor, b: Tensor) -> Tensor:
     """a + b, rounded up."""
-    total = a + b
-    return torch.nextafter(total, total.new_full((), math.inf))
+    return next_above(a + b)
 
 
 def _intersection(ends: Ends, bounds: Ends) -> Ends:

@@ -12,14 +12,37 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from certify_cli.numerics.rounding import TINY, UNIT
+from certify_cli.numerics.rounding import TINY, UNIT, next_above, next_below
+
+Function = Callable[[Tensor], Tensor]
 
 ULPS = 4
 """Assumed error, in spacings (2 u, relative), of stored decimals, whether or not a parameter scales them."""
+
+
+class _WithDerivative(torch.autograd.Function):
+    """A function of one variable whose derivative is given, not derived from its formula."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, function: Function, derivative: Function) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.derivative = derivative
+        return function(z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (z,) = ctx.saved_tensors
+        return gradients[0] * ctx.derivative(z), None, None
+
+
+def differentiable(z: Tensor, function: Function, derivative: Function) -> Tensor:
+    """function(z), entrywise; its gradient, where z carries one, comes from `derivative`, which may have one itself."""
+    return _WithDerivative.apply(z, function, derivative) if z.requires_grad else function(z)
 
 
 @dataclass(frozen=True)
@@ -134,8 +157,7 @@ class Curve:
         if exact and not self._blurred_jumps:
             return value, value
         error = self.error_of(value, z)
-        below = torch.nextafter(value - error, value.new_full((), -math.inf))
-        above = torch.nextafter(value + error, value.new_full((), math.inf))
+        below, above = next_below(value - error), next_above(value + error)
         if exact:
             away = error <= TINY
             below, above = torch.where(away, value, below), torch.where(away, value, above)

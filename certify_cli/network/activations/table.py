@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from certify_cli.errors import ModelError, UsageError, quoted, shown
-from certify_cli.network.activations.monotone_pieces import Curve
+from certify_cli.network.activations.monotone_pieces import Curve, differentiable
 from certify_cli.network.graph import Nonlinear, Shape
 from certify_cli.plain import decimal
 
@@ -31,7 +32,8 @@ class Activation(Nonlinear):
     deviation: upper bound of sup |deployed - phi|, where the deployed operator is known to differ from phi.
     intercept: of a piecewise linear phi, which is slope(z) z + intercept(z), both float64 numbers.
 
-    Take derivatives from `slope`: autograd through the |z| of the safe formulas goes wrong at z = 0.
+    Autograd through the |z| of the safe formulas goes wrong at z = 0: `apply` and `slope_at` take derivatives from
+    `slope` and `curvature`.
     """
 
     value: Curve
@@ -52,7 +54,11 @@ class Activation(Nonlinear):
         return shapes[0]
 
     def apply(self, *values: Tensor) -> Tensor:
-        return self.value(values[0])
+        return differentiable(values[0], self.value, self.slope_at)
+
+    def slope_at(self, z: Tensor) -> Tensor:
+        """phi'(z), with phi'' as its derivative (0 where phi' jumps)."""
+        return differentiable(z, self.slope, self.curvature or torch.zeros_like)
 
     @property
     def slope_range(self) -> tuple[float, float]:
@@ -182,6 +188,23 @@ def from_module(module: nn.Module) -> Activation | None:
     spellings = _MODULES.get(type(module), [])
     keys = {key for _, s in spellings for key in (*s.parameters.values(), *s.requires)}
     return _build(spellings, {key: getattr(module, key) for key in keys})
+
+
+def to_module(activation: Activation) -> nn.Module | None:
+    """A torch.nn module that computes the row's values, with the parameters that the row sets; None without one."""
+    given = {key: value for key, value in activation.parameters.items() if value is not None}
+    for kind, spellings in _MODULES.items():
+        for name, spelling in spellings:
+            if name != activation.name or not given.keys() <= spelling.parameters.keys():
+                continue
+            arguments = {spelling.parameters[key]: value for key, value in given.items()} | spelling.requires
+            if not arguments.keys() <= inspect.signature(kind).parameters.keys():  # a special case, such as ReLU6
+                continue
+            module = kind(**arguments)
+            found = from_module(module)
+            if found is not None and given.items() <= found.parameters.items():
+                return module
+    return None
 
 
 def from_onnx(operator: str, attributes: Mapping[str, Any]) -> Activation | None:

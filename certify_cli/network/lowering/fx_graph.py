@@ -35,7 +35,16 @@ def lower_traced(
     module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | None = None
 ) -> tuple[Network, dict[str, int]]:
     """`lower`, and for each module's path the network node that holds its value."""
-    module = copy.deepcopy(module).double()
+    return lower_as_is(copy.deepcopy(module).double().requires_grad_(False), input_shape, names)
+
+
+def lower_as_is(
+    module: fx.GraphModule, input_shape: Shape, names: dict[str, str] | None = None
+) -> tuple[Network, dict[str, int]]:
+    """`lower_traced` of a module whose parameters are float64 already: the network's weights are these very tensors.
+
+    Where they carry a gradient, the network does.
+    """
     builder = Builder(tuple(input_shape))
     values: dict[fx.Node, Any] = {}
     reached: set[str] = set()

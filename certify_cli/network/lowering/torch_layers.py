@@ -22,6 +22,7 @@ from certify_cli.network.lowering.context import Data, LoweringContext, lowers
 from certify_cli.network.movement import Reshape
 from certify_cli.network.pooling import MaxPool
 from certify_cli.numerics.quotients import quotient_tail, reciprocal
+from certify_cli.numerics.rounding import carries_gradient
 
 SPATIAL_MATRIX_ENTRIES, SPATIAL_MATRIX_PIXELS = MAX_VALUES, 2**16
 """Largest matrix (entries, and input pixels, whose square is the work) that an irregular pooling is written out as."""
@@ -32,7 +33,7 @@ SPATIAL_MATRIX_ENTRIES, SPATIAL_MATRIX_PIXELS = MAX_VALUES, 2**16
 
 @lowers(nn.Linear)
 def _linear(context: LoweringContext, layer: nn.Linear, x: Any) -> Data:
-    return context.add(Dense(layer.weight.detach(), _detached(layer.bias)), context.data(x))
+    return context.add(Dense(layer.weight, layer.bias), context.data(x))
 
 
 @lowers(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -45,13 +46,12 @@ def _conv(context: LoweringContext, layer: nn.Conv2d, x: Any) -> Data:
         refuse_large(padded_shape(context.shape(value), pads), "its padded input")
         value = context.move(lambda t: F.pad(t, pads, mode=mode), value)
         padding = (0,) * len(padding)
-    weight, offset = layer.weight.detach(), _detached(layer.bias)
-    return context.add(Conv(weight, offset, layer.stride, padding, layer.dilation, layer.groups), value)
+    return context.add(Conv(layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups), value)
 
 
 @lowers(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _conv_transpose(context: LoweringContext, layer: nn.ConvTranspose2d, x: Any) -> Data:
-    weight, offset = layer.weight.detach(), _detached(layer.bias)
+    weight, offset = layer.weight, layer.bias
     padding = _tuple(layer.padding, weight.dim() - 2)  # type: ignore[arg-type]
     op = ConvTranspose(weight, offset, layer.stride, padding, layer.output_padding, layer.dilation, layer.groups)
     return context.add(op, context.data(x))
@@ -76,16 +76,18 @@ def normalise(
 ) -> Data:
     """Evaluation-mode batch norm of (channels, *space) as three nodes: -mean, gain/sqrt(variance + eps), +shift."""
     axes = (-1, *[1] * (len(context.shape(x)) - 1))
-    gain = torch.ones_like(variance) if gain is None else gain.detach()
+    gain = torch.ones_like(variance) if gain is None else gain
     factor = gain / (variance + eps).sqrt()
     if not bool(factor.isfinite().all()):
         context.refuse("its variance plus epsilon is not positive")
-    tail = quotient_tail(factor, gain, [variance, torch.full_like(variance, eps)], root=True)
+    tail = None
+    if not carries_gradient(factor):
+        tail = quotient_tail(factor, gain, [variance, torch.full_like(variance, eps)], root=True)
     tail = None if tail is None else tail.reshape(-1, *factor.reshape(axes).shape)
     x = context.add(Shift((-mean).reshape(axes)), x)
     # roundings: the sum (halved by the root), the root, the quotient
     x = context.add(Scale(factor.reshape(axes), weight_error=3, title="batch_norm", weight_tail=tail), x)
-    return x if shift is None else context.add(Shift(shift.detach().reshape(axes)), x)
+    return x if shift is None else context.add(Shift(shift.reshape(axes)), x)
 
 
 @lowers(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -161,10 +163,6 @@ def _basis(start: int, stop: int, space: tuple[int, ...]) -> Tensor:
     basis = torch.zeros(stop - start, math.prod(space), dtype=torch.float64)
     basis[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
     return basis.reshape(-1, 1, *space)
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
 
 
 def _tuple(value: int | Iterable[int], dimensions: int) -> tuple[int, ...]:
@@ -333,6 +331,26 @@ def matmul(context: LoweringContext, left: Any, right: Any) -> Data:
         context.refuse("it multiplies across the batch")
     swapped = context.move(lambda t: t.transpose(-1, -2), right)
     return context.move(lambda t: t.transpose(-1, -2), context.add(Dense(_matrix(context, left)), swapped))
+
+
+def along(context: LoweringContext, x: Data, axes: Sequence[int], keep: bool, mean: bool) -> Data:
+    """Sum or mean over `axes` (the batch is axis 0): a Dense layer of one row after the axes are moved to the end."""
+    shape = context.shape(x)
+    rank = len(shape) + 1
+    reduced = sorted(axis % rank for axis in axes)
+    if 0 in reduced:
+        context.refuse("it reduces over the batch")
+    kept = [axis for axis in range(rank) if axis not in reduced]
+    count = math.prod(shape[axis - 1] for axis in reduced)
+    x = context.move(lambda t: t.permute(*kept, *reduced).reshape(*(t.shape[axis] for axis in kept), count), x)
+    if mean:
+        weight, tail = reciprocal(torch.full((1, 1), float(count), dtype=torch.float64))
+        op = Dense(weight.expand(1, count).contiguous(), None, weight_error=1, title="mean", weight_tail=tail)
+    else:
+        op = Dense(torch.ones(1, count, dtype=torch.float64), title="sum")
+    x = context.add(op, x)
+    final = tuple(1 if axis in reduced else shape[axis - 1] for axis in range(1, rank) if keep or axis not in reduced)
+    return x if context.shape(x) == final else context.add(Reshape(final), x)
 
 
 def _matrix(context: LoweringContext, constant: Any) -> Tensor:

@@ -1,0 +1,284 @@
+"""`curvcert train`: a classifier that is trained for its certificates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from certify_cli.cli import options as opt
+from certify_cli.cli.reporter import Reporter
+from certify_cli.cli.signals import Stopped
+from certify_cli.cli.sink import sink
+from certify_cli.errors import UsageError, quoted, shown
+from certify_cli.output.console import pairs
+from certify_cli.output.json import pretty
+from certify_cli.records import SCHEMA
+from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, read_recipe, suited, typed_text
+
+if TYPE_CHECKING:
+    from certify_cli.data.datasets import Dataset
+    from certify_cli.training.loop import Epoch, Training
+
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="FILE", help="A recipe as TOML, or a model that train made.", show_default=False),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe (repeat).", show_default=False),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option("--arch", metavar="NAME", help="mlp:784-1024-10, conv:16,32-100, 4c3f, 6c2f or resnet:16-2.",
+                 show_default="the recipe's"),
+]  # fmt: skip
+TrainedActivation = Annotated[
+    str | None,
+    typer.Option("--activation", metavar="NAME", help="Such as softplus:5 or tanh.", show_default="the recipe's"),
+]
+ObjectiveName = Annotated[
+    str | None, opt.choice("--objective", OBJECTIVES, "What to train for.", default="the recipe's")
+]
+Radius = Annotated[
+    str | None,
+    typer.Option("--radius", metavar="R", help="The radius to train for, such as 1.58 or 36/255.",
+                 show_default="the recipe's"),
+]  # fmt: skip
+Epochs = Annotated[
+    str | None,
+    typer.Option("--epochs", metavar="N", help="Passes over the data.", show_default="the recipe's"),
+]
+TrainedSeed = Annotated[
+    str | None,
+    typer.Option("--seed", metavar="N", help="Seed of weights, order and augmentation.", show_default="the recipe's"),
+]
+TrainedData = Annotated[
+    str | None,
+    typer.Option("--data", metavar="SOURCE", help="The data set, as for certify; its training split is used.",
+                 show_default="the recipe's"),
+]  # fmt: skip
+ModelTarget = Annotated[
+    str | None,
+    typer.Option("--output-file", "-o", metavar="FILE", help="The .safetensors file to write.",
+                 show_default="DATA_OBJECTIVE.safetensors"),
+]  # fmt: skip
+OnnxTarget = Annotated[
+    str | None, typer.Option("--onnx", metavar="FILE", help="Write the model as ONNX, too.", show_default=False)
+]
+Continue = Annotated[
+    bool, typer.Option("--resume", help="Go on from the checkpoint of the same run, which a stop leaves.")
+]
+ForceModel = Annotated[bool, typer.Option("--force", help="Overwrite the model and any checkpoint of it.")]
+SavePlot = Annotated[
+    str | None,
+    typer.Option("--save-plot", metavar="FILE.svg", help="Draw loss and accuracies by epoch.", show_default=False),
+]
+
+
+def train(
+    data: TrainedData = None,
+    arch: Arch = None,
+    activation: TrainedActivation = None,
+    objective: ObjectiveName = None,
+    radius: Radius = None,
+    epochs: Epochs = None,
+    seed: TrainedSeed = None,
+    recipe: RecipeFile = None,
+    set_: Set = None,
+    output_file: ModelTarget = None,
+    onnx: OnnxTarget = None,
+    save_plot: SavePlot = None,
+    resume: Continue = False,
+    force: ForceModel = False,
+    data_root: opt.DataRoot = None,
+    offline: opt.Offline = False,
+    device: opt.Device = "auto",
+    threads: opt.Threads = "auto",
+    format: opt.PrintedFormat = "table",
+    quiet: opt.Quiet = False,
+) -> None:
+    """Train a classifier for its certificates.
+
+    Models are compared by certified accuracy on training samples that are kept for it; the test samples are never seen.
+    """
+    opt.one_of("--format", format, opt.PLAIN_FORMATS)
+    options = {
+        "data": data,
+        "arch": arch,
+        "activation": activation,
+        "objective": objective,
+        "radius": radius,
+        "epochs": epochs,
+        "seed": seed,
+    }
+    chosen = recipe_of(recipe, options, set_ or ())
+    target = _target(output_file, chosen, force or resume)
+    beside = [
+        target,
+        *(path for path in (_named(onnx, "--onnx", ".onnx"), _named(save_plot, "--save-plot", ".svg")) if path),
+    ]
+    for path in beside:
+        if not (path.parent or Path()).is_dir():
+            raise UsageError(f"{path}: its folder does not exist")
+    checkpoint = target.with_name(target.name + ".checkpoint")
+    if checkpoint.exists() and not (resume or force):
+        raise UsageError(f"{checkpoint}: an unfinished run; go on with --resume, or begin anew with --force")
+    with sink(None) as out, Reporter(quiet) as reporter:
+        from certify_cli.training.export import Made, write_onnx, write_plot
+
+        training = _prepared(chosen, data_root, offline, device, threads, reporter)
+        if resume:
+            _resumed(training, checkpoint, reporter)
+        try:
+            _run(training, checkpoint, reporter)
+        except Stopped as stop:
+            done = len(training.history)
+            raise Stopped(stop.number, _hint(done, chosen.epochs)) from None
+        made = Made.of(training)
+        sha256 = made.write(target)
+        if onnx is not None:
+            write_onnx(training, Path(onnx))
+        if save_plot is not None:
+            write_plot(training.history, chosen, Path(save_plot))
+        checkpoint.unlink(missing_ok=True)
+        if format == "json":
+            history = [asdict(epoch) for epoch in training.history]
+            body = {"schema": SCHEMA, "model": str(target), "sha256": sha256, **made.document(), "epochs": history}
+            out.write(pretty(body) + "\n")
+        else:
+            out.write(pairs(_summary(target, sha256, made, chosen)))
+
+
+def recipe_of(path: str | None, options: dict[str, str | None], settings: Sequence[str]) -> Recipe:
+    """The recipe of a file, or the one suited to the data, with what the command line sets. Raises UsageError."""
+    given = {key: typed_text(key, text) for key, text in options.items() if text is not None}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in KEYS:
+            raise UsageError(f"--set {quoted(setting)} is not KEY=VALUE with a key among {', '.join(KEYS)}")
+        given[key] = typed_text(key, text)
+    if path is not None:
+        base = Recipe().with_values(_dashed(read_recipe(path)))
+    else:
+        base = suited(str(given.get("data", Recipe().data)))
+        if "data" not in given:
+            raise UsageError("name the data with --data, such as mnist or digits, or a recipe with --recipe")
+    return base.with_values(given)
+
+
+def _dashed(values: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _target(output: str | None, recipe: Recipe, overwrite: bool) -> Path:
+    stem = Path(recipe.data).stem or "model"
+    path = Path(output or f"{shown(stem)}_{recipe.objective}.safetensors")
+    if path.suffix.lower() != ".safetensors":
+        raise UsageError(f"--output-file {quoted(str(path))}: the model's name must end in .safetensors")
+    if not overwrite and os.path.lexists(path):
+        raise UsageError(f"{path}: exists already; name another file with -o, or overwrite it with --force")
+    return path
+
+
+def _named(path: str | None, option: str, suffix: str) -> Path | None:
+    if path is not None and Path(path).suffix.lower() != suffix:
+        raise UsageError(f"{option} {quoted(path)}: the file's name must end in {suffix}")
+    return None if path is None else Path(path)
+
+
+def _prepared(
+    recipe: Recipe, root: str | None, offline: bool, device: str, threads: str, reporter: Reporter
+) -> Training:
+    import torch
+
+    from certify_cli import load_data
+    from certify_cli.run.engine import device_named
+    from certify_cli.training.loop import Training, TrainingData
+
+    count = opt.count_or_auto("--threads", threads)
+    if count is not None:
+        torch.set_num_threads(count)
+    reporter.stage("reading the data")
+    found: Dataset = load_data(
+        recipe.data,
+        root=root,
+        split="train",
+        offline=offline,
+        notify=None if reporter.quiet else reporter.note,
+    )
+    reporter.notes(found.notes)
+    return Training(recipe, TrainingData.of(found.x, found.y, recipe), device_named(device))
+
+
+def _resumed(training: Training, checkpoint: Path, reporter: Reporter) -> None:
+    """Go on from the checkpoint, where there is one."""
+    import torch
+
+    from certify_cli.training.loop import read_checkpoint
+
+    if not checkpoint.exists():
+        reporter.note(f"{checkpoint} does not exist: the run begins anew")
+        return
+    state = read_checkpoint(checkpoint)
+    differs = Recipe().with_values(state["recipe"]).difference(training.recipe)
+    if differs is not None:
+        raise UsageError(f"{checkpoint}: is of another recipe: {differs}")
+    if state["threads"] != torch.get_num_threads():
+        reporter.warning(f"the run began with {state['threads']} threads: its weights will differ in rounding")
+    training.restore(state)
+    reporter.note(f"going on after {len(training.history)} of {training.recipe.epochs} epochs")
+
+
+def _run(training: Training, checkpoint: Path, reporter: Reporter) -> None:
+    from certify_cli.training.loop import write_checkpoint
+
+    left = training.recipe.epochs - len(training.history)
+    done = len(training.history)
+    advance = reporter.counter(left * training.steps, "training")
+    losses: list[float] = []
+
+    def step(loss: float) -> None:
+        losses.append(loss)
+        recent = losses[-50:]
+        reporter.doing(
+            f"epoch {len(training.history) + 1} of {training.recipe.epochs}, loss {sum(recent) / len(recent):.3f}"
+        )
+        advance()
+
+    for epoch in training.epochs(step):
+        write_checkpoint(checkpoint, training.state())
+        reporter.note(_line(epoch, training.recipe))
+        if epoch.skipped:
+            reporter.warning(
+                f"epoch {epoch.number}: {epoch.skipped} steps were taken back, whose loss or gradient was not finite"
+            )
+    if done == training.recipe.epochs:
+        reporter.note("all epochs were done already")
+
+
+def _line(epoch: Epoch, recipe: Recipe) -> str:
+    text = f"epoch {epoch.number} of {recipe.epochs}: loss {epoch.loss:.4f}"
+    if epoch.accuracy is not None and epoch.certified is not None:
+        text += f", accuracy {epoch.accuracy:.4f}, certified at {recipe.radius:g} {epoch.certified:.4f}"
+    return f"{text} ({epoch.seconds:.1f} s)"
+
+
+def _hint(done: int, epochs: int) -> str:
+    return f"; the checkpoint has {done} of {epochs} epochs, go on with --resume" if done else ""
+
+
+def _summary(target: Path, sha256: str, made: Any, recipe: Recipe) -> list[tuple[str, str]]:
+    return [
+        ("model", str(target)),
+        ("sha256", sha256),
+        ("epoch", f"{made.epoch} of {recipe.epochs}, the best by certified accuracy"),
+        ("accuracy", f"{made.score.accuracy:.4f} on the samples kept for selection"),
+        (f"certified at {recipe.radius:g}", f"{made.score.certified:.4f} of the first {made.checked} of them"),
+        ("next", f"curvcert certify {target} --data {recipe.data} --eps {recipe.radius:g}"),
+    ]

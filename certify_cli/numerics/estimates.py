@@ -1,0 +1,98 @@
+"""Norms that training differentiates: estimates from below by singular vectors, which are kept between steps.
+
+At the leading singular vectors the norm is u^T A v, and its gradient is that of u^T A v with u and v held fixed. One or
+two power iterations a step follow a matrix that training changes little, provided that they start at the vectors of
+the step before (`KeptVectors`). The results are labelled by their use: no claim is ever made of one, since every claim
+is computed without gradients, and `norms` proves its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+FIRST_STEPS, STEPS = 30, 2
+"""Power iterations from a new vector, and from one that was kept."""
+
+
+class KeptVectors:
+    """Singular vectors by the order in which their norms are asked for, which is the same at every step of training."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[tuple[int, torch.Size], Tensor] = {}
+        self._asked = 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context of one step: norms within it start at the vectors of the step before, and leave theirs."""
+        self._asked = 0
+        token = _PRESENT.set(self)
+        try:
+            yield
+        finally:
+            _PRESENT.reset(token)
+
+    def refined(self, shape: torch.Size, like: Tensor, improve: Callable[[Tensor], Tensor]) -> Tensor:
+        """The next vector of this step, of norm 1 along the last axis.   improve: one power iteration."""
+        key = (self._asked, shape)
+        self._asked += 1
+        kept = self._vectors.get(key)
+        vector = _start(shape, like) if kept is None else kept.to(like.device)
+        for _ in range(FIRST_STEPS if kept is None else STEPS):
+            vector = improve(vector)
+        self._vectors[key] = vector
+        return vector
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The vectors, for a checkpoint of training."""
+        return {f"{number}:{'x'.join(map(str, shape))}": vector for (number, shape), vector in self._vectors.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        self._vectors = {(int(name.split(":")[0]), vector.shape): vector for name, vector in state.items()}
+
+
+_PRESENT: ContextVar[KeptVectors | None] = ContextVar("kept vectors", default=None)
+
+
+def _start(shape: torch.Size, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+
+
+def _refined(shape: tuple[int, ...], like: Tensor, improve: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return (_PRESENT.get() or KeptVectors()).refined(torch.Size(shape), like, improve)
+
+
+def norm_estimate(matrix: Tensor) -> float:
+    """Estimate from below of the spectral norm of a real (m, n) matrix: a tensor of one entry with its gradient."""
+    held = matrix.detach()
+    v = _refined((matrix.shape[1],), held, lambda v: normalize(held.T @ (held @ v), dim=0))
+    u = normalize(held @ v, dim=0)
+    return u @ matrix @ v  # type: ignore[return-value]  # it stands for the number
+
+
+def operator_norm_estimate(
+    linear: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor], shape: tuple[int, ...], like: Tensor
+) -> float:
+    """The same of a linear map of values of `shape`, batch first, and its transpose.   like: its weights."""
+
+    def improve(v: Tensor) -> Tensor:
+        image = transpose(linear(v))
+        return image / image.norm().clamp(min=torch.finfo(image.dtype).tiny)
+
+    v = _refined((1, *shape), like.detach(), improve)
+    return linear(v / v.norm()).norm()
+
+
+def weighted_gram_estimates(matrix: Tensor, weights: Tensor) -> Tensor:
+    """Estimates from below (count,) of lambda_max(T^T diag(w) T).   matrix: T.   weights: w (count, rows), >= 0."""
+    held, w = matrix.detach(), weights.detach()
+    v = _refined((len(w), matrix.shape[1]), held, lambda v: normalize((w * (v @ held.T)) @ held, dim=1))
+    return (weights * (v @ matrix.T).square()).sum(1)

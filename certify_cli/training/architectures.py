@@ -1,0 +1,239 @@
+"""Architectures that `curvcert train` knows by name, as layers of the declared spec and as torch modules.
+
+An architecture is a list of layers, each an entry of the spec (docs/safetensors-spec.md) with the torch module that
+holds its weights while it is trained. So a trained file declares itself, and `certify` takes it as any other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certify_cli.errors import UsageError, quoted
+from certify_cli.load.safetensors.architecture import FORMAT
+from certify_cli.network.activations import Activation, from_name, to_module
+from certify_cli.network.graph import Shape
+from certify_cli.training.elementwise import Elementwise
+
+MAX_WIDTH, MAX_HIDDEN = 2**14, 64
+"""Largest width of a layer, and largest number of hidden layers, that a name may ask for."""
+
+
+class Sum(nn.Module):
+    """The sum of two values, or their difference where the layer before has the sign in its weights."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return first + second
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer.   entry: of the spec, without name and inputs.   inputs: names of layers; empty for the one before."""
+
+    name: str
+    entry: dict[str, Any]
+    module: nn.Module
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Layers in order, for samples of `input_shape`."""
+
+    input_shape: Shape
+    layers: tuple[Layer, ...]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The declared architecture."""
+        entries = []
+        for layer in self.layers:
+            inputs = {"inputs": list(layer.inputs)} if layer.inputs else {}
+            entries.append({"name": layer.name, **layer.entry, **inputs})
+        return {"format": FORMAT, "input": list(self.input_shape), "layers": entries}
+
+    def module(self) -> LayeredModule:
+        """The torch module; its state dict has the tensors that the spec names."""
+        return LayeredModule(self)
+
+
+class LayeredModule(nn.Module):
+    """The layers of an architecture as one module."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self._inputs = [(layer.name, layer.inputs) for layer in architecture.layers]
+        for layer in architecture.layers:
+            self.add_module(layer.name, layer.module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, previous = {"input": x}, "input"
+        for name, inputs in self._inputs:
+            values[name] = self.get_submodule(name)(*(values[key] for key in inputs or (previous,)))
+            previous = name
+        return values[previous]
+
+
+@dataclass
+class _Plan:
+    """An architecture as it grows; the shape of its last value decides the sizes of the next layer."""
+
+    input_shape: Shape
+    activation: Activation
+    layers: list[Layer] = field(default_factory=list)
+    shape: Shape = ()
+
+    def __post_init__(self) -> None:
+        self.shape = self.input_shape
+
+    @property
+    def last(self) -> str:
+        """The name of the last layer."""
+        return self.layers[-1].name if self.layers else "input"
+
+    def add(self, name: str, entry: dict[str, Any], module: nn.Module, inputs: tuple[str, ...] = ()) -> None:
+        """Append a layer of one input, or of the named ones."""
+        self.layers.append(Layer(name, entry, module, inputs))
+        with torch.no_grad():
+            if not inputs:
+                self.shape = tuple(module(torch.zeros(1, *self.shape)).shape[1:])
+
+    def activate(self) -> None:
+        module = to_module(self.activation) or Elementwise(self.activation)
+        self.add(f"activation_{len(self.layers)}", _activation_entry(self.activation), module)
+
+    def dense(self, name: str, width: int) -> None:
+        if len(self.shape) > 1:
+            self.add("flatten", {"type": "Flatten"}, nn.Flatten())
+        self.add(name, {"type": "Linear"}, nn.Linear(self.shape[0], width))
+
+    def conv(self, name: str, width: int, kernel: int, stride: int, padding: int) -> None:
+        entry = {"type": "Conv2d", "stride": stride, "padding": padding}
+        self.add(name, entry, nn.Conv2d(self.shape[0], width, kernel, stride, padding))
+
+
+def _activation_entry(activation: Activation) -> dict[str, Any]:
+    return {"type": activation.name, **activation.parameters}
+
+
+Planner = Callable[[_Plan, int, str], None]
+"""From an empty plan, the number of classes and the text after the colon: adds the layers."""
+
+
+def _mlp(plan: _Plan, classes: int, text: str) -> None:
+    """mlp:784-1024-10 - dense layers of these widths, from the input to the classes."""
+    widths = _widths(text, "mlp:784-1024-10")
+    size = math.prod(plan.input_shape)
+    if len(widths) < 2 or widths[0] != size or widths[-1] != classes:
+        raise UsageError(
+            f"--arch {quoted(f'mlp:{text}')} must begin with the {size} inputs and end with the {classes} classes of "
+            f"the data, as mlp:{size}-1024-{classes} does"
+        )
+    for number, width in enumerate(widths[1:], start=1):
+        if number > 1:
+            plan.activate()
+        plan.dense(f"fc{number}", width)
+
+
+def _convolutions(plan: _Plan, classes: int, stages: list[tuple[int, int, int, int]], dense: list[int]) -> None:
+    """Convolutions (width, kernel, stride, padding), then dense layers of these widths."""
+    _needs_images(plan)
+    for number, stage in enumerate(stages, start=1):
+        try:
+            plan.conv(f"conv{number}", *stage)
+        except RuntimeError:
+            raise UsageError(
+                f"images of {plan.input_shape[1]} x {plan.input_shape[2]} are too small for this architecture; "
+                "choose mlp or conv"
+            ) from None
+        plan.activate()
+    for number, width in enumerate(dense, start=1):
+        plan.dense(f"fc{number}", width)
+        plan.activate()
+    plan.dense(f"fc{len(dense) + 1}", classes)
+
+
+def _conv(plan: _Plan, classes: int, text: str) -> None:
+    """conv:16,32-100 - convolutions of these widths (5 x 5, every second pixel), then dense layers of those."""
+    first, _, rest = text.partition("-")
+    stages = [(width, 5, 2, 2) for width in _widths(first.replace(",", "-"), "conv:16,32-100")]
+    _convolutions(plan, classes, stages, _widths(rest, "conv:16,32-100") if rest else [])
+
+
+def _4c3f(plan: _Plan, classes: int, text: str) -> None:
+    """4c3f - four convolutions (32, 32, 64, 64), three dense layers (512, 512, classes), as in the literature."""
+    _no_text("4c3f", text)
+    stages = [(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
+    _convolutions(plan, classes, stages, [512, 512])
+
+
+def _6c2f(plan: _Plan, classes: int, text: str) -> None:
+    """6c2f - six convolutions (32, 32, 32, 64, 64, 64), two dense layers (512, classes)."""
+    _no_text("6c2f", text)
+    stages = [(32, 3, 1, 1), (32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 3, 1, 1), (64, 4, 2, 1)]
+    _convolutions(plan, classes, stages, [512])
+
+
+def _residual(plan: _Plan, classes: int, text: str) -> None:
+    """resnet:16-2 - a convolution of this width, so many residual blocks of two convolutions, a dense layer."""
+    width, blocks = (*(_widths(text, "resnet:16-2") if text else [16]), 2)[:2]
+    _needs_images(plan)
+    plan.conv("stem", width, 5, 2, 2)
+    plan.activate()
+    for number in range(1, blocks + 1):
+        skipped = plan.last
+        plan.conv(f"block{number}_in", width, 3, 1, 1)
+        plan.activate()
+        plan.conv(f"block{number}_out", width, 3, 1, 1)
+        plan.add(f"block{number}_sum", {"type": "add"}, Sum(), (skipped, plan.last))
+        plan.activate()
+    plan.dense("fc", classes)
+
+
+ARCHITECTURES: dict[str, Planner] = {"mlp": _mlp, "conv": _conv, "4c3f": _4c3f, "6c2f": _6c2f, "resnet": _residual}
+"""Name -> planner."""
+
+
+def architecture(text: str, activation: str, input_shape: Shape, classes: int) -> Architecture:
+    """The architecture as written on the command line, with its weights drawn by torch's generator.
+
+    UsageError, with what would be accepted, for an unknown name, wrong widths or an unknown activation.
+    """
+    name, _, rest = text.strip().partition(":")
+    planner = ARCHITECTURES.get(name.lower())
+    if planner is None:
+        raise UsageError(f"--arch {quoted(text)} is not known; choose one of {', '.join(described())}")
+    plan = _Plan(tuple(input_shape), from_name(activation))
+    planner(plan, classes, rest)
+    return Architecture(plan.input_shape, tuple(plan.layers))
+
+
+def described() -> list[str]:
+    """How each architecture is written, such as `mlp:784-1024-10`."""
+    return [(inspect.getdoc(planner) or "").split(" - ")[0] for planner in ARCHITECTURES.values()]
+
+
+def _widths(text: str, example: str) -> list[int]:
+    parts = text.split("-")
+    if len(parts) > MAX_HIDDEN or not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        raise UsageError(f"--arch: {quoted(text)} is not a list of at most {MAX_HIDDEN} widths, as in {example}")
+    widths = [int(part) for part in parts]
+    if not all(1 <= width <= MAX_WIDTH for width in widths):
+        raise UsageError(f"--arch: a width of {quoted(text)} is not between 1 and {MAX_WIDTH}")
+    return widths
+
+
+def _no_text(name: str, text: str) -> None:
+    if text:
+        raise UsageError(f"--arch {name} takes no widths, and {quoted(text)} follows it")
+
+
+def _needs_images(plan: _Plan) -> None:
+    if len(plan.input_shape) != 3:
+        raise UsageError(f"this architecture takes images, and a sample has the shape {plan.input_shape}; choose mlp")

@@ -1,0 +1,284 @@
+"""The training loop of `curvcert train`: epochs, selection by certified accuracy, checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from certify_cli.errors import DataError, TrainingError, UsageError, first_line
+from certify_cli.training.architectures import Architecture, architecture
+from certify_cli.training.augmentation import Augmentation
+from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
+from certify_cli.training.recipe import Recipe
+from certify_cli.training.validation import Score, loaded, score
+
+VALIDATION = 12
+"""A recipe that does not say otherwise keeps one in so many training samples for selection."""
+SELECTIONS = 12
+"""About so many times a run models are compared, where the recipe does not say otherwise."""
+MOST_SKIPPED = 20
+"""Steps in a row without a finite loss and gradient after which a run is given up."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known after an epoch.
+
+    number: from 1.   loss: mean over its steps.   skipped: steps taken back, whose loss or gradient was not finite.
+    accuracy, certified: on the validation samples, None where models were not compared.   seconds: that it took.
+    """
+
+    number: int
+    loss: float
+    skipped: int
+    accuracy: float | None
+    certified: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Samples x (N, *shape), float32, and labels y (N,), in two parts.   classes: number of classes."""
+
+    x: Tensor
+    y: Tensor
+    validation_x: Tensor
+    validation_y: Tensor
+    classes: int
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor | None, recipe: Recipe) -> TrainingData:
+        """The last samples are kept for validation. DataError without labels, or where too few samples are left."""
+        if y is None:
+            raise DataError("the data has no labels, and cannot be trained on")
+        kept = recipe.validation or max(1, len(x) // VALIDATION)
+        if len(x) - kept < 2:
+            raise DataError(f"{len(x)} training samples are too few where {kept} are kept for validation")
+        classes = int(y.max()) + 1
+        if classes < 2:
+            raise DataError("the training samples are all of one class")
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # sets may be sorted by class
+        train, validation = order[: len(x) - kept], order[len(x) - kept :]
+        return cls(x[train], y[train], x[validation], y[validation], classes)
+
+
+class Training:
+    """One run: all of its state, and the steps that change it.
+
+    `epochs` trains and yields after each epoch; `state` and `restore` are the checkpoint. The same recipe, machine and
+    number of threads give the same weights, whether or not the run was resumed.
+    """
+
+    def __init__(self, recipe: Recipe, data: TrainingData, device: torch.device) -> None:
+        self.recipe, self.data, self.device = recipe, data, device
+        torch.manual_seed(recipe.seed)
+        shape = tuple(data.x.shape[1:])
+        self.architecture: Architecture = architecture(recipe.arch, recipe.activation, shape, data.classes)
+        self.module: nn.Module = self.architecture.module().to(device)
+        self.augmentation = Augmentation(recipe, shape)
+        self.objective = objective_of(recipe, self.module, shape)
+        self.optimiser = _optimiser(recipe, self.module)
+        self.steps = math.ceil(len(data.x) / recipe.batch)
+        self.schedule = _schedule(recipe, self.optimiser, self.steps * recipe.epochs)
+        self.average = (
+            AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
+            if recipe.average
+            else None
+        )
+        self.history: list[Epoch] = []
+        self.best: Score | None = None
+        self.best_epoch = 0
+        self.best_tensors: dict[str, Tensor] = {}
+        self._skipped_in_row = 0
+
+    def epochs(self, step: Callable[[float], None] = lambda loss: None) -> Iterator[Epoch]:
+        """Train the epochs that are left.   step: is called after every step with its loss."""
+        every = self.recipe.every or max(1, round(self.recipe.epochs / SELECTIONS))
+        for number in range(len(self.history) + 1, self.recipe.epochs + 1):
+            began = time.monotonic()
+            loss, skipped = self._epoch(number, step)
+            compared = number % every == 0 or number == self.recipe.epochs
+            found = self._select(number) if compared else None
+            self.history.append(
+                Epoch(
+                    number,
+                    loss,
+                    skipped,
+                    None if found is None else found.accuracy,
+                    None if found is None else found.certified,
+                    time.monotonic() - began,
+                )
+            )
+            yield self.history[-1]
+
+    def _epoch(self, number: int, step: Callable[[float], None]) -> tuple[float, int]:
+        """The mean loss of one pass over the samples, and the number of steps that were taken back."""
+        self.module.train()
+        total, skipped, done = 0.0, 0, 0
+        order = torch.randperm(len(self.data.x))
+        for position, index in enumerate(order.split(self.recipe.batch)):
+            _grow(self.objective, self.recipe, (number - 1 + position / self.steps) / self.recipe.epochs)
+            x = self.augmentation(self.data.x[index]).to(self.device)
+            loss = self._step(x, self.data.y[index].to(self.device), number)
+            self.schedule.step()
+            if loss is None:
+                skipped += 1
+                continue
+            total, done = total + loss, done + 1
+            step(loss)
+        return (total / done if done else math.nan), skipped
+
+    def _step(self, x: Tensor, y: Tensor, number: int) -> float | None:
+        """The loss of one step; None where it, or a gradient, is not finite: then the weights stay as they are."""
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self.objective(x, y)
+        loss.backward()
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        finite = torch.isfinite(loss) & torch.stack([g.isfinite().all() for g in gradients]).all()
+        if not bool(finite):
+            self._skipped_in_row += 1
+            if self._skipped_in_row >= MOST_SKIPPED:
+                raise TrainingError(
+                    f"epoch {number}: loss or gradients were not finite in {MOST_SKIPPED} steps in a row; "
+                    "lower the recipe's rate or weight"
+                )
+            return None
+        self._skipped_in_row = 0
+        self.optimiser.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+        return float(loss.detach())
+
+    def _select(self, number: int) -> Score:
+        """Score the present model, and keep it where it is the best so far."""
+        tensors = self.tensors()
+        model = loaded(self.architecture.spec, tensors, "the model in training")
+        found = score(model, self.data.validation_x, self.data.validation_y, self.recipe.radius, self.recipe.checked)
+        if self.best is None or found.key >= self.best.key:
+            self.best, self.best_epoch, self.best_tensors = found, number, tensors
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The present model's tensors by the names of the spec, on the CPU; of the average where the recipe has one."""
+        source = self.module if self.average is None else self.average.module
+        return {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint: tensors, numbers and texts alone."""
+        return {
+            "recipe": self.recipe.values(),
+            "threads": torch.get_num_threads(),
+            "module": self.module.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": torch.get_rng_state(),
+            "history": [dataclasses.asdict(epoch) for epoch in self.history],
+            "best": None if self.best is None else dataclasses.asdict(self.best),
+            "best_epoch": self.best_epoch,
+            "best_tensors": self.best_tensors,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint of the same recipe."""
+        self.module.load_state_dict(state["module"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.best = None if state["best"] is None else Score(**state["best"])
+        self.best_epoch, self.best_tensors = state["best_epoch"], state["best_tensors"]
+
+
+def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> Objective:
+    """The recipe's objective for a module."""
+    if recipe.objective == "curvature":
+        return CurvaturePenalty(
+            module,
+            shape,
+            temperature=recipe.temperature,
+            offset=recipe.offset,
+            weight=recipe.weight,
+            step=recipe.dual_step,
+            target=recipe.dual_target,
+            floor=recipe.dual_floor,
+        )
+    if recipe.objective == "crt":
+        return CRT(
+            module,
+            shape,
+            radius=recipe.radius,
+            weight=recipe.weight,
+            steps=recipe.attack_steps,
+            every_rival=recipe.every_rival,
+        )
+    if recipe.objective == "local":
+        return LocalCurvature(module, shape, radius=recipe.radius, weight=recipe.weight)
+    return Plain(module, shape)
+
+
+def _grow(objective: Objective, recipe: Recipe, done: float) -> None:
+    """Let the radius, or the share of the worst case, grow over the first part of the run."""
+    share = 1.0 if recipe.ramp == 0 else min(1.0, 0.05 + done / recipe.ramp)
+    if isinstance(objective, CRT):
+        objective.radius = share * recipe.radius
+    elif isinstance(objective, LocalCurvature):
+        objective.share = share
+
+
+def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    parameters = module.parameters()
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(parameters, recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.decay)
+    kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
+    return kind(parameters, recipe.rate, weight_decay=recipe.decay)
+
+
+def _schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    schedules = torch.optim.lr_scheduler
+    if recipe.schedule == "one-cycle":
+        return schedules.OneCycleLR(optimiser, recipe.rate, total_steps=steps + 1)
+    if recipe.schedule == "cosine":
+        return schedules.CosineAnnealingLR(optimiser, steps)
+    return schedules.ConstantLR(optimiser, factor=1.0, total_iters=0)
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write it so that the file is always a whole one, the last or the one before. UsageError where it cannot be."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UsageError(f"{path}: the checkpoint cannot be written ({error.strerror or error})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint; only tensors, numbers and texts are read from it. UsageError for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its readers raise
+        raise UsageError(f"{path}: not a checkpoint of curvcert train ({first_line(error)})") from error
+    if not isinstance(state, dict) or not {"recipe", "threads", "module", "history"} <= state.keys():
+        raise UsageError(f"{path}: not a checkpoint of curvcert train; remove it to begin anew")
+    return copy.copy(state)

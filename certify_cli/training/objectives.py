@@ -1,0 +1,226 @@
+"""Objectives: losses of a torch module that make its certificates larger (theory section 9).
+
+An objective is made from a module and called with a batch: `objective(x, y)` gives the loss (one number with its
+gradient). It holds what training keeps between steps (singular vectors, a multiplier) in its `state_dict`. Bounds are
+those of `certify` at the module's present parameters, with norms that are estimates from below (`numerics.estimates`):
+a value of training is no certificate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from certify_cli.bounds.global_bounds.curvature import RULES, Curvature, why_no_curvature
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, product_expansion, weight_blocks
+from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
+from certify_cli.bounds.remainder.tangent_bound import tangent_losses
+from certify_cli.efforts import Budget
+from certify_cli.errors import ModelError
+from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.graph import Network
+from certify_cli.network.propagate import vjp
+from certify_cli.numerics.estimates import KeptVectors
+from certify_cli.training.attack_points import attack_points
+from certify_cli.training.differentiable import DifferentiableNetwork
+
+BUDGET = Budget(norm=1e11, eigenvalues=1e12)
+"""Matrices up to about 4,000 x 4,000 are written out."""
+TRAINED_RULES = tuple(name for name in RULES if name != "two layers")
+"""Rules of the curvature bound that training uses; the other needs an eigenvalue of a dense matrix at every step."""
+EVERY_PAIR = 128
+"""Largest number of pairs of classes that are bounded at every step, whichever of them a batch has."""
+
+
+class Objective(ABC):
+    """A loss of a module.
+
+    module: any that `certify` can load, in training or evaluation mode.   input_shape: of one sample.
+    """
+
+    def __init__(self, module: nn.Module, input_shape: Sequence[int]) -> None:
+        self.module = module
+        self.source = DifferentiableNetwork(module, input_shape)
+        self.kept = KeptVectors()
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of a batch: x (batch, *input_shape) in the module's dtype, labels y (batch,)."""
+        with self.kept.step():
+            return self._loss(x, y)
+
+    @abstractmethod
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the objective keeps between steps, for a checkpoint."""
+        return {"vectors": self.kept.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.kept.load_state_dict(state["vectors"])
+
+
+class Plain(Objective):
+    """Cross-entropy at the samples."""
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(self.module(x), y)
+
+
+class _Curved(Objective):
+    """An objective that needs curvature: ModelError for a module with an activation that has none."""
+
+    def __init__(self, module: nn.Module, input_shape: Sequence[int]) -> None:
+        super().__init__(module, input_shape)
+        why = why_no_curvature(self.source.network())
+        if why is not None:
+            raise ModelError(f"{why}; curvature objectives need smooth activations such as softplus or tanh")
+
+    def curvatures(self, y: Tensor, rivals: Tensor) -> Tensor:
+        """Estimates (batch,) of the global curvature bound of the margins z_y - z_rival."""
+        network = self.source.network()
+        classes = network.classes
+        code = y * classes + rivals
+        if classes * (classes - 1) <= EVERY_PAIR:
+            every = torch.arange(classes * classes, device=y.device)
+            wanted = every[every // classes != every % classes]
+        else:
+            wanted = code.unique()
+        pairs = torch.stack([wanted // classes, wanted % classes], dim=1)
+        bound = global_curvature(network).lower(pairs, TRAINED_RULES)
+        return bound[torch.searchsorted(wanted, code)]
+
+
+def global_curvature(network: Network) -> Curvature:
+    """The global curvature bounds of `certify`, by products of norms alone."""
+    weights = weight_blocks(network, BUDGET)
+    return Curvature(network, weights, Lipschitz(network, (product_expansion(network, weights),)), BUDGET)
+
+
+class CurvaturePenalty(_Curved):
+    """Cross-entropy with an offset at temperature T, plus the global curvature bound times a primal-dual multiplier.
+
+    T CE((z - offset onehot(y)) / T) + multiplier * mean over the batch of the mean bound towards all rivals.
+
+    The multiplier rises while accuracy (an exponential average over batches) is above `target`, and falls below it:
+    multiplier <- max(multiplier + step (accuracy - target), floor), after every batch.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input_shape: Sequence[int],
+        *,
+        temperature: float = 1.0,
+        offset: float = 0.0,
+        weight: float = 0.1,
+        step: float = 0.0,
+        target: float = 1.0,
+        floor: float = 0.0,
+        memory: float = 0.99,
+    ) -> None:
+        super().__init__(module, input_shape)
+        self.temperature, self.offset = temperature, offset
+        self.multiplier, self.step, self.target, self.floor = weight, step, target, floor
+        self.memory, self.accuracy = memory, target
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.module(x)
+        self._count(logits, y)
+        shifted = logits - self.offset * nn.functional.one_hot(y, logits.shape[1])
+        loss = self.temperature * cross_entropy(shifted / self.temperature, y)
+        classes = logits.shape[1]
+        rivals = torch.arange(classes, device=y.device).repeat(len(y))
+        own = y.repeat_interleave(classes)
+        penalty = self.curvatures(own[rivals != own], rivals[rivals != own]).mean()
+        return loss + self.multiplier * penalty.to(loss.dtype)
+
+    def _count(self, logits: Tensor, y: Tensor) -> None:
+        correct = float((logits.detach().argmax(1) == y).double().mean())
+        self.accuracy = self.memory * self.accuracy + (1 - self.memory) * correct
+        self.multiplier = max(self.multiplier + self.step * (self.accuracy - self.target), self.floor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "multiplier": self.multiplier, "accuracy": self.accuracy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.multiplier, self.accuracy = state["multiplier"], state["accuracy"]
+
+
+class CRT(_Curved):
+    """Curvature-regularised robust training: cross-entropy at an attack point, plus gamma K(y, rival).
+
+    radius: of the ball in which attack points lie.   weight: gamma.   steps: of the attack.
+    every_rival: K is the mean over all rivals, not that of the runner-up at the attack point.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input_shape: Sequence[int],
+        *,
+        radius: float,
+        weight: float = 0.01,
+        steps: int = 7,
+        every_rival: bool = False,
+    ) -> None:
+        super().__init__(module, input_shape)
+        self.radius, self.weight, self.steps, self.every_rival = radius, weight, steps, every_rival
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.module(attack_points(self.module, x, y, self.radius, self.steps))
+        loss = cross_entropy(logits, y)
+        if self.weight == 0.0:
+            return loss
+        others = logits.detach().scatter(1, y.unsqueeze(1), -torch.inf)
+        count = logits.shape[1] - 1 if self.every_rival else 1
+        rivals = others.topk(count, dim=1).indices
+        penalty = self.curvatures(y.repeat_interleave(count), rivals.flatten()).mean()
+        return loss + self.weight * penalty.to(loss.dtype)
+
+
+class LocalCurvature(_Curved):
+    """Cross-entropy of worst-case logits: every margin lowered by its bound of the loss on the ball (theory section 4).
+
+    The bound is the fast tier of the remainder identity, at the target radius and around each sample: no Jacobian.
+
+    radius: of the balls.   share: of the bounded loss that is subtracted, in [0, 1]; 1 is the bound itself, and less
+        than 1 a start from which training can grow.
+    """
+
+    def __init__(
+        self, module: nn.Module, input_shape: Sequence[int], *, radius: float, share: float = 1.0, weight: float = 1.0
+    ) -> None:
+        super().__init__(module, input_shape)
+        self.radius, self.share, self.weight = radius, share, weight
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        clean = cross_entropy(self.module(x), y)
+        margins = self.worst_margins(x, y)
+        worst = torch.logsumexp(torch.cat([-margins, torch.zeros_like(margins[:, :1])], dim=1), dim=1).mean()
+        return (1 - self.weight) * clean + self.weight * worst.to(clean.dtype)
+
+    def worst_margins(self, x: Tensor, y: Tensor) -> Tensor:
+        """Estimates (batch, classes - 1) of lower bounds of the margins on the balls, less `share` of the losses."""
+        network = self.source.network()
+        point = EvaluatedPoints(network, x.double())
+        eye = torch.eye(network.classes, dtype=torch.float64, device=x.device)
+        rivals = rivals_of(y, network.classes)
+        adjoints = vjp(network, eye[y].unsqueeze(1) - eye[rivals], point.slopes)
+        radius = torch.full((len(x),), self.radius, dtype=torch.float64, device=x.device)
+        ranges = interval_ranges(point, weight_blocks(network, BUDGET), radius)
+        logits = point.evaluation.logits
+        margin = logits.gather(1, y.unsqueeze(1)) - logits.gather(1, rivals)
+        return margin - self.share * tangent_losses(point, ranges, adjoints, sharp=False)
+
+
+def rivals_of(y: Tensor, classes: int) -> Tensor:
+    """All classes but the label's, ascending: (batch, classes - 1)."""
+    index = torch.arange(classes - 1, device=y.device).expand(len(y), -1)
+    return index + (index >= y.unsqueeze(1))

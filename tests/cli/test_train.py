@@ -1,0 +1,157 @@
+"""`curvcert train`: its files, its resumption after a kill, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, as_toml, read_recipe
+from tests.cli.conftest import Outcome
+
+Curvcert = Callable[..., Outcome]
+SMALL = ("--data", "digits", "--arch", "mlp:64-16-10", "--epochs", "2", "--set", "checked=20", "--threads", "1")
+
+
+def declared(path: Path) -> Any:
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})["curvcert"])
+
+
+def test_a_model_is_trained_certified_and_made_again(curvcert: Curvcert, tmp_path: Path) -> None:
+    model, onnx, plot = tmp_path / "m.safetensors", tmp_path / "m.onnx", tmp_path / "m.svg"
+    made = curvcert("train", *SMALL, "-o", model, "--onnx", onnx, "--save-plot", plot, "--format", "json")
+    assert made.code == 0, made.err
+    document = json.loads(made.out)
+    assert [epoch["number"] for epoch in document["epochs"]] == [1, 2]
+    assert document["recipe"]["arch"] == "mlp:64-16-10"
+    training = declared(model)["training"]
+    assert {key: document[key] for key in training} == training
+    assert re.search("epoch 2 of 2: loss [0-9.]+, accuracy [0-9.]+, certified at 0.5 [0-9.]+", made.err)
+    assert plot.read_text().lstrip().startswith("<?xml")
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+    records = [
+        json.loads(curvcert("certify", file, "--data", "digits", "--samples", "5", "--format", "json", "-q").out)
+        for file in (model, onnx)
+    ]
+    first, second = ([sample["certified_radius"] for sample in whole["samples"]] for whole in records)
+    assert first == pytest.approx(second, rel=1e-6)
+
+    again = tmp_path / "again.safetensors"
+    assert curvcert("train", "--recipe", model, "--threads", "1", "-o", again, "-q").code == 0
+    assert again.read_bytes() == model.read_bytes()
+    assert curvcert("convert", model, tmp_path / "copy.safetensors").code == 0
+
+
+def test_a_default_name_and_the_table(curvcert: Curvcert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = curvcert("train", *SMALL, "--objective", "plain", "-q")
+    assert made.code == 0
+    assert made.err == ""
+    assert "digits_plain.safetensors" in made.out
+    assert "curvcert certify digits_plain.safetensors --data digits --eps 0.5" in made.out
+    assert curvcert("train", *SMALL, "--objective", "plain", "-q").code == 2
+
+
+def test_a_kill_loses_at_most_the_epoch_in_flight(tmp_path: Path) -> None:
+    target, expected = tmp_path / "killed.safetensors", tmp_path / "whole.safetensors"
+    command = [sys.executable, "-m", "certify_cli", "train", *SMALL[:4], "--epochs", "6", *SMALL[6:], "-q"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run([*command, "-o", expected], env=environment, check=False).returncode == 0
+    checkpoint = tmp_path / "killed.safetensors.checkpoint"
+    kills = 0
+    while not target.exists():
+        process = subprocess.Popen([*command, "-o", target, "--resume"], env=environment, stderr=subprocess.DEVNULL)
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and kills < 2:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns > before:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+    assert kills == 2
+    assert target.read_bytes() == expected.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
+
+
+def test_what_cannot_be_done_is_one_sentence(curvcert: Curvcert, tmp_path: Path) -> None:
+    recipe, model = tmp_path / "recipe.toml", tmp_path / "m.safetensors"
+    recipe.write_text('data = "digits"\nepoch = 3\n')
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("epochs = true\n")
+    (tmp_path / "taken.safetensors").write_bytes(b"")
+    (tmp_path / "begun.safetensors.checkpoint").write_bytes(b"no checkpoint")
+    digits = ("train", "--data", "digits", "-o", model)
+    cases: list[tuple[tuple[Any, ...], int, str]] = [
+        (("train",), 2, "name the data with --data, such as mnist or digits, or a recipe with --recipe"),
+        (("train", "--recipe", recipe), 2, "a recipe has no key epoch; it may set"),
+        (("train", "--recipe", wrong), 2, "the recipe's epochs = true is not an integer"),
+        (("train", "--recipe", tmp_path / "none.toml"), 2, "cannot be read"),
+        (("train", "--data", "digits", "-o", tmp_path / "m.onnx"), 2, "must end in .safetensors"),
+        (("train", "--data", "digits", "-o", tmp_path / "no" / "m.safetensors"), 2, "its folder does not exist"),
+        (("train", "--data", "digits", "-o", tmp_path / "taken.safetensors"), 2, "exists already"),
+        (("train", "--data", "digits", "-o", tmp_path / "begun.safetensors"), 2, "an unfinished run; go on with"),
+        (("train", "--data", "digits", "-o", tmp_path / "begun.safetensors", "--resume"), 2, "not a checkpoint"),
+        ((*digits, "--objective", "magic"), 2, f"is not one of {', '.join(OBJECTIVES)}"),
+        ((*digits, "--radius", "big"), 2, "the recipe's radius = 'big' is not a number"),
+        ((*digits, "--epochs", "0"), 2, "the recipe's epochs = 0 is not between 1 and"),
+        ((*digits, "--set", "speed=9"), 2, "is not KEY=VALUE with a key among"),
+        ((*digits, "--set", "batch"), 2, "is not KEY=VALUE with a key among"),
+        ((*digits, "--arch", "mlp:784-10"), 2, "must begin with the 64 inputs and end with the 10 classes"),
+        ((*digits, "--activation", "relu"), 3, "no bounded second derivative; curvature objectives need smooth"),
+        ((*digits, "--set", "validation=1437"), 3, "are too few where 1437 are kept for validation"),
+        ((*digits, "--device", "tpu"), 2, "--device 'tpu' is not one of"),
+        ((*digits, "--onnx", tmp_path / "m.txt"), 2, "must end in .onnx"),
+        (("train", "--data", tmp_path / "none.npz", "-o", model), 3, "none.npz"),
+    ]
+    for words, code, says in cases:
+        outcome = curvcert(*words)
+        assert outcome.code == code, (words, outcome.err)
+        assert says in outcome.last, (words, outcome.last)
+        assert "Traceback" not in outcome.err
+    assert not model.exists()
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(curvcert: Curvcert, tmp_path: Path) -> None:
+    from certify_cli.training.loop import write_checkpoint
+
+    target = tmp_path / "m.safetensors"
+    state = {"recipe": Recipe().values(), "threads": 1, "module": {}, "history": []}
+    write_checkpoint(tmp_path / "m.safetensors.checkpoint", state)
+    outcome = curvcert("train", *SMALL, "-o", target, "--resume")
+    assert outcome.code == 2
+    assert "is of another recipe: data is mnist here and digits there" in outcome.last
+
+
+def test_a_hostile_recipe_in_a_model_is_refused(curvcert: Curvcert, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "m.safetensors"
+    for training in ({"recipe": {"data": "\x1b[2J", "epochs": "rm"}}, {"recipe": []}, [], {"recipe": {"\x1b[2J": 1}}):
+        spec = {"format": "curvcert-architecture/1", "input": [4], "layers": [], "training": training}
+        save_file({"w": torch.zeros(2)}, path, metadata={"curvcert": json.dumps(spec)})
+        outcome = curvcert("train", "--recipe", path, "-o", tmp_path / "o.safetensors")
+        assert outcome.code == 2
+        assert "\x1b" not in outcome.err
+        assert "Traceback" not in outcome.err
+
+
+def test_a_recipe_as_toml_comes_back(tmp_path: Path) -> None:
+    recipe = Recipe(data='a"b\\.npz', flip=True, radius=36 / 255)
+    path = tmp_path / "recipe.toml"
+    path.write_text(as_toml(recipe))
+    assert Recipe().with_values(read_recipe(str(path))) == recipe
+    assert set(KEYS) == set(recipe.values())
