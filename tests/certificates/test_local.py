@@ -105,16 +105,21 @@ def test_searches_in_single_precision_may_part_but_end_near_each_other() -> None
     assert torch.equal(rival, torch.cat([p[1] for p in parts]))
 
 
-@pytest.mark.parametrize("memory", [1, pytest.param(30_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("memory", [8_000, pytest.param(30_000, marks=pytest.mark.slow)])
 def test_little_memory_is_chunks_or_the_fast_tier(memory: int) -> None:
-    """Memory for few samples at a time changes nothing; memory for none leaves the fast tier."""
+    """Memory for few samples at a time changes nothing; memory for none leaves the fast tier.
+
+    Still less memory leaves no block of weights written out, and smaller radii.
+    """
     network = CURVED["residual"]
     x = points(network, 4, 2)
     with exact_kernels():
         point, none = EvaluatedPoints(network, x), torch.zeros(4, dtype=D)
         radius, _ = local_radii(ModelBounds(network, EFFORTS["normal"], memory), point, none)
-        plain, _ = local_radii(ModelBounds(network, EFFORTS["fast" if memory == 1 else "normal"]), point, none)
+        plain, _ = local_radii(ModelBounds(network, EFFORTS["fast" if memory < 10_000 else "normal"]), point, none)
+        least, _ = local_radii(ModelBounds(network, EFFORTS["normal"], 1), point, none)
     assert torch.allclose(radius, plain, rtol=1e-9)
+    assert bool(((least > 0) & (least < radius)).all())
 
 
 def test_where_the_search_begins_hardly_matters() -> None:
