@@ -37,7 +37,7 @@ class Slope:
     def largest(self) -> float:
         values = self.value.abs().max() if isinstance(self.value, Tensor) else abs(self.value)
         errors = self.error.max() if isinstance(self.error, Tensor) else self.error
-        return up(number(torch.as_tensor(values)) + float(errors), 2)
+        return up((number(values) if isinstance(values, Tensor) else values) + float(errors), 2)
 
     def push(self, vectors: Vectors) -> Vectors:
         """The `NodeJvp`."""

@@ -102,7 +102,7 @@ class _Plan:
         self.layers.append(Layer(name, entry, module, inputs))
         with torch.no_grad():
             if not inputs:
-                self.shape = tuple(module(torch.zeros(1, *self.shape)).shape[1:])
+                self.shape = tuple(module(torch.zeros(1, *self.shape, dtype=torch.float32)).shape[1:])
 
     def activate(self) -> None:
         module = to_module(self.activation) or Elementwise(self.activation)

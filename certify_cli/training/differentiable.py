@@ -67,7 +67,7 @@ def _traced(module: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, 
             if node.name in constants:
                 _hold(holder, node.name, program.constants[constants[node.name]])
             else:
-                _hold(holder, node.name, torch.empty(0))
+                _hold(holder, node.name, torch.empty(0, dtype=torch.float64))
                 sources[node.name] = kept[node.name]
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.get_attr(node.name))

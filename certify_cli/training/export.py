@@ -73,7 +73,7 @@ def write_onnx(training: Training, path: Path) -> None:
     present = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     module.load_state_dict(training.best_tensors)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    sample = torch.zeros(1, *training.architecture.input_shape, device=training.device)
+    sample = torch.zeros(1, *training.architecture.input_shape, dtype=torch.float32, device=training.device)
     if odd := [part.text for part in module.modules() if isinstance(part, Elementwise)]:
         raise ModelError(f"{path}: torch has no module for {odd[0]}, which ONNX could name; leave out --onnx")
     try:

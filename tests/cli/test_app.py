@@ -20,7 +20,7 @@ from tests.cli.conftest import Outcome
 
 Curvcert = Callable[..., Outcome]
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["certify", "check", "diff", "verify", "report", "bounds", "inspect", "convert", "doctor"]
+COMMANDS = ["certify", "check", "diff", "verify", "report", "bounds", "inspect", "convert", "train", "doctor"]
 
 LIGHT = """
 import json, resource, sys

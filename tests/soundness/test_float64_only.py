@@ -200,8 +200,8 @@ FACTORIES = {
 """Functions of torch whose result is float32 where no dtype is named and they are given Python floats, or nothing."""
 SINGLE = {"float32", "float16", "bfloat16", "complex64", "float", "half", "cfloat", "FloatTensor"}
 """Names of narrower types, and methods that turn a tensor into one."""
-SPEAK_OF_SINGLE = {"data", "load", "cli/selftest.py", "numerics/batched.py", "audit/verify/replay.py"}
-"""Files, or folders, with narrower numbers: stored weights and data, what only proposes, and onnxruntime's."""
+SPEAK_OF_SINGLE = {"data", "load", "training", "cli/selftest.py", "numerics/batched.py", "audit/verify/replay.py"}
+"""Files, or folders, with narrower numbers: stored weights and data, what only proposes, training, onnxruntime's."""
 
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

@@ -28,11 +28,23 @@ ULPS = 4
 class _WithDerivative(torch.autograd.Function):
     """A function of one variable whose derivative is given, not derived from its formula."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z: Tensor, function: Function, derivative: Function) -> Tensor:
-        ctx.save_for_backward(z)
-        ctx.derivative = derivative
+    def forward(z: Tensor, function: Function, derivative: Function) -> Tensor:
         return function(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Function, Function], output: Tensor) -> None:
+        z, _, ctx.derivative = inputs
+        ctx.save_for_backward(z)
+        ctx.save_for_forward(z)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (z,) = ctx.saved_tensors
+        tangent: Tensor = tangents[0] * ctx.derivative(z)
+        return tangent
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
