@@ -107,9 +107,8 @@ def _crude(network: Network, found: Evaluation) -> Tensor:
         return crude.nonzero().squeeze(1)
     for value in found.values:
         crude = crude & (value.abs() <= LARGEST / 2).flatten(1).all(1)
-    constants = [t for node in network.nodes for t in vars(node.op).values() if isinstance(t, Tensor)]
     slopes = [node.op.lipschitz for node in network.nodes if isinstance(node.op, Activation)]
-    if max(slopes, default=0.0) > LARGEST or not all(bool((t.abs() <= LARGEST).all()) for t in constants):
+    if max(slopes, default=0.0) > LARGEST or not all(bool((t.abs() <= LARGEST).all()) for t in network.constants):
         crude = torch.zeros_like(crude)
     return crude.nonzero().squeeze(1)
 

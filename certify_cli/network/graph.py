@@ -132,8 +132,12 @@ class Network:
     @property
     def device(self) -> torch.device:
         """Where the weights are (CPU for a network without any)."""
-        tensors = (t for node in self.nodes for t in vars(node.op).values() if isinstance(t, Tensor))
-        return next((t.device for t in tensors), torch.device("cpu"))
+        return next((tensor.device for tensor in self.constants), torch.device("cpu"))
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """Every tensor that a node holds: weights, offsets, indices."""
+        return [t for node in self.nodes for t in vars(node.op).values() if isinstance(t, Tensor)]
 
     def to(self, device: torch.device | str) -> Network:
         """The same network with its weights on `device`."""

@@ -61,7 +61,7 @@ def up(value: Number, operations: int = 1) -> Number:
     """Upper bound of a non-negative expression whose computed value took `operations` roundings."""
     factor = 1.0 + 2 * (operations + 1) * UNIT
     if isinstance(value, Tensor):
-        return next_above(value * factor) if not value.requires_grad else value
+        return value if value.requires_grad else next_above(value * factor)
     return math.nextafter(value * factor, math.inf)
 
 
@@ -87,7 +87,7 @@ def down(value: Number, operations: int = 1) -> Number:
     """Lower bound, at least 0, of a non-negative expression whose computed value took `operations` roundings."""
     factor = 1.0 - 2 * (operations + 1) * UNIT
     if isinstance(value, Tensor):
-        return (next_below(value * factor) if not value.requires_grad else value).clamp(min=0.0)
+        return (value if value.requires_grad else next_below(value * factor)).clamp(min=0.0)
     return max(0.0, math.nextafter(value * factor, -math.inf))
 
 

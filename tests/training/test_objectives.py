@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from certify_cli.bounds.global_bounds.curvature import Curvature
 from certify_cli.bounds.global_bounds.lipschitz import weight_blocks
+from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.bounds.remainder.tangent_bound import tangent_losses
 from certify_cli.errors import ModelError, UsageError
@@ -179,6 +180,12 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence() -> None:
         CRT(nn.Linear(5, 4), SHAPE, radius=0.1)
     with pytest.raises(UsageError, match=r"takes a torch\.nn\.Module"):
         Plain("model.onnx", SHAPE)  # type: ignore[arg-type]
+
+
+def test_nothing_is_claimed_of_weights_that_carry_a_gradient() -> None:
+    network = DifferentiableNetwork(prepared(dense, nn.Tanh), SHAPE).network()
+    with pytest.raises(ValueError, match="weights that carry a gradient are for training"):
+        ModelBounds(network)
 
 
 def test_claims_carry_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from certify_cli.bounds.linear_maps.weight_blocks import Blocks
 from certify_cli.efforts import MEMORY, NORMAL, Effort
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
+from certify_cli.numerics.rounding import carries_gradient
 
 PAIR = 8
 """An estimate of the numbers that the bound of a pair keeps for each entry of the widest node."""
@@ -70,7 +71,12 @@ class ModelBounds:
     def __init__(
         self, network: Network, effort: Effort = NORMAL, memory: int = MEMORY, expected: Tensor | None = None
     ) -> None:
-        """memory: bytes for the bounds of a batch.   expected: classes that will be predicted (for `PairTable`)."""
+        """memory: bytes for the bounds of a batch.   expected: classes that will be predicted (for `PairTable`).
+
+        Raises ValueError for weights that carry a gradient: their figures would be estimates, not rounded.
+        """
+        if carries_gradient(*network.constants):
+            raise ValueError("weights that carry a gradient are for training; nothing is claimed of them")
         self.network = network
         self.effort = effort
         self.memory = memory

@@ -108,8 +108,8 @@ def bending_radius(point: EvaluatedPoints, operations: float) -> Tensor:
     return torch.stack(found)
 
 
-def column_walk(point: EvaluatedPoints, ranges: Ranges, limits: ColumnLimits) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pre-activations of a single sample, in their order, and bounds of their offsets, (1, size) each, outward.
+def column_walk(point: EvaluatedPoints, ranges: Ranges, limits: ColumnLimits) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """A single sample's pre-activations, in their order, and bounds of their offsets, (1, size) each, outward.
 
     ranges: on the ball. They are read as late as can be: what is narrowed before the next pre-activation is asked for
         serves all behind it.
@@ -196,7 +196,7 @@ def column_walk(point: EvaluatedPoints, ranges: Ranges, limits: ColumnLimits) ->
         if over:
             return
         if index in targets:
-            yield bounds(index, spread)
+            yield index, *bounds(index, spread)
 
 
 def _group_remainder(point: EvaluatedPoints, op: GroupMap, target: int, ranges: Ranges) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,9 @@ def intermediate_bounds(
     for target in (*inner, last):
         found = None if columns is None else next(columns, None)
         if found is not None:
-            least, most = found
+            bounded, least, most = found
+            if bounded != target:  # both walks go through the pre-activations in order
+                raise RuntimeError(f"columns bound node {bounded} where node {target} was asked for")
             low[target] = torch.fmax(low[target], least).clamp(max=0.0)
             high[target] = torch.fmin(high[target], most).clamp(min=0.0)
         low[target], high[target] = range_after_nonlinear(point, ranges, target)

@@ -8,13 +8,7 @@ around a point (`anchored_table`), and estimates for optimisers (`grid_estimates
 fills it.
 """
 
-from certify_cli.network.activations.rows import (
-    ACTIVATIONS,
-    Activation,
-    from_module,
-    from_name,
-    from_onnx,
-)
+from certify_cli.network.activations.rows import ACTIVATIONS, Activation, from_module, from_name, from_onnx
 from certify_cli.network.activations.table import to_module
 
 __all__ = ["ACTIVATIONS", "Activation", "from_module", "from_name", "from_onnx", "to_module"]
