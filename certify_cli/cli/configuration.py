@@ -7,7 +7,6 @@ over the environment (CURVCERT_METHOD for --method), the environment over the fi
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ import typer
 
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import SETTABLE
-from certify_cli.errors import UsageError, first_line, quoted, shown
+from certify_cli.errors import UsageError, quoted, shown
+from certify_cli.toml_file import read_toml
 
 OWN_FILE, PROJECT_FILE = "curvcert.toml", "pyproject.toml"
 POLICY = "policy"
 PREFIX = "CURVCERT_"
-LARGEST = 2**20
-"""Bytes of the largest settings file."""
 OTHER_VARIABLES = ("CURVCERT_DATA", "CURVCERT_DATA_SOURCE", "CURVCERT_DEBUG")
 """Variables that belong to no option by their name."""
 PRESENTATION = (
@@ -69,19 +67,7 @@ def find(path: str | None) -> Configuration | None:
 
 
 def _table(path: Path) -> Mapping[str, Any] | None:
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST + 1).decode("utf-8")
-        if len(text) > LARGEST:
-            raise UsageError(f"{path}: is larger than {LARGEST} bytes; no settings are")
-        whole = tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # no TOML, no UTF-8, an integer of thousands of digits, lists in lists
-        raise UsageError(f"{path}: is not TOML: {first_line(error)}") from error
+    whole = read_toml(path, "settings")
     if path.name != PROJECT_FILE:
         return whole
     tool = whole.get("tool", {})

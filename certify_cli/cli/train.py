@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from certify_cli.data.datasets import Dataset
     from certify_cli.training.loop import Epoch, Training
 
+
+def _of_recipe(flag: str, metavar: str, help: str) -> Any:
+    """An option that replaces a value of the recipe."""
+    return typer.Option(flag, metavar=metavar, help=help, show_default="the recipe's")
+
+
 RecipeFile = Annotated[
     str | None,
     typer.Option("--recipe", metavar="FILE", help="A recipe as TOML, or a model that train made.", show_default=False),
@@ -33,35 +40,18 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe (repeat).", show_default=False),
 ]
 Arch = Annotated[
-    str | None,
-    typer.Option("--arch", metavar="NAME", help="mlp:784-1024-10, conv:16,32-100, 4c3f, 6c2f or resnet:16-2.",
-                 show_default="the recipe's"),
-]  # fmt: skip
-TrainedActivation = Annotated[
-    str | None,
-    typer.Option("--activation", metavar="NAME", help="Such as softplus:5 or tanh.", show_default="the recipe's"),
+    str | None, _of_recipe("--arch", "NAME", "mlp:784-1024-10, conv:16,32-100, 4c3f, 6c2f or resnet:16-2.")
 ]
+TrainedActivation = Annotated[str | None, _of_recipe("--activation", "NAME", "Such as softplus:5 or tanh.")]
 ObjectiveName = Annotated[
     str | None, opt.choice("--objective", OBJECTIVES, "What to train for.", default="the recipe's")
 ]
-Radius = Annotated[
-    str | None,
-    typer.Option("--radius", metavar="R", help="The radius to train for, such as 1.58 or 36/255.",
-                 show_default="the recipe's"),
-]  # fmt: skip
-Epochs = Annotated[
-    str | None,
-    typer.Option("--epochs", metavar="N", help="Passes over the data.", show_default="the recipe's"),
-]
-TrainedSeed = Annotated[
-    str | None,
-    typer.Option("--seed", metavar="N", help="Seed of weights, order and augmentation.", show_default="the recipe's"),
-]
+Radius = Annotated[str | None, _of_recipe("--radius", "R", "The radius to train for, such as 1.58 or 36/255.")]
+Epochs = Annotated[str | None, _of_recipe("--epochs", "N", "Passes over the data.")]
+TrainedSeed = Annotated[str | None, _of_recipe("--seed", "N", "Seed of weights, order and augmentation.")]
 TrainedData = Annotated[
-    str | None,
-    typer.Option("--data", metavar="SOURCE", help="The data set, as for certify; its training split is used.",
-                 show_default="the recipe's"),
-]  # fmt: skip
+    str | None, _of_recipe("--data", "SOURCE", "The data set, as for certify; its training split is used.")
+]
 ModelTarget = Annotated[
     str | None,
     typer.Option("--output-file", "-o", metavar="FILE", help="The .safetensors file to write.",
@@ -117,21 +107,28 @@ def train(
         "seed": seed,
     }
     chosen = recipe_of(recipe, options, set_ or ())
-    target = _target(output_file, chosen, force or resume)
-    beside = [
-        target,
-        *(path for path in (_named(onnx, "--onnx", ".onnx"), _named(save_plot, "--save-plot", ".svg")) if path),
-    ]
-    for path in beside:
-        if not (path.parent or Path()).is_dir():
+    target, onnx_file, plot_file = (
+        _target(output_file, chosen),
+        _named(onnx, "--onnx", ".onnx"),
+        _named(save_plot, "--save-plot", ".svg"),
+    )
+    for path in (target, onnx_file, plot_file):
+        if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: its folder does not exist")
     checkpoint = target.with_name(target.name + ".checkpoint")
     if checkpoint.exists() and not (resume or force):
         raise UsageError(f"{checkpoint}: an unfinished run; go on with --resume, or begin anew with --force")
+    # a finished model is never trained over unasked
+    if os.path.lexists(target) and not force and not (resume and checkpoint.exists()):
+        raise UsageError(f"{target}: exists already; name another file with -o, or overwrite it with --force")
     with sink(None) as out, Reporter(quiet) as reporter:
-        from certify_cli.training.export import Made, write_onnx, write_plot
+        from certify_cli.training.export import Made, plotting, refuse_unnamed, write_onnx, write_plot
 
+        if plot_file is not None:
+            plotting()
         training = _prepared(chosen, data_root, offline, device, threads, reporter)
+        if onnx_file is not None:
+            refuse_unnamed(training.module)
         if resume:
             _resumed(training, checkpoint, reporter)
         try:
@@ -141,10 +138,10 @@ def train(
             raise Stopped(stop.number, _hint(done, chosen.epochs)) from None
         made = Made.of(training)
         sha256 = made.write(target)
-        if onnx is not None:
-            write_onnx(training, Path(onnx))
-        if save_plot is not None:
-            write_plot(training.history, chosen, Path(save_plot))
+        if onnx_file is not None:
+            write_onnx(training, onnx_file)
+        if plot_file is not None:
+            write_plot(training.history, chosen, plot_file)
         checkpoint.unlink(missing_ok=True)
         if format == "json":
             history = [asdict(epoch) for epoch in training.history]
@@ -163,26 +160,18 @@ def recipe_of(path: str | None, options: dict[str, str | None], settings: Sequen
         if not equals or key not in KEYS:
             raise UsageError(f"--set {quoted(setting)} is not KEY=VALUE with a key among {', '.join(KEYS)}")
         given[key] = typed_text(key, text)
-    if path is not None:
-        base = Recipe().with_values(_dashed(read_recipe(path)))
-    else:
-        base = suited(str(given.get("data", Recipe().data)))
-        if "data" not in given:
-            raise UsageError("name the data with --data, such as mnist or digits, or a recipe with --recipe")
+    read = {} if path is None else {key.replace("-", "_"): value for key, value in read_recipe(path).items()}
+    base = Recipe().with_values(read) if path is not None else suited(str(given.get("data", Recipe().data)))
+    if "data" not in {**read, **given}:
+        raise UsageError("name the data with --data, such as mnist or digits, or in a recipe with --recipe")
     return base.with_values(given)
 
 
-def _dashed(values: dict[str, Any]) -> dict[str, Any]:
-    return {key.replace("-", "_"): value for key, value in values.items()}
-
-
-def _target(output: str | None, recipe: Recipe, overwrite: bool) -> Path:
+def _target(output: str | None, recipe: Recipe) -> Path:
     stem = Path(recipe.data).stem or "model"
     path = Path(output or f"{shown(stem)}_{recipe.objective}.safetensors")
     if path.suffix.lower() != ".safetensors":
         raise UsageError(f"--output-file {quoted(str(path))}: the model's name must end in .safetensors")
-    if not overwrite and os.path.lexists(path):
-        raise UsageError(f"{path}: exists already; name another file with -o, or overwrite it with --force")
     return path
 
 
@@ -226,12 +215,16 @@ def _resumed(training: Training, checkpoint: Path, reporter: Reporter) -> None:
         reporter.note(f"{checkpoint} does not exist: the run begins anew")
         return
     state = read_checkpoint(checkpoint)
-    differs = Recipe().with_values(state["recipe"]).difference(training.recipe)
-    if differs is not None:
-        raise UsageError(f"{checkpoint}: is of another recipe: {differs}")
+    try:
+        differs = Recipe().with_values(state["recipe"]).difference(training.recipe)
+        if differs is not None:
+            raise UsageError(f"{checkpoint}: is of another recipe: {differs}")
+        training.restore(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{checkpoint}: does not fit its own recipe; remove it to begin anew") from error
     if state["threads"] != torch.get_num_threads():
-        reporter.warning(f"the run began with {state['threads']} threads: its weights will differ in rounding")
-    training.restore(state)
+        threads = shown(str(state["threads"]))
+        reporter.warning(f"the run began with {threads} threads: its weights will differ in rounding")
     reporter.note(f"going on after {len(training.history)} of {training.recipe.epochs} epochs")
 
 
@@ -280,5 +273,8 @@ def _summary(target: Path, sha256: str, made: Any, recipe: Recipe) -> list[tuple
         ("epoch", f"{made.epoch} of {recipe.epochs}, the best by certified accuracy"),
         ("accuracy", f"{made.score.accuracy:.4f} on the samples kept for selection"),
         (f"certified at {recipe.radius:g}", f"{made.score.certified:.4f} of the first {made.checked} of them"),
-        ("next", f"curvcert certify {target} --data {recipe.data} --eps {recipe.radius:g}"),
+        (
+            "next",
+            shlex.join(["curvcert", "certify", str(target), "--data", recipe.data, "--eps", f"{recipe.radius:g}"]),
+        ),
     ]

@@ -42,14 +42,17 @@ def write_safetensors(path: Path, spec: Mapping[str, Any], tensors: Mapping[str,
 
     # a single metadata key: the order of several, and so the file's digest, would differ from run to run
     content = save({name: t.clone().contiguous() for name, t in tensors.items()}, {METADATA_KEY: json.dumps(spec)})
-    _write_atomically(path, content)
+    write_atomically(path, content)
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is always a whole one, the new or the one before. UsageError where it cannot be written."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open("xb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from error

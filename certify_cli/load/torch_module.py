@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def load_module(module: nn.Module, input_shape: Sequence[int] | None, output: st
         try:
             own = copy.deepcopy(module).cpu().eval()
             dtype = next((p.dtype for p in own.parameters() if p.is_floating_point()), torch.float32)
-            _export(own, torch.zeros(1, *shape, dtype=dtype), path)
+            export(own, torch.zeros(1, *shape, dtype=dtype), path)
         except Exception as error:  # exporters raise whatever the module's own code raises
             why = f"cannot be exported to ONNX on samples of shape {shape}: {first_line(error)}"
             raise ModelError(f"{name}: {why}") from error
@@ -46,14 +47,17 @@ def load_module(module: nn.Module, input_shape: Sequence[int] | None, output: st
     return replace(model, info=replace(model.info, path=name))
 
 
-def _export(module: nn.Module, sample: torch.Tensor, path: Path) -> None:
-    """Write the module with a free batch, by the exporter that needs no further package."""
+def export(module: nn.Module, sample: torch.Tensor, file: Path | BinaryIO) -> None:
+    """Write the module as ONNX with a free batch, by the exporter that needs no further package.
+
+    The newer one writes source paths of the machine into the file as well.
+    """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # on exporters to come; what is wrong with the module is an error
         torch.onnx.export(
             module,
             (sample,),
-            path,
+            file,  # type: ignore[arg-type]  # streams are taken, too
             dynamo=False,
             input_names=["input"],
             output_names=["logits"],

@@ -24,9 +24,12 @@ from certify_cli.training.elementwise import Elementwise
 MAX_WIDTH, MAX_HIDDEN = 2**14, 64
 """Largest width of a layer, and largest number of hidden layers, that a name may ask for."""
 
+MAX_WEIGHTS = 2**27
+"""Largest number of weights in all: 512 MiB, and a few times that while training."""
+
 
 class Sum(nn.Module):
-    """The sum of two values, or their difference where the layer before has the sign in its weights."""
+    """The sum of two values."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         return first + second
@@ -88,6 +91,13 @@ class _Plan:
     activation: Activation
     layers: list[Layer] = field(default_factory=list)
     shape: Shape = ()
+    weights: int = 0
+
+    def _spend(self, weights: int) -> None:
+        """Count the weights of a layer before any memory is asked for."""
+        self.weights += weights
+        if self.weights > MAX_WEIGHTS:
+            raise UsageError(f"--arch: the network has more than {MAX_WEIGHTS} weights; choose smaller widths")
 
     def __post_init__(self) -> None:
         self.shape = self.input_shape
@@ -111,9 +121,11 @@ class _Plan:
     def dense(self, name: str, width: int) -> None:
         if len(self.shape) > 1:
             self.add("flatten", {"type": "Flatten"}, nn.Flatten())
+        self._spend(self.shape[0] * width)
         self.add(name, {"type": "Linear"}, nn.Linear(self.shape[0], width))
 
     def conv(self, name: str, width: int, kernel: int, stride: int, padding: int) -> None:
+        self._spend(self.shape[0] * width * kernel * kernel)
         entry = {"type": "Conv2d", "stride": stride, "padding": padding}
         self.add(name, entry, nn.Conv2d(self.shape[0], width, kernel, stride, padding))
 

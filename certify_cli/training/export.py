@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import warnings
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from certify_cli.errors import ModelError, UsageError, first_line
-from certify_cli.load.convert import write_safetensors
+from certify_cli.errors import ModelError, UsageError
+from certify_cli.load.convert import write_atomically, write_safetensors
 from certify_cli.load.safetensors.architecture import TRAINING
+from certify_cli.load.torch_module import export
 from certify_cli.training.elementwise import Elementwise
 from certify_cli.training.loop import Epoch, Training
 from certify_cli.training.recipe import Recipe
@@ -67,44 +67,33 @@ class Made:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_onnx(training: Training, path: Path) -> None:
-    """Write the best model as ONNX, atomically, with a free batch axis."""
-    module = training.module
-    present = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    module.load_state_dict(training.best_tensors)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    sample = torch.zeros(1, *training.architecture.input_shape, dtype=torch.float32, device=training.device)
+def refuse_unnamed(module: nn.Module) -> None:
+    """ModelError for a module with an activation that torch has no module for, and ONNX no name."""
     if odd := [part.text for part in module.modules() if isinstance(part, Elementwise)]:
-        raise ModelError(f"{path}: torch has no module for {odd[0]}, which ONNX could name; leave out --onnx")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on exporters to come
-            # torch's older exporter: the newer one writes source paths of the machine into the file
-            torch.onnx.export(
-                module.eval(),
-                (sample,),
-                str(unfinished),
-                dynamo=False,
-                opset_version=17,
-                input_names=["x"],
-                output_names=["logits"],
-                dynamic_axes={"x": {0: "n"}, "logits": {0: "n"}},
-            )
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror or first_line(error)})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-        module.load_state_dict(present)
+        raise ModelError(f"--onnx: torch has no module for {odd[0]}, which ONNX could name; leave out --onnx")
 
 
-def write_plot(history: Sequence[Epoch], recipe: Recipe, path: Path) -> None:
-    """Draw the loss, and accuracy and certified accuracy on the validation samples, by epoch, as SVG."""
+def write_onnx(training: Training, path: Path) -> None:
+    """Write the best model of a finished run as ONNX, atomically, with a free batch axis."""
+    module = training.module.cpu().eval()
+    module.load_state_dict(training.best_tensors)
+    content = io.BytesIO()
+    export(module, torch.zeros(1, *training.architecture.input_shape, dtype=torch.float32), content)
+    write_atomically(path, content.getvalue())
+
+
+def plotting() -> Any:
+    """matplotlib's Figure; UsageError where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("--save-plot needs matplotlib: pip install 'curvcert[report]'") from None
-    figure = Figure(figsize=(6.4, 3.7), layout="constrained")
+    return Figure
+
+
+def write_plot(history: Sequence[Epoch], recipe: Recipe, path: Path) -> None:
+    """Draw the loss, and accuracy and certified accuracy on the validation samples, by epoch, as SVG."""
+    figure = plotting()(figsize=(6.4, 3.7), layout="constrained")
     left = figure.subplots()
     right = left.twinx()
     compared = [
@@ -117,7 +106,6 @@ def write_plot(history: Sequence[Epoch], recipe: Recipe, path: Path) -> None:
     left.set(xlabel="epoch", ylabel="share of validation samples", ylim=(0, 1))
     right.set(ylabel="loss")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    try:
-        figure.savefig(path, metadata={"Date": None})
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    write_atomically(path, content.getvalue())

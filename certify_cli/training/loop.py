@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import io
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from certify_cli.errors import DataError, TrainingError, UsageError, first_line
+from certify_cli.load.convert import write_atomically
 from certify_cli.training.architectures import Architecture, architecture
 from certify_cli.training.augmentation import Augmentation
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
@@ -59,7 +59,7 @@ class TrainingData:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor | None, recipe: Recipe) -> TrainingData:
-        """The last samples are kept for validation. DataError without labels, or where too few samples are left."""
+        """Some samples, always the same, are kept for validation. DataError without labels, or with too few samples."""
         if y is None:
             raise DataError("the data has no labels, and cannot be trained on")
         kept = recipe.validation or max(1, len(x) // VALIDATION)
@@ -260,17 +260,9 @@ def _schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, steps: int) -> t
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write it so that the file is always a whole one, the last or the one before. UsageError where it cannot be."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UsageError(f"{path}: the checkpoint cannot be written ({error.strerror or error})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomically(path, content.getvalue())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -281,4 +273,4 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not a checkpoint of curvcert train ({first_line(error)})") from error
     if not isinstance(state, dict) or not {"recipe", "threads", "module", "history"} <= state.keys():
         raise UsageError(f"{path}: not a checkpoint of curvcert train; remove it to begin anew")
-    return copy.copy(state)
+    return state

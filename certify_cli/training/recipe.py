@@ -9,20 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from certify_cli.errors import UsageError, first_line, listed, quoted, shown
+from certify_cli.errors import UsageError, listed, quoted, shown
 from certify_cli.plain import integer, ratio
+from certify_cli.toml_file import read_toml
 
 OBJECTIVES = ("plain", "curvature", "crt", "local")
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
-LARGEST = 2**20
-"""Bytes of the largest recipe."""
+LARGEST_NUMBER = 2**53
+"""No number of a recipe is larger."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Recipe:
     arch: str = _key("mlp:784-1024-10", "the architecture")
     activation: str = _key("softplus", "the activation, such as softplus:5 or tanh")
     objective: str = _key("crt", "the loss", choices=OBJECTIVES)
-    radius: float = _key(1.58, "the radius that is trained for, and at which models are selected", 0.0, 1e6)
+    radius: float = _key(1.58, "the radius that is trained for, and at which models are selected", 1e-9, 1e6)
     weight: float = _key(0.02, "of the curvature penalty, or of the worst case in `local`", 0.0, 1e6)
     attack_steps: int = _key(7, "gradient steps of the attack that crt trains on", 1, 1000)
     every_rival: bool = _key(False, "crt: the penalty of all rivals, not of the runner-up alone")
@@ -69,7 +69,7 @@ class Recipe:
     scale: float = _key(0.0, "augmentation: largest relative change of size", 0.0, 0.9)
     flip: bool = _key(False, "augmentation: mirror half of the images")
     noise: float = _key(0.0, "augmentation: standard deviation of noise", 0.0, 1e3)
-    validation: int = _key(0, "last training samples that are kept for selection; 0: a twelfth", 0, 2**40)
+    validation: int = _key(0, "training samples that are kept for selection; 0: a twelfth", 0, 2**40)
     checked: int = _key(500, "validation samples that are certified for selection", 1, 2**40)
     every: int = _key(0, "epochs between two selections; 0: about twelve in a run", 0, 100_000)
     seed: int = _key(0, "of weights, order, augmentation", 0, 2**63 - 1)
@@ -127,16 +127,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     file = Path(path)
     if file.suffix.lower() == ".safetensors":
         return _from_metadata(file)
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise UsageError(f"{path}: is larger than {LARGEST} bytes; no recipe is")
-        return tomllib.loads(content.decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not TOML: {first_line(error)}") from error
+    return read_toml(file, "recipes")
 
 
 def _from_metadata(file: Path) -> dict[str, Any]:
@@ -148,7 +139,15 @@ def _from_metadata(file: Path) -> dict[str, Any]:
     recipe = training.get("recipe") if isinstance(training, dict) else None
     if not isinstance(recipe, dict):
         raise UsageError(f"{file}: holds no recipe; only files that curvcert train wrote do")
-    return recipe
+    # a path that a model names is not opened: whoever wants it says so
+    return {key: value for key, value in recipe.items() if key != "data" or _is_named(value)}
+
+
+def _is_named(data: Any) -> bool:
+    """Whether it is the name of a set, not of a file."""
+    from certify_cli.data.datasets import named_shape
+
+    return isinstance(data, str) and named_shape(data) is not None
 
 
 def as_toml(recipe: Recipe) -> str:
@@ -171,8 +170,8 @@ def typed_text(key: str, text: str) -> Any:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """A value of a file as the key's type: an integer stands for the number."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    """A value of a file as the key's type: an integer stands for the number, unless it is beyond all numbers."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
     return float(value) if whole and _TYPES[key] is float else value
 
 

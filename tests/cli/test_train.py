@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, as_toml, read_recipe
+from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, as_toml, read_recipe, suited
 from tests.cli.conftest import Outcome
 
 Curvcert = Callable[..., Outcome]
@@ -91,21 +91,30 @@ def test_what_cannot_be_done_is_one_sentence(curvcert: Curvcert, tmp_path: Path)
     recipe.write_text('data = "digits"\nepoch = 3\n')
     wrong = tmp_path / "wrong.toml"
     wrong.write_text("epochs = true\n")
+    huge, nameless = tmp_path / "huge.toml", tmp_path / "nameless.toml"
+    huge.write_text(f"rate = 0x{'F' * 6000}\n")
+    nameless.write_text("epochs = 1\n")
     (tmp_path / "taken.safetensors").write_bytes(b"")
     (tmp_path / "begun.safetensors.checkpoint").write_bytes(b"no checkpoint")
     digits = ("train", "--data", "digits", "-o", model)
     cases: list[tuple[tuple[Any, ...], int, str]] = [
-        (("train",), 2, "name the data with --data, such as mnist or digits, or a recipe with --recipe"),
+        (("train",), 2, "name the data with --data, such as mnist or digits, or in a recipe with --recipe"),
         (("train", "--recipe", recipe), 2, "a recipe has no key epoch; it may set"),
         (("train", "--recipe", wrong), 2, "the recipe's epochs = true is not an integer"),
         (("train", "--recipe", tmp_path / "none.toml"), 2, "cannot be read"),
+        (("train", "--recipe", huge), 2, "the recipe's rate = a value that is too long to show (int) is not a number"),
+        (("train", "--recipe", nameless), 2, "name the data with --data, such as mnist or digits, or in a recipe"),
         (("train", "--data", "digits", "-o", tmp_path / "m.onnx"), 2, "must end in .safetensors"),
         (("train", "--data", "digits", "-o", tmp_path / "no" / "m.safetensors"), 2, "its folder does not exist"),
         (("train", "--data", "digits", "-o", tmp_path / "taken.safetensors"), 2, "exists already"),
+        (("train", "--data", "digits", "-o", tmp_path / "taken.safetensors", "--resume"), 2, "exists already"),
         (("train", "--data", "digits", "-o", tmp_path / "begun.safetensors"), 2, "an unfinished run; go on with"),
         (("train", "--data", "digits", "-o", tmp_path / "begun.safetensors", "--resume"), 2, "not a checkpoint"),
         ((*digits, "--objective", "magic"), 2, f"is not one of {', '.join(OBJECTIVES)}"),
         ((*digits, "--radius", "big"), 2, "the recipe's radius = 'big' is not a number"),
+        ((*digits, "--radius", "0"), 2, "the recipe's radius = 0.0 is not between 1e-09 and"),
+        ((*digits, "--arch", "mlp:64-16384-16384-10"), 2, "has more than 134217728 weights; choose smaller widths"),
+        ((*digits, "--activation", "erf", "--onnx", tmp_path / "m.onnx"), 3, "torch has no module for erf"),
         ((*digits, "--epochs", "0"), 2, "the recipe's epochs = 0 is not between 1 and"),
         ((*digits, "--set", "speed=9"), 2, "is not KEY=VALUE with a key among"),
         ((*digits, "--set", "batch"), 2, "is not KEY=VALUE with a key among"),
@@ -133,6 +142,38 @@ def test_a_checkpoint_of_another_recipe_is_refused(curvcert: Curvcert, tmp_path:
     outcome = curvcert("train", *SMALL, "-o", target, "--resume")
     assert outcome.code == 2
     assert "is of another recipe: data is mnist here and digits there" in outcome.last
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(curvcert: Curvcert, tmp_path: Path) -> None:
+    from certify_cli.training.loop import write_checkpoint
+
+    target = tmp_path / "m.safetensors"
+    values = {"data": "digits", "arch": "mlp:64-16-10", "epochs": 2, "checked": 20}
+    for recipe in (suited("digits").with_values(values).values(), [], {"epochs": "\x1b[2J"}):
+        state = {"recipe": recipe, "threads": "\x1b[2J", "module": {}, "history": []}
+        write_checkpoint(tmp_path / "m.safetensors.checkpoint", state)
+        outcome = curvcert("train", *SMALL, "-o", target, "--resume")
+        assert outcome.code == 2
+        assert "Traceback" not in outcome.err
+        assert "\x1b" not in outcome.err
+
+
+def test_the_next_command_is_quoted(curvcert: Curvcert, tmp_path: Path) -> None:
+    made = curvcert("train", *SMALL, "--objective", "plain", "-q", "-o", tmp_path / "a b; c.safetensors")
+    assert f"curvcert certify '{tmp_path}/a b; c.safetensors' --data digits --eps 0.5" in made.out
+
+
+def test_no_path_that_a_model_holds_is_opened(curvcert: Curvcert, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "m.safetensors"
+    training = {"recipe": {"data": str(tmp_path / "secret.npz"), "epochs": 1}}
+    spec = {"format": "curvcert-architecture/1", "input": [4], "layers": [], "training": training}
+    save_file({"w": torch.zeros(2)}, path, metadata={"curvcert": json.dumps(spec)})
+    outcome = curvcert("train", "--recipe", path, "-o", tmp_path / "o.safetensors")
+    assert outcome.code == 2
+    assert "name the data with --data" in outcome.last
 
 
 def test_a_hostile_recipe_in_a_model_is_refused(curvcert: Curvcert, tmp_path: Path) -> None:
