@@ -40,7 +40,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe (repeat).", show_default=False),
 ]
 Arch = Annotated[
-    str | None, _of_recipe("--arch", "NAME", "mlp:784-1024-10, conv:16,32-100, 4c3f, 6c2f or resnet:16-2.")
+    str | None, _of_recipe("--arch", "NAME", "mlp:784-1024-10, conv:16,32-100, 4c3f, 6c2f, resnet:16-2 or sll:32-3.")
 ]
 TrainedActivation = Annotated[str | None, _of_recipe("--activation", "NAME", "Such as softplus:5 or tanh.")]
 ObjectiveName = Annotated[

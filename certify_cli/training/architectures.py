@@ -20,6 +20,7 @@ from certify_cli.load.safetensors.architecture import FORMAT
 from certify_cli.network.activations import Activation, from_name, to_module
 from certify_cli.network.graph import Shape
 from certify_cli.training.elementwise import Elementwise
+from certify_cli.training.sll import Returning, Unshuffled
 
 MAX_WIDTH, MAX_HIDDEN = 2**14, 64
 """Largest width of a layer, and largest number of hidden layers, that a name may ask for."""
@@ -62,7 +63,7 @@ class Architecture:
         return {"format": FORMAT, "input": list(self.input_shape), "layers": entries}
 
     def module(self) -> LayeredModule:
-        """The torch module; its state dict has the tensors that the spec names."""
+        """The torch module."""
         return LayeredModule(self)
 
 
@@ -81,6 +82,14 @@ class LayeredModule(nn.Module):
             values[name] = self.get_submodule(name)(*(values[key] for key in inputs or (previous,)))
             previous = name
         return values[previous]
+
+    def declared(self) -> dict[str, Tensor]:
+        """The tensors that the spec names, on the CPU, without gradients; some layers write theirs from others."""
+        found: dict[str, Tensor] = {}
+        for name, layer in self.named_children():
+            tensors = layer.declared() if isinstance(layer, Returning) else layer.state_dict()
+            found |= {f"{name}.{key}": tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+        return found
 
 
 @dataclass
@@ -208,7 +217,34 @@ def _residual(plan: _Plan, classes: int, text: str) -> None:
     plan.dense("fc", classes)
 
 
-ARCHITECTURES: dict[str, Planner] = {"mlp": _mlp, "conv": _conv, "4c3f": _4c3f, "6c2f": _6c2f, "resnet": _residual}
+def _sll(plan: _Plan, classes: int, text: str) -> None:
+    """sll:32-3 - 1-Lipschitz residual convolutions 3 x 3 (width, blocks) on every second pixel, and a dense layer."""
+    width, blocks = (*(_widths(text, "sll:32-3") if text else [32]), 3)[:2]
+    _needs_images(plan)
+    channels, *sides = plan.input_shape
+    side = 2 if all(length % 2 == 0 for length in sides) else 1
+    if width < channels * side * side:
+        raise UsageError(f"--arch sll:{width}: the width must be at least {channels * side * side} for these images")
+    plan.add("stem", {"type": "Conv2d", "stride": side}, Unshuffled(channels, width, side))
+    for number in range(1, blocks + 1):
+        skipped = plan.last
+        plan.conv(f"block{number}_in", width, 3, 1, 1)
+        into = plan.layers[-1].module
+        assert isinstance(into, nn.Conv2d)  # what conv adds
+        plan.activate()
+        plan.add(f"block{number}_out", {"type": "ConvTranspose2d", "padding": 1}, Returning(into))
+        plan.add(f"block{number}_sum", {"type": "add"}, Sum(), (skipped, plan.last))
+    plan.dense("fc", classes)
+
+
+ARCHITECTURES: dict[str, Planner] = {
+    "mlp": _mlp,
+    "conv": _conv,
+    "4c3f": _4c3f,
+    "6c2f": _6c2f,
+    "resnet": _residual,
+    "sll": _sll,
+}
 """Name -> planner."""
 
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from certify_cli.errors import DataError, TrainingError, UsageError, first_line
 from certify_cli.load.convert import write_atomically
-from certify_cli.training.architectures import Architecture, architecture
+from certify_cli.training.architectures import Architecture, LayeredModule, architecture
 from certify_cli.training.augmentation import Augmentation
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
 from certify_cli.training.recipe import Recipe
@@ -85,7 +85,7 @@ class Training:
         torch.manual_seed(recipe.seed)
         shape = tuple(data.x.shape[1:])
         self.architecture: Architecture = architecture(recipe.arch, recipe.activation, shape, data.classes)
-        self.module: nn.Module = self.architecture.module().to(device)
+        self.module: LayeredModule = self.architecture.module().to(device)
         self.augmentation = Augmentation(recipe, shape)
         self.objective = objective_of(recipe, self.module, shape)
         self.optimiser = _optimiser(recipe, self.module)
@@ -170,9 +170,10 @@ class Training:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """The present model's tensors by the names of the spec, on the CPU; of the average where the recipe has one."""
+        """The present model's tensors by the names of the spec; of the average where the recipe has one."""
         source = self.module if self.average is None else self.average.module
-        return {name: tensor.detach().cpu().clone() for name, tensor in source.state_dict().items()}
+        assert isinstance(source, LayeredModule)  # the average is of the same class
+        return source.declared()
 
     def state(self) -> dict[str, Any]:
         """The checkpoint: tensors, numbers and texts alone."""

@@ -15,8 +15,12 @@ from certify_cli.network.activations import ACTIVATIONS, from_module, to_module
 from certify_cli.training.architectures import ARCHITECTURES, architecture, described
 from certify_cli.training.differentiable import DifferentiableNetwork
 from certify_cli.training.elementwise import Elementwise
+from certify_cli.training.sll import Returning
 
-NAMES = ["mlp:784-20-10", "mlp:784-10", "conv:4,6-20", "conv:4", "4c3f", "6c2f", "resnet:4-2", "resnet:3", "resnet"]
+NAMES = [
+    *("mlp:784-20-10", "mlp:784-10", "conv:4,6-20", "conv:4", "4c3f", "6c2f"),
+    *("resnet:4-2", "resnet:3", "resnet", "sll:5-2", "sll:4", "sll"),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,7 +28,7 @@ NAMES = ["mlp:784-20-10", "mlp:784-10", "conv:4,6-20", "conv:4", "4c3f", "6c2f",
 def test_the_spec_declares_the_module(name: str, activation: str) -> None:
     made = architecture(name, activation, (1, 28, 28), 10)
     module, x = made.module(), torch.rand(3, 1, 28, 28)
-    declared = build(made.spec, module.state_dict())
+    declared = build(made.spec, module.declared())
     expected = module.double()(x.double())
     assert torch.allclose(declared(x.double()), expected, rtol=0, atol=1e-6)
     exported = DifferentiableNetwork(module, (1, 28, 28)).network()
@@ -47,6 +51,7 @@ def test_every_architecture_is_tried() -> None:
         ("mlp:" + "-".join(["10"] * 100), "is not a list of at most"),
         ("4c3f:7", "takes no widths"),
         ("conv:a", "is not a list"),
+        ("sll:3", "the width must be at least 4"),
     ],
 )
 def test_what_is_no_architecture(text: str, says: str) -> None:
@@ -61,6 +66,39 @@ def test_images_that_do_not_fit() -> None:
         architecture("conv:4", "tanh", (784,), 10)
     with pytest.raises(UsageError, match="unknown activation"):
         architecture("conv:4", "swoosh", (1, 8, 8), 10)
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_sll_blocks_are_1_lipschitz_by_their_jacobians(convolutional: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    into = nn.Conv2d(3, 5, 3, padding=1) if convolutional else nn.Linear(12, 7)
+    back = Returning(into.double()).double()
+    shape = (3, 4, 4) if convolutional else (12,)
+    with torch.no_grad():
+        into.weight *= 10 * torch.randn(len(into.weight), dtype=torch.float64).abs().reshape(
+            -1, *[1] * (into.weight.dim() - 1)
+        )
+        into.weight[2] = 0.0  # a row of zeros is no division by zero
+        back.log_q.normal_()
+    declared = back.declared()["weight"]
+    assert bool(declared.isfinite().all())
+    for scale in (0.1, 1.0, 10.0):
+        x = scale * torch.randn(shape, dtype=torch.float64)
+        block = torch.autograd.functional.jacobian(lambda x: x + back(F.relu(into(x.unsqueeze(0))))[0], x)
+        matrix = block.reshape(x.numel(), x.numel())
+        assert float(torch.linalg.matrix_norm(matrix, 2)) <= 1 + 1e-12
+    slopes_of_one = torch.autograd.functional.jacobian(lambda x: x + back(into(x.unsqueeze(0)))[0], x)
+    singular = torch.linalg.svdvals(slopes_of_one.reshape(x.numel(), x.numel()))
+    assert float(singular.max()) <= 1 + 1e-12  # with all slopes at their end, too
+
+
+def test_the_layer_back_of_an_sll_block_learns_through_both_of_its_layers() -> None:
+    made = architecture("sll:4-1", "softplus", (1, 4, 4), 2).module()
+    made(torch.rand(3, 1, 4, 4))[:, 0].sum().backward()
+    gradients = {name: p.grad for name, p in made.named_parameters()}
+    assert all(g is not None and bool((g != 0).any()) for g in gradients.values())
+    assert [name for name in gradients if "block" in name] == ["block1_in.weight", "block1_in.bias", "block1_out.log_q"]
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
