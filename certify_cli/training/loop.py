@@ -17,11 +17,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from certify_cli.errors import DataError, TrainingError, UsageError, first_line
 from certify_cli.load.convert import write_atomically
+from certify_cli.load.safetensors.architecture import build
 from certify_cli.training.architectures import Architecture, LayeredModule, architecture
 from certify_cli.training.augmentation import Augmentation
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
 from certify_cli.training.recipe import Recipe
-from certify_cli.training.validation import Score, loaded, score
+from certify_cli.training.validation import Score, score
 
 VALIDATION = 12
 """A recipe that does not say otherwise keeps one in so many training samples for selection."""
@@ -163,8 +164,8 @@ class Training:
     def _select(self, number: int) -> Score:
         """Score the present model, and keep it where it is the best so far."""
         tensors = self.tensors()
-        model = loaded(self.architecture.spec, tensors, "the model in training")
-        found = score(model, self.data.validation_x, self.data.validation_y, self.recipe.radius, self.recipe.checked)
+        network = build(self.architecture.spec, tensors)
+        found = score(network, self.data.validation_x, self.data.validation_y, self.recipe.radius, self.recipe.checked)
         if self.best is None or found.key >= self.best.key:
             self.best, self.best_epoch, self.best_tensors = found, number, tensors
         return found
