@@ -12,9 +12,12 @@ from certify_cli.training.validation import score
 
 def test_a_wide_model_is_selected_by_the_bounds_that_it_will_be_certified_by() -> None:
     torch.manual_seed(0)
-    made = architecture("mlp:784-512-4", "softplus", (1, 28, 28), 4)
+    made = architecture("mlp:784-800-10", "softplus", (1, 28, 28), 10)
     module = made.module()
-    network, x = build(made.spec, module.declared()), torch.rand(12, 1, 28, 28)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter *= 4  # curvature counts
+    network, x = build(made.spec, module.declared()), torch.randn(12, 1, 28, 28)
     y = network(x.double()).argmax(1)
     sharp, weak = (
         torch.tensor([s.certified_radius for s in certify(module, x, y, method="dual", effort=effort).samples])
