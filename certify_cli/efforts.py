@@ -22,12 +22,14 @@ class Budget:
     norm: for the verified spectral norm of one matrix.   eigenvalues: for proved eigenvalues of one matrix.
     blocks: for all that refines the blocks of one expansion beyond products of norms (`block_costs`). Two cores do
     some 2e10 such operations a second.   memory: bytes.
+    writing: for the passes that write out one block; one that is a single dense layer takes none.
     """
 
     norm: float
     eigenvalues: float
     blocks: float = math.inf
     memory: int = MEMORY
+    writing: float = math.inf
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Conv(AffineOp):
         shape = tuple(x.shape[1:])
         if self._tiny(shape):
             return (x.flatten(1) @ self._matrix(weight, shape).T).reshape(-1, *self.output_shape(shape))
-        if self._at_once(x, shape):
+        if self._at_once(x, weight, shape):
             return self._convolved(x, weight, self.padding)
         image = x.new_zeros(len(x), *self.output_shape(shape))
         reach, places = self._reach, image.shape[2:]
@@ -89,8 +89,10 @@ class Conv(AffineOp):
         patch = self.weight[0].numel() * math.prod(self.output_shape(shape)[1:])
         return torch.get_num_threads() * max(1, PATCH_ENTRIES // patch)
 
-    def _at_once(self, values: Tensor, shape: Shape) -> bool:
-        return values.requires_grad or values.device.type != "cpu" or len(values) <= self._together(shape)
+    def _at_once(self, values: Tensor, weight: Tensor, shape: Shape) -> bool:
+        if carries_gradient(values, weight):  # parts are written into one image, which has no gradient
+            return True
+        return values.device.type != "cpu" or len(values) <= self._together(shape)
 
     def _parts(self, values: Tensor, images: Tensor, shape: Shape) -> Iterator[tuple[Tensor, Tensor, Box | None]]:
         """Values and their images part by part, and the box outside of which the values are zero."""
@@ -165,7 +167,7 @@ class Conv(AffineOp):
     def _convolve_back(self, y: Tensor, weight: Tensor, shape: Shape) -> Tensor:
         if self._tiny(shape):
             return (y.flatten(1) @ self._matrix(weight, shape)).reshape(-1, *shape)
-        if self._at_once(y, shape):
+        if self._at_once(y, weight, shape):
             return self._convolved_back(y, weight, shape, self.padding)
         image = y.new_zeros(len(y), *shape)
         for part, into, box in self._parts(y, image, shape):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -91,8 +92,31 @@ def operator_norm_estimate(
     return linear(v / v.norm()).norm()
 
 
-def weighted_gram_estimates(matrix: Tensor, weights: Tensor) -> Tensor:
-    """Estimates from below (count,) of lambda_max(T^T diag(w) T).   matrix: T.   weights: w (count, rows), >= 0."""
-    held, w = matrix.detach(), weights.detach()
-    v = _refined((len(w), matrix.shape[1]), held, lambda v: normalize((w * (v @ held.T)) @ held, dim=1))
-    return (weights * (v @ matrix.T).square()).sum(1)
+@dataclass(frozen=True, eq=False)
+class Maps:
+    """A matrix T by its products.   linear: from (count, *shape) to (count, rows).   transpose: back.
+
+    like: a tensor of its device and type.
+    """
+
+    linear: Callable[[Tensor], Tensor]
+    transpose: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+    like: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Maps:
+        """Those of a matrix that is written out."""
+        return cls(lambda v: v @ matrix.T, lambda u: u @ matrix, (matrix.shape[1],), matrix)
+
+
+def weighted_gram_estimates(maps: Maps, weights: Tensor) -> Tensor:
+    """Estimates from below (count,) of lambda_max(T^T diag(w) T).   weights: w (count, rows), >= 0."""
+    w = weights.detach()
+
+    def improve(v: Tensor) -> Tensor:
+        image = maps.transpose(w * maps.linear(v))
+        return normalize(image.flatten(1), dim=1).reshape(v.shape)
+
+    v = _refined((len(w), *maps.shape), maps.like.detach(), improve)
+    return (weights * maps.linear(normalize(v.flatten(1), dim=1).reshape(v.shape)).square()).sum(1)

@@ -230,7 +230,7 @@ def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> O
             every_rival=recipe.every_rival,
         )
     if recipe.objective == "local":
-        return LocalCurvature(module, shape, radius=recipe.radius, weight=recipe.weight)
+        return LocalCurvature(module, shape, radius=recipe.radius, weight=recipe.weight, every_rival=recipe.every_rival)
     return Plain(module, shape)
 
 

@@ -29,8 +29,8 @@ from certify_cli.numerics.estimates import KeptVectors
 from certify_cli.training.attack_points import attack_points
 from certify_cli.training.differentiable import DifferentiableNetwork
 
-BUDGET = Budget(norm=1e11, eigenvalues=1e12)
-"""Matrices up to about 4,000 x 4,000 are written out."""
+BUDGET = Budget(norm=1e11, eigenvalues=1e12, blocks=0.0, writing=1e8)
+"""Dense layers up to about 4,000 x 4,000 are matrices; convolutions but the smallest stay operators."""
 TRAINED_RULES = tuple(name for name in RULES if name != "two layers")
 """Rules of the curvature bound that training uses; the other needs an eigenvalue of a dense matrix at every step."""
 EVERY_PAIR = 128
@@ -191,27 +191,44 @@ class LocalCurvature(_Curved):
     The bound is the fast tier of the remainder identity, at the target radius and around each sample: no Jacobian.
 
     radius: of the balls.   share: of the bounded loss that is subtracted, in [0, 1]; 1 is the bound itself, and less
-        than 1 a start from which training can grow.
+        than 1 a start from which training can grow.   weight: of the worst case; the sample itself has the rest.
+    every_rival: False lowers the margin towards the runner-up alone, at a fraction of the time.
     """
 
     def __init__(
-        self, module: nn.Module, input_shape: Sequence[int], *, radius: float, share: float = 1.0, weight: float = 1.0
+        self,
+        module: nn.Module,
+        input_shape: Sequence[int],
+        *,
+        radius: float,
+        share: float = 1.0,
+        weight: float = 1.0,
+        every_rival: bool = True,
     ) -> None:
         super().__init__(module, input_shape)
-        self.radius, self.share, self.weight = radius, share, weight
+        self.radius, self.share, self.weight, self.every_rival = radius, share, weight, every_rival
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        clean = cross_entropy(self.module(x), y)
-        margins = self.worst_margins(x, y)
+        logits = self.module(x)
+        clean = cross_entropy(logits, y)
+        rivals = rivals_of(y, logits.shape[1])
+        if self.every_rival:
+            margins = self.worst_margins(x, y, rivals)
+        else:
+            plain = logits.gather(1, y.unsqueeze(1)) - logits.gather(1, rivals)
+            nearest = plain.detach().argmin(1, keepdim=True)
+            margins = plain.double().scatter(1, nearest, self.worst_margins(x, y, rivals.gather(1, nearest)))
         worst = torch.logsumexp(torch.cat([-margins, torch.zeros_like(margins[:, :1])], dim=1), dim=1).mean()
         return (1 - self.weight) * clean + self.weight * worst.to(clean.dtype)
 
-    def worst_margins(self, x: Tensor, y: Tensor) -> Tensor:
-        """Estimates (batch, classes - 1) of lower bounds of the margins on the balls, less `share` of the losses."""
+    def worst_margins(self, x: Tensor, y: Tensor, rivals: Tensor) -> Tensor:
+        """Estimates (batch, rivals) of lower bounds of the margins on the balls: those at x less `share` of the losses.
+
+        rivals: (batch, rivals), classes.
+        """
         network = self.source.network()
         point = EvaluatedPoints(network, x.double())
         eye = torch.eye(network.classes, dtype=torch.float64, device=x.device)
-        rivals = rivals_of(y, network.classes)
         adjoints = vjp(network, eye[y].unsqueeze(1) - eye[rivals], point.slopes)
         radius = torch.full((len(x),), self.radius, dtype=torch.float64, device=x.device)
         ranges = interval_ranges(point, weight_blocks(network, BUDGET), radius)

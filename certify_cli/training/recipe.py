@@ -50,7 +50,7 @@ class Recipe:
     radius: float = _key(1.58, "the radius that is trained for, and at which models are selected", 1e-9, 1e6)
     weight: float = _key(0.02, "of the curvature penalty, or of the worst case in `local`", 0.0, 1e6)
     attack_steps: int = _key(7, "gradient steps of the attack that crt trains on", 1, 1000)
-    every_rival: bool = _key(False, "crt: the penalty of all rivals, not of the runner-up alone")
+    every_rival: bool = _key(False, "crt, local: bounds towards all rivals, not towards the runner-up alone")
     temperature: float = _key(1.0, "of the cross-entropy", 1e-3, 1e3)
     offset: float = _key(0.0, "subtracted from the label's logit in the cross-entropy", 0.0, 1e3)
     dual_step: float = _key(0.0, "curvature: how fast the weight follows accuracy minus dual_target", 0.0, 1e3)

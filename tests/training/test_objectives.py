@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.bounds.remainder.tangent_bound import tangent_losses
 from certify_cli.errors import ModelError, UsageError
+from certify_cli.network import convolution
 from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.graph import Network
 from certify_cli.network.propagate import vjp
 from certify_cli.numerics import estimates
-from certify_cli.training import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
+from certify_cli.training import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain, objectives
 from certify_cli.training.differentiable import DifferentiableNetwork
 from certify_cli.training.objectives import BUDGET, TRAINED_RULES, global_curvature, rivals_of
 from tests.training.modules import CLASSES, SHAPE, Residual, batch, convolutional, dense, pooled, prepared
@@ -33,6 +35,7 @@ OBJECTIVES: dict[str, Callable[[nn.Module], Objective]] = {
     "crt": lambda m: CRT(m, SHAPE, radius=0.0, weight=0.1, steps=1),  # no attack: its point moves with the weights
     "crt of every rival": lambda m: CRT(m, SHAPE, radius=0.0, weight=0.1, steps=1, every_rival=True),
     "local": lambda m: LocalCurvature(m, SHAPE, radius=0.3, weight=0.7),
+    "local of the runner-up": lambda m: LocalCurvature(m, SHAPE, radius=0.3, weight=0.7, every_rival=False),
 }
 
 
@@ -89,7 +92,7 @@ def test_worst_margins_never_fall_below_the_verified_ones(make: Any, converged: 
     module, (x, y) = prepared(make, nn.Softplus), batch()
     objective = LocalCurvature(module, SHAPE, radius=0.2)
     with objective.kept.step():
-        value = objective.worst_margins(x, y).detach()
+        value = objective.worst_margins(x, y, rivals_of(y, CLASSES)).detach()
     with exact_kernels():
         network = frozen(module)
         point = EvaluatedPoints(network, x)
@@ -103,11 +106,38 @@ def test_worst_margins_never_fall_below_the_verified_ones(make: Any, converged: 
     assert bool((value <= verified + 1e-3 * (margin - verified)).all())
 
 
+@pytest.mark.parametrize("make", [convolutional, dense])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_operators_in_place_of_matrices(name: str, make: Any, converged: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions that are not written out: the same first term and Lipschitz constants, and the same gradients."""
+    monkeypatch.setattr(convolution, "PATCH_ENTRIES", 1)  # as images of many pixels are convolved: part by part
+    found = []
+    for writing in (1e9, 0.0):
+        monkeypatch.setattr(objectives, "BUDGET", replace(BUDGET, writing=writing))
+        module, (x, y) = prepared(lambda activation: single(make, activation), nn.Softplus), batch()
+        loss = OBJECTIVES[name](module)(x, y)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in module.parameters())])
+    if name.startswith("local"):  # whose ranges are wider without rows
+        assert float(found[1][0]) >= float(found[0][0]) - 1e-9
+        return
+    for written, by_operators in zip(*found, strict=True):
+        assert torch.allclose(written, by_operators, rtol=1e-4, atol=1e-7)
+
+
+def single(make: Any, activation: Any) -> nn.Module:
+    """The first layers of a module up to its first activation, and a head."""
+    layers = list(make(activation))
+    end = next(i for i, layer in enumerate(layers) if isinstance(layer, activation)) + 1
+    width = nn.Sequential(*layers[:end], nn.Flatten())(torch.zeros(1, *SHAPE)).shape[1]
+    return nn.Sequential(*layers[:end], nn.Flatten(), nn.Linear(width, CLASSES))
+
+
 def test_worst_margins_hold_at_sampled_points() -> None:
     module, (x, y) = prepared(dense, nn.Tanh), batch()
     objective = LocalCurvature(module, SHAPE, radius=0.25)
     with objective.kept.step():
-        worst = objective.worst_margins(x, y).detach()
+        worst = objective.worst_margins(x, y, rivals_of(y, CLASSES)).detach()
     directions = torch.randn(200, *x.shape, dtype=torch.float64)
     directions /= directions.flatten(2).norm(dim=2).reshape(200, -1, 1, 1, 1)
     with torch.no_grad():

@@ -26,13 +26,16 @@ from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
 from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
-from certify_cli.network.graph import Network
+from certify_cli.network.affine import AffineOp
+from certify_cli.network.graph import Network, Shape
 from certify_cli.network.propagate import interval_vjp, nonlinear_nodes, pre_activation, pre_activations
 from certify_cli.numerics.eigen import largest_eigenvalue
+from certify_cli.numerics.estimates import Maps, weighted_gram_estimates
 from certify_cli.numerics.norms import frobenius_norm, gram, matrix_norm
 from certify_cli.numerics.rounding import (
     UNDERFLOW,
     UNIT,
+    carries_gradient,
     number,
     power_of_two,
     root_sum_square,
@@ -58,6 +61,7 @@ class Stack:
     parts: number of blocks of u.   norm: spectral norm.   rows: norms of the rows, (size,).
     matrix: T (size, all sources' sizes), or None where it is too large to write out.
     matrix_error: Frobenius norm of the difference between `matrix` and T.
+    maps: T as operators, where it has one block of affine layers in a row and is not written out.
     """
 
     parts: int
@@ -65,6 +69,7 @@ class Stack:
     rows: Tensor
     matrix: Tensor | None
     matrix_error: float
+    maps: Maps | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +127,8 @@ def largest_weight(term: Term) -> Tensor:
 def weighted_gram(term: Term) -> Tensor | None:
     """lambda_max(T^T diag(w) T) * parts: sharp for the first layer, whose T is the weight matrix itself."""
     stack = term.stack
+    if stack.maps is not None and carries_gradient(term.weights):
+        return weighted_gram_estimates(stack.maps, term.weights)
     if stack.matrix is None:
         return times(term.weights.amax(1), stack.norm, stack.norm, stack.parts)
     value = weighted_gram_norms(stack.matrix, term.weights, term.curvature.budget, stack.matrix_error)
@@ -249,8 +256,34 @@ class Curvature:
                 error = up(sum(times(b.matrix_error, lip) for b, lip in blocks) + scaling, len(blocks) + 2) + UNDERFLOW
                 if len(blocks) > 1:
                     norm = min(norm, up(matrix_norm(matrix) + error, 2))
-            self._stacks[layer] = Stack(len(blocks), norm, rows, matrix, error)
+            maps = self._maps(target, *sources) if matrix is None and len(sources) == 1 else None
+            self._stacks[layer] = Stack(len(blocks), norm, rows, matrix, error, maps)
         return self._stacks[layer]
+
+    def _maps(self, target: int, source: int) -> Maps | None:
+        """A block times the Lipschitz constant of its source, by the affine layers between the two."""
+        layers: list[tuple[AffineOp, Shape]] = []
+        at = target
+        while at != source:
+            node = self.network.nodes[at]
+            if not isinstance(node.op, AffineOp):
+                return None
+            layers.insert(0, (node.op, self.network.nodes[node.inputs[0]].shape))
+            at = node.inputs[0]
+        lip, shape = self.lipschitz.to_output(source), self.network.nodes[target].shape
+
+        def linear(v: Tensor) -> Tensor:
+            for op, _ in layers:
+                v = op.linear(v)
+            return (lip * v).flatten(1)
+
+        def transpose(u: Tensor) -> Tensor:
+            u = lip * u.reshape(-1, *shape)
+            for op, before in reversed(layers):
+                u = op.transpose(u, before)
+            return u
+
+        return Maps(linear, transpose, self.network.nodes[source].shape, self.weights[target, source].rows)
 
     @cached_property
     def _norms(self) -> dict[tuple[str, int], float | None]:

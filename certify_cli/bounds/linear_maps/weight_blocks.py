@@ -10,6 +10,7 @@ chosen by its cost beforehand (`block_costs`), and computed when it is first ask
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,6 +142,8 @@ class Blocks(Mapping[Pair, Block]):
         worth = contributions(network, {pair: found.norm for pair, found in self.composed.items()}, radii)
         self.proved = affordable(self._costs, products, worth, budget.blocks)
         cheap = small if keep else small - (products - self.proved)
+        if budget.writing < math.inf:
+            cheap = {p for p in cheap if self._single(p) is not None or self._costs.writing(p) <= budget.writing}
         self._shared = shared(self._costs, cheap, budget.memory // (8 * SHARED_PART))
         self._written: dict[Pair, Written] = {}
         self._pulled: dict[int, dict[int, Tensor]] = {}

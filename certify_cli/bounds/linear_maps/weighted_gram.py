@@ -7,7 +7,7 @@ from torch import Tensor
 
 from certify_cli.efforts import Budget
 from certify_cli.numerics.eigen import largest_eigenvalue, ritz_estimate, starting_vectors
-from certify_cli.numerics.estimates import weighted_gram_estimates
+from certify_cli.numerics.estimates import Maps, weighted_gram_estimates
 from certify_cli.numerics.rounding import (
     TINY,
     UNDERFLOW,
@@ -42,7 +42,7 @@ def weighted_gram_norms(matrix: Tensor, weights: Tensor, budget: Budget, error: 
     Where matrix or weights carry a gradient, the results are estimates from below.
     """
     if carries_gradient(matrix, weights):
-        return weighted_gram_estimates(matrix, weights)
+        return weighted_gram_estimates(Maps.of(matrix), weights)
     count, (rows, columns) = len(weights), matrix.shape
     if not bool(weights.isfinite().all()) or not bool(matrix.isfinite().all()):
         return torch.full((count,), torch.inf, dtype=torch.float64, device=weights.device)
