@@ -28,6 +28,8 @@ VALIDATION = 12
 """A recipe that does not say otherwise keeps one in so many training samples for selection."""
 SELECTIONS = 12
 """About so many times a run models are compared, where the recipe does not say otherwise."""
+MOMENTUM_SWING = 0.05
+"""By so much momentum falls and rises as the one-cycle rate rises and falls."""
 MOST_SKIPPED = 20
 """Steps in a row without a finite loss and gradient after which a run is given up."""
 
@@ -246,15 +248,25 @@ def _grow(objective: Objective, recipe: Recipe, done: float) -> None:
 def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     parameters = module.parameters()
     if recipe.optimiser == "sgd":
-        return torch.optim.SGD(parameters, recipe.rate, momentum=0.9, nesterov=True, weight_decay=recipe.decay)
+        return torch.optim.SGD(
+            parameters, recipe.rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, weight_decay=recipe.decay
+        )
     kind = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
-    return kind(parameters, recipe.rate, weight_decay=recipe.decay)
+    return kind(parameters, recipe.rate, (recipe.momentum, recipe.second), weight_decay=recipe.decay)
 
 
 def _schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     schedules = torch.optim.lr_scheduler
     if recipe.schedule == "one-cycle":
-        return schedules.OneCycleLR(optimiser, recipe.rate, total_steps=steps + 1)
+        swing = min(MOMENTUM_SWING, recipe.momentum, 1.0 - recipe.momentum)
+        return schedules.OneCycleLR(
+            optimiser,
+            recipe.rate,
+            total_steps=steps + 1,
+            cycle_momentum=recipe.momentum > 0,
+            base_momentum=recipe.momentum - swing,
+            max_momentum=recipe.momentum + swing,
+        )
     if recipe.schedule == "cosine":
         return schedules.CosineAnnealingLR(optimiser, steps)
     return schedules.ConstantLR(optimiser, factor=1.0, total_iters=0)

@@ -61,6 +61,8 @@ class Recipe:
     batch: int = _key(256, "samples a step", 1, 2**20)
     optimiser: str = _key("adam", "of torch", choices=OPTIMISERS)
     rate: float = _key(3e-3, "the largest learning rate", 1e-9, 1e3)
+    momentum: float = _key(0.9, "of sgd; of adam and adamw, the decay of their mean gradient", 0.0, 0.9999)
+    second: float = _key(0.999, "of adam and adamw, the decay of their mean squared gradient", 0.0, 0.999999)
     schedule: str = _key("one-cycle", "of the learning rate", choices=SCHEDULES)
     decay: float = _key(0.0, "weight decay", 0.0, 1e3)
     average: float = _key(0.0, "decay of an exponential average of the weights, which is then the model; 0: none", 0, 1)
