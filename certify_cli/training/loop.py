@@ -22,6 +22,7 @@ from certify_cli.training.architectures import Architecture, LayeredModule, arch
 from certify_cli.training.augmentation import Augmentation
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
 from certify_cli.training.recipe import Recipe
+from certify_cli.training.start import middle_layers, start_from_identity
 from certify_cli.training.validation import Score, score
 
 VALIDATION = 12
@@ -88,7 +89,10 @@ class Training:
         torch.manual_seed(recipe.seed)
         shape = tuple(data.x.shape[1:])
         self.architecture: Architecture = architecture(recipe.arch, recipe.activation, shape, data.classes)
-        self.module: LayeredModule = self.architecture.module().to(device)
+        module = self.architecture.module()
+        if recipe.start == "identity":
+            start_from_identity(module, torch.zeros(1, *shape, dtype=torch.float32))
+        self.module: LayeredModule = module.to(device)
         self.augmentation = Augmentation(recipe, shape)
         self.objective = objective_of(recipe, self.module, shape)
         self.optimiser = _optimiser(recipe, self.module)
@@ -246,7 +250,10 @@ def _grow(objective: Objective, recipe: Recipe, done: float) -> None:
 
 
 def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
-    parameters = module.parameters()
+    middle = [p for layer in middle_layers(module) for p in layer.parameters()]
+    others = [p for p in module.parameters() if not any(p is q for q in middle)]
+    rates = ((others, recipe.rate), (middle, recipe.rate * recipe.middle_rate))
+    parameters = [{"params": group, "lr": rate} for group, rate in rates if group]
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(
             parameters, recipe.rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, weight_decay=recipe.decay
@@ -261,7 +268,7 @@ def _schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, steps: int) -> t
         swing = min(MOMENTUM_SWING, recipe.momentum, 1.0 - recipe.momentum)
         return schedules.OneCycleLR(
             optimiser,
-            recipe.rate,
+            [group["lr"] for group in optimiser.param_groups],
             total_steps=steps + 1,
             cycle_momentum=recipe.momentum > 0,
             base_momentum=recipe.momentum - swing,

@@ -21,6 +21,7 @@ from certify_cli.toml_file import read_toml
 OBJECTIVES = ("plain", "curvature", "crt", "local")
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
+STARTS = ("torch", "identity")
 LARGEST_NUMBER = 2**53
 """No number of a recipe is larger."""
 
@@ -46,6 +47,7 @@ class Recipe:
     data: str = _key("mnist", "the data set, as for --data of certify; its training split is used")
     arch: str = _key("mlp:784-1024-10", "the architecture")
     activation: str = _key("softplus", "the activation, such as softplus:5 or tanh")
+    start: str = _key("torch", "of dense layers in the middle: torch's, or a tenth of the identity", choices=STARTS)
     objective: str = _key("crt", "the loss", choices=OBJECTIVES)
     radius: float = _key(1.58, "the radius that is trained for, and at which models are selected", 1e-9, 1e6)
     weight: float = _key(0.02, "of the curvature penalty, or of the worst case in `local`", 0.0, 1e6)
@@ -61,6 +63,7 @@ class Recipe:
     batch: int = _key(256, "samples a step", 1, 2**20)
     optimiser: str = _key("adam", "of torch", choices=OPTIMISERS)
     rate: float = _key(3e-3, "the largest learning rate", 1e-9, 1e3)
+    middle_rate: float = _key(1.0, "of dense layers in the middle, as a part of the rate", 1e-6, 1.0)
     momentum: float = _key(0.9, "of sgd; of adam and adamw, the decay of their mean gradient", 0.0, 0.9999)
     second: float = _key(0.999, "of adam and adamw, the decay of their mean squared gradient", 0.0, 0.999999)
     schedule: str = _key("one-cycle", "of the learning rate", choices=SCHEDULES)
