@@ -46,11 +46,11 @@ class Recipe:
 
     data: str = _key("mnist", "the data set, as for --data of certify; its training split is used")
     arch: str = _key("mlp:784-1024-10", "the architecture")
-    activation: str = _key("softplus", "the activation, such as softplus:5 or tanh")
+    activation: str = _key("softplus:2", "the activation, such as softplus:5 or tanh")
     start: str = _key("torch", "of dense layers in the middle: torch's, or a tenth of the identity", choices=STARTS)
     objective: str = _key("crt", "the loss", choices=OBJECTIVES)
     radius: float = _key(1.58, "the radius that is trained for, and at which models are selected", 1e-9, 1e6)
-    weight: float = _key(0.02, "of the curvature penalty, or of the worst case in `local`", 0.0, 1e6)
+    weight: float = _key(0.1, "of the curvature penalty, or of the worst case in `local`", 0.0, 1e6)
     attack_steps: int = _key(7, "gradient steps of the attack that crt trains on", 1, 1000)
     every_rival: bool = _key(False, "crt, local: bounds towards all rivals, not towards the runner-up alone")
     temperature: float = _key(1.0, "of the cross-entropy", 1e-3, 1e3)
@@ -62,7 +62,7 @@ class Recipe:
     ramp: float = _key(0.15, "part of the run over which the radius, or the share of the worst case, grows", 0.0, 1.0)
     batch: int = _key(256, "samples a step", 1, 2**20)
     optimiser: str = _key("adam", "of torch", choices=OPTIMISERS)
-    rate: float = _key(3e-3, "the largest learning rate", 1e-9, 1e3)
+    rate: float = _key(0.008, "the largest learning rate", 1e-9, 1e3)
     middle_rate: float = _key(1.0, "of dense layers in the middle, as a part of the rate", 1e-6, 1.0)
     momentum: float = _key(0.9, "of sgd; of adam and adamw, the decay of their mean gradient", 0.0, 0.9999)
     second: float = _key(0.999, "of adam and adamw, the decay of their mean squared gradient", 0.0, 0.999999)
@@ -108,8 +108,11 @@ _TYPES: dict[str, type] = {item.name: type(item.default) for item in dataclasses
 
 SUITED: Mapping[str, Mapping[str, Any]] = {
     "digits": {
-        "arch": "mlp:64-128-10",
+        "arch": "mlp:64-256-10",
+        "activation": "softplus:4",
         "radius": 0.5,
+        "weight": 0.02,
+        "rate": 0.02,
         "epochs": 60,
         "batch": 64,
         "shift": 0.6,
@@ -117,7 +120,14 @@ SUITED: Mapping[str, Mapping[str, Any]] = {
         "checked": 119,
         "validation": 119,
     },
-    "cifar10": {"arch": "6c2f", "activation": "tanh", "objective": "curvature", "radius": 36 / 255, "flip": True},
+    "cifar10": {
+        "arch": "6c2f",
+        "activation": "tanh",
+        "objective": "curvature",
+        "radius": 36 / 255,
+        "rate": 1e-3,
+        "flip": True,
+    },
 }
 """What a recipe says by itself of a data set, where it is not the general default."""
 
