@@ -6,6 +6,7 @@ holds its weights while it is trained. So a trained file declares itself, and `c
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -83,13 +84,17 @@ class LayeredModule(nn.Module):
             previous = name
         return values[previous]
 
+    def written_out(self) -> LayeredModule:
+        """The same module on the CPU, whose layers all have the weights that the spec names."""
+        copied = copy.deepcopy(self).cpu()
+        for name, layer in list(copied.named_children()):
+            if isinstance(layer, Returning):
+                copied.add_module(name, layer.written_out())
+        return copied
+
     def declared(self) -> dict[str, Tensor]:
-        """The tensors that the spec names, on the CPU, without gradients; some layers write theirs from others."""
-        found: dict[str, Tensor] = {}
-        for name, layer in self.named_children():
-            tensors = layer.declared() if isinstance(layer, Returning) else layer.state_dict()
-            found |= {f"{name}.{key}": tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-        return found
+        """The tensors that the spec names, on the CPU."""
+        return self.written_out().state_dict()
 
 
 @dataclass

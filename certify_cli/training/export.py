@@ -45,7 +45,7 @@ class Made:
             raise ValueError("a run without epochs has no model")
         return cls(
             training.architecture.spec,
-            training.best_tensors,
+            training.best_module().state_dict(),
             training.recipe,
             training.best,
             training.best_epoch,
@@ -75,10 +75,8 @@ def refuse_unnamed(module: nn.Module) -> None:
 
 def write_onnx(training: Training, path: Path) -> None:
     """Write the best model of a finished run as ONNX, atomically, with a free batch axis."""
-    module = training.module.cpu().eval()
-    module.load_state_dict(training.best_tensors)
     content = io.BytesIO()
-    export(module, torch.zeros(1, *training.architecture.input_shape, dtype=torch.float32), content)
+    export(training.best_module(), torch.zeros(1, *training.architecture.input_shape, dtype=torch.float32), content)
     write_atomically(path, content.getvalue())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import math
@@ -106,7 +107,7 @@ class Training:
         self.history: list[Epoch] = []
         self.best: Score | None = None
         self.best_epoch = 0
-        self.best_tensors: dict[str, Tensor] = {}
+        self.best_state: dict[str, Tensor] = {}
         self._skipped_in_row = 0
 
     def epochs(self, step: Callable[[float], None] = lambda loss: None) -> Iterator[Epoch]:
@@ -169,18 +170,25 @@ class Training:
 
     def _select(self, number: int) -> Score:
         """Score the present model, and keep it where it is the best so far."""
-        tensors = self.tensors()
-        network = build(self.architecture.spec, tensors)
+        present = self.present()
+        network = build(self.architecture.spec, present.declared())
         found = score(network, self.data.validation_x, self.data.validation_y, self.recipe.radius, self.recipe.checked)
         if self.best is None or found.key >= self.best.key:
-            self.best, self.best_epoch, self.best_tensors = found, number, tensors
+            self.best, self.best_epoch = found, number
+            self.best_state = {key: tensor.detach().cpu().clone() for key, tensor in present.state_dict().items()}
         return found
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The present model's tensors by the names of the spec; of the average where the recipe has one."""
+    def present(self) -> LayeredModule:
+        """The present model: the average, where the recipe has one."""
         source = self.module if self.average is None else self.average.module
         assert isinstance(source, LayeredModule)  # the average is of the same class
-        return source.declared()
+        return source
+
+    def best_module(self) -> LayeredModule:
+        """The best model so far, on the CPU, in evaluation mode, with the weights that the spec names."""
+        module = copy.deepcopy(self.module).cpu().eval()
+        module.load_state_dict(self.best_state)
+        return module.written_out()
 
     def state(self) -> dict[str, Any]:
         """The checkpoint: tensors, numbers and texts alone."""
@@ -196,7 +204,7 @@ class Training:
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "best": None if self.best is None else dataclasses.asdict(self.best),
             "best_epoch": self.best_epoch,
-            "best_tensors": self.best_tensors,
+            "best_state": self.best_state,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -210,7 +218,7 @@ class Training:
         torch.set_rng_state(state["random"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self.best = None if state["best"] is None else Score(**state["best"])
-        self.best_epoch, self.best_tensors = state["best_epoch"], state["best_tensors"]
+        self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
 
 
 def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> Objective:

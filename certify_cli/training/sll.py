@@ -29,9 +29,17 @@ class Returning(nn.Module):
         scaled = -2 * into / row_sums(into, self.log_q.exp()).reshape(-1, *[1] * (into.dim() - 1))
         return scaled.T if into.dim() == 2 else scaled
 
-    def declared(self) -> dict[str, Tensor]:
-        """The tensors that the spec names."""
-        return {"weight": self.weight}
+    def written_out(self) -> nn.Module:
+        """The same layer with weights of its own."""
+        weight, padding = self.weight.detach(), self._into[0].weight.shape[-1] // 2
+        plain: nn.Linear | nn.ConvTranspose2d
+        if weight.dim() == 2:
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        else:
+            inputs, outputs, kernel = weight.shape[:3]
+            plain = nn.ConvTranspose2d(inputs, outputs, kernel, padding=padding, bias=False)
+        plain.weight = nn.Parameter(weight)
+        return plain
 
     def forward(self, x: Tensor) -> Tensor:
         into = self._into[0]

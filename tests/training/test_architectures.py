@@ -81,7 +81,7 @@ def test_sll_blocks_are_1_lipschitz_by_their_jacobians(convolutional: bool, seed
         )
         into.weight[2] = 0.0  # a row of zeros is no division by zero
         back.log_q.normal_()
-    declared = back.declared()["weight"]
+    declared = back.weight
     assert bool(declared.isfinite().all())
     for scale in (0.1, 1.0, 10.0):
         x = scale * torch.randn(shape, dtype=torch.float64)

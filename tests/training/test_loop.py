@@ -58,14 +58,14 @@ def test_a_resumed_run_gives_the_same_weights(objective: str, tmp_path: Path) ->
     resumed = Training(recipe, data(), CPU)
     resumed.restore(read_checkpoint(tmp_path / "checkpoint"))
     list(resumed.epochs())
-    assert same(whole.tensors(), resumed.tensors())
-    assert same(whole.best_tensors, resumed.best_tensors)
+    assert same(whole.present().declared(), resumed.present().declared())
+    assert same(whole.best_state, resumed.best_state)
     assert [epoch.loss for epoch in whole.history] == [epoch.loss for epoch in resumed.history]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_another_seed_gives_other_weights() -> None:
-    assert not same(trained().tensors(), trained(RECIPE.with_values({"seed": 1})).tensors())
+    assert not same(trained().best_state, trained(RECIPE.with_values({"seed": 1})).best_state)
 
 
 def test_training_learns_and_keeps_the_best_model() -> None:
@@ -89,7 +89,7 @@ def test_steps_that_are_not_finite_are_taken_back(monkeypatch: pytest.MonkeyPatc
     first = next(training.epochs())
     assert first.skipped == 1
     assert math.isfinite(first.loss)
-    assert all(bool(t.isfinite().all()) for t in training.tensors().values())
+    assert all(bool(t.isfinite().all()) for t in training.present().declared().values())
 
     monkeypatch.setattr(type(training.objective), "__call__", lambda self, x, y: whole(self, x, y) * math.nan)
     with pytest.raises(TrainingError, match=f"not finite in {MOST_SKIPPED} steps in a row; lower the recipe's rate"):
