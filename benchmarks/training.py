@@ -2,6 +2,8 @@
 
     python benchmarks/training.py --data-root DIR [--recipes FOLDER] [--samples 1000] [--only NAME]
 
+The folder's recipes are for MNIST; by default they are those of models/recipes/compared.
+
 Every recipe (TOML) of the folder is trained by `curvcert train` and certified by `curvcert certify`, in a folder that
 keeps the models, so that a second run only does what is missing. Prints a Markdown table: clean accuracy, certified at
 the radii asked for, mean radius over correct samples, accuracy under attack (the search's), seconds a step and in all.
@@ -63,7 +65,7 @@ def row(name: str, made: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", required=True)
-    parser.add_argument("--recipes", type=Path, default=Path(__file__).parents[1] / "models" / "recipes")
+    parser.add_argument("--recipes", type=Path, default=Path(__file__).parents[1] / "models" / "recipes" / "compared")
     parser.add_argument("--folder", type=Path, default=Path("training-benchmark"))
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--method", default="auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from certify_cli.errors import UsageError, quoted, shown
 from certify_cli.output.console import pairs
 from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA
-from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, read_recipe, suited, typed_text
+from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, is_named, read_recipe, suited, typed_text
 
 if TYPE_CHECKING:
     from certify_cli.data.datasets import Dataset
@@ -142,13 +143,16 @@ def train(
             write_onnx(training, onnx_file)
         if plot_file is not None:
             write_plot(training.history, chosen, plot_file)
-        checkpoint.unlink(missing_ok=True)
         if format == "json":
-            history = [asdict(epoch) for epoch in training.history]
+            history = [
+                {**asdict(epoch), "loss": epoch.loss if math.isfinite(epoch.loss) else None}
+                for epoch in training.history
+            ]
             body = {"schema": SCHEMA, "model": str(target), "sha256": sha256, **made.document(), "epochs": history}
             out.write(pretty(body) + "\n")
         else:
             out.write(pairs(_summary(target, sha256, made, chosen)))
+        checkpoint.unlink(missing_ok=True)
 
 
 def recipe_of(path: str | None, options: dict[str, str | None], settings: Sequence[str]) -> Recipe:
@@ -161,10 +165,12 @@ def recipe_of(path: str | None, options: dict[str, str | None], settings: Sequen
             raise UsageError(f"--set {quoted(setting)} is not KEY=VALUE with a key among {', '.join(KEYS)}")
         given[key] = typed_text(key, text)
     read = {} if path is None else {key.replace("-", "_"): value for key, value in read_recipe(path).items()}
-    base = Recipe().with_values(read) if path is not None else suited(str(given.get("data", Recipe().data)))
-    if "data" not in {**read, **given}:
+    Recipe().with_values(read)  # what is wrong in the file is said first
+    data = {**read, **given}.get("data")
+    if data is None:
         raise UsageError("name the data with --data, such as mnist or digits, or in a recipe with --recipe")
-    return base.with_values(given)
+    base = suited(data) if isinstance(data, str) else Recipe()
+    return base.with_values({**read, **given})
 
 
 def _target(output: str | None, recipe: Recipe) -> Path:
@@ -197,7 +203,7 @@ def _prepared(
     found: Dataset = load_data(
         recipe.data,
         root=root,
-        split="train",
+        split="train" if is_named(recipe.data) else "test",  # a file has no splits: it is whole either way
         offline=offline,
         notify=None if reporter.quiet else reporter.note,
     )
@@ -219,6 +225,8 @@ def _resumed(training: Training, checkpoint: Path, reporter: Reporter) -> None:
         differs = Recipe().with_values(state["recipe"]).difference(training.recipe)
         if differs is not None:
             raise UsageError(f"{checkpoint}: is of another recipe: {differs}")
+        if state["data"] != training.data.sha256:
+            raise UsageError(f"{checkpoint}: is of other data; remove it to begin anew")
         training.restore(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{checkpoint}: does not fit its own recipe; remove it to begin anew") from error
@@ -249,7 +257,7 @@ def _run(training: Training, checkpoint: Path, reporter: Reporter) -> None:
         reporter.note(_line(epoch, training.recipe))
         if epoch.skipped:
             reporter.warning(
-                f"epoch {epoch.number}: {epoch.skipped} steps were taken back, whose loss or gradient was not finite"
+                f"epoch {epoch.number}: steps without a finite loss and gradient, which were left out: {epoch.skipped}"
             )
     if done == training.recipe.epochs:
         reporter.note("all epochs were done already")
@@ -275,6 +283,6 @@ def _summary(target: Path, sha256: str, made: Any, recipe: Recipe) -> list[tuple
         (f"certified at {recipe.radius:g}", f"{made.score.certified:.4f} of the first {made.checked} of them"),
         (
             "next",
-            shlex.join(["curvcert", "certify", str(target), "--data", recipe.data, "--eps", f"{recipe.radius:g}"]),
+            shlex.join(["curvcert", "certify", str(target), "--data", recipe.data, "--eps", f"{recipe.radius}"]),
         ),
     ]

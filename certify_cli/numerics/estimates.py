@@ -42,8 +42,8 @@ class KeptVectors:
         """The next vector of this step, of norm 1 along the last axis.   improve: one power iteration."""
         key = (self._asked, shape)
         self._asked += 1
-        kept = self._vectors.get(key)
-        vector = _start(shape, like) if kept is None else kept.to(like.device)
+        kept, start = self._vectors.get(key), _start(shape, like)
+        vector = start if kept is None else _alive(kept.to(like.device), start)
         for _ in range(FIRST_STEPS if kept is None else STEPS):
             vector = improve(vector)
         self._vectors[key] = vector
@@ -64,6 +64,13 @@ _PRESENT: ContextVar[KeptVectors | None] = ContextVar("kept vectors", default=No
 def _start(shape: torch.Size, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+
+
+def _alive(kept: Tensor, start: Tensor) -> Tensor:
+    """The kept vectors; those that a matrix of zeros made 0, or an overflow not finite, begin anew."""
+    norms = kept.reshape(kept.shape[0] if kept.dim() > 1 else 1, -1).norm(dim=1)
+    lost = ~((norms > 0) & norms.isfinite())
+    return torch.where(lost.reshape(-1, *[1] * (kept.dim() - 1)), start, kept)
 
 
 def _refined(shape: tuple[int, ...], like: Tensor, improve: Callable[[Tensor], Tensor]) -> Tensor:
@@ -89,7 +96,7 @@ def operator_norm_estimate(
         return image / image.norm().clamp(min=torch.finfo(image.dtype).tiny)
 
     v = _refined((1, *shape), like.detach(), improve)
-    return linear(v / v.norm()).norm()
+    return linear(v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).norm()
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,8 @@ class DifferentiableNetwork:
 
     def network(self) -> Network:
         """The network at the module's present parameters, float64, on their device."""
-        present = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        present: dict[str, torch.Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+        present |= dict(self.module.named_buffers(remove_duplicate=False))
         for name, source in self._sources.items():
             tensor = present[source]
             setattr(self._program, name, tensor.to(torch.float64) if tensor.is_floating_point() else tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import io
 import math
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from certify_cli.errors import DataError, TrainingError, UsageError, first_line
+from certify_cli.errors import DataError, TrainingError, UsageError
 from certify_cli.load.convert import write_atomically
 from certify_cli.load.safetensors.architecture import build
 from certify_cli.training.architectures import Architecture, LayeredModule, architecture
@@ -54,13 +55,17 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """Samples x (N, *shape), float32, and labels y (N,), in two parts.   classes: number of classes."""
+    """Samples x (N, *shape), float32, and labels y (N,), in two parts.
+
+    classes: number of classes.   sha256: of all samples and labels.
+    """
 
     x: Tensor
     y: Tensor
     validation_x: Tensor
     validation_y: Tensor
     classes: int
+    sha256: str
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor | None, recipe: Recipe) -> TrainingData:
@@ -71,11 +76,12 @@ class TrainingData:
         if len(x) - kept < 2:
             raise DataError(f"{len(x)} training samples are too few where {kept} are kept for validation")
         classes = int(y.max()) + 1
-        if classes < 2:
+        if int(y.min()) == int(y.max()):
             raise DataError("the training samples are all of one class")
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # sets may be sorted by class
         train, validation = order[: len(x) - kept], order[len(x) - kept :]
-        return cls(x[train], y[train], x[validation], y[validation], classes)
+        digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes())
+        return cls(x[train], y[train], x[validation], y[validation], classes, digest.hexdigest())
 
 
 class Training:
@@ -194,6 +200,7 @@ class Training:
         """The checkpoint: tensors, numbers and texts alone."""
         return {
             "recipe": self.recipe.values(),
+            "data": self.data.sha256,
             "threads": torch.get_num_threads(),
             "module": self.module.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -273,7 +280,7 @@ def _optimiser(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
 def _schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     schedules = torch.optim.lr_scheduler
     if recipe.schedule == "one-cycle":
-        swing = min(MOMENTUM_SWING, recipe.momentum, 1.0 - recipe.momentum)
+        swing = min(MOMENTUM_SWING, recipe.momentum, 0.5 * (1.0 - recipe.momentum))  # 1 would never forget
         return schedules.OneCycleLR(
             optimiser,
             [group["lr"] for group in optimiser.param_groups],
@@ -299,7 +306,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers raise
-        raise UsageError(f"{path}: not a checkpoint of curvcert train ({first_line(error)})") from error
-    if not isinstance(state, dict) or not {"recipe", "threads", "module", "history"} <= state.keys():
+        raise UsageError(f"{path}: not a checkpoint of curvcert train; remove it to begin anew") from error
+    if not isinstance(state, dict) or not {"recipe", "data", "threads", "module", "history"} <= state.keys():
         raise UsageError(f"{path}: not a checkpoint of curvcert train; remove it to begin anew")
     return state

@@ -53,8 +53,8 @@ class Recipe:
     weight: float = _key(0.1, "of the curvature penalty, or of the worst case in `local`", 0.0, 1e6)
     attack_steps: int = _key(7, "gradient steps of the attack that crt trains on", 1, 1000)
     every_rival: bool = _key(False, "crt, local: bounds towards all rivals, not towards the runner-up alone")
-    temperature: float = _key(1.0, "of the cross-entropy", 1e-3, 1e3)
-    offset: float = _key(0.0, "subtracted from the label's logit in the cross-entropy", 0.0, 1e3)
+    temperature: float = _key(1.0, "curvature: of the cross-entropy", 1e-3, 1e3)
+    offset: float = _key(0.0, "curvature: subtracted from the label's logit in the cross-entropy", 0.0, 1e3)
     dual_step: float = _key(0.0, "curvature: how fast the weight follows accuracy minus dual_target", 0.0, 1e3)
     dual_target: float = _key(1.0, "curvature: the accuracy above which the weight rises", 0.0, 1.0)
     dual_floor: float = _key(0.0, "curvature: the smallest weight", 0.0, 1e6)
@@ -82,6 +82,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check(item.name, getattr(self, item.name), item.metadata["limits"])
+        if self.objective == "local" and self.weight > 1:
+            raise UsageError(f"the recipe's weight = {self.weight} is a share in `local`, and must not be above 1")
 
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe with some values replaced; None leaves a value as it is."""
@@ -155,10 +157,10 @@ def _from_metadata(file: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise UsageError(f"{file}: holds no recipe; only files that curvcert train wrote do")
     # a path that a model names is not opened: whoever wants it says so
-    return {key: value for key, value in recipe.items() if key != "data" or _is_named(value)}
+    return {key: value for key, value in recipe.items() if key != "data" or is_named(value)}
 
 
-def _is_named(data: Any) -> bool:
+def is_named(data: Any) -> bool:
     """Whether it is the name of a set, not of a file."""
     from certify_cli.data.datasets import named_shape
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, as_toml, read_recipe, suited
@@ -137,7 +138,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(curvcert: Curvcert, tmp_path:
     from certify_cli.training.loop import write_checkpoint
 
     target = tmp_path / "m.safetensors"
-    state = {"recipe": Recipe().values(), "threads": 1, "module": {}, "history": []}
+    state = {"recipe": Recipe().values(), "data": "", "threads": 1, "module": {}, "history": []}
     write_checkpoint(tmp_path / "m.safetensors.checkpoint", state)
     outcome = curvcert("train", *SMALL, "-o", target, "--resume")
     assert outcome.code == 2
@@ -145,15 +146,19 @@ def test_a_checkpoint_of_another_recipe_is_refused(curvcert: Curvcert, tmp_path:
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(curvcert: Curvcert, tmp_path: Path) -> None:
-    from certify_cli.training.loop import write_checkpoint
+    from certify_cli import load_data
+    from certify_cli.training.loop import TrainingData, write_checkpoint
 
     target = tmp_path / "m.safetensors"
+    digits = load_data("digits", split="train")
+    sha256 = TrainingData.of(digits.x, digits.y, suited("digits")).sha256
     values = {"data": "digits", "arch": "mlp:64-16-10", "epochs": 2, "checked": 20}
     for recipe in (suited("digits").with_values(values).values(), [], {"epochs": "\x1b[2J"}):
-        state = {"recipe": recipe, "threads": "\x1b[2J", "module": {}, "history": []}
+        state = {"recipe": recipe, "data": sha256, "threads": "\x1b[2J", "module": {}, "history": []}
         write_checkpoint(tmp_path / "m.safetensors.checkpoint", state)
         outcome = curvcert("train", *SMALL, "-o", target, "--resume")
         assert outcome.code == 2
+        assert "of other data" not in outcome.err
         assert "Traceback" not in outcome.err
         assert "\x1b" not in outcome.err
 
@@ -196,3 +201,37 @@ def test_a_recipe_as_toml_comes_back(tmp_path: Path) -> None:
     path.write_text(as_toml(recipe))
     assert Recipe().with_values(read_recipe(str(path))) == recipe
     assert set(KEYS) == set(recipe.values())
+
+
+def test_a_file_is_trained_on_and_a_resumed_run_wants_the_same(curvcert: Curvcert, tmp_path: Path) -> None:
+    import numpy as np
+
+    file, model = tmp_path / "d.npz", tmp_path / "m.safetensors"
+    y = np.arange(60) % 3
+    x = (0.3 * np.random.default_rng(0).random((60, 4)) + np.eye(4)[y]).astype(np.float32)
+    words = ("train", "--data", file, "--arch", "mlp:4-8-3", "--threads", "1", "-o", model, "-q", "--epochs", "3")
+    np.savez(file, x=x, y=y)
+    assert curvcert(*words).code == 0
+    assert curvcert("certify", model, "--data", file, "--samples", "3", "-q").code == 0
+
+    from certify_cli.cli.train import recipe_of
+    from certify_cli.training.loop import Training, TrainingData, write_checkpoint
+
+    options = {"data": str(file), "arch": "mlp:4-8-3", "epochs": "3"}
+    recipe = recipe_of(None, options, ())
+    begun = Training(recipe, TrainingData.of(torch.from_numpy(x), torch.from_numpy(y), recipe), torch.device("cpu"))
+    next(begun.epochs())
+    model.unlink()
+    write_checkpoint(model.with_name("m.safetensors.checkpoint"), begun.state())
+    np.savez(file, x=x, y=(y + 1) % 3)
+    refused = curvcert(*words, "--resume")
+    assert refused.code == 2
+    assert "is of other data" in refused.err
+
+
+def test_a_recipe_leaves_out_what_suits_its_data(tmp_path: Path) -> None:
+    from certify_cli.cli.train import recipe_of
+
+    (tmp_path / "r.toml").write_text('data = "digits"\nepochs = 3\n')
+    assert recipe_of(str(tmp_path / "r.toml"), {}, ()) == suited("digits").with_values({"epochs": 3})
+    assert recipe_of(str(tmp_path / "r.toml"), {"data": "mnist"}, ()) == Recipe(epochs=3)

@@ -132,3 +132,25 @@ def test_checkpoints_are_read_without_running_what_they_hold(tmp_path: Path) -> 
     torch.save({"recipe": {}}, path)
     with pytest.raises(UsageError, match="not a checkpoint of curvcert train; remove it"):
         read_checkpoint(path)
+
+
+def test_a_checkpoint_of_other_data_and_one_class_are_refused() -> None:
+    x, y = torch.rand(40, 1, 4, 4), torch.arange(40) % 3
+    first, second = TrainingData.of(x, y, RECIPE), TrainingData.of(x, (y + 1) % 3, RECIPE)
+    assert first.sha256 != second.sha256
+    with pytest.raises(DataError, match="all of one class"):
+        TrainingData.of(x, torch.full((40,), 5, dtype=torch.int64), RECIPE)
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "adamw", "sgd"])
+def test_momentum_stays_below_1(optimiser: str) -> None:
+    training = Training(RECIPE.with_values({"optimiser": optimiser, "momentum": 0.97, "epochs": 2}), data(), CPU)
+    largest = []
+    for _ in training.epochs(lambda loss: largest.append(_momentum(training))):
+        pass
+    assert 0.9 < max(largest) < 1.0
+
+
+def _momentum(training: Training) -> float:
+    group = training.optimiser.param_groups[0]
+    return float(group["momentum"] if "momentum" in group else group["betas"][0])

@@ -238,3 +238,31 @@ def test_claims_carry_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     certify(loaded, x.float(), y, attack="search")
     assert len(seen) > 100
     assert not any(seen)
+
+
+def test_vectors_that_vanish_begin_anew() -> None:
+    torch.manual_seed(0)
+    kept, matrix = estimates.KeptVectors(), torch.randn(5, 4, dtype=torch.float64)
+    for present in (matrix, torch.zeros_like(matrix), torch.full_like(matrix, torch.nan), *[matrix] * 20):
+        maps = estimates.Maps.of(present)
+        with kept.step():
+            dense = float(estimates.norm_estimate(present))
+            mapped = float(estimates.operator_norm_estimate(maps.linear, maps.transpose, maps.shape, present))
+    largest = pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-6)
+    assert dense == largest
+    assert mapped == largest
+
+
+def test_tied_weights() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 6), nn.Softplus(), nn.Linear(6, 6), nn.Softplus(), nn.Linear(6, 3)).double()
+    apart = copy.deepcopy(module)
+    module[2].weight = module[0].weight
+    apart[2].load_state_dict(module[2].state_dict())
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.arange(5) % 3
+    losses = [CurvaturePenalty(m, (6,), weight=0.1)(x, y) for m in (module, apart)]
+    for loss in losses:
+        loss.backward()
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-12)
+    shared = apart[0].weight.grad + apart[2].weight.grad
+    assert torch.allclose(module[0].weight.grad, shared, rtol=1e-9, atol=1e-12)
