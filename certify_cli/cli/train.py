@@ -165,12 +165,12 @@ def recipe_of(path: str | None, options: dict[str, str | None], settings: Sequen
             raise UsageError(f"--set {quoted(setting)} is not KEY=VALUE with a key among {', '.join(KEYS)}")
         given[key] = typed_text(key, text)
     read = {} if path is None else {key.replace("-", "_"): value for key, value in read_recipe(path).items()}
-    Recipe().with_values(read)  # what is wrong in the file is said first
-    data = {**read, **given}.get("data")
+    values = {**read, **given}
+    data = values.get("data")
+    recipe = (suited(data) if isinstance(data, str) else Recipe()).with_values(values)
     if data is None:
         raise UsageError("name the data with --data, such as mnist or digits, or in a recipe with --recipe")
-    base = suited(data) if isinstance(data, str) else Recipe()
-    return base.with_values({**read, **given})
+    return recipe
 
 
 def _target(output: str | None, recipe: Recipe) -> Path:

@@ -200,7 +200,7 @@ def select_samples(source: Source, start: int, stop: int | None, seed: int | Non
         indices=indices,
         classes=None if source.classes is None else tuple(map(shown, source.classes)),
         image=source.image,
-        sha256=_digest(x, y),
+        sha256=digest_of(x, y),
         notes=tuple(notes),
     )
 
@@ -211,7 +211,8 @@ def _refuse_non_finite(name: str, x: Floats, indices: Sequence[int]) -> None:
         raise DataError(f"{name}: sample {indices[int(finite.argmin())]} holds a NaN or an infinite value")
 
 
-def _digest(x: Floats, y: NDArray[np.int64] | None) -> str:
+def digest_of(x: Floats, y: NDArray[np.int64] | None) -> str:
+    """SHA-256 of x (float32, little-endian, row-major), then y (int64, little-endian)."""
     digest = hashlib.sha256(np.ascontiguousarray(x, dtype="<f4").data)
     if y is not None:
         digest.update(np.ascontiguousarray(y, dtype="<i8").data)

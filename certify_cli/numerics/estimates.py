@@ -42,8 +42,8 @@ class KeptVectors:
         """The next vector of this step, of norm 1 along the last axis.   improve: one power iteration."""
         key = (self._asked, shape)
         self._asked += 1
-        kept, start = self._vectors.get(key), _start(shape, like)
-        vector = start if kept is None else _alive(kept.to(like.device), start)
+        kept = self._vectors.get(key)
+        vector = _start(shape, like) if kept is None else _alive(kept.to(like.device))
         for _ in range(FIRST_STEPS if kept is None else STEPS):
             vector = improve(vector)
         self._vectors[key] = vector
@@ -66,11 +66,13 @@ def _start(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
 
 
-def _alive(kept: Tensor, start: Tensor) -> Tensor:
+def _alive(kept: Tensor) -> Tensor:
     """The kept vectors; those that a matrix of zeros made 0, or an overflow not finite, begin anew."""
     norms = kept.reshape(kept.shape[0] if kept.dim() > 1 else 1, -1).norm(dim=1)
     lost = ~((norms > 0) & norms.isfinite())
-    return torch.where(lost.reshape(-1, *[1] * (kept.dim() - 1)), start, kept)
+    if not bool(lost.any()):
+        return kept
+    return torch.where(lost.reshape(-1, *[1] * (kept.dim() - 1)), _start(kept.shape, kept), kept)
 
 
 def _refined(shape: tuple[int, ...], like: Tensor, improve: Callable[[Tensor], Tensor]) -> Tensor:

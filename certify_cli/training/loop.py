@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import io
 import math
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from certify_cli.data.datasets import digest_of
 from certify_cli.errors import DataError, TrainingError, UsageError
 from certify_cli.load.convert import write_atomically
 from certify_cli.load.safetensors.architecture import build
@@ -80,8 +80,8 @@ class TrainingData:
             raise DataError("the training samples are all of one class")
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # sets may be sorted by class
         train, validation = order[: len(x) - kept], order[len(x) - kept :]
-        digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes())
-        return cls(x[train], y[train], x[validation], y[validation], classes, digest.hexdigest())
+        sha256 = digest_of(x.numpy(), y.numpy())
+        return cls(x[train], y[train], x[validation], y[validation], classes, sha256)
 
 
 class Training:

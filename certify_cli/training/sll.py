@@ -32,12 +32,12 @@ class Returning(nn.Module):
     def written_out(self) -> nn.Module:
         """The same layer with weights of its own."""
         weight, padding = self.weight.detach(), self._into[0].weight.shape[-1] // 2
-        plain: nn.Linear | nn.ConvTranspose2d
+        plain: nn.Linear | nn.ConvTranspose2d  # without memory, so that no random number of the run is drawn for it
         if weight.dim() == 2:
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         else:
             inputs, outputs, kernel = weight.shape[:3]
-            plain = nn.ConvTranspose2d(inputs, outputs, kernel, padding=padding, bias=False)
+            plain = nn.ConvTranspose2d(inputs, outputs, kernel, padding=padding, bias=False, device="meta")
         plain.weight = nn.Parameter(weight)
         return plain
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from certify_cli.errors import UsageError
+
 SHRINK = 0.1
 """Multiple of the identity; the last layer makes up for it."""
 BIAS = 1.0
 """Of every middle unit at the start."""
+MOST = 5
+"""Middle layers: SHRINK to a higher power is lost in float32's rounding of values near BIAS."""
 
 
 def middle_layers(module: nn.Module) -> list[nn.Linear]:
@@ -26,8 +30,14 @@ def start_from_identity(module: nn.Module, sample: torch.Tensor) -> None:
     """Set the middle layers to SHRINK times the identity, with the bias BIAS, and scale the last layer up.
 
     The last layer's bias makes the logits of sample (1, *input_shape) zero: biases in the middle favour no class.
+    UsageError for more than MOST middle layers.
     """
     middle = middle_layers(module)
+    if len(middle) > MOST:
+        raise UsageError(
+            f"start = identity is for at most {MOST} dense layers in the middle, and this network has {len(middle)}; "
+            "choose fewer layers, or start = torch"
+        )
     if not middle:
         return
     last = [part for part in module.modules() if isinstance(part, nn.Linear)][-1]

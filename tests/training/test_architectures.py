@@ -162,3 +162,11 @@ def test_any_code_is_the_network_that_it_computes() -> None:
 def test_what_has_no_bound_is_refused(module: Any, says: str) -> None:
     with pytest.raises(ModelError, match=says):
         DifferentiableNetwork(module, (1, 4, 4)).network()
+
+
+def test_writing_a_model_out_draws_no_random_number() -> None:
+    for name in NAMES:
+        module = architecture(name, "softplus", (1, 28, 28), 10).module()
+        before = torch.get_rng_state()
+        module.declared()
+        assert torch.equal(torch.get_rng_state(), before), name

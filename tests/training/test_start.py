@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from certify_cli.errors import UsageError
 from certify_cli.training.architectures import LayeredModule, architecture
 from certify_cli.training.loop import Training, TrainingData
 from certify_cli.training.recipe import Recipe
@@ -45,6 +46,13 @@ def test_layers_in_the_middle(name: str, count: int) -> None:
     assert len(middle_layers(module)) == count
     start_from_identity(module, zero)
     assert count == 0 or float(module(zero).detach().abs().max()) < 1e-4
+
+
+def test_more_layers_than_float32_can_tell_apart_are_refused() -> None:
+    zero = torch.zeros(1, 1, 28, 28)
+    start_from_identity(made("mlp:784" + "-6" * 6 + "-10"), zero)
+    with pytest.raises(UsageError, match="at most 5 dense layers in the middle, and this network has 6"):
+        start_from_identity(made("mlp:784" + "-6" * 7 + "-10"), zero)
 
 
 def test_the_middle_has_its_own_rate() -> None:
