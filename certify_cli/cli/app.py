@@ -28,13 +28,13 @@ from certify_cli.cli.exit_codes import DONE, INTERNAL, SIGNALLED, USAGE
 from certify_cli.cli.inspect import inspect
 from certify_cli.cli.report import report
 from certify_cli.cli.signals import Stopped, at_once
-from certify_cli.cli.sink import refusing
 from certify_cli.cli.threads import wait_asleep
 from certify_cli.cli.train import train
 from certify_cli.cli.verify import verify
-from certify_cli.errors import CurvcertError
+from certify_cli.errors import CurvcertError, shown
 from certify_cli.output.console import printable
 from certify_cli.version import __version__
+from certify_cli.whole_file import refusing
 
 DEBUG_VARIABLE = "CURVCERT_DEBUG"
 
@@ -103,6 +103,8 @@ def _code_of(words: list[str]) -> int:
     except CurvcertError as error:
         return _fail(str(error), error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # a name too long, a full disk: no bug of ours
+            return _fail(f"{shown(str(error.filename))}: {error.strerror or type(error).__name__}", USAGE)
         kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         return _fail(
             f"internal error ({kind}); please report it with the command, and the traceback that {DEBUG_VARIABLE}=1 "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
@@ -14,9 +14,9 @@ from certify_cli.cli.configuration import ConfigFile, tell
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.run_options import RunOptions, spread
 from certify_cli.cli.signals import noted
-from certify_cli.cli.sink import appending, atomic, job_summary, refusing, sink
+from certify_cli.cli.sink import appending, job_summary, sink
 from certify_cli.cli.witnesses import save_tangents, save_witnesses
-from certify_cli.errors import UsageError
+from certify_cli.errors import UsageError, quoted
 from certify_cli.output.document import View
 from certify_cli.output.formats import FORMATS
 from certify_cli.output.terminal_plot import available
@@ -24,6 +24,7 @@ from certify_cli.records import Record, Sample, Summary
 from certify_cli.run.doubts import doubts, shortfalls
 from certify_cli.run.resume import begun
 from certify_cli.run.settings import Settings
+from certify_cli.whole_file import refusing, whole_file
 
 if TYPE_CHECKING:
     from certify_cli.run.engine import CertifiedSample, Job, TangentPoint, Witness
@@ -68,8 +69,8 @@ def certify(
     # all files are opened before the work, so that a wrong path costs nothing
     with (
         sink(output_file, all_rows, plot) as out,
-        atomic(witnesses, "--witnesses", "wb") if witnesses is not None else nullcontext() as witness_file,
-        atomic(certificate, "--certificate", "wb") if certificate is not None else nullcontext() as tangent_file,
+        _beside(witnesses, "--witnesses") as witness_file,
+        _beside(certificate, "--certificate") as tangent_file,
         Reporter(quiet, bar=not (form.streams and out.terminal)) as reporter,
         ExitStack() as until_written,
     ):
@@ -108,6 +109,11 @@ def certify(
             with refusing("--certificate"):
                 save_tangents(tangent_file, tangents, shape)
     flag.stop(_what_is_written(records[-1], job))
+
+
+def _beside(path: str | None, option: str) -> AbstractContextManager[IO[Any] | None]:
+    """The file of an option, opened; None where the option is not given."""
+    return nullcontext() if path is None else whole_file(path, f"{option} {quoted(path)}", "wb")
 
 
 def _kept(records: Iterator[Record], kept: list[Record]) -> Iterator[Record]:

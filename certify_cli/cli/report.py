@@ -8,12 +8,13 @@ from pathlib import Path
 from certify_cli.cli import options as opt
 from certify_cli.cli import record_options as rec
 from certify_cli.cli.reporter import Reporter
-from certify_cli.cli.sink import refusing, sink
+from certify_cli.cli.sink import sink
 from certify_cli.errors import CurvcertError, RecordsError, UsageError, quoted
 from certify_cli.output import html, plots
 from certify_cli.output.numbers import UP, number
 from certify_cli.output.read import read_document
 from certify_cli.records import Result
+from certify_cli.whole_file import refusing
 
 
 def report(

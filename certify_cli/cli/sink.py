@@ -7,60 +7,12 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import IO, Any
+from contextlib import contextmanager, suppress
+from typing import IO
 
-from certify_cli.errors import UsageError, quoted
+from certify_cli.errors import quoted
 from certify_cli.output.document import View
-
-
-@contextmanager
-def atomic(path: str, option: str, mode: str = "w") -> Iterator[IO[Any]]:
-    """A temporary file beside `path` that replaces it when the block ends well, and is removed when it does not.
-
-    A device or pipe such as /dev/null is written to directly: it must not be replaced by a file. UsageError, naming
-    `option`, if the file cannot be written; it is opened at once, so that a wrong path is refused before the work.
-    """
-    target = Path(path)
-    device = target.exists() and not target.is_file()
-    if not device:
-        target = target.resolve()  # a link stays a link: its target is replaced
-    written = target if device else target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    with ExitStack() as undo:
-        with refusing(f"{option} {quoted(path)}"):
-            stream = written.open(mode, **text)
-        undo.callback(_discard, stream, None if device else written)
-        yield stream
-        with refusing(f"{option} {quoted(path)}"):
-            stream.flush()
-            if not device:
-                os.fsync(stream.fileno())
-            stream.close()
-            if not device:
-                if target.exists():
-                    shutil.copymode(target, written)
-                os.replace(written, target)
-        undo.pop_all()
-
-
-def _discard(stream: IO[Any], written: Path | None) -> None:
-    with suppress(OSError):  # the error that ended the block is reported; this one would only repeat it
-        stream.close()
-    if written is not None:
-        written.unlink(missing_ok=True)
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """An OSError of the operating system as a sentence; a closed pipe is no error and passes."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{what} cannot be written: {error.strerror or error}") from error
+from certify_cli.whole_file import TEXT, refusing, whole_file
 
 
 class Sink:
@@ -91,7 +43,7 @@ class Sink:
 def sink(path: str | None, all_rows: bool = False, plot: bool = False) -> Iterator[Sink]:
     """Open the sink of one command: FILE of `--output-file`, else stdout."""
     if path is not None:
-        with atomic(path, "--output-file") as stream:
+        with whole_file(path, f"--output-file {quoted(path)}") as stream:
             yield Sink(stream, View(all_rows=all_rows, plot=plot), terminal=False)
         return
     terminal = sys.stdout.isatty()
@@ -105,7 +57,7 @@ def sink(path: str | None, all_rows: bool = False, plot: bool = False) -> Iterat
 def appending(path: str, size: int) -> Iterator[Sink]:
     """A sink after the first `size` bytes of a file. What is written stays there, even if the command fails later."""
     with refusing(f"--output-file {quoted(path)}"):
-        stream = open(path, "r+" if size else "w", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
+        stream = open(path, "r+" if size else "w", **TEXT)  # noqa: SIM115
     with stream:
         with refusing(f"--output-file {quoted(path)}"):
             stream.truncate(size)

@@ -18,9 +18,11 @@ from certify_cli.cli.signals import Stopped
 from certify_cli.cli.sink import sink
 from certify_cli.errors import UsageError, quoted, shown
 from certify_cli.output.console import pairs
+from certify_cli.output.drawing import matplotlib
 from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA
 from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, is_named, read_recipe, suited, typed_text
+from certify_cli.whole_file import refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
     from certify_cli.data.datasets import Dataset
@@ -113,20 +115,23 @@ def train(
         _named(onnx, "--onnx", ".onnx"),
         _named(save_plot, "--save-plot", ".svg"),
     )
-    for path in (target, onnx_file, plot_file):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path}: its folder does not exist")
     checkpoint = target.with_name(target.name + ".checkpoint")
-    if checkpoint.exists() and not (resume or force):
+    for path in (target, onnx_file, plot_file, checkpoint):
+        if path is not None:
+            refuse_unwritable(path)
+    begun = checkpoint.exists()
+    if begun and not (resume or force):
         raise UsageError(f"{checkpoint}: an unfinished run; go on with --resume, or begin anew with --force")
-    # a finished model is never trained over unasked
-    if os.path.lexists(target) and not force and not (resume and checkpoint.exists()):
-        raise UsageError(f"{target}: exists already; name another file with -o, or overwrite it with --force")
+    # what exists is never written over unasked
+    for path in (target, onnx_file, plot_file):
+        if path is not None and os.path.lexists(path) and not (force or (resume and begun)):
+            raise UsageError(f"{path}: exists already; name another file, or overwrite it with --force")
     with sink(None) as out, Reporter(quiet) as reporter:
-        from certify_cli.training.export import Made, plotting, refuse_unnamed, write_onnx, write_plot
+        from certify_cli.output.training_plot import WHAT, training_plot
+        from certify_cli.training.export import Made, refuse_unnamed, write_onnx
 
         if plot_file is not None:
-            plotting()
+            matplotlib(WHAT)
         training = _prepared(chosen, data_root, offline, device, threads, reporter)
         if onnx_file is not None:
             refuse_unnamed(training.module)
@@ -142,7 +147,7 @@ def train(
         if onnx_file is not None:
             write_onnx(training, onnx_file)
         if plot_file is not None:
-            write_plot(training.history, chosen, plot_file)
+            write_whole(plot_file, training_plot(training.history, chosen.radius))
         if format == "json":
             history = [
                 {**asdict(epoch), "loss": epoch.loss if math.isfinite(epoch.loss) else None}
@@ -215,29 +220,19 @@ def _resumed(training: Training, checkpoint: Path, reporter: Reporter) -> None:
     """Go on from the checkpoint, where there is one."""
     import torch
 
-    from certify_cli.training.loop import read_checkpoint
+    from certify_cli.training.checkpoint import resume
 
     if not checkpoint.exists():
         reporter.note(f"{checkpoint} does not exist: the run begins anew")
         return
-    state = read_checkpoint(checkpoint)
-    try:
-        differs = Recipe().with_values(state["recipe"]).difference(training.recipe)
-        if differs is not None:
-            raise UsageError(f"{checkpoint}: is of another recipe: {differs}")
-        if state["data"] != training.data.sha256:
-            raise UsageError(f"{checkpoint}: is of other data; remove it to begin anew")
-        training.restore(state)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{checkpoint}: does not fit its own recipe; remove it to begin anew") from error
-    if state["threads"] != torch.get_num_threads():
-        threads = shown(str(state["threads"]))
+    threads = resume(checkpoint, training)
+    if threads != torch.get_num_threads():
         reporter.warning(f"the run began with {threads} threads: its weights will differ in rounding")
     reporter.note(f"going on after {len(training.history)} of {training.recipe.epochs} epochs")
 
 
 def _run(training: Training, checkpoint: Path, reporter: Reporter) -> None:
-    from certify_cli.training.loop import write_checkpoint
+    from certify_cli.training.checkpoint import write_checkpoint
 
     left = training.recipe.epochs - len(training.history)
     done = len(training.history)
@@ -253,7 +248,7 @@ def _run(training: Training, checkpoint: Path, reporter: Reporter) -> None:
         advance()
 
     for epoch in training.epochs(step):
-        write_checkpoint(checkpoint, training.state())
+        write_checkpoint(checkpoint, training)
         reporter.note(_line(epoch, training.recipe))
         if epoch.skipped:
             reporter.warning(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from certify_cli.errors import ModelError, UsageError
 from certify_cli.load.model import load_model
 from certify_cli.load.safetensors.architecture import build, declare
 from certify_cli.load.safetensors.loader import METADATA_KEY
+from certify_cli.whole_file import write_whole
 
 
 def convert(
@@ -42,22 +42,7 @@ def write_safetensors(path: Path, spec: Mapping[str, Any], tensors: Mapping[str,
 
     # a single metadata key: the order of several, and so the file's digest, would differ from run to run
     content = save({name: t.clone().contiguous() for name, t in tensors.items()}, {METADATA_KEY: json.dumps(spec)})
-    write_atomically(path, content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is always a whole one, the new or the one before. UsageError where it cannot be written."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def _narrowed(tensor: Tensor, narrow: list[torch.dtype]) -> Tensor:

@@ -8,7 +8,7 @@ is computed without gradients, and `norms` proves its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,10 +22,16 @@ FIRST_STEPS, STEPS = 30, 2
 
 
 class KeptVectors:
-    """Singular vectors by the order in which their norms are asked for, which is the same at every step of training."""
+    """Singular vectors by the order in which norms are asked for, which is the same at every step of training.
+
+    Norms may be asked for in batches, one for each row of weights (`weighted_gram_estimates`). Where the rows stand for
+    other things from step to step, `stands_for` says so, and their vectors begin anew; as do those of another shape.
+    """
 
     def __init__(self) -> None:
-        self._vectors: dict[tuple[int, torch.Size], Tensor] = {}
+        self._vectors: dict[int, Tensor] = {}
+        self._rows = torch.empty(0, dtype=torch.int64)
+        self._other = False
         self._asked = 0
 
     @contextmanager
@@ -38,24 +44,36 @@ class KeptVectors:
         finally:
             _PRESENT.reset(token)
 
-    def refined(self, shape: torch.Size, like: Tensor, improve: Callable[[Tensor], Tensor]) -> Tensor:
-        """The next vector of this step, of norm 1 along the last axis.   improve: one power iteration."""
-        key = (self._asked, shape)
-        self._asked += 1
-        kept = self._vectors.get(key)
-        vector = _start(shape, like) if kept is None else _alive(kept.to(like.device))
-        for _ in range(FIRST_STEPS if kept is None else STEPS):
+    def stands_for(self, rows: Tensor) -> None:
+        """What the rows of this step's batches stand for: integers (count,)."""
+        rows = rows.detach().cpu()
+        self._other = not torch.equal(rows, self._rows)
+        self._rows = rows
+
+    def refined(self, shape: torch.Size, like: Tensor, improve: Callable[[Tensor], Tensor], batch: bool) -> Tensor:
+        """The next vectors of this step, of norm 1.   improve: one power iteration.   batch: one a row of weights."""
+        kept = self._vectors.get(self._asked)
+        new = kept is None or kept.shape != shape or (batch and self._other)
+        vector = _start(shape, like) if kept is None or new else _alive(kept.to(like.device, like.dtype))
+        for _ in range(FIRST_STEPS if new else STEPS):
             vector = improve(vector)
-        self._vectors[key] = vector
+        self._vectors[self._asked] = vector
+        self._asked += 1
         return vector
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The vectors, for a checkpoint of training."""
-        return {f"{number}:{'x'.join(map(str, shape))}": vector for (number, shape), vector in self._vectors.items()}
+        """The vectors and what rows stand for, for a checkpoint of training."""
+        return {"rows": self._rows, **{f"{number}": vector for number, vector in self._vectors.items()}}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
-        self._vectors = {(int(name.split(":")[0]), vector.shape): vector for name, vector in state.items()}
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave. ValueError for anything else."""
+        numbers = {name for name in state if name != "rows"}
+        if numbers != {f"{number}" for number in range(len(numbers))} or "rows" not in state:
+            raise ValueError("the vectors are not numbered from 0")
+        if not all(vector.is_floating_point() and vector.dim() for name, vector in state.items() if name != "rows"):
+            raise ValueError("a vector is none")
+        self._rows, self._other = state["rows"], False
+        self._vectors = {number: state[f"{number}"] for number in range(len(numbers))}
 
 
 _PRESENT: ContextVar[KeptVectors | None] = ContextVar("kept vectors", default=None)
@@ -75,9 +93,9 @@ def _alive(kept: Tensor) -> Tensor:
     return torch.where(lost.reshape(-1, *[1] * (kept.dim() - 1)), _start(kept.shape, kept), kept)
 
 
-def _refined(shape: tuple[int, ...], like: Tensor, improve: Callable[[Tensor], Tensor]) -> Tensor:
+def _refined(shape: tuple[int, ...], like: Tensor, improve: Callable[[Tensor], Tensor], batch: bool = False) -> Tensor:
     with torch.no_grad():
-        return (_PRESENT.get() or KeptVectors()).refined(torch.Size(shape), like, improve)
+        return (_PRESENT.get() or KeptVectors()).refined(torch.Size(shape), like, improve, batch)
 
 
 def norm_estimate(matrix: Tensor) -> float:
@@ -127,5 +145,5 @@ def weighted_gram_estimates(maps: Maps, weights: Tensor) -> Tensor:
         image = maps.transpose(w * maps.linear(v))
         return normalize(image.flatten(1), dim=1).reshape(v.shape)
 
-    v = _refined((len(w), *maps.shape), maps.like.detach(), improve)
+    v = _refined((len(w), *maps.shape), maps.like.detach(), improve, batch=True)
     return (weights * maps.linear(normalize(v.flatten(1), dim=1).reshape(v.shape)).square()).sum(1)

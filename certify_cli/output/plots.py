@@ -6,15 +6,15 @@ their own they are `LIGHT`.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from certify_cli.errors import UsageError, shown
+from certify_cli.errors import shown
 from certify_cli.output.console import class_name
+from certify_cli.output.drawing import matplotlib, rendered
 from certify_cli.records import Result, counted_radius, counts
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ MOST_RUNS = 6
 """Runs in one report at most: one for each colour."""
 WIDE, HIGH = 6.4, 3.7
 """Inches."""
-DOTS = 160
-"""An inch, of pixels."""
 BINS = 30
 LONGEST_LABEL = 40
 """Characters of a name in a drawing."""
@@ -206,7 +204,7 @@ PLOTS = (
 
 def figure(plot: Plot, results: Sequence[Result]) -> Figure:
     """The plot as a figure of matplotlib, in the light colours."""
-    _matplotlib()
+    matplotlib("report")
     from matplotlib import colors
     from matplotlib.figure import Figure
 
@@ -249,23 +247,4 @@ def _in_page(tag: str, name: str) -> str:
 
 def drawn(plot: Plot, results: Sequence[Result], form: str) -> bytes:
     """The plot as the content of a file, "svg" or "png", the same for the same runs."""
-    matplotlib = _matplotlib()
-    stream = io.BytesIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": plot.name, "font.family": "sans-serif", "font.size": 10}
-    with matplotlib.rc_context(settings):
-        made = figure(plot, results)
-        if form == "svg":
-            made.savefig(stream, format=form, metadata={"Date": None})
-        else:
-            made.savefig(stream, format=form, facecolor=LIGHT["paper"], dpi=DOTS)
-    return stream.getvalue()
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError(
-            "report draws with matplotlib, which is not installed: pip install 'curvcert[report]'"
-        ) from None
-    return matplotlib
+    return rendered(lambda: figure(plot, results), form, salt=plot.name, paper=LIGHT["paper"], what="report")

@@ -29,6 +29,9 @@ MAX_WIDTH, MAX_HIDDEN = 2**14, 64
 MAX_WEIGHTS = 2**27
 """Largest number of weights in all: 512 MiB, and a few times that while training."""
 
+LARGEST_PARAMETER = 1e4
+"""Largest size of a number of the activation, and its inverse the smallest one that is not 0."""
+
 
 class Sum(nn.Module):
     """The sum of two values."""
@@ -208,7 +211,7 @@ def _6c2f(plan: _Plan, classes: int, text: str) -> None:
 
 def _residual(plan: _Plan, classes: int, text: str) -> None:
     """resnet:16-2 - a convolution of this width, so many residual blocks of two convolutions, a dense layer."""
-    width, blocks = (*(_widths(text, "resnet:16-2") if text else [16]), 2)[:2]
+    width, blocks = _width_and_blocks(text, "resnet:16-2")
     _needs_images(plan)
     plan.conv("stem", width, 5, 2, 2)
     plan.activate()
@@ -224,7 +227,7 @@ def _residual(plan: _Plan, classes: int, text: str) -> None:
 
 def _sll(plan: _Plan, classes: int, text: str) -> None:
     """sll:32-3 - 1-Lipschitz residual convolutions 3 x 3 (width, blocks) on every second pixel, and a dense layer."""
-    width, blocks = (*(_widths(text, "sll:32-3") if text else [32]), 3)[:2]
+    width, blocks = _width_and_blocks(text, "sll:32-3")
     _needs_images(plan)
     channels, *sides = plan.input_shape
     side = 2 if all(length % 2 == 0 for length in sides) else 1
@@ -262,7 +265,14 @@ def architecture(text: str, activation: str, input_shape: Shape, classes: int) -
     planner = ARCHITECTURES.get(name.lower())
     if planner is None:
         raise UsageError(f"--arch {quoted(text)} is not known; choose one of {', '.join(described())}")
-    plan = _Plan(tuple(input_shape), from_name(activation))
+    row = from_name(activation)
+    for key, value in row.parameters.items():
+        if value and not 1 / LARGEST_PARAMETER <= abs(value) <= LARGEST_PARAMETER:
+            raise UsageError(
+                f"--activation {quoted(activation)}: {key} = {value:g} cannot be trained in float32; choose a size "
+                f"between {1 / LARGEST_PARAMETER:g} and {LARGEST_PARAMETER:g}"
+            )
+    plan = _Plan(tuple(input_shape), row)
     planner(plan, classes, rest)
     return Architecture(plan.input_shape, tuple(plan.layers))
 
@@ -280,6 +290,18 @@ def _widths(text: str, example: str) -> list[int]:
     if not all(1 <= width <= MAX_WIDTH for width in widths):
         raise UsageError(f"--arch: a width of {quoted(text)} is not between 1 and {MAX_WIDTH}")
     return widths
+
+
+def _width_and_blocks(text: str, example: str) -> tuple[int, int]:
+    """Both numbers; what is left out is as in the example."""
+    usual = _widths(example.partition(":")[2], example)
+    given = _widths(text, example) if text else []
+    if len(given) > len(usual):
+        raise UsageError(f"--arch: {quoted(text)} has more than a width and a number of blocks, as in {example}")
+    width, blocks = given + usual[len(given) :]
+    if blocks > MAX_HIDDEN:
+        raise UsageError(f"--arch: {blocks} blocks are more than {MAX_HIDDEN}, as in {example}")
+    return width, blocks
 
 
 def _no_text(name: str, text: str) -> None:

@@ -46,7 +46,10 @@ def attack_points(
         moved = torch.zeros_like(x)
         for _ in range(steps):
             moved.requires_grad_(True)
-            (gradient,) = torch.autograd.grad(loss(module(x + moved), labels).sum(), moved)
+            gradient = _gradient(module, x, moved, labels, loss)
+            if bool((flat := ~gradient.flatten(1).any(1)).any()):  # logits so far apart that the loss is rounded to 0
+                steep = _gradient(module, x, moved, labels, negative_margins)
+                gradient = torch.where(flat.reshape(-1, *[1] * (x.dim() - 1)), steep, gradient)
             length = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
             step = gradient / length.reshape(-1, *[1] * (x.dim() - 1))
             moved = on_ball(moved.detach() + STRIDE * radius / steps * step, radius)
@@ -54,3 +57,8 @@ def attack_points(
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def _gradient(module: nn.Module, x: Tensor, moved: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+    (gradient,) = torch.autograd.grad(loss(module(x + moved), labels).sum(), moved)
+    return gradient

@@ -13,6 +13,7 @@ from certify_cli.errors import ModelError, UsageError, first_line, quoted, shown
 from certify_cli.network.graph import Network
 from certify_cli.network.lowering.fx_graph import lower_as_is
 from certify_cli.training import operators as _operators  # noqa: F401  (enters the rules)
+from certify_cli.training.elementwise import OPERATOR as activation_operator
 
 SAMPLES = 2
 """In the program that is traced: two, so that an operator that mixes samples is seen."""
@@ -73,7 +74,25 @@ def _traced(module: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, 
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.get_attr(node.name))
             graph.erase_node(node)
+    _name_softsigns(graph)
     return fx.GraphModule(holder, graph), sources
+
+
+def _name_softsigns(graph: fx.Graph) -> None:
+    """Make one operator of each x / (1 + |x|), as which torch writes softsign: its parts have no bound of their own."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.target is not aten.div.Tensor or not all(isinstance(value, fx.Node) for value in node.args):
+            continue
+        x, below = node.args
+        if below.target is aten.add.Tensor and below.args[1:] == (1,) and not below.kwargs:
+            size = below.args[0]
+            if isinstance(size, fx.Node) and size.target is aten.abs.default and size.args == (x,):
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.call_function(activation_operator, (x, "softsign")))
+                for unused in (node, below, size):
+                    if not unused.users:
+                        graph.erase_node(unused)
 
 
 def _hold(holder: nn.Module, name: str, tensor: Tensor) -> None:

@@ -34,6 +34,10 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
 _apply.register_autograd(_backward, setup_context=_keep)
 
 
+OPERATOR = torch.ops.curvcert.activation.default
+"""The operator in an export: a value, and the text of its activation."""
+
+
 class Elementwise(nn.Module):
     """The values of an activation, with the row's slope as its derivative."""
 
@@ -47,6 +51,6 @@ class Elementwise(nn.Module):
         return result
 
 
-@lowers(torch.ops.curvcert.activation.default)
+@lowers(OPERATOR)
 def _activation(context: LoweringContext, x: Any, text: str) -> Data:
     return context.add(from_name(text), context.data(x))

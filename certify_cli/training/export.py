@@ -1,10 +1,10 @@
-"""What a training run leaves: the model with its recipe, as safetensors and ONNX, and a plot of the run."""
+"""What a training run leaves: the model with its recipe, as safetensors and ONNX."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certify_cli.errors import ModelError, UsageError
-from certify_cli.load.convert import write_atomically, write_safetensors
+from certify_cli.errors import ModelError
+from certify_cli.load.convert import write_safetensors
 from certify_cli.load.safetensors.architecture import TRAINING
 from certify_cli.load.torch_module import export
 from certify_cli.training.elementwise import Elementwise
-from certify_cli.training.loop import Epoch, Training
+from certify_cli.training.loop import Training
 from certify_cli.training.recipe import Recipe
 from certify_cli.training.validation import Score
 from certify_cli.version import __version__
+from certify_cli.whole_file import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +44,13 @@ class Made:
         """The best model of a finished run."""
         if training.best is None:
             raise ValueError("a run without epochs has no model")
+        epoch, score = training.best
         return cls(
             training.architecture.spec,
             training.best_module().state_dict(),
             training.recipe,
-            training.best,
-            training.best_epoch,
+            score,
+            epoch,
             min(training.recipe.checked, len(training.data.validation_x)),
         )
 
@@ -77,33 +79,4 @@ def write_onnx(training: Training, path: Path) -> None:
     """Write the best model of a finished run as ONNX, atomically, with a free batch axis."""
     content = io.BytesIO()
     export(training.best_module(), torch.zeros(1, *training.architecture.input_shape, dtype=torch.float32), content)
-    write_atomically(path, content.getvalue())
-
-
-def plotting() -> Any:
-    """matplotlib's Figure; UsageError where it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--save-plot needs matplotlib: pip install 'curvcert[report]'") from None
-    return Figure
-
-
-def write_plot(history: Sequence[Epoch], recipe: Recipe, path: Path) -> None:
-    """Draw the loss, and accuracy and certified accuracy on the validation samples, by epoch, as SVG."""
-    figure = plotting()(figsize=(6.4, 3.7), layout="constrained")
-    left = figure.subplots()
-    right = left.twinx()
-    compared = [
-        (e.number, e.accuracy, e.certified) for e in history if e.accuracy is not None and e.certified is not None
-    ]
-    numbers, accuracies, certified = zip(*compared, strict=True)
-    left.plot(numbers, accuracies, color="#1f5fb4", label="accuracy")
-    left.plot(numbers, certified, color="#c2570c", label=f"certified at {recipe.radius:g}")
-    right.plot([epoch.number for epoch in history], [epoch.loss for epoch in history], color="#8a8f99", label="loss")
-    left.set(xlabel="epoch", ylabel="share of validation samples", ylim=(0, 1))
-    right.set(ylabel="loss")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    write_atomically(path, content.getvalue())
+    write_whole(path, content.getvalue())

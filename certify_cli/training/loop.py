@@ -1,24 +1,19 @@
-"""The training loop of `curvcert train`: epochs, selection by certified accuracy, checkpoints that resume exactly."""
+"""The training loop of `curvcert train`: epochs, selection by certified accuracy, and all state of a run."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from certify_cli.data.datasets import digest_of
-from certify_cli.errors import DataError, TrainingError, UsageError
-from certify_cli.load.convert import write_atomically
+from certify_cli.errors import DataError, TrainingError
 from certify_cli.load.safetensors.architecture import build
 from certify_cli.training.architectures import Architecture, LayeredModule, architecture
 from certify_cli.training.augmentation import Augmentation
@@ -75,9 +70,15 @@ class TrainingData:
         kept = recipe.validation or max(1, len(x) // VALIDATION)
         if len(x) - kept < 2:
             raise DataError(f"{len(x)} training samples are too few where {kept} are kept for validation")
-        classes = int(y.max()) + 1
-        if int(y.min()) == int(y.max()):
+        found = y.unique()
+        classes = len(found)
+        if classes == 1:
             raise DataError("the training samples are all of one class")
+        if missing := (found != torch.arange(classes)).nonzero()[:1, 0].tolist():
+            raise DataError(
+                f"no training sample has the label {missing[0]}, and one has {int(found[missing[0]])}; number the "
+                "classes from 0 without gaps"
+            )
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # sets may be sorted by class
         train, validation = order[: len(x) - kept], order[len(x) - kept :]
         sha256 = digest_of(x.numpy(), y.numpy())
@@ -87,8 +88,8 @@ class TrainingData:
 class Training:
     """One run: all of its state, and the steps that change it.
 
-    `epochs` trains and yields after each epoch; `state` and `restore` are the checkpoint. The same recipe, machine and
-    number of threads give the same weights, whether or not the run was resumed.
+    `epochs` trains and yields after each epoch. The same recipe, machine and number of threads give the same weights,
+    whether or not the run was resumed (`checkpoint`).
     """
 
     def __init__(self, recipe: Recipe, data: TrainingData, device: torch.device) -> None:
@@ -111,19 +112,15 @@ class Training:
             else None
         )
         self.history: list[Epoch] = []
-        self.best: Score | None = None
-        self.best_epoch = 0
         self.best_state: dict[str, Tensor] = {}
-        self._skipped_in_row = 0
+        self.skipped_in_row = 0
 
     def epochs(self, step: Callable[[float], None] = lambda loss: None) -> Iterator[Epoch]:
         """Train the epochs that are left.   step: is called after every step with its loss."""
-        every = self.recipe.every or max(1, round(self.recipe.epochs / SELECTIONS))
         for number in range(len(self.history) + 1, self.recipe.epochs + 1):
             began = time.monotonic()
             loss, skipped = self._epoch(number, step)
-            compared = number % every == 0 or number == self.recipe.epochs
-            found = self._select(number) if compared else None
+            found = self._select() if self.compares(number) else None
             self.history.append(
                 Epoch(
                     number,
@@ -135,6 +132,16 @@ class Training:
                 )
             )
             yield self.history[-1]
+
+    def compares(self, number: int) -> bool:
+        """Whether the model of this epoch is scored."""
+        every = self.recipe.every or max(1, round(self.recipe.epochs / SELECTIONS))
+        return number % every == 0 or number == self.recipe.epochs
+
+    @property
+    def best(self) -> tuple[int, Score] | None:
+        """The epoch with the best score so far, of equal scores the last one; its weights are `best_state`."""
+        return max(scores(self.history), key=lambda found: (found[1].key, found[0]), default=None)
 
     def _epoch(self, number: int, step: Callable[[float], None]) -> tuple[float, int]:
         """The mean loss of one pass over the samples, and the number of steps that were taken back."""
@@ -161,26 +168,25 @@ class Training:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         finite = torch.isfinite(loss) & torch.stack([g.isfinite().all() for g in gradients]).all()
         if not bool(finite):
-            self._skipped_in_row += 1
-            if self._skipped_in_row >= MOST_SKIPPED:
+            self.skipped_in_row += 1
+            if self.skipped_in_row >= MOST_SKIPPED:
                 raise TrainingError(
                     f"epoch {number}: loss or gradients were not finite in {MOST_SKIPPED} steps in a row; "
                     "lower the recipe's rate or weight"
                 )
             return None
-        self._skipped_in_row = 0
+        self.skipped_in_row = 0
         self.optimiser.step()
         if self.average is not None:
             self.average.update_parameters(self.module)
         return float(loss.detach())
 
-    def _select(self, number: int) -> Score:
+    def _select(self) -> Score:
         """Score the present model, and keep it where it is the best so far."""
         present = self.present()
         network = build(self.architecture.spec, present.declared())
         found = score(network, self.data.validation_x, self.data.validation_y, self.recipe.radius, self.recipe.checked)
-        if self.best is None or found.key >= self.best.key:
-            self.best, self.best_epoch = found, number
+        if self.best is None or found.key >= self.best[1].key:
             self.best_state = {key: tensor.detach().cpu().clone() for key, tensor in present.state_dict().items()}
         return found
 
@@ -196,36 +202,14 @@ class Training:
         module.load_state_dict(self.best_state)
         return module.written_out()
 
-    def state(self) -> dict[str, Any]:
-        """The checkpoint: tensors, numbers and texts alone."""
-        return {
-            "recipe": self.recipe.values(),
-            "data": self.data.sha256,
-            "threads": torch.get_num_threads(),
-            "module": self.module.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "objective": self.objective.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "random": torch.get_rng_state(),
-            "history": [dataclasses.asdict(epoch) for epoch in self.history],
-            "best": None if self.best is None else dataclasses.asdict(self.best),
-            "best_epoch": self.best_epoch,
-            "best_state": self.best_state,
-        }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint of the same recipe."""
-        self.module.load_state_dict(state["module"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.objective.load_state_dict(state["objective"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
-        self.history = [Epoch(**epoch) for epoch in state["history"]]
-        self.best = None if state["best"] is None else Score(**state["best"])
-        self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
+def scores(history: Sequence[Epoch]) -> list[tuple[int, Score]]:
+    """The epochs after which models were compared, with their scores."""
+    return [
+        (epoch.number, Score(epoch.accuracy, epoch.certified))
+        for epoch in history
+        if epoch.accuracy is not None and epoch.certified is not None
+    ]
 
 
 def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> Objective:
@@ -292,21 +276,3 @@ def _schedule(recipe: Recipe, optimiser: torch.optim.Optimizer, steps: int) -> t
     if recipe.schedule == "cosine":
         return schedules.CosineAnnealingLR(optimiser, steps)
     return schedules.ConstantLR(optimiser, factor=1.0, total_iters=0)
-
-
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write it so that the file is always a whole one, the last or the one before. UsageError where it cannot be."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_atomically(path, content.getvalue())
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint; only tensors, numbers and texts are read from it. UsageError for anything else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its readers raise
-        raise UsageError(f"{path}: not a checkpoint of curvcert train; remove it to begin anew") from error
-    if not isinstance(state, dict) or not {"recipe", "data", "threads", "module", "history"} <= state.keys():
-        raise UsageError(f"{path}: not a checkpoint of curvcert train; remove it to begin anew")
-    return state

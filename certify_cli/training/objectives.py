@@ -91,6 +91,7 @@ class _Curved(Objective):
             wanted = every[every // classes != every % classes]
         else:
             wanted = code.unique()
+        self.kept.stands_for(wanted)
         pairs = torch.stack([wanted // classes, wanted % classes], dim=1)
         bound = global_curvature(network).lower(pairs, TRAINED_RULES)
         return bound[torch.searchsorted(wanted, code)]

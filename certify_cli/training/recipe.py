@@ -77,7 +77,7 @@ class Recipe:
     validation: int = _key(0, "training samples that are kept for selection; 0: a twelfth", 0, 2**40)
     checked: int = _key(500, "validation samples that are certified for selection", 1, 2**40)
     every: int = _key(0, "epochs between two selections; 0: about twelve in a run", 0, 100_000)
-    seed: int = _key(0, "of weights, order, augmentation", 0, 2**63 - 1)
+    seed: int = _key(0, "of weights, order, augmentation", 0, 10**18 - 1)
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -149,9 +149,9 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 def _from_metadata(file: Path) -> dict[str, Any]:
     from certify_cli.load.safetensors.architecture import TRAINING
-    from certify_cli.load.safetensors.loader import declared_in
+    from certify_cli.load.safetensors.loader import read_declared
 
-    spec = declared_in(file)
+    _, spec = read_declared(file)
     training = spec.get(TRAINING) if isinstance(spec, dict) else None
     recipe = training.get("recipe") if isinstance(training, dict) else None
     if not isinstance(recipe, dict):

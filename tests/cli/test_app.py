@@ -7,9 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 
 from certify_cli.cli import options as opt
 from certify_cli.cli.app import app
@@ -19,6 +23,11 @@ from certify_cli.version import __version__
 from tests.cli.conftest import Outcome
 
 Curvcert = Callable[..., Outcome]
+STACK = {
+    "format": "curvcert-architecture/1",
+    "input": [784],
+    "layers": [{"type": "Linear", "name": "0"}, {"type": "softplus", "name": "1"}, {"type": "Linear", "name": "2"}],
+}
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["certify", "check", "diff", "verify", "report", "bounds", "inspect", "convert", "train", "doctor"]
 
@@ -122,3 +131,47 @@ def test_memory_sizes_refused(text: str) -> None:
 def test_numbers_by_repetition_and_comma() -> None:
     assert opt.numbers("--mean", ["0.1, 0.2", "0.3"]) == (0.1, 0.2, 0.3)
     assert opt.numbers("--mean", None) == ()
+
+
+def test_a_name_that_no_file_can_have_is_a_sentence(curvcert: Curvcert, tmp_path: Path) -> None:
+    """In every place of a command line that names a file or folder."""
+    name = "n" * 300
+    model, points, run = (tmp_path / file for file in ("m.safetensors", "d.npz", "r.json"))
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(784, 6), torch.nn.Softplus(), torch.nn.Linear(6, 3))
+    save_file(module.state_dict(), model, metadata={"curvcert": json.dumps(STACK)})
+    np.savez(points, x=np.random.default_rng(0).random((3, 784), dtype=np.float32), y=np.arange(3))
+    certify = ("certify", model, "--data", points)
+    assert curvcert(*certify, "-o", run, "-q").code == 0
+    named = ("certify", model, "--data", "mnist", "--offline", "--data-root", name)
+    cases: list[tuple[Any, ...]] = [
+        ("certify", f"{name}.onnx", "--data", points),
+        ("certify", model, "--data", f"{name}.npz"),
+        ("certify", model, "--data", f"./{name}"),
+        named,
+        *((*certify, "-o", f"{name}.{end}") for end in ("json", "jsonl", "csv")),
+        (*certify, "-o", f"{name}.jsonl", "--resume"),
+        (*certify, "--witnesses", f"{name}.npz"),
+        (*certify, "--certificate", f"{name}.npz"),
+        (*certify, "--config", f"{name}.toml"),
+        ("check", model, "--policy", f"{name}.toml", "--data", points),
+        ("diff", f"{name}.json", run),
+        ("verify", f"{name}.json", model),
+        ("verify", run, f"{name}.onnx"),
+        ("verify", run, model, "--witnesses", f"{name}.npz"),
+        ("report", f"{name}.json", "-o", tmp_path / "page.html"),
+        ("report", run, "-o", f"{name}.html"),
+        ("report", run, "--svg", name),
+        ("inspect", f"{name}.onnx"),
+        ("bounds", f"{name}.onnx"),
+        ("convert", model, f"{name}.safetensors"),
+        ("convert", f"{name}.onnx", tmp_path / "c.safetensors"),
+        ("train", "--recipe", f"{name}.toml"),
+        ("train", "--data", "digits", "-o", f"{name}.safetensors"),
+    ]
+    for words in cases:
+        outcome = curvcert(*words)
+        assert outcome.code in (2, 3), (words, outcome.err)
+        assert "nnn" in outcome.last, (words, outcome.last)
+        assert "internal error" not in outcome.err, (words, outcome.err)
+    assert {command for command, *_ in cases} == set(COMMANDS) - {"doctor"}

@@ -11,7 +11,7 @@ import pytest
 
 from certify_cli.cli.train import recipe_of
 from certify_cli.data.datasets import named_shape
-from certify_cli.load.safetensors.loader import declared_in
+from certify_cli.load.safetensors.loader import read_declared
 from certify_cli.training.architectures import architecture
 from certify_cli.training.recipe import Recipe, read_recipe
 from tests.cli.conftest import Outcome
@@ -37,7 +37,7 @@ def test_records_are_of_the_shipped_file_and_its_recipe(path: Path) -> None:
     assert run["model"]["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
     assert run["arguments"]["data_root"] is None  # verify would look for the data there
     recipe = Recipe().with_values(read_recipe(str(MODELS / "recipes" / f"{path.stem.replace('_', '-')}.toml")))
-    spec = declared_in(model)
+    _, spec = read_declared(model)
     assert isinstance(spec, dict)
     assert Recipe().with_values(spec["training"]["recipe"]) == recipe
 

@@ -49,9 +49,11 @@ def test_a_model_is_trained_certified_and_made_again(curvcert: Curvcert, tmp_pat
     first, second = ([sample["certified_radius"] for sample in whole["samples"]] for whole in records)
     assert first == pytest.approx(second, rel=1e-6)
 
-    again = tmp_path / "again.safetensors"
-    assert curvcert("train", "--recipe", model, "--threads", "1", "-o", again, "-q").code == 0
+    again, drawn = tmp_path / "again.safetensors", tmp_path / "again.svg"
+    words = ("train", "--recipe", model, "--threads", "1", "-o", again, "--save-plot", drawn, "-q")
+    assert curvcert(*words).code == 0
     assert again.read_bytes() == model.read_bytes()
+    assert drawn.read_bytes() == plot.read_bytes()
     assert curvcert("convert", model, tmp_path / "copy.safetensors").code == 0
 
 
@@ -95,7 +97,8 @@ def test_what_cannot_be_done_is_one_sentence(curvcert: Curvcert, tmp_path: Path)
     huge, nameless = tmp_path / "huge.toml", tmp_path / "nameless.toml"
     huge.write_text(f"rate = 0x{'F' * 6000}\n")
     nameless.write_text("epochs = 1\n")
-    (tmp_path / "taken.safetensors").write_bytes(b"")
+    for name in ("taken.safetensors", "taken.onnx", "taken.svg"):
+        (tmp_path / name).write_bytes(b"")
     (tmp_path / "begun.safetensors.checkpoint").write_bytes(b"no checkpoint")
     digits = ("train", "--data", "digits", "-o", model)
     cases: list[tuple[tuple[Any, ...], int, str]] = [
@@ -106,11 +109,20 @@ def test_what_cannot_be_done_is_one_sentence(curvcert: Curvcert, tmp_path: Path)
         (("train", "--recipe", huge), 2, "the recipe's rate = a value that is too long to show (int) is not a number"),
         (("train", "--recipe", nameless), 2, "name the data with --data, such as mnist or digits, or in a recipe"),
         (("train", "--data", "digits", "-o", tmp_path / "m.onnx"), 2, "must end in .safetensors"),
-        (("train", "--data", "digits", "-o", tmp_path / "no" / "m.safetensors"), 2, "its folder does not exist"),
+        (("train", "--data", "digits", "-o", tmp_path / "no" / "m.safetensors"), 2, "cannot be written: No such file"),
         (("train", "--data", "digits", "-o", tmp_path / "taken.safetensors"), 2, "exists already"),
         (("train", "--data", "digits", "-o", tmp_path / "taken.safetensors", "--resume"), 2, "exists already"),
         (("train", "--data", "digits", "-o", tmp_path / "begun.safetensors"), 2, "an unfinished run; go on with"),
         (("train", "--data", "digits", "-o", tmp_path / "begun.safetensors", "--resume"), 2, "not a checkpoint"),
+        (("train", "--data", "digits", "-o", tmp_path / f"{'m' * 300}.safetensors"), 2, "File name too long"),
+        ((*digits, "--onnx", tmp_path / "no" / "m.onnx"), 2, "m.onnx cannot be written: No such file"),
+        ((*digits, "--onnx", tmp_path / "taken.onnx"), 2, "taken.onnx: exists already; name another file"),
+        ((*digits, "--save-plot", tmp_path / "taken.svg"), 2, "taken.svg: exists already; name another file"),
+        ((*digits, "--save-plot", tmp_path / f"{'m' * 300}.svg"), 2, "File name too long"),
+        ((*digits, "--activation", "softplus:1e308"), 2, "beta = 1e+308 cannot be trained in float32; choose a size"),
+        ((*digits, "--activation", "softplus:1e-300"), 2, "beta = 1e-300 cannot be trained in float32; choose"),
+        ((*digits, "--arch", "resnet:4-1-7"), 2, "'4-1-7' has more than a width and a number of blocks, as in resnet"),
+        ((*digits, "--arch", "sll:4-99"), 2, "99 blocks are more than 64, as in sll:32-3"),
         ((*digits, "--objective", "magic"), 2, f"is not one of {', '.join(OBJECTIVES)}"),
         ((*digits, "--radius", "big"), 2, "the recipe's radius = 'big' is not a number"),
         ((*digits, "--radius", "0"), 2, "the recipe's radius = 0.0 is not between 1e-09 and"),
@@ -132,35 +144,6 @@ def test_what_cannot_be_done_is_one_sentence(curvcert: Curvcert, tmp_path: Path)
         assert says in outcome.last, (words, outcome.last)
         assert "Traceback" not in outcome.err
     assert not model.exists()
-
-
-def test_a_checkpoint_of_another_recipe_is_refused(curvcert: Curvcert, tmp_path: Path) -> None:
-    from certify_cli.training.loop import write_checkpoint
-
-    target = tmp_path / "m.safetensors"
-    state = {"recipe": Recipe().values(), "data": "", "threads": 1, "module": {}, "history": []}
-    write_checkpoint(tmp_path / "m.safetensors.checkpoint", state)
-    outcome = curvcert("train", *SMALL, "-o", target, "--resume")
-    assert outcome.code == 2
-    assert "is of another recipe: data is mnist here and digits there" in outcome.last
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused(curvcert: Curvcert, tmp_path: Path) -> None:
-    from certify_cli import load_data
-    from certify_cli.training.loop import TrainingData, write_checkpoint
-
-    target = tmp_path / "m.safetensors"
-    digits = load_data("digits", split="train")
-    sha256 = TrainingData.of(digits.x, digits.y, suited("digits")).sha256
-    values = {"data": "digits", "arch": "mlp:64-16-10", "epochs": 2, "checked": 20}
-    for recipe in (suited("digits").with_values(values).values(), [], {"epochs": "\x1b[2J"}):
-        state = {"recipe": recipe, "data": sha256, "threads": "\x1b[2J", "module": {}, "history": []}
-        write_checkpoint(tmp_path / "m.safetensors.checkpoint", state)
-        outcome = curvcert("train", *SMALL, "-o", target, "--resume")
-        assert outcome.code == 2
-        assert "of other data" not in outcome.err
-        assert "Traceback" not in outcome.err
-        assert "\x1b" not in outcome.err
 
 
 def test_the_next_command_is_quoted(curvcert: Curvcert, tmp_path: Path) -> None:
@@ -215,18 +198,22 @@ def test_a_file_is_trained_on_and_a_resumed_run_wants_the_same(curvcert: Curvcer
     assert curvcert("certify", model, "--data", file, "--samples", "3", "-q").code == 0
 
     from certify_cli.cli.train import recipe_of
-    from certify_cli.training.loop import Training, TrainingData, write_checkpoint
+    from certify_cli.training.checkpoint import write_checkpoint
+    from certify_cli.training.loop import Training, TrainingData
 
     options = {"data": str(file), "arch": "mlp:4-8-3", "epochs": "3"}
     recipe = recipe_of(None, options, ())
     begun = Training(recipe, TrainingData.of(torch.from_numpy(x), torch.from_numpy(y), recipe), torch.device("cpu"))
     next(begun.epochs())
     model.unlink()
-    write_checkpoint(model.with_name("m.safetensors.checkpoint"), begun.state())
+    write_checkpoint(model.with_name("m.safetensors.checkpoint"), begun)
     np.savez(file, x=x, y=(y + 1) % 3)
     refused = curvcert(*words, "--resume")
     assert refused.code == 2
     assert "is of other data" in refused.err
+    refused = curvcert(*words, "--resume", "--activation", "tanh")
+    assert refused.code == 2
+    assert "is of another recipe: activation is softplus:2 here and tanh there" in refused.err
 
 
 def test_a_recipe_leaves_out_what_suits_its_data(tmp_path: Path) -> None:

@@ -3,65 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from certify_cli.errors import DataError, TrainingError, UsageError
-from certify_cli.training.loop import (
-    MOST_SKIPPED,
-    Training,
-    TrainingData,
-    objective_of,
-    read_checkpoint,
-    write_checkpoint,
-)
+from certify_cli.training.loop import MOST_SKIPPED, Training, TrainingData, objective_of
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Plain
-from certify_cli.training.recipe import Recipe
-
-RECIPE = Recipe(
-    data="memory", arch="mlp:16-12-3", radius=0.1, epochs=4, batch=16, rotate=5.0, noise=0.01, average=0.9, checked=8
-)
-CPU = torch.device("cpu")
-
-
-def data(count: int = 72) -> TrainingData:
-    """Three classes of images that differ in their brightest row."""
-    generator = torch.Generator().manual_seed(7)
-    y = torch.arange(count) % 3
-    x = 0.2 * torch.rand(count, 1, 4, 4, generator=generator)
-    x[torch.arange(count), 0, y] += 0.7
-    return TrainingData.of(x, y, RECIPE)
-
-
-def trained(recipe: Recipe = RECIPE) -> Training:
-    training = Training(recipe, data(), CPU)
-    assert len(list(training.epochs())) == recipe.epochs
-    return training
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
-
-
-@pytest.mark.parametrize("objective", ["plain", "curvature", "crt", "local"])
-def test_a_resumed_run_gives_the_same_weights(objective: str, tmp_path: Path) -> None:
-    recipe = RECIPE.with_values({"objective": objective, "dual_step": 0.1})
-    whole = trained(recipe)
-    begun = Training(recipe, data(), CPU)
-    epochs = begun.epochs()
-    next(epochs), next(epochs)
-    write_checkpoint(tmp_path / "checkpoint", begun.state())
-    torch.manual_seed(99)
-    resumed = Training(recipe, data(), CPU)
-    resumed.restore(read_checkpoint(tmp_path / "checkpoint"))
-    list(resumed.epochs())
-    assert same(whole.present().declared(), resumed.present().declared())
-    assert same(whole.best_state, resumed.best_state)
-    assert [epoch.loss for epoch in whole.history] == [epoch.loss for epoch in resumed.history]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+from tests.training.runs import CPU, RECIPE, data, same, trained
 
 
 def test_another_seed_gives_other_weights() -> None:
@@ -73,8 +23,8 @@ def test_training_learns_and_keeps_the_best_model() -> None:
     compared = [epoch for epoch in training.history if epoch.certified is not None]
     assert [epoch.number for epoch in compared] == [5, 10, 15, 20, 25]
     assert training.best is not None
-    assert training.best.certified == max(epoch.certified or 0.0 for epoch in compared) > 0.8
-    assert training.history[training.best_epoch - 1].certified == training.best.certified
+    assert training.best[1].certified == max(epoch.certified or 0.0 for epoch in compared) > 0.8
+    assert training.history[training.best[0] - 1].certified == training.best[1].certified
 
 
 def test_steps_that_are_not_finite_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,22 +74,20 @@ def test_data_that_cannot_be_trained_on_is_refused() -> None:
         Training(RECIPE, flat, CPU)
 
 
-def test_checkpoints_are_read_without_running_what_they_hold(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint"
-    path.write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(UsageError, match="not a checkpoint of curvcert train"):
-        read_checkpoint(path)
-    torch.save({"recipe": {}}, path)
-    with pytest.raises(UsageError, match="not a checkpoint of curvcert train; remove it"):
-        read_checkpoint(path)
-
-
-def test_a_checkpoint_of_other_data_and_one_class_are_refused() -> None:
+def test_labels_are_numbered_from_0_without_gaps() -> None:
     x, y = torch.rand(40, 1, 4, 4), torch.arange(40) % 3
     first, second = TrainingData.of(x, y, RECIPE), TrainingData.of(x, (y + 1) % 3, RECIPE)
     assert first.sha256 != second.sha256
     with pytest.raises(DataError, match="all of one class"):
         TrainingData.of(x, torch.full((40,), 5, dtype=torch.int64), RECIPE)
+    for labels, says in (
+        (2 * y, "no training sample has the label 1, and one has 2; number the classes from 0 without gaps"),
+        (y + 1, "no training sample has the label 0, and one has 1"),
+        (y * 10**15, "no training sample has the label 1, and one has 1000000000000000"),
+        (y - 1, "no training sample has the label 0, and one has -1"),
+    ):
+        with pytest.raises(DataError, match=says):
+            TrainingData.of(x, labels, RECIPE)
 
 
 @pytest.mark.parametrize("optimiser", ["adam", "adamw", "sgd"])

@@ -24,6 +24,7 @@ from certify_cli.network.graph import Network
 from certify_cli.network.propagate import vjp
 from certify_cli.numerics import estimates
 from certify_cli.training import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain, objectives
+from certify_cli.training.attack_points import attack_points
 from certify_cli.training.differentiable import DifferentiableNetwork
 from certify_cli.training.objectives import BUDGET, TRAINED_RULES, global_curvature, rivals_of
 from tests.training.modules import CLASSES, SHAPE, Residual, batch, convolutional, dense, pooled, prepared
@@ -251,6 +252,49 @@ def test_vectors_that_vanish_begin_anew() -> None:
     largest = pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-6)
     assert dense == largest
     assert mapped == largest
+
+
+def test_rows_that_stand_for_others_begin_anew() -> None:
+    torch.manual_seed(0)
+    kept, maps = estimates.KeptVectors(), estimates.Maps.of(torch.randn(6, 5, dtype=torch.float64))
+    weights = torch.rand(20, 6, dtype=torch.float64)
+    gram = maps.like.T @ (weights[:, :, None] * maps.like)
+    exact = torch.linalg.eigvalsh(gram)[:, -1]
+    for rows in (torch.arange(8), torch.arange(8, 16), torch.arange(5), torch.arange(5)):
+        with kept.step():
+            kept.stands_for(rows)
+            assert torch.allclose(estimates.weighted_gram_estimates(maps, weights[rows]), exact[rows], rtol=1e-6)
+    assert len(kept.state_dict()) == 2
+    for wrong in ({}, {"rows": torch.arange(2), "3": torch.ones(1)}, {"rows": torch.arange(2), "0": torch.arange(2)}):
+        with pytest.raises(ValueError, match="vector"):
+            kept.load_state_dict(wrong)
+
+
+def test_softsign_is_one_operator() -> None:
+    """torch writes x / (1 + |x|), of which no part has a bound."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(nn.functional.softsign(self.first(x)))
+
+    x, y = torch.rand(6, 4), torch.arange(6) % 3
+    for module in (Functional(), nn.Sequential(nn.Linear(4, 5), nn.Softsign(), nn.Linear(5, 3))):
+        CRT(module, (4,), radius=0.1)(x, y).backward()
+        assert all(p.grad is not None for p in module.parameters())
+        network = DifferentiableNetwork(module, (4,)).network()
+        assert torch.allclose(network(x.double()).float(), module(x), rtol=0, atol=1e-6)
+
+
+def test_an_attack_moves_where_the_loss_is_rounded_to_zero() -> None:
+    module = nn.Linear(2, 2, bias=False)
+    module.weight.data = torch.tensor([[1e4, 0.0], [-1e4, 0.0]])
+    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    found = attack_points(module, x, y, 0.5, 5)
+    assert torch.allclose(found, torch.tensor([[0.5, 0.0]]), atol=1e-5)
 
 
 def test_tied_weights() -> None:

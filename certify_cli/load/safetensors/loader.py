@@ -127,10 +127,11 @@ def _by_shape(weights: Mapping[str, Tensor]) -> list[str]:
     return order
 
 
-def declared_in(path: Path) -> Any:
-    """The architecture in a file's metadata as it was read, unchecked; None without one. ModelError for the file."""
-    text = _read(path)[1].get(METADATA_KEY)
-    return None if text is None else _parsed(text)
+def read_declared(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """A file's tensors, and what its metadata declare, as read, unchecked; None without. ModelError for the file."""
+    tensors, metadata = _read(path)
+    text = metadata.get(METADATA_KEY)
+    return tensors, None if text is None else _parsed(text)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
