@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from certify_cli.output.console import printable
+from certify_cli.output.console import environment, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -114,7 +114,7 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         Rate(),
         TimeLeft(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, _environ=environment()),
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,

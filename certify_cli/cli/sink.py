@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 from certify_cli.errors import quoted
+from certify_cli.output.console import SIZE
 from certify_cli.output.document import View
 from certify_cli.whole_file import TEXT, refusing, whole_file
 
@@ -80,6 +80,6 @@ def job_summary(text: str) -> None:
 def _width(terminal: bool) -> int | None:
     """COLUMNS, else the terminal's width; a pipe gets tables as wide as their content."""
     columns = os.environ.get("COLUMNS", "")
-    if re.fullmatch("[1-9][0-9]{0,3}", columns):
+    if SIZE.fullmatch(columns):
         return int(columns)
     return shutil.get_terminal_size().columns if terminal else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ FIRST_ROWS = 20
 
 GAP = "  "
 """Between two columns."""
+
+SIZE = re.compile("[1-9][0-9]{0,3}")
+"""What COLUMNS and LINES may say."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,12 @@ def _fill(
         table.add_row(*map(Text, row), style=styles[position] if position < len(styles) else None)
 
 
+def environment() -> dict[str, str]:
+    """The process's environment for Rich, which fails on a COLUMNS or LINES that is no plain number."""
+    sizes = ("COLUMNS", "LINES")
+    return {key: value for key, value in os.environ.items() if key not in sizes or SIZE.fullmatch(value)}
+
+
 def _drawn(table: Table, width: int, view: View) -> str:
     from rich.console import Console
 
@@ -144,6 +154,7 @@ def _drawn(table: Table, width: int, view: View) -> str:
         no_color=not view.color,
         force_jupyter=False,
         legacy_windows=False,
+        _environ=environment(),
     ).print(table)
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
 
