@@ -94,7 +94,7 @@ def loss_bounds(lipschitz: float, curvature: float | None) -> dict[str, float | 
 
     With the probabilities p of the softmax the gradient is sum_i p_i grad(z_i - z_y), of norm at most L. The Hessian is
     sum_i p_i Hess(z_i - z_y) plus the covariance of the grad z_i under p; along a unit vector that is the variance of
-    numbers that lie in an interval of length L, at most L^2 / 4 (Popoviciu). [own]
+    numbers that lie in an interval of length L, at most L^2 / 4 (Popoviciu). The formula is this project's own.
     """
     return {
         "gradient_norm": lipschitz,

@@ -119,11 +119,6 @@ class Style:
     spectral: bool = False
     learned_beta: bool = False
 
-    @property
-    def plain(self) -> bool:
-        """Whether weights, biases and activations stand as they are."""
-        return self == Style()
-
 
 @dataclass
 class _Plan:

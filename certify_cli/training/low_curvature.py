@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, softplus
 from torch.nn.utils import parametrizations
 
+from certify_cli.errors import UsageError
 from certify_cli.training.derived import Derived
 
 BETA, GAMMA = 5.0, 10.0
@@ -40,7 +41,9 @@ class CentredSoftplus(Derived):
     def __init__(self, beta: float = BETA, *, learned: bool = True) -> None:
         super().__init__()
         if not (math.isfinite(beta) and beta > (LEAST_BETA if learned else 0.0)):
-            raise ValueError(f"beta = {beta} is not a number above {LEAST_BETA if learned else 0.0:g}")
+            raise UsageError(
+                f"beta = {beta} of a centred softplus is not a number above {LEAST_BETA if learned else 0:g}"
+            )
         self._fixed = beta
         start = torch.tensor(math.log(beta - LEAST_BETA), dtype=torch.float32) if learned else None
         self.log_beta = None if start is None else nn.Parameter(start)
@@ -55,10 +58,15 @@ class CentredSoftplus(Derived):
         return (softplus(beta * z) - math.log(2)) / beta
 
     def entry(self) -> dict[str, Any]:
-        return {"type": "centred_softplus", "beta": float(self.beta)}
+        return {"type": "centred_softplus", "beta": self._number}
 
     def written_out(self) -> CentredSoftplus:
-        return CentredSoftplus(float(self.beta), learned=False)
+        return CentredSoftplus(self._number, learned=False)
+
+    @property
+    def _number(self) -> float:
+        beta = self.beta
+        return float(beta.detach()) if isinstance(beta, Tensor) else beta
 
 
 class LipschitzBatchNorm(Derived):
@@ -77,7 +85,7 @@ class LipschitzBatchNorm(Derived):
     def __init__(self, features: int, *, gamma: float = GAMMA, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         if not (math.isfinite(gamma) and gamma > 0):
-            raise ValueError(f"gamma = {gamma} is not a number above 0")
+            raise UsageError(f"gamma = {gamma} of a Lipschitz batch norm is not a number above 0")
         self.features, self.eps, self.momentum = features, eps, momentum
         self.log_gamma = nn.Parameter(torch.tensor(math.log(gamma), dtype=torch.float32))
         self.register_buffer("running_mean", torch.zeros(features, dtype=torch.float32))

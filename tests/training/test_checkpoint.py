@@ -17,7 +17,7 @@ from certify_cli.load.safetensors.loader import read_declared
 from certify_cli.training.checkpoint import resume, write_checkpoint
 from certify_cli.training.loop import Training
 from certify_cli.training.recipe import OBJECTIVES, OPTIMISERS, SCHEDULES
-from tests.training.runs import CPU, RECIPE, data, same, trained
+from tests.training.runs import CPU, RECIPE, STYLE, data, same, trained
 
 RUN = RECIPE.with_values({"every": 2})
 
@@ -57,6 +57,19 @@ def test_a_resumed_run_gives_the_same_weights(objective: str, optimiser: str, sc
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_a_resumed_low_curvature_run_has_the_same_statistics_and_vectors(tmp_path: Path) -> None:
+    recipe = RUN.with_values({**STYLE, "objective": "low-curvature"})
+    begun(tmp_path / "checkpoint", **{**STYLE, "objective": "low-curvature"})
+    resumed = Training(recipe, data(), CPU)
+    resume(tmp_path / "checkpoint", resumed)
+    assert len(list(resumed.epochs())) == 2
+    whole = trained(recipe)
+    assert same(whole.present().declared(), resumed.present().declared())
+    assert same(dict(whole.module.named_buffers()), dict(resumed.module.named_buffers()))
+    assert whole.present().spec == resumed.present().spec
+    assert whole.best == resumed.best
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     torch.save({"recipe": {}}, path)
@@ -94,7 +107,10 @@ TENSORS: dict[str, Change] = {
 VALUES = (None, True, -1, 10**30, "\x1b[2J", [], {"multiplier": "x"})
 
 
-@pytest.mark.parametrize("values", [{"objective": "curvature"}, {"optimiser": "sgd", "average": 0.0}])
+@pytest.mark.parametrize(
+    "values",
+    [{"objective": "curvature"}, {"optimiser": "sgd", "average": 0.0}, {**STYLE, "objective": "low-curvature"}],
+)
 def test_a_changed_checkpoint_is_refused_or_trained_on(values: dict[str, Any], tmp_path: Path) -> None:
     """Every tensor and every value in turn is left out or changed: a sentence, or a run with all its epochs."""
     path = tmp_path / "checkpoint"

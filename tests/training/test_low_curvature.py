@@ -26,9 +26,7 @@ from certify_cli.training.low_curvature import betas, log_gammas
 from certify_cli.training.objectives import GRADIENT_SCALE
 from certify_cli.training.recipe import NORMS, Recipe
 from tests.training.modules import CLASSES, SHAPE, batch, convolutional, dense, prepared
-from tests.training.runs import CPU
-
-STYLE = {"norm": "lipschitz", "spectral": True, "learned_beta": True, "activation": "centred_softplus:5"}
+from tests.training.runs import CPU, STYLE
 
 
 def low_curvature(image: bool) -> nn.Module:
@@ -99,9 +97,9 @@ def test_the_activation_is_its_row(beta: float) -> None:
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, 1e-3, math.nan, math.inf])
 def test_what_is_no_beta_or_gamma(wrong: float) -> None:
-    with pytest.raises(ValueError, match=r"is not a number above 0\.001"):
+    with pytest.raises(UsageError, match=r"is not a number above 0\.001"):
         CentredSoftplus(wrong)
-    with pytest.raises(ValueError, match="is not a number above 0"):
+    with pytest.raises(UsageError, match="is not a number above 0"):
         LipschitzBatchNorm(3, gamma=-abs(wrong) if wrong == 1e-3 else wrong)
 
 
