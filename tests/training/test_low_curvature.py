@@ -24,7 +24,7 @@ from certify_cli.training.export import Made, write_onnx
 from certify_cli.training.loop import Training, TrainingData
 from certify_cli.training.low_curvature import betas, log_gammas
 from certify_cli.training.objectives import GRADIENT_SCALE
-from certify_cli.training.recipe import NORMS, Recipe
+from certify_cli.training.recipe import NORMS, OBJECTIVES, Recipe
 from tests.training.modules import CLASSES, SHAPE, batch, convolutional, dense, prepared
 from tests.training.runs import CPU, STYLE
 
@@ -263,6 +263,14 @@ def test_both_files_are_the_best_model(arch: str, norm: str, average: float, tmp
     learned = [node.op.parameters["beta"] for node in one.nodes if getattr(node.op, "name", "") == "centred_softplus"]
     assert len(learned) == 2
     assert all(beta != 5.0 for beta in learned)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_objective_trains_every_norm(objective: str, norm: str) -> None:
+    training = trained(**{**STYLE, "arch": "mlp:64-9-3", "norm": norm, "objective": objective})
+    assert all(math.isfinite(epoch.loss) and not epoch.skipped for epoch in training.history)
+    assert training.best is not None
 
 
 def test_steps_that_are_taken_back_leave_statistics_as_they_were() -> None:
