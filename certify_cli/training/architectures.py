@@ -1,7 +1,8 @@
 """Architectures that `curvcert train` knows by name, as layers of the declared spec and as torch modules.
 
 An architecture is a list of layers, each an entry of the spec (docs/safetensors-spec.md) with the torch module that
-holds its weights while it is trained. So a trained file declares itself, and `certify` takes it as any other.
+holds its weights while it is trained. So a trained file declares itself, and `certify` takes it as any other. What
+follows from learned numbers, such as an activation's beta, is entered when the module is written out (`derived`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 
 from certify_cli.errors import UsageError, quoted
 from certify_cli.load.safetensors.architecture import FORMAT
+from certify_cli.load.torch_module import write_parametrizations_out
 from certify_cli.network.activations import Activation, from_name, to_module
 from certify_cli.network.graph import Shape
+from certify_cli.training.derived import Derived
 from certify_cli.training.elementwise import Elementwise
+from certify_cli.training.low_curvature import LEAST_BETA, CentredSoftplus, LipschitzBatchNorm, spectral_norm
 from certify_cli.training.sll import Returning, Unshuffled
 
 MAX_WIDTH, MAX_HIDDEN = 2**14, 64
@@ -57,15 +61,6 @@ class Architecture:
     input_shape: Shape
     layers: tuple[Layer, ...]
 
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The declared architecture."""
-        entries = []
-        for layer in self.layers:
-            inputs = {"inputs": list(layer.inputs)} if layer.inputs else {}
-            entries.append({"name": layer.name, **layer.entry, **inputs})
-        return {"format": FORMAT, "input": list(self.input_shape), "layers": entries}
-
     def module(self) -> LayeredModule:
         """The torch module."""
         return LayeredModule(self)
@@ -76,22 +71,34 @@ class LayeredModule(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self._inputs = [(layer.name, layer.inputs) for layer in architecture.layers]
+        self._input_shape = architecture.input_shape
+        self._layers = [(layer.name, layer.entry, layer.inputs) for layer in architecture.layers]
         for layer in architecture.layers:
             self.add_module(layer.name, layer.module)
 
     def forward(self, x: Tensor) -> Tensor:
         values, previous = {"input": x}, "input"
-        for name, inputs in self._inputs:
+        for name, _, inputs in self._layers:
             values[name] = self.get_submodule(name)(*(values[key] for key in inputs or (previous,)))
             previous = name
         return values[previous]
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The declared architecture, with what the layers have learned that is no tensor."""
+        entries = []
+        for name, entry, inputs in self._layers:
+            layer = self.get_submodule(name)
+            learned = layer.entry() if isinstance(layer, Derived) else {}
+            entries.append({"name": name, **entry, **learned, **({"inputs": list(inputs)} if inputs else {})})
+        return {"format": FORMAT, "input": list(self._input_shape), "layers": entries}
+
     def written_out(self) -> LayeredModule:
-        """The same module on the CPU, whose layers all have the weights that the spec names."""
-        copied = copy.deepcopy(self).cpu()
+        """The same module on the CPU in evaluation mode, whose layers all have the weights that the spec names."""
+        copied = copy.deepcopy(self).cpu().eval()
+        write_parametrizations_out(copied)
         for name, layer in list(copied.named_children()):
-            if isinstance(layer, Returning):
+            if isinstance(layer, Derived):
                 copied.add_module(name, layer.written_out())
         return copied
 
@@ -100,12 +107,26 @@ class LayeredModule(nn.Module):
         return self.written_out().state_dict()
 
 
+@dataclass(frozen=True)
+class Style:
+    """What the layers of an architecture are made of.
+
+    norm: in front of every activation, one of `recipe.NORMS`.   spectral: divide weights by their spectral norms.
+    learned_beta: beta of the activation, which is then centred_softplus, is learned, layer by layer.
+    """
+
+    norm: str = "none"
+    spectral: bool = False
+    learned_beta: bool = False
+
+
 @dataclass
 class _Plan:
     """An architecture as it grows; the shape of its last value decides the sizes of the next layer."""
 
     input_shape: Shape
     activation: Activation
+    style: Style = Style()
     layers: list[Layer] = field(default_factory=list)
     shape: Shape = ()
     weights: int = 0
@@ -129,26 +150,40 @@ class _Plan:
         self.layers.append(Layer(name, entry, module, inputs))
         with torch.no_grad():
             if not inputs:
+                module.eval()  # norms and power iterations stay as they are
                 self.shape = tuple(module(torch.zeros(1, *self.shape, dtype=torch.float32)).shape[1:])
+                module.train()
 
     def activate(self) -> None:
-        module = to_module(self.activation) or Elementwise(self.activation)
-        self.add(f"activation_{len(self.layers)}", _activation_entry(self.activation), module)
+        self._normalise()
+        entry = {"type": self.activation.name, **self.activation.parameters}
+        module: nn.Module = to_module(self.activation) or Elementwise(self.activation)
+        if self.style.learned_beta:
+            module = CentredSoftplus(float(self.activation.parameters["beta"] or 0.0))
+        self.add(f"activation_{len(self.layers)}", entry, module)
+
+    def _normalise(self) -> None:
+        """Add the style's norm, on the first axis of the last value."""
+        channels, image = self.shape[0], len(self.shape) == 3
+        entry = {"type": "BatchNorm2d" if image else "BatchNorm1d"}
+        if self.style.norm == "lipschitz":
+            self.add(f"norm_{len(self.layers)}", entry, LipschitzBatchNorm(channels))
+        elif self.style.norm == "batch":
+            module = nn.BatchNorm2d(channels) if image else nn.BatchNorm1d(channels)
+            self.add(f"norm_{len(self.layers)}", entry, module)
 
     def dense(self, name: str, width: int) -> None:
         if len(self.shape) > 1:
             self.add("flatten", {"type": "Flatten"}, nn.Flatten())
         self._spend(self.shape[0] * width)
-        self.add(name, {"type": "Linear"}, nn.Linear(self.shape[0], width))
+        layer = nn.Linear(self.shape[0], width)
+        self.add(name, {"type": "Linear"}, spectral_norm(layer) if self.style.spectral else layer)
 
     def conv(self, name: str, width: int, kernel: int, stride: int, padding: int) -> None:
         self._spend(self.shape[0] * width * kernel * kernel)
+        layer = nn.Conv2d(self.shape[0], width, kernel, stride, padding)
         entry = {"type": "Conv2d", "stride": stride, "padding": padding}
-        self.add(name, entry, nn.Conv2d(self.shape[0], width, kernel, stride, padding))
-
-
-def _activation_entry(activation: Activation) -> dict[str, Any]:
-    return {"type": activation.name, **activation.parameters}
+        self.add(name, entry, spectral_norm(layer) if self.style.spectral else layer)
 
 
 Planner = Callable[[_Plan, int, str], None]
@@ -229,6 +264,8 @@ def _sll(plan: _Plan, classes: int, text: str) -> None:
     """sll:32-3 - 1-Lipschitz residual convolutions 3 x 3 (width, blocks) on every second pixel, and a dense layer."""
     width, blocks = _width_and_blocks(text, "sll:32-3")
     _needs_images(plan)
+    if plan.style.norm != "none" or plan.style.spectral:
+        raise UsageError("--arch sll has weights of known norm; leave out norm and spectral")
     channels, *sides = plan.input_shape
     side = 2 if all(length % 2 == 0 for length in sides) else 1
     if width < channels * side * side:
@@ -256,7 +293,9 @@ ARCHITECTURES: dict[str, Planner] = {
 """Name -> planner."""
 
 
-def architecture(text: str, activation: str, input_shape: Shape, classes: int) -> Architecture:
+def architecture(
+    text: str, activation: str, input_shape: Shape, classes: int, style: Style | None = None
+) -> Architecture:
     """The architecture as written on the command line, with its weights drawn by torch's generator.
 
     UsageError, with what would be accepted, for an unknown name, wrong widths or an unknown activation.
@@ -272,7 +311,12 @@ def architecture(text: str, activation: str, input_shape: Shape, classes: int) -
                 f"--activation {quoted(activation)}: {key} = {value:g} cannot be trained in float32; choose a size "
                 f"between {1 / LARGEST_PARAMETER:g} and {LARGEST_PARAMETER:g}"
             )
-    plan = _Plan(tuple(input_shape), row)
+    style = style or Style()
+    if style.learned_beta and row.name != "centred_softplus":
+        raise UsageError(f"learned_beta is for the activation centred_softplus, not for {quoted(activation)}")
+    if style.learned_beta and not (row.parameters["beta"] or 0.0) > LEAST_BETA:
+        raise UsageError(f"learned_beta begins above {LEAST_BETA:g}, and the activation is {quoted(activation)}")
+    plan = _Plan(tuple(input_shape), row, style)
     planner(plan, classes, rest)
     return Architecture(plan.input_shape, tuple(plan.layers))
 

@@ -18,10 +18,11 @@ from certify_cli.errors import UsageError, listed, quoted, shown
 from certify_cli.plain import integer, ratio
 from certify_cli.toml_file import read_toml
 
-OBJECTIVES = ("plain", "curvature", "crt", "local")
+OBJECTIVES = ("plain", "curvature", "crt", "local", "low-curvature")
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 STARTS = ("torch", "identity")
+NORMS = ("none", "batch", "lipschitz")
 LARGEST_NUMBER = 2**53
 """No number of a recipe is larger."""
 
@@ -47,6 +48,9 @@ class Recipe:
     data: str = _key("mnist", "the data set, as for --data of certify; its training split is used")
     arch: str = _key("mlp:784-1024-10", "the architecture")
     activation: str = _key("softplus:2", "the activation, such as softplus:5 or tanh")
+    learned_beta: bool = _key(False, "beta of the activation, then centred_softplus, is learned layer by layer")
+    norm: str = _key("none", "in front of every activation; lipschitz: of a bounded, learned constant", choices=NORMS)
+    spectral: bool = _key(False, "divide all weights by their spectral norms, a convolution's as a matrix")
     start: str = _key("torch", "of dense layers in the middle: torch's, or a tenth of the identity", choices=STARTS)
     objective: str = _key("crt", "the loss", choices=OBJECTIVES)
     radius: float = _key(1.58, "the radius that is trained for, and at which models are selected", 1e-9, 1e6)
@@ -58,6 +62,13 @@ class Recipe:
     dual_step: float = _key(0.0, "curvature: how fast the weight follows accuracy minus dual_target", 0.0, 1e3)
     dual_target: float = _key(1.0, "curvature: the accuracy above which the weight rises", 0.0, 1.0)
     dual_floor: float = _key(0.0, "curvature: the smallest weight", 0.0, 1e6)
+    weight_beta: float = _key(0.01, "low-curvature: of the sum of all learned betas", 0.0, 1e6)
+    weight_gamma: float = _key(
+        0.01, "low-curvature: of the sum of the sizes of log gamma of all lipschitz norms", 0.0, 1e6
+    )
+    gradient_penalty: float = _key(
+        0.0, "low-curvature: of 1e5 times the squared gradient norm over the batch; the paper's is 0.001", 0.0, 1e6
+    )
     epochs: int = _key(20, "passes over the training samples", 1, 100_000)
     ramp: float = _key(0.15, "part of the run over which the radius, or the share of the worst case, grows", 0.0, 1.0)
     batch: int = _key(256, "samples a step", 1, 2**20)
@@ -84,6 +95,10 @@ class Recipe:
             _check(item.name, getattr(self, item.name), item.metadata["limits"])
         if self.objective == "local" and self.weight > 1:
             raise UsageError(f"the recipe's weight = {self.weight} is a share in `local`, and must not be above 1")
+        if self.start == "identity" and (self.spectral or self.norm != "none"):
+            raise UsageError(
+                "start = identity sizes weights that spectral and norm would size anew; choose start = torch"
+            )
 
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe with some values replaced; None leaves a value as it is."""

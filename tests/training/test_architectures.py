@@ -28,7 +28,7 @@ NAMES = [
 def test_the_spec_declares_the_module(name: str, activation: str) -> None:
     made = architecture(name, activation, (1, 28, 28), 10)
     module, x = made.module(), torch.rand(3, 1, 28, 28)
-    declared = build(made.spec, module.declared())
+    declared = build(module.spec, module.declared())
     expected = module.double()(x.double())
     assert torch.allclose(declared(x.double()), expected, rtol=0, atol=1e-6)
     exported = DifferentiableNetwork(module, (1, 28, 28)).network()
