@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from certify_cli.bounds.global_bounds.curvature import RULES, Curvature, why_no_curvature
-from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, product_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.expansion import product_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.bounds.remainder.tangent_bound import tangent_losses
 from certify_cli.efforts import Budget
