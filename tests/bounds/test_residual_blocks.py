@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from torch.nn.functional import conv2d, conv_transpose2d
 
 from certify_cli import load_model
 from certify_cli.bounds.global_bounds.chain import Chain, between, bottlenecks
+from certify_cli.bounds.global_bounds.curvature import Curvature
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
+from certify_cli.bounds.global_bounds.one_layer_sdp import OneLayer
 from certify_cli.bounds.global_bounds.residual_blocks import recognised
-from certify_cli.efforts import NORMAL
+from certify_cli.efforts import NORMAL, Budget
 from certify_cli.load.torch_module import load_module
 from certify_cli.network.activations import from_name
 from certify_cli.network.affine import Dense, Scale
@@ -25,6 +28,8 @@ from tests.networks import PIECEWISE, SMOOTH, all_pairs
 
 D = torch.float64
 WIDTH = 64
+NONE = Budget(norm=0.0, eigenvalues=0.0)
+"""No general block is tried."""
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -126,7 +131,7 @@ def test_no_slope_is_above_the_constant(activation: str, seed: int, shape: tuple
     noise = (0.0, 1e-8, 1e-6)[seed % 3] * random(*dims, seed=seed + 2)
     for scale in (1.0, 0.1, 3.0):
         network = block(v, -scale * rows(d, v) * v + noise, activation, shape)
-        found = recognised(network)
+        found = recognised(network, NONE)
         assert found is not None
         assert found.constant >= largest_slope(network) * (1 - 1e-9)
 
@@ -136,7 +141,7 @@ def test_the_constant_is_sharp_where_the_diagonal_is_too_large() -> None:
     v = random(6, 6)
     q = 3.7
     g = -q / float(torch.linalg.matrix_norm(v, 2)) ** 2 * v
-    found = recognised(block(v, g, "leaky_relu:1", (6,)))
+    found = recognised(block(v, g, "leaky_relu:1", (6,)), NONE)
     assert found is not None
     assert found.constant == pytest.approx(q - 1, rel=1e-6)
 
@@ -144,14 +149,14 @@ def test_the_constant_is_sharp_where_the_diagonal_is_too_large() -> None:
 def test_what_is_not_such_a_block_is_not_taken_for_one() -> None:
     v = random(6, 6)
     d = 2 / gershgorin(v)
-    assert recognised(block(v, -(d[:, None] * v), "relu", (6,))) is not None
-    assert recognised(block(v, d[:, None] * v, "relu", (6,))) is None  # it adds
-    assert recognised(block(v, -random(6, 6, seed=1), "relu", (6,))) is None
+    assert recognised(block(v, -(d[:, None] * v), "relu", (6,)), NONE) is not None
+    assert recognised(block(v, d[:, None] * v, "relu", (6,)), NONE) is None  # it adds
+    assert recognised(block(v, -random(6, 6, seed=1), "relu", (6,)), NONE) is None
     wrong = -(d[:, None] * v)
     wrong[2] *= -1  # one entry of the diagonal is negative
-    assert recognised(block(v, wrong, "relu", (6,))) is None
-    assert recognised(block(torch.full_like(v, math.nan), v, "relu", (6,))) is None
-    assert recognised(block(torch.zeros_like(v), torch.zeros_like(v), "relu", (6,))) is None
+    assert recognised(block(v, wrong, "relu", (6,)), NONE) is None
+    assert recognised(block(torch.full_like(v, math.nan), v, "relu", (6,)), NONE) is None
+    assert recognised(block(torch.zeros_like(v), torch.zeros_like(v), "relu", (6,)), NONE) is None
 
 
 def test_scales_around_the_layers_belong_to_them() -> None:
@@ -163,7 +168,7 @@ def test_scales_around_the_layers_belong_to_them() -> None:
     whole = after[:, None] * v * before
     back = builder.add("g", Dense(-((d / middle)[:, None] * whole).T.contiguous()), h)
     network = builder.build(builder.add("sum", Add(), 0, back))
-    found, plain = recognised(network), recognised(block(whole, -d[:, None] * whole, "relu", (5,)))
+    found, plain = recognised(network, NONE), recognised(block(whole, -d[:, None] * whole, "relu", (5,)), NONE)
     assert found is not None
     assert plain is not None
     assert found.constant == pytest.approx(plain.constant, rel=1e-9)
@@ -197,5 +202,98 @@ def test_parts_are_networks_of_their_own(name: str) -> None:
 
 
 def test_networks_without_such_blocks_have_no_chain() -> None:
+    residual = {name for name in (*SMOOTH, *PIECEWISE) if "residual" in name or "1-Lipschitz" in name}
     for name, network in {**SMOOTH, **PIECEWISE}.items():
-        assert (Chain.of(network, NORMAL.budget) is not None) == name.endswith("1-Lipschitz blocks"), name
+        if name not in residual:
+            assert Chain.of(network, NORMAL.budget) is None, name
+
+
+GENERAL = {"fits": (4, 6, 5), "wide": (3, 12, 4), "narrow": (6, 2, 6)}
+
+
+@pytest.mark.parametrize("slopes", [(0.0, 1.0), (-0.13, 1.13), (0.25, 0.5), (-1.0, 1.0), (0.2, 0.2)])
+@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.parametrize("skip", [True, False])
+def test_no_choice_of_slopes_is_above_the_general_constant(skip: bool, name: str, slopes: tuple[float, float]) -> None:
+    """Slopes at the ends of their range that make the norm large, found by ascent, for weights of several sizes."""
+    n, m, p = GENERAL[name]
+    low, high = slopes
+    for seed, gain in enumerate((1.0, 1e-3, 30.0)):
+        h = random(p, n, seed=seed) * skip
+        g, v = gain * random(p, m, seed=seed + 10), random(m, n, seed=seed + 20)
+        found = OneLayer(h, g, v, (0.0, 0.0, 0.0), slopes).constant()
+        for start in range(8):
+            s = low + (high - low) * torch.rand(m, dtype=D, generator=torch.Generator().manual_seed(start))
+            for _ in range(10):
+                u, norms, w = torch.linalg.svd(h + g @ (s[:, None] * v))
+                assert found >= float(norms[0]) * (1 - 1e-12)
+                s = torch.where((g.T @ u[:, 0]) * (v @ w[0]) > 0, high, low).to(D)
+        centre, radius = (low + high) / 2, (high - low) / 2
+        lip_lt = float(torch.linalg.matrix_norm(h + centre * g @ v, 2))
+        lip_lt += radius * float(torch.linalg.matrix_norm(g, 2) * torch.linalg.matrix_norm(v, 2))
+        assert found <= (1.01 if low < high else 1.05) * lip_lt
+
+
+def test_errors_of_the_matrices_count() -> None:
+    h, g, v = random(4, 4), random(4, 6), random(6, 4)
+    exact, rough = (OneLayer(h, g, v, (e, e, e), (0.0, 1.0)).constant() for e in (0.0, 0.01))
+    norms = [float(torch.linalg.matrix_norm(matrix, 2)) for matrix in (g, v)]
+    assert rough >= exact + 0.01 * (1 + sum(norms)) * (1 - 1e-9)
+
+
+def test_a_matrix_that_is_no_number_has_no_constant() -> None:
+    h, g, v = random(4, 4), random(4, 6), random(6, 4)
+    for wrong in (torch.full_like(g, math.nan), torch.full_like(g, math.inf), torch.zeros_like(g)):
+        assert OneLayer(h, wrong, v, (0.0, 0.0, 0.0), (0.0, 1.0)).constant() == math.inf
+
+
+def sandwich(depth: int, width: int = 12) -> Network:
+    """Sandwich layers h -> sqrt(2) A^T Psi relu(sqrt(2) Psi^-1 B h + b) with A A^T + B B^T = I: 1-Lipschitz each."""
+    builder, node = Builder((width,)), 0
+    for number in range(depth):
+        q, _ = torch.linalg.qr(random(2 * width, width, seed=number))
+        a, b = q[:width].T, q[width:].T
+        psi = random(width, seed=number + 50).exp()
+        z = builder.add(f"in{number}", Dense(math.sqrt(2) * b / psi[:, None], random(width, seed=number + 90)), node)
+        hidden = builder.add(f"relu{number}", from_name("relu"), z)
+        node = builder.add(f"out{number}", Dense(math.sqrt(2) * a.T * psi), hidden)
+    return builder.build(builder.add("head", Dense(random(3, width, seed=7)), node))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_sandwich_layers_are_1_lipschitz(depth: int) -> None:
+    network = sandwich(depth)
+    pairs = all_pairs(3)
+    head = network.nodes[-1].op.weight  # type: ignore[attr-defined]
+    direct = (head[pairs[:, 0]] - head[pairs[:, 1]]).norm(dim=1)
+    bounds = ModelBounds(network).lipschitz
+    assert (bounds.of_margins(pairs) <= 1.03**depth * direct).all()
+    assert (bounds.expansions[0].sensitivity(0, pairs) > 1.5**depth * direct).all()
+    x = random(200, 12, seed=3).requires_grad_(True)
+    out = network(x)
+    for row, (a, b) in enumerate(pairs.tolist()):
+        (slope,) = torch.autograd.grad((out[:, a] - out[:, b]).sum(), x, retain_graph=True)
+        assert float(slope.norm(dim=1).max()) <= float(bounds.of_margins(pairs)[row])
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_the_curvature_of_a_stack_is_at_most_the_published_recursion(depth: int) -> None:
+    """C(f o g) <= C(f) L(g)^2 + L(f) C(g), with 1 for every block's L and h ||G|| ||V|| max_i ||V_i|| for its C."""
+    phi = from_name("tanh")
+    module = nn.Sequential(*(DenseBlock(16, 10 * k, torch.tanh) for k in range(depth)), nn.Linear(16, 3, dtype=D))
+    network = load_module(module.eval(), (16,)).network
+    recursion = 0.0
+    for k in range(depth):
+        v = random(16, 16, seed=10 * k)
+        g = 2 * v.T / gershgorin(v)
+        norms = torch.linalg.matrix_norm(g, 2) * torch.linalg.matrix_norm(v, 2)
+        recursion += float(phi.curvature_sup * norms * v.norm(dim=1).max())
+    head = network.nodes[-1].op.weight  # type: ignore[attr-defined]
+    pairs = all_pairs(3)
+    direct = recursion * (head[pairs[:, 0]] - head[pairs[:, 1]]).norm(dim=1)
+    bounds = ModelBounds(network)
+    assert (bounds.curvature.lower(pairs) <= direct * (1 + 1e-5)).all()
+    unaware = replace(bounds.lipschitz, chain=None)
+    assert (
+        Curvature(network, bounds.weights, unaware, bounds.budget).lower(pairs) >= bounds.curvature.lower(pairs)
+    ).all()

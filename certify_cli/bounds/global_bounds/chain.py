@@ -22,11 +22,16 @@ from certify_cli.bounds.global_bounds.expansion import (
     product_expansion,
     weight_blocks,
 )
-from certify_cli.bounds.global_bounds.residual_blocks import ResidualBlock, recognised
+from certify_cli.bounds.global_bounds.residual_blocks import Recognised, recognised
 from certify_cli.efforts import Budget
+from certify_cli.network.affine import Dense, Shift
+from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Input, Network, Node
 from certify_cli.network.propagate import nonlinear_nodes, vjp_cost
 from certify_cli.numerics.rounding import number, times
+
+WEIGHTED = (Dense, Conv, ConvTranspose)
+"""Layers with weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +44,7 @@ class Part:
     first: int
     last: int
     network: Network
-    block: ResidualBlock | None
+    block: Recognised | None
     expansions: tuple[Expansion, ...]
 
     @cached_property
@@ -67,11 +72,7 @@ class Chain:
 
         centred: whether the expansions of LipLT are made, too, where the budget affords them.
         """
-        cuts = [0, *bottlenecks(network), len(network.nodes) - 1]
-        blocks: dict[tuple[int, int], ResidualBlock] = {}
-        for first, last in pairwise(cuts):
-            if isinstance(network.nodes[last].op, Add) and (found := recognised(between(network, first, last))):
-                blocks[first, last] = found
+        blocks = recognised_blocks(network, budget)
         if not blocks:
             return None
         ends = sorted({0, len(network.nodes) - 1} | {node for pair in blocks for node in pair})
@@ -109,6 +110,29 @@ class Chain:
         return times(margins, own, *(later.constant for later in self.parts[at + 1 : -1]))
 
 
+def recognised_blocks(network: Network, budget: Budget) -> dict[tuple[int, int], Recognised]:
+    """The parts of a known form, by the nodes at which they begin and end, in order.
+
+    Tried are residual blocks (a sum, from the node where its branches part), and what lies between two affine layers
+    that follow each other directly: sandwich layers.
+    """
+    cuts = [0, *bottlenecks(network), len(network.nodes) - 1]
+    pairs = [(first, last) for first, last in pairwise(cuts) if isinstance(network.nodes[last].op, Add)]
+    joints = [node for node in cuts[1:-1] if _is_joint(network, node)]
+    ends = sorted({node for pair in pairs for node in pair} | {0, *joints} if joints else set())
+    pairs += [pair for pair in pairwise(ends) if pair not in pairs]
+    found = {pair: recognised(between(network, *pair), budget) for pair in sorted(pairs)}
+    return {pair: part for pair, part in found.items() if part is not None}
+
+
+def _is_joint(network: Network, node: int) -> bool:
+    """Whether a layer with weights ends here, and the next node's layer has weights, too."""
+    after = network.nodes[node + 1].op
+    while isinstance(network.nodes[node].op, Shift):
+        node = network.nodes[node].inputs[0]
+    return isinstance(after, WEIGHTED) and isinstance(network.nodes[node].op, WEIGHTED)
+
+
 def bottlenecks(network: Network) -> list[int]:
     """The nodes between input and logits through which every path leads, in order."""
     found, earliest = [], len(network.nodes) - 1
@@ -127,7 +151,7 @@ def between(network: Network, first: int, last: int) -> Network:
     return Network((*nodes, *(replace(node, inputs=tuple(i - first for i in node.inputs)) for node in inner)))
 
 
-def _part(network: Network, pair: tuple[int, int], block: ResidualBlock | None, budget: Budget, centred: bool) -> Part:
+def _part(network: Network, pair: tuple[int, int], block: Recognised | None, budget: Budget, centred: bool) -> Part:
     own = between(network, *pair)
     expansions = [product_expansion(own, weight_blocks(own, budget))]
     outputs = network.classes if pair[1] == len(network.nodes) - 1 else 1

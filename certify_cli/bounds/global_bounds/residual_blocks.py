@@ -1,6 +1,9 @@
-"""Residual blocks x -> x - V^T D phi(V x + b) and the Lipschitz constants that their form gives (theory section 14).
+"""Parts of a network whose form has a Lipschitz constant of its own (theory section 14).
 
-Let d be a difference of two inputs, w = S V d that of the hidden values, with S diagonal in [a, b], and let the file
+Any H x + G phi(V x + b) with matrices of moderate size has that of `one_layer_sdp`. The blocks x - V^T D phi(V x + b)
+have one of any size, convolutions included:
+
+let d be a difference of two inputs, w = S V d that of the hidden values, with S diagonal in [a, b], and let the file
 hold x + G phi(V x + c) with G = -V^T D + E^T, D >= 0 diagonal and E what rounding of the file left. Where E = 0 the
 differences of outputs are (I - V^T D S V) d, a symmetric matrix with eigenvalues in [1 - b q, 1 - a q'] for
 q >= ||D^(1/2) V||^2, and so
@@ -19,15 +22,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from certify_cli.bounds.global_bounds.expansion import weight_blocks
+from certify_cli.bounds.global_bounds.one_layer_sdp import OneLayer, operations
+from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp, Dense, Scale, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Network, Shape
 from certify_cli.network.movement import Reshape
 from certify_cli.network.propagate import nonlinear_nodes, pre_activation
-from certify_cli.numerics.rounding import TINY, UNIT, gamma, number, times, up, vector_norm_up
+from certify_cli.numerics.rounding import TINY, UNIT, carries_gradient, gamma, number, times, up, vector_norm_up
 
 ALIKE = 1e-3
 """Largest part of the returning weights, as a Frobenius norm, that may differ from -V^T D."""
@@ -38,34 +45,63 @@ SCALING = 8
 
 
 @dataclass(frozen=True, eq=False)
-class ResidualBlock:
-    """A recognised block.   constant: its Lipschitz constant, up.   form: what it is, in words."""
+class Recognised:
+    """A part of a known form.   constant: its Lipschitz constant, up.   form: as a formula."""
 
     constant: float
     form: str
 
 
-def recognised(block: Network) -> ResidualBlock | None:
-    """The block that a network from one value to another is; None where it is of no known form.
-
-    The network's last node is the sum of its input and of one hidden layer's image.
-    """
-    hidden = nonlinear_nodes(block)
-    last = block.nodes[-1]
-    if len(hidden) != 1 or not isinstance(last.op, Add) or len(last.inputs) != 2 or 0 not in last.inputs:
+def recognised(part: Network, budget: Budget) -> Recognised | None:
+    """What a network from one value to another, with one hidden layer, is; None where it is of no known form."""
+    hidden = nonlinear_nodes(part)
+    if len(hidden) != 1:
         return None
-    op = block.nodes[hidden[0]].op
+    op = part.nodes[hidden[0]].op
     if not isinstance(op, Activation) or not all(map(math.isfinite, op.slope_range)):
         return None
-    into = _weight(block, pre_activation(block, hidden[0]), 0)
-    back = _weight(block, max(last.inputs), hidden[0])
+    returning = _returning(part, hidden[0], op)
+    return returning if returning is not None else _general(part, hidden[0], op, budget)
+
+
+def _returning(part: Network, hidden: int, op: Activation) -> Recognised | None:
+    """A part x - V^T D phi(V x + b): the sum of its input and of one hidden layer's image."""
+    last = part.nodes[-1]
+    if not isinstance(last.op, Add) or len(last.inputs) != 2 or 0 not in last.inputs:
+        return None
+    into = _weight(part, pre_activation(part, hidden), 0)
+    back = _weight(part, max(last.inputs), hidden)
     if into is None or back is None:
         return None
     returning = back.transposed(into)
     if returning is None:
         return None
     constant = _constant(into, returning, op.slope_range)
-    return None if constant is None else ResidualBlock(constant, "x - V^T D phi(V x + b)")
+    return None if constant is None else Recognised(constant, "x - V^T D phi(V x + b)")
+
+
+def _general(part: Network, hidden: int, op: Activation, budget: Budget) -> Recognised | None:
+    """A part H x + G phi(V x + b) whose matrices the budget affords."""
+    inputs, size, last = part.nodes[0].size, part.nodes[hidden].size, len(part.nodes) - 1
+    if carries_gradient(*part.constants) or operations(inputs, size) > budget.norm:
+        return None
+    blocks = weight_blocks(part, budget)
+    found: list[Tensor] = []
+    errors: list[float] = []
+    for target, source in ((last, 0), (last, hidden), (pre_activation(part, hidden), 0)):
+        block = blocks.get((target, source))
+        if block is None:
+            found.append(torch.zeros(part.nodes[target].size, part.nodes[source].size, dtype=torch.float64))
+            errors.append(0.0)
+        elif block.matrix is None:
+            return None
+        else:
+            found.append(block.matrix)
+            errors.append(block.matrix_error)
+    h, g, v = (matrix.to(part.device) for matrix in found)
+    constant = OneLayer(h, g, v, (errors[0], errors[1], errors[2]), op.slope_range).constant()
+    form = "H x + G phi(V x + b)" if bool(h.any()) else "G phi(V x + b)"
+    return Recognised(constant, form) if math.isfinite(constant) else None
 
 
 @dataclass(frozen=True, eq=False)
