@@ -32,6 +32,7 @@ from certify_cli.numerics.rounding import number, times
 
 WEIGHTED = (Dense, Conv, ConvTranspose)
 """Layers with weights."""
+NOTHING = Budget(norm=0.0, eigenvalues=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +68,16 @@ class Chain:
     parts: tuple[Part, ...]
 
     @classmethod
-    def of(cls, network: Network, budget: Budget, centred: bool = True) -> Chain | None:
-        """The chain of a network; None where no residual block of it is recognised.
+    def of(cls, network: Network, budget: Budget, norms_alone: bool = False) -> Chain | None:
+        """The chain of a network; None where no part of it is recognised.
 
-        centred: whether the expansions of LipLT are made, too, where the budget affords them.
+        norms_alone: for training, which differentiates norms: without LipLT and the general form.
         """
-        blocks = recognised_blocks(network, budget)
+        blocks = recognised_blocks(network, NOTHING if norms_alone else budget)
         if not blocks:
             return None
         ends = sorted({0, len(network.nodes) - 1} | {node for pair in blocks for node in pair})
-        return cls(tuple(_part(network, pair, blocks.get(pair), budget, centred) for pair in pairwise(ends)))
+        return cls(tuple(_part(network, pair, blocks.get(pair), budget, norms_alone) for pair in pairwise(ends)))
 
     def _of(self, node: int) -> int:
         """The number of the part that has a node (not as its input)."""
@@ -151,11 +152,11 @@ def between(network: Network, first: int, last: int) -> Network:
     return Network((*nodes, *(replace(node, inputs=tuple(i - first for i in node.inputs)) for node in inner)))
 
 
-def _part(network: Network, pair: tuple[int, int], block: Recognised | None, budget: Budget, centred: bool) -> Part:
+def _part(network: Network, pair: tuple[int, int], block: Recognised | None, budget: Budget, norms_alone: bool) -> Part:
     own = between(network, *pair)
     expansions = [product_expansion(own, weight_blocks(own, budget))]
     outputs = network.classes if pair[1] == len(network.nodes) - 1 else 1
     affordable = outputs * vjp_cost(own, len(own.nodes) - 1) <= budget.blocks
-    if centred and affordable and nonlinear_nodes(own):
+    if not norms_alone and affordable and nonlinear_nodes(own):
         expansions.append(lipschitz_expansion(own, budget))
     return Part(*pair, own, block, tuple(expansions))

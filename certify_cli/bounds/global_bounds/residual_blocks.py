@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Network, Shape
 from certify_cli.network.movement import Reshape
 from certify_cli.network.propagate import nonlinear_nodes, pre_activation
+from certify_cli.numerics.estimates import operator_norm_estimate
 from certify_cli.numerics.rounding import TINY, UNIT, carries_gradient, gamma, number, times, up, vector_norm_up
 
 ALIKE = 1e-3
@@ -116,9 +118,16 @@ class _Weight:
     shape: Shape
 
     def norm_of(self, weight: Tensor) -> float:
-        """Upper bound of the norm of the same layer with another weight, whose entries took SCALING more roundings."""
+        """Upper bound of the norm of the same layer with another weight, whose entries took SCALING more roundings.
+
+        Where this one's weight carries a gradient, an estimate from below.
+        """
         assert isinstance(self.op, Dense | Conv)  # of which `transposed` makes the other's weight
-        return float(replace(self.op, weight=weight, weight_error=self.errors + SCALING).norm(self.shape))
+        op = replace(self.op, weight=weight, weight_error=self.errors + SCALING)
+        if carries_gradient(self.op.weight):
+            back = partial(op.transpose, shape=self.shape)
+            return float(operator_norm_estimate(op.linear, back, self.shape, weight))
+        return float(op.norm(self.shape))
 
     def transposed(self, like: _Weight) -> Tensor | None:
         """The transpose's weight as one of the layer `like`; None where it is another kind of map."""
