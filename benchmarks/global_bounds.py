@@ -42,7 +42,7 @@ def measure(path: Path, entry: Entry, root: str | None, samples: int, effort: st
     import torch
 
     from certify_cli.bounds.global_bounds.curvature import why_no_curvature
-    from certify_cli.bounds.global_bounds.lipschitz import lipschitz_expansion, product_expansion
+    from certify_cli.bounds.global_bounds.expansion import lipschitz_expansion, product_expansion
     from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
     from certify_cli.certificates.closed_form import hybrid_radius, lipschitz_radius
     from certify_cli.certificates.dual import refined

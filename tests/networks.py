@@ -66,6 +66,21 @@ def residual_net(activation: str = "tanh", seed: int = 0, classes: int = 3) -> N
     return b.build(b.add("fc", Dense(_weights(g, classes, 4)), top))
 
 
+def one_lipschitz_net(activation: str = "tanh", seed: int = 0, classes: int = 3) -> Network:
+    """Dense, two blocks x - 2 V^T T^-1 phi(V x + b) that are 1-Lipschitz by design (theory section 14), dense."""
+    g = torch.Generator().manual_seed(seed)
+    builder = Builder((5,))
+    node = builder.add("stem", Dense(_weights(g, 6, 5), _weights(g, 6, gain=0.3)), 0)
+    for number in (1, 2):
+        v, q = _weights(g, 7, 6), 1 + torch.rand(7, dtype=torch.float64, generator=g)
+        t = ((v @ v.T).abs() * q).sum(1) / q
+        hidden = builder.add(f"into{number}", Dense(v, _weights(g, 7, gain=0.3)), node)
+        hidden = builder.add(f"phi{number}", from_name(activation), hidden)
+        back = builder.add(f"back{number}", Dense(-2 * (v / t[:, None]).T, _weights(g, 6, gain=0.3)), hidden)
+        node = builder.add(f"sum{number}", Add(), node, back)
+    return builder.build(builder.add("head", Dense(_weights(g, classes, 6), _weights(g, classes)), node))
+
+
 def concat_net(activation: str = "softplus", seed: int = 0, classes: int = 3) -> Network:
     """Input, first and second layer concatenated (dense-net style); one activation feeds two readers."""
     g = torch.Generator().manual_seed(seed)
@@ -119,6 +134,7 @@ SMOOTH: dict[str, Network] = {
     "convolutional, mish": conv_net("mish", seed=1),
     "residual": residual_net(),
     "residual, gelu": residual_net("gelu", seed=1),
+    "1-Lipschitz blocks": one_lipschitz_net(),
     "concatenating": concat_net(),
     "concatenating, softsign": concat_net("softsign", seed=1),
     "batch norms, silu": batch_norm_net("silu"),
@@ -155,6 +171,7 @@ PIECEWISE: dict[str, Network] = {
     "relu": mlp((5, 8, 7, 3), "relu"),
     "leaky relu, residual": residual_net("leaky_relu:0.2"),
     "relu, concatenating": concat_net("relu"),
+    "relu, 1-Lipschitz blocks": one_lipschitz_net("relu", seed=1),
     "relu, convolutional": conv_net("relu"),
     "relu6": mlp((5, 8, 3), "clip:0,6"),
     "max min": sorted_net(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.lipschitz import ROW_ENTRIES
+from certify_cli.bounds.global_bounds.expansion import ROW_ENTRIES
 from certify_cli.bounds.relaxation.intermediate_bounds import CACHE
 from certify_cli.certificates.local import footprint
 from certify_cli.certificates.rivals import ROW

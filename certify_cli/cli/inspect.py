@@ -13,6 +13,7 @@ from certify_cli.output.console import Column, grid, pairs
 from certify_cli.output.document import View
 from certify_cli.output.json import pretty
 from certify_cli.output.layers import shape_text
+from certify_cli.output.numbers import UP, near_one
 from certify_cli.plain import binary_size
 from certify_cli.records import SCHEMA
 
@@ -45,9 +46,11 @@ def inspect(
 
 
 def describe(loaded: LoadedModel) -> dict[str, Any]:
-    """The model, its nodes in order and every method with the reason where it does not apply."""
+    """The model, its nodes in order, residual blocks of a known form, and every method, with the reason against it."""
+    from certify_cli.bounds.global_bounds.chain import recognised_blocks
     from certify_cli.certificates.footprints import of_process, wanted
     from certify_cli.certificates.methods import METHODS
+    from certify_cli.efforts import NORMAL
 
     nodes = loaded.network.nodes
     reasons = {name: method.applies(loaded.network) for name, method in METHODS.items()}
@@ -68,6 +71,15 @@ def describe(loaded: LoadedModel) -> dict[str, Any]:
                 "parameters": parameter_count(node.op),
             }
             for node in nodes
+        ],
+        "blocks": [
+            {
+                "form": block.form,
+                "from": nodes[first].name,
+                "to": nodes[last].name,
+                "lipschitz": block.constant,
+            }
+            for (first, last), block in recognised_blocks(loaded.network, NORMAL.budget).items()
         ],
         "methods": [
             {
@@ -92,6 +104,12 @@ def parameter_count(op: Op) -> int:
     return sum(value.numel() for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 
+BLOCK_COLUMNS = (
+    Column("block"),
+    Column("from"),
+    Column("to"),
+    Column("Lipschitz constant", right=True),
+)
 NODE_COLUMNS = (
     Column("#", right=True),
     Column("node"),
@@ -145,4 +163,6 @@ def as_text(found: dict[str, Any], view: View) -> str:
         Column("memory", right=True),  # for one sample
         Column("explanation", wraps=True),
     )
-    return f"{head}\n{grid(NODE_COLUMNS, nodes, view)}\n{grid(method_columns, methods, view)}"
+    blocks = [(b["form"], b["from"], b["to"], near_one(b["lipschitz"], UP)) for b in found["blocks"]]
+    recognised = f"{grid(BLOCK_COLUMNS, blocks, view)}\n" if blocks else ""
+    return f"{head}\n{grid(NODE_COLUMNS, nodes, view)}\n{recognised}{grid(method_columns, methods, view)}"

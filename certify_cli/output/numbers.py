@@ -25,6 +25,11 @@ def number(value: float | None, rounding: str = NEAREST) -> str:
     return f"{Context(prec=DECIMALS, rounding=rounding).create_decimal(exact):.3e}"
 
 
+def near_one(value: float, rounding: str) -> str:
+    """`value` with seven decimals, where the distance from 1 is what counts."""
+    return f"{Decimal(value).quantize(Decimal(1).scaleb(-7), rounding=rounding):f}"
+
+
 def share(fraction: float | None, total: int) -> str:
     """A share of `total` samples as percentage and count, such as "43.12 %  (4312 of 10000)"; "-" for None.
 

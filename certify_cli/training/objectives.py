@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from certify_cli.bounds.global_bounds.chain import Chain
 from certify_cli.bounds.global_bounds.curvature import RULES, Curvature, why_no_curvature
-from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, product_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.expansion import product_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.bounds.remainder.tangent_bound import tangent_losses
 from certify_cli.efforts import Budget
@@ -134,9 +136,10 @@ class _Curved(Objective):
 
 
 def global_curvature(network: Network) -> Curvature:
-    """The global curvature bounds of `certify`, by products of norms alone."""
+    """The global curvature bounds of `certify`, by products of norms and residual blocks that are recognised."""
     weights = weight_blocks(network, BUDGET)
-    return Curvature(network, weights, Lipschitz(network, (product_expansion(network, weights),)), BUDGET)
+    expansions, chain = (product_expansion(network, weights),), Chain.of(network, BUDGET, norms_alone=True)
+    return Curvature(network, weights, Lipschitz(network, expansions, chain), BUDGET)
 
 
 class CurvaturePenalty(_Curved):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds import lipschitz as lipschitz_module
-from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, lipschitz_expansion, weight_blocks
+from certify_cli.bounds.global_bounds import expansion as lipschitz_module
+from certify_cli.bounds.global_bounds.expansion import lipschitz_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds, PairTable
 from certify_cli.bounds.linear_maps import weight_blocks as blocks_module
 from certify_cli.bounds.linear_maps.block_costs import Costs, affordable, contributions, shared

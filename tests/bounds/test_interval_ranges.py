@@ -103,7 +103,7 @@ def test_a_saturated_unit_moves_no_further_than_its_limit() -> None:
 
 def test_convolutions_written_out_or_walked_agree() -> None:
     """Without matrices (a budget of nothing) the intervals go through |W| on foot: the same or wider, never wrong."""
-    from certify_cli.bounds.global_bounds.lipschitz import weight_blocks
+    from certify_cli.bounds.global_bounds.expansion import weight_blocks
     from certify_cli.efforts import Budget
 
     network = conv_net("tanh")

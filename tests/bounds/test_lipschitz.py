@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, lipschitz_expansion, product_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.expansion import lipschitz_expansion, product_expansion, weight_blocks
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.efforts import EFFORTS, Budget
 from certify_cli.network.affine import Dense

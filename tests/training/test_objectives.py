@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from certify_cli.bounds.global_bounds.curvature import Curvature
-from certify_cli.bounds.global_bounds.lipschitz import weight_blocks
+from certify_cli.bounds.global_bounds.expansion import weight_blocks
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.bounds.remainder.tangent_bound import tangent_losses

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.anchored_network import AnchoredNetwork, Offsets, level_bound, square_up
-from certify_cli.bounds.global_bounds.lipschitz import Expansion
+from certify_cli.bounds.global_bounds.expansion import Expansion
 from certify_cli.network.activations.anchored_table import AnchoredConstants
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import pre_activation

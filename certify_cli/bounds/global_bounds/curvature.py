@@ -21,7 +21,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, node_lipschitz
+from certify_cli.bounds.global_bounds.expansion import node_lipschitz
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz
 from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.bounds.linear_maps.weighted_gram import weighted_gram_norms
 from certify_cli.efforts import Budget

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from certify_cli.bounds.global_bounds.curvature import why_no_curvature
-from certify_cli.bounds.global_bounds.lipschitz import node_lipschitz
+from certify_cli.bounds.global_bounds.expansion import node_lipschitz
 from certify_cli.bounds.global_bounds.model_bounds import ModelBounds
 from certify_cli.efforts import EFFORTS
 from certify_cli.load.loaded_model import LoadedModel

@@ -12,7 +12,8 @@ from torch import Tensor
 from certify_cli.bounds.global_bounds.anchored import Anchored
 from certify_cli.bounds.global_bounds.anchored_network import AnchoredNetwork
 from certify_cli.bounds.global_bounds.curvature import Curvature
-from certify_cli.bounds.global_bounds.lipschitz import Lipschitz, weight_blocks
+from certify_cli.bounds.global_bounds.expansion import weight_blocks
+from certify_cli.bounds.global_bounds.lipschitz import Lipschitz
 from certify_cli.bounds.linear_maps.weight_blocks import Blocks
 from certify_cli.efforts import MEMORY, NORMAL, Effort
 from certify_cli.network.evaluated import EvaluatedPoints
