@@ -243,7 +243,7 @@ def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> O
             steps=recipe.attack_steps,
             every_rival=recipe.every_rival,
         )
-    if recipe.objective == "low-curvature":
+    if recipe.objective == "lcnn":
         return LowCurvature(
             module,
             shape,

@@ -18,7 +18,7 @@ from certify_cli.errors import UsageError, listed, quoted, shown
 from certify_cli.plain import integer, ratio
 from certify_cli.toml_file import read_toml
 
-OBJECTIVES = ("plain", "curvature", "crt", "local", "low-curvature")
+OBJECTIVES = ("plain", "curvature", "crt", "local", "lcnn")
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 STARTS = ("torch", "identity")

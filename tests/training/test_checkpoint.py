@@ -59,8 +59,8 @@ def test_a_resumed_run_gives_the_same_weights(objective: str, optimiser: str, sc
 
 
 def test_a_resumed_low_curvature_run_has_the_same_statistics_and_vectors(tmp_path: Path) -> None:
-    recipe = RUN.with_values({**STYLE, "objective": "low-curvature"})
-    begun(tmp_path / "checkpoint", **{**STYLE, "objective": "low-curvature"})
+    recipe = RUN.with_values({**STYLE, "objective": "lcnn"})
+    begun(tmp_path / "checkpoint", **{**STYLE, "objective": "lcnn"})
     resumed = Training(recipe, data(), CPU)
     resume(tmp_path / "checkpoint", resumed)
     assert len(list(resumed.epochs())) == 2
@@ -128,7 +128,7 @@ def test_a_changed_checkpoint_is_refused_or_trained_on(values: dict[str, Any], t
 
 def test_changed_vectors_and_statistics_are_refused_or_trained_on(tmp_path: Path) -> None:
     """Of a low-curvature network: spectral norms, running statistics, betas and gammas that no run leaves."""
-    path, values = tmp_path / "checkpoint", {**STYLE, "objective": "low-curvature", "average": 0.0, "every": 4}
+    path, values = tmp_path / "checkpoint", {**STYLE, "objective": "lcnn", "average": 0.0, "every": 4}
     begun(path, **values)
     _, facts = read_declared(path)
     tensors = load_file(path)

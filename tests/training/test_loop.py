@@ -53,7 +53,7 @@ def test_steps_that_are_not_finite_are_taken_back(monkeypatch: pytest.MonkeyPatc
         ("curvature", CurvaturePenalty),
         ("crt", CRT),
         ("local", LocalCurvature),
-        ("low-curvature", LowCurvature),
+        ("lcnn", LowCurvature),
     ],
 )
 def test_every_objective_of_a_recipe(name: str, kind: type) -> None:

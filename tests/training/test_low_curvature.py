@@ -242,7 +242,7 @@ def test_styles_that_do_not_fit(arch: str, activation: str, style: Style, says: 
 def trained(**values: Any) -> Training:
     torch.manual_seed(1)
     x, y = torch.rand(34, 1, 8, 8), torch.arange(34) % 3
-    recipe = Recipe(objective="low-curvature", epochs=2, batch=8, checked=2, validation=1).with_values(values)
+    recipe = Recipe(objective="lcnn", epochs=2, batch=8, checked=2, validation=1).with_values(values)
     training = Training(recipe, TrainingData.of(x, y, recipe), CPU)  # 33 samples: the last batch is a single one
     assert len(list(training.epochs())) == 2
     return training
@@ -274,7 +274,7 @@ def test_every_objective_trains_every_norm(objective: str, norm: str) -> None:
 
 
 def test_steps_that_are_taken_back_leave_statistics_as_they_were() -> None:
-    recipe = Recipe(arch="mlp:64-9-3", objective="low-curvature").with_values(STYLE)
+    recipe = Recipe(arch="mlp:64-9-3", objective="lcnn").with_values(STYLE)
     x, y = torch.rand(30, 1, 8, 8), torch.arange(30) % 3
     training = Training(recipe, TrainingData.of(x, y, recipe), CPU)
     before = {name: buffer.clone() for name, buffer in training.module.named_buffers()}
