@@ -5,9 +5,9 @@
     objective = CRT(model, input_shape=(1, 28, 28), radius=1.58, weight=0.02)
     loss = objective(x, y)
 
-`CurvaturePenalty`, `CRT` and `LocalCurvature` are losses of a torch module. They differentiate the bounds that
-`certify` proves, so that a network is trained on what it will be certified by (theory section 9). Nothing heavy is
-imported before one of these names is used.
+`CurvaturePenalty`, `CRT`, `LocalCurvature` and `LocalLipschitz` are losses of a torch module. They differentiate the
+bounds that `certify` proves, so that a network is trained on what it will be certified by (theory section 9). Nothing
+heavy is imported before one of these names is used.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from certify_cli.training.local_lipschitz import LocalLipschitz
     from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
 
-__all__ = ["CRT", "CurvaturePenalty", "LocalCurvature", "Objective", "Plain"]
+__all__ = ["CRT", "CurvaturePenalty", "LocalCurvature", "LocalLipschitz", "Objective", "Plain"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'certify_cli.training' has no attribute {name!r}")
-    return getattr(import_module("certify_cli.training.objectives"), name)
+    room = "local_lipschitz" if name == "LocalLipschitz" else "objectives"
+    return getattr(import_module(f"certify_cli.training.{room}"), name)

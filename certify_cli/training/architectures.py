@@ -9,28 +9,24 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from certify_cli.errors import UsageError, quoted
 from certify_cli.load.safetensors.architecture import FORMAT
-from certify_cli.network.activations import Activation, from_name, to_module
 from certify_cli.network.graph import Shape
-from certify_cli.training.elementwise import Elementwise
 from certify_cli.training.sll import Returning, Unshuffled
+from certify_cli.training.trained_activations import Made, activation_layers
 
 MAX_WIDTH, MAX_HIDDEN = 2**14, 64
 """Largest width of a layer, and largest number of hidden layers, that a name may ask for."""
 
 MAX_WEIGHTS = 2**27
 """Largest number of weights in all: 512 MiB, and a few times that while training."""
-
-LARGEST_PARAMETER = 1e4
-"""Largest size of a number of the activation, and its inverse the smallest one that is not 0."""
 
 
 class Sum(nn.Module):
@@ -60,15 +56,35 @@ class Architecture:
     @property
     def spec(self) -> dict[str, Any]:
         """The declared architecture."""
-        entries = []
-        for layer in self.layers:
-            inputs = {"inputs": list(layer.inputs)} if layer.inputs else {}
-            entries.append({"name": layer.name, **layer.entry, **inputs})
-        return {"format": FORMAT, "input": list(self.input_shape), "layers": entries}
+        return _spec(self.input_shape, [(layer.name, layer.entry, layer.inputs) for layer in self.layers])
 
     def module(self) -> LayeredModule:
         """The torch module."""
         return LayeredModule(self)
+
+
+@runtime_checkable
+class Changing(Protocol):
+    """A module whose entry of the spec changes as it learns."""
+
+    def entry(self) -> dict[str, Any]:
+        """The entry at present, without name and inputs."""
+
+
+@runtime_checkable
+class WrittenOut(Protocol):
+    """A module that is written as another one, which has the tensors that the spec names."""
+
+    def written_out(self) -> nn.Module:
+        """That module, on its own."""
+
+
+def _spec(shape: Shape, layers: Sequence[tuple[str, dict[str, Any], tuple[str, ...]]]) -> dict[str, Any]:
+    """The declared architecture of layers (name, entry, inputs)."""
+    entries = [
+        {"name": name, **entry, **({"inputs": list(inputs)} if inputs else {})} for name, entry, inputs in layers
+    ]
+    return {"format": FORMAT, "input": list(shape), "layers": entries}
 
 
 class LayeredModule(nn.Module):
@@ -76,22 +92,33 @@ class LayeredModule(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self._inputs = [(layer.name, layer.inputs) for layer in architecture.layers]
+        self._input_shape = architecture.input_shape
+        self._layers = [(layer.name, layer.entry, layer.inputs) for layer in architecture.layers]
         for layer in architecture.layers:
             self.add_module(layer.name, layer.module)
 
     def forward(self, x: Tensor) -> Tensor:
         values, previous = {"input": x}, "input"
-        for name, inputs in self._inputs:
+        for name, _, inputs in self._layers:
             values[name] = self.get_submodule(name)(*(values[key] for key in inputs or (previous,)))
             previous = name
         return values[previous]
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The architecture that the module declares at present."""
+        return _spec(self._input_shape, [(name, self._entry(name, entry), i) for name, entry, i in self._layers])
+
+    def _entry(self, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+        layer = self.get_submodule(name)
+        return layer.entry() if isinstance(layer, Changing) else entry
+
     def written_out(self) -> LayeredModule:
         """The same module on the CPU, whose layers all have the weights that the spec names."""
         copied = copy.deepcopy(self).cpu()
+        copied._layers = [(name, copied._entry(name, entry), inputs) for name, entry, inputs in copied._layers]
         for name, layer in list(copied.named_children()):
-            if isinstance(layer, Returning):
+            if isinstance(layer, WrittenOut):
                 copied.add_module(name, layer.written_out())
         return copied
 
@@ -105,7 +132,7 @@ class _Plan:
     """An architecture as it grows; the shape of its last value decides the sizes of the next layer."""
 
     input_shape: Shape
-    activation: Activation
+    activation: Callable[[], Made]
     layers: list[Layer] = field(default_factory=list)
     shape: Shape = ()
     weights: int = 0
@@ -132,8 +159,12 @@ class _Plan:
                 self.shape = tuple(module(torch.zeros(1, *self.shape, dtype=torch.float32)).shape[1:])
 
     def activate(self) -> None:
-        module = to_module(self.activation) or Elementwise(self.activation)
-        self.add(f"activation_{len(self.layers)}", _activation_entry(self.activation), module)
+        entry, module = self.activation()
+        if entry["type"] == "MaxMin" and self.shape[0] % 2:
+            raise UsageError(
+                f"maxmin pairs the channels or units of a layer, and one has {self.shape[0]}; choose even widths"
+            )
+        self.add(f"activation_{len(self.layers)}", entry, module)
 
     def dense(self, name: str, width: int) -> None:
         if len(self.shape) > 1:
@@ -145,10 +176,6 @@ class _Plan:
         self._spend(self.shape[0] * width * kernel * kernel)
         entry = {"type": "Conv2d", "stride": stride, "padding": padding}
         self.add(name, entry, nn.Conv2d(self.shape[0], width, kernel, stride, padding))
-
-
-def _activation_entry(activation: Activation) -> dict[str, Any]:
-    return {"type": activation.name, **activation.parameters}
 
 
 Planner = Callable[[_Plan, int, str], None]
@@ -256,7 +283,9 @@ ARCHITECTURES: dict[str, Planner] = {
 """Name -> planner."""
 
 
-def architecture(text: str, activation: str, input_shape: Shape, classes: int) -> Architecture:
+def architecture(
+    text: str, activation: str, input_shape: Shape, classes: int, learned_thresholds: bool = False
+) -> Architecture:
     """The architecture as written on the command line, with its weights drawn by torch's generator.
 
     UsageError, with what would be accepted, for an unknown name, wrong widths or an unknown activation.
@@ -265,14 +294,7 @@ def architecture(text: str, activation: str, input_shape: Shape, classes: int) -
     planner = ARCHITECTURES.get(name.lower())
     if planner is None:
         raise UsageError(f"--arch {quoted(text)} is not known; choose one of {', '.join(described())}")
-    row = from_name(activation)
-    for key, value in row.parameters.items():
-        if value and not 1 / LARGEST_PARAMETER <= abs(value) <= LARGEST_PARAMETER:
-            raise UsageError(
-                f"--activation {quoted(activation)}: {key} = {value:g} cannot be trained in float32; choose a size "
-                f"between {1 / LARGEST_PARAMETER:g} and {LARGEST_PARAMETER:g}"
-            )
-    plan = _Plan(tuple(input_shape), row)
+    plan = _Plan(tuple(input_shape), activation_layers(activation, learned_thresholds))
     planner(plan, classes, rest)
     return Architecture(plan.input_shape, tuple(plan.layers))
 

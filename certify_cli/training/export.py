@@ -45,9 +45,10 @@ class Made:
         if training.best is None:
             raise ValueError("a run without epochs has no model")
         epoch, score = training.best
+        module = training.best_module()
         return cls(
-            training.architecture.spec,
-            training.best_module().state_dict(),
+            module.spec,
+            module.state_dict(),
             training.recipe,
             score,
             epoch,

@@ -17,6 +17,7 @@ from certify_cli.errors import DataError, TrainingError
 from certify_cli.load.safetensors.architecture import build
 from certify_cli.training.architectures import Architecture, LayeredModule, architecture
 from certify_cli.training.augmentation import Augmentation
+from certify_cli.training.local_lipschitz import LocalLipschitz
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
 from certify_cli.training.recipe import Recipe
 from certify_cli.training.start import middle_layers, start_from_identity
@@ -96,7 +97,9 @@ class Training:
         self.recipe, self.data, self.device = recipe, data, device
         torch.manual_seed(recipe.seed)
         shape = tuple(data.x.shape[1:])
-        self.architecture: Architecture = architecture(recipe.arch, recipe.activation, shape, data.classes)
+        self.architecture: Architecture = architecture(
+            recipe.arch, recipe.activation, shape, data.classes, recipe.learned_thresholds
+        )
         module = self.architecture.module()
         if recipe.start == "identity":
             start_from_identity(module, torch.zeros(1, *shape, dtype=torch.float32))
@@ -184,7 +187,7 @@ class Training:
     def _select(self) -> Score:
         """Score the present model, and keep it where it is the best so far."""
         present = self.present()
-        network = build(self.architecture.spec, present.declared())
+        network = build(present.spec, present.declared())
         found = score(network, self.data.validation_x, self.data.validation_y, self.recipe.radius, self.recipe.checked)
         if self.best is None or found.key >= self.best[1].key:
             self.best_state = {key: tensor.detach().cpu().clone() for key, tensor in present.state_dict().items()}
@@ -236,13 +239,22 @@ def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> O
         )
     if recipe.objective == "local":
         return LocalCurvature(module, shape, radius=recipe.radius, weight=recipe.weight, every_rival=recipe.every_rival)
+    if recipe.objective == "local-lipschitz":
+        return LocalLipschitz(
+            module,
+            shape,
+            radius=recipe.radius,
+            weight=recipe.weight,
+            sparsity=recipe.sparsity,
+            every_rival=recipe.every_rival,
+        )
     return Plain(module, shape)
 
 
 def _grow(objective: Objective, recipe: Recipe, done: float) -> None:
     """Let the radius, or the share of the worst case, grow over the first part of the run."""
     share = 1.0 if recipe.ramp == 0 else min(1.0, 0.05 + done / recipe.ramp)
-    if isinstance(objective, CRT):
+    if isinstance(objective, CRT | LocalLipschitz):
         objective.radius = share * recipe.radius
     elif isinstance(objective, LocalCurvature):
         objective.share = share
