@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from certify_cli.bounds.global_bounds.lipschitz import weight_blocks
 from certify_cli.bounds.on_ball.lipschitz import LinearisedOnBalls, linearised_by_norms
 from certify_cli.network.activations import Activation
+from certify_cli.network.affine import Scale
 from certify_cli.network.evaluated import EvaluatedPoints
+from certify_cli.network.graph import Network
 from certify_cli.network.propagate import pre_activation
 from certify_cli.training.objectives import BUDGET, Objective, margin_rows, margins_of, worst_entropy
 
@@ -27,8 +29,8 @@ class LocalLipschitz(Objective):
     there become part of their neighbours' maps.
 
     radius: of the balls.   weight: of the worst case; the sample itself has the rest.
-    sparsity: weight of the mean distance of units from being constant on the ball (`sparsity_loss`).
     every_rival: False lowers the margin towards the runner-up alone, at a fraction of the time.
+    sparsity: weight of the mean distance of units from being constant on the ball (`sparsity_loss`).
     """
 
     def __init__(
@@ -66,7 +68,7 @@ def worst_margins(sources: LinearisedOnBalls, y: Tensor, rivals: Tensor) -> Tens
 
 
 def sparsity_loss(sources: LinearisedOnBalls) -> Tensor:
-    """Mean over all units, and the batch, of how far they are from being constant on the balls.
+    """Mean over all units, and the batch, of how far pre-activations are from where units are constant on the balls.
 
     That is max(upper - first kink, 0) of an activation that is constant below its first kink, as ReLU is, and
     SATURATION max(last kink - lower, 0) of one that is constant above its last; 0 for a network of neither.
@@ -78,13 +80,20 @@ def sparsity_loss(sources: LinearisedOnBalls) -> Tensor:
         units += network.nodes[layer].size
         if not isinstance(op, Activation) or not op.kinks:
             continue
+        unit = _unit(network, target)
         z = evaluation.values[target].flatten(1)
         below, above = (_constant_towards(op, end) for end in (-math.inf, math.inf))
         if below:
-            total = total + (z + sources.high[target] - min(op.kinks)).clamp(min=0.0).sum(1).mean()
+            total = total + unit * (z + sources.high[target] - min(op.kinks)).clamp(min=0.0).sum(1).mean()
         if above:
-            total = total + SATURATION * (max(op.kinks) - z - sources.low[target]).clamp(min=0.0).sum(1).mean()
+            total = total + unit * SATURATION * (max(op.kinks) - z - sources.low[target]).clamp(min=0.0).sum(1).mean()
     return total / max(units, 1)
+
+
+def _unit(network: Network, target: int) -> Tensor | float:
+    """What a pre-activation is counted in: the values in front of one common scale, as learned thresholds have it."""
+    op = network.nodes[target].op
+    return 1.0 / op.weight.abs().sum() if isinstance(op, Scale) and op.weight.numel() == 1 else 1.0
 
 
 def _constant_towards(op: Activation, end: float) -> bool:

@@ -48,7 +48,7 @@ class Recipe:
 
     data: str = _key("mnist", "the data set, as for --data of certify; its training split is used")
     arch: str = _key("mlp:784-1024-10", "the architecture")
-    activation: str = _key("softplus:2", "the activation, such as softplus:5 or tanh")
+    activation: str = _key("softplus:2", "the activation, such as softplus:5, tanh, relu or maxmin")
     learned_thresholds: bool = _key(False, "the thresholds of clip:0,1 or maxmin:-1,1 are learned, one or two a layer")
     start: str = _key("torch", "of dense layers in the middle: torch's, or a tenth of the identity", choices=STARTS)
     objective: str = _key("crt", "the loss", choices=OBJECTIVES)

@@ -24,11 +24,19 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("activation", ["softplus:5", "erf"])
+@pytest.mark.parametrize("activation", ["softplus:5", "erf", "maxmin", "clip:0,6 learned", "maxmin:-0.1,0.1 learned"])
 def test_the_spec_declares_the_module(name: str, activation: str) -> None:
-    made = architecture(name, activation, (1, 28, 28), 10)
+    if "maxmin" in activation:
+        name = name.replace("5", "6").replace("resnet:3", "resnet:4")  # it pairs channels
+    text, learned = activation.removesuffix(" learned"), activation.endswith("learned")
+    made = architecture(name, text, (1, 28, 28), 10, learned)
     module, x = made.module(), torch.rand(3, 1, 28, 28)
-    declared = build(made.spec, module.declared())
+    assert module.spec == made.spec or learned
+    if learned:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+    declared = build(module.spec, module.declared())
     expected = module.double()(x.double())
     assert torch.allclose(declared(x.double()), expected, rtol=0, atol=1e-6)
     exported = DifferentiableNetwork(module, (1, 28, 28)).network()

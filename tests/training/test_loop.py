@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.errors import DataError, TrainingError, UsageError
+from certify_cli.training.local_lipschitz import LocalLipschitz
 from certify_cli.training.loop import MOST_SKIPPED, Training, TrainingData, objective_of
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Plain
 from tests.training.runs import CPU, RECIPE, data, same, trained
@@ -47,7 +48,14 @@ def test_steps_that_are_not_finite_are_taken_back(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("plain", Plain), ("curvature", CurvaturePenalty), ("crt", CRT), ("local", LocalCurvature)]
+    ("name", "kind"),
+    [
+        ("plain", Plain),
+        ("curvature", CurvaturePenalty),
+        ("crt", CRT),
+        ("local", LocalCurvature),
+        ("local-lipschitz", LocalLipschitz),
+    ],
 )
 def test_every_objective_of_a_recipe(name: str, kind: type) -> None:
     training = Training(RECIPE.with_values({"objective": name}), data(), CPU)
