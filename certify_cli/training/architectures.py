@@ -1,7 +1,8 @@
 """Architectures that `curvcert train` knows by name, as layers of the declared spec and as torch modules.
 
 An architecture is a list of layers, each an entry of the spec (docs/safetensors-spec.md) with the torch module that
-holds its weights while it is trained. So a trained file declares itself, and `certify` takes it as any other.
+holds its weights while it is trained. So a trained file declares itself, and `certify` takes it as any other. What
+follows from learned numbers, such as a threshold, is entered when the module is written out (`derived`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from certify_cli.errors import UsageError, quoted
 from certify_cli.load.safetensors.architecture import FORMAT
 from certify_cli.network.graph import Shape
+from certify_cli.training.derived import Derived
 from certify_cli.training.sll import Returning, Unshuffled
 from certify_cli.training.trained_activations import Made, activation_layers
 
@@ -53,38 +55,9 @@ class Architecture:
     input_shape: Shape
     layers: tuple[Layer, ...]
 
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The declared architecture."""
-        return _spec(self.input_shape, [(layer.name, layer.entry, layer.inputs) for layer in self.layers])
-
     def module(self) -> LayeredModule:
         """The torch module."""
         return LayeredModule(self)
-
-
-@runtime_checkable
-class Changing(Protocol):
-    """A module whose entry of the spec changes as it learns."""
-
-    def entry(self) -> dict[str, Any]:
-        """The entry at present, without name and inputs."""
-
-
-@runtime_checkable
-class WrittenOut(Protocol):
-    """A module that is written as another one, which has the tensors that the spec names."""
-
-    def written_out(self) -> nn.Module:
-        """That module, on its own."""
-
-
-def _spec(shape: Shape, layers: Sequence[tuple[str, dict[str, Any], tuple[str, ...]]]) -> dict[str, Any]:
-    """The declared architecture of layers (name, entry, inputs)."""
-    entries = [
-        {"name": name, **entry, **({"inputs": list(inputs)} if inputs else {})} for name, entry, inputs in layers
-    ]
-    return {"format": FORMAT, "input": list(shape), "layers": entries}
 
 
 class LayeredModule(nn.Module):
@@ -106,19 +79,19 @@ class LayeredModule(nn.Module):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The architecture that the module declares at present."""
-        return _spec(self._input_shape, [(name, self._entry(name, entry), i) for name, entry, i in self._layers])
-
-    def _entry(self, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-        layer = self.get_submodule(name)
-        return layer.entry() if isinstance(layer, Changing) else entry
+        """The declared architecture, with what the layers have learned that is no tensor."""
+        entries = []
+        for name, entry, inputs in self._layers:
+            layer = self.get_submodule(name)
+            learned = layer.entry() if isinstance(layer, Derived) else {}
+            entries.append({"name": name, **entry, **learned, **({"inputs": list(inputs)} if inputs else {})})
+        return {"format": FORMAT, "input": list(self._input_shape), "layers": entries}
 
     def written_out(self) -> LayeredModule:
         """The same module on the CPU, whose layers all have the weights that the spec names."""
         copied = copy.deepcopy(self).cpu()
-        copied._layers = [(name, copied._entry(name, entry), inputs) for name, entry, inputs in copied._layers]
         for name, layer in list(copied.named_children()):
-            if isinstance(layer, WrittenOut):
+            if isinstance(layer, Derived):
                 copied.add_module(name, layer.written_out())
         return copied
 

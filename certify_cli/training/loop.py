@@ -187,7 +187,8 @@ class Training:
     def _select(self) -> Score:
         """Score the present model, and keep it where it is the best so far."""
         present = self.present()
-        network = build(present.spec, present.declared())
+        written = present.written_out()
+        network = build(written.spec, written.state_dict())
         found = score(network, self.data.validation_x, self.data.validation_y, self.recipe.radius, self.recipe.checked)
         if self.best is None or found.key >= self.best[1].key:
             self.best_state = {key: tensor.detach().cpu().clone() for key, tensor in present.state_dict().items()}

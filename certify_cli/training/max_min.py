@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from certify_cli.network.lowering.context import Data, LoweringContext, lowers
 from certify_cli.network.pooling import MaxMin
+from certify_cli.training.derived import Derived
 
 
 @torch.library.custom_op("curvcert::max_min", mutates_args=())
@@ -51,7 +52,7 @@ class SortedPairs(nn.Module):
         return result
 
 
-class ClippedMaxMin(nn.Module):
+class ClippedMaxMin(Derived):
     """Sorted pairs whose larger ones are at most `high`, and whose smaller ones are at least `low`.
 
     learned: whether the two thresholds are parameters.
@@ -83,11 +84,9 @@ class ClippedMaxMin(nn.Module):
         return threshold
 
     def entry(self) -> dict[str, Any]:
-        """The layer of the spec at the present thresholds."""
         low, high = (float(self.get_threshold(name).detach()) for name in ("low", "high"))
         return {"type": "MaxMin", "low": low, "high": high}
 
     def written_out(self) -> nn.Module:
-        """The same layer without parameters."""
         entry = self.entry()
         return ClippedMaxMin(entry["low"], entry["high"], learned=False)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, linear
 
+from certify_cli.training.derived import Derived
 
-class Returning(nn.Module):
+
+class Returning(Derived):
     """The affine layer -2 V^T T^-1 of a block.   into: the layer V x + b, dense or convolutional of stride 1."""
 
     def __init__(self, into: nn.Linear | nn.Conv2d) -> None:

@@ -17,7 +17,7 @@ def test_a_wide_model_is_selected_by_the_bounds_that_it_will_be_certified_by() -
     with torch.no_grad():
         for parameter in module.parameters():
             parameter *= 4  # curvature counts
-    network, x = build(made.spec, module.declared()), torch.randn(12, 1, 28, 28)
+    network, x = build(module.spec, module.declared()), torch.randn(12, 1, 28, 28)
     y = network(x.double()).argmax(1)
     sharp, weak = (
         torch.tensor([s.certified_radius for s in certify(module, x, y, method="dual", effort=effort).samples])
@@ -34,8 +34,8 @@ def test_a_wide_model_is_selected_by_the_bounds_that_it_will_be_certified_by() -
 def test_wrong_predictions_are_not_certified() -> None:
     torch.manual_seed(0)
     for activation in ("softplus", "relu"):
-        made = architecture("mlp:4-8-3", activation, (4,), 3)
-        network, x = build(made.spec, made.module().declared()), torch.randn(30, 4)
+        module = architecture("mlp:4-8-3", activation, (4,), 3).module()
+        network, x = build(module.spec, module.declared()), torch.randn(30, 4)
         right = network(x.double()).argmax(1)
         for y, expected in ((right, 1.0), ((right + 1) % 3, 0.0)):
             found = score(network, x, y, 1e-6, checked=20)
