@@ -6,8 +6,9 @@
     loss = objective(x, y)
 
 `CurvaturePenalty`, `CRT`, `LocalCurvature` and `LocalLipschitz` are losses of a torch module. They differentiate the
-bounds that `certify` proves, so that a network is trained on what it will be certified by (theory section 9). Nothing
-heavy is imported before one of these names is used.
+bounds that `certify` proves, so that a network is trained on what it will be certified by (theory section 9).
+`SortedPairs`, `ClippedReLU` and `ClippedMaxMin` are layers for the last of them. Nothing heavy is imported before one
+of these names is used.
 """
 
 from __future__ import annotations
@@ -16,14 +17,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from certify_cli.training.clipped_relu import ClippedReLU
     from certify_cli.training.local_lipschitz import LocalLipschitz
+    from certify_cli.training.max_min import ClippedMaxMin, SortedPairs
     from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
 
-__all__ = ["CRT", "CurvaturePenalty", "LocalCurvature", "LocalLipschitz", "Objective", "Plain"]
+__all__ = [
+    "CRT",
+    "ClippedMaxMin",
+    "ClippedReLU",
+    "CurvaturePenalty",
+    "LocalCurvature",
+    "LocalLipschitz",
+    "Objective",
+    "Plain",
+    "SortedPairs",
+]
+
+_ROOMS = {
+    "ClippedMaxMin": "max_min",
+    "ClippedReLU": "clipped_relu",
+    "LocalLipschitz": "local_lipschitz",
+    "SortedPairs": "max_min",
+}
+"""Where names are that are not in `objectives`."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'certify_cli.training' has no attribute {name!r}")
-    room = "local_lipschitz" if name == "LocalLipschitz" else "objectives"
-    return getattr(import_module(f"certify_cli.training.{room}"), name)
+    return getattr(import_module(f"certify_cli.training.{_ROOMS.get(name, 'objectives')}"), name)

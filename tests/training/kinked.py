@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from certify_cli.training.clipped_relu import ClippedReLU
-from certify_cli.training.max_min import ClippedMaxMin, SortedPairs
+from certify_cli.training import ClippedMaxMin, ClippedReLU, SortedPairs
 from tests.training.modules import CLASSES
 
 KINKED: dict[str, Callable[[], nn.Module]] = {

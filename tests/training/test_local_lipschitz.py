@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from certify_cli import certify
+from certify_cli import certify, load_model
 from certify_cli.bounds.global_bounds.lipschitz import weight_blocks
 from certify_cli.bounds.on_ball.interval_ranges import interval_ranges
 from certify_cli.bounds.on_ball.lipschitz import linearised_by_norms, linearised_on_balls
@@ -19,8 +19,8 @@ from certify_cli.network.evaluate import exact_kernels
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.propagate import Vectors
 from certify_cli.numerics import estimates
-from certify_cli.training import LocalLipschitz
-from certify_cli.training.clipped_relu import ClippedReLU
+from certify_cli.training import ClippedReLU, LocalLipschitz
+from certify_cli.training.derived import Derived
 from certify_cli.training.differentiable import DifferentiableNetwork
 from certify_cli.training.local_lipschitz import SATURATION, sparsity_loss, worst_margins
 from certify_cli.training.loop import Training
@@ -186,6 +186,19 @@ def test_a_group_map_made_linear_is_pushed_as_it_is_pulled() -> None:
         pushed, pulled = part.push(Vectors(v, none)).value, part.back(Vectors(u.unsqueeze(1), none.unsqueeze(1))).value
         assert torch.allclose((pushed * u).sum(1), (pulled.squeeze(1) * v).sum(1), rtol=1e-12)
         assert bool((pushed != 0).any())
+
+
+@pytest.mark.parametrize("name", KINKED)
+@pytest.mark.parametrize("make", [deep, images])
+def test_a_module_is_the_network_that_is_trained_and_the_one_that_is_certified(make: Any, name: str) -> None:
+    module, x = prepared(make, KINKED[name]).float(), 2 * torch.randn(40, *SHAPE)
+    expected = module(x)
+    for network in (DifferentiableNetwork(module, SHAPE).network(), load_model(module, input_shape=SHAPE).network):
+        assert torch.allclose(network(x.double()).float(), expected, rtol=0, atol=1e-5)
+    kept = [layer for layer in module if isinstance(layer, Derived)]
+    z = torch.randn(5, 4, 3, 3)
+    assert all(torch.allclose(layer.written_out()(z), layer(z), rtol=0, atol=1e-6) for layer in kept)
+    assert not any(list(layer.written_out().state_dict()) for layer in kept)
 
 
 def test_vectors_survive_a_checkpoint() -> None:
