@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from certify_cli.cli import options as opt
 from certify_cli.cli.layer_bounds import layer_bounds
+from certify_cli.cli.measured import RADIUS, SAMPLES, measured_curvature
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sample_losses import sample_losses
 from certify_cli.cli.sink import sink
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 def bounds(
     model: opt.ModelFile,
     sample: opt.SampleIndex = None,
+    measure: opt.Measure = False,
     data: opt.DataOfSample = None,
+    samples: opt.MeasuredSamples = None,
+    radius: opt.MeasuredRadius = None,
     data_root: opt.DataRoot = None,
     split: opt.Split = "test",
     data_layout: opt.DataLayout = "nchw",
@@ -39,12 +43,19 @@ def bounds(
 
     All figures are upper bounds; the table shows them rounded up. Lipschitz, curvature and share are those of the
     network up to and with the layer. With --sample the margin on the sample's certified ball is proved, and spent term
-    by term: those parts are estimates.
+    by term: those parts are estimates. With --measure a second table shows estimates at samples, of the cross-entropy.
     """
     form = opt.format_of(format, output_file, opt.PLAIN_FORMATS)
-    if (sample is None) != (data is None):
+    if measure and sample is not None:
+        raise UsageError("--sample and --measure are two tables; ask for one of them")
+    if measure and data is None:
+        raise UsageError("--measure needs --data SOURCE, at whose samples to measure")
+    if not measure and (sample is None) != (data is None):
         raise UsageError("--sample I and --data SOURCE belong together: sample number I of that data set")
-    if sample is None:
+    if not measure and (samples is not None or radius is not None):
+        raise UsageError("--samples and --radius say what is measured; add --measure")
+    distance = RADIUS if radius is None else opt.positive("--radius", radius)
+    if data is None:
         _refuse_without_sample(
             {
                 "--data-root": data_root,
@@ -65,12 +76,12 @@ def bounds(
 
         @cache
         def chosen() -> Dataset:
-            """The sample, loaded once: before the model is lowered where its input sizes are the data's, else after."""
+            """The samples, loaded once: before the model is lowered where its sizes are the data's, else after."""
             return load_data(
                 str(data),
                 root=data_root,
                 split=split,
-                samples=f"{sample}:{int(sample or 0) + 1}",
+                samples=(samples or SAMPLES) if measure else f"{sample}:{int(sample or 0) + 1}",
                 data_layout=data_layout,
                 offline=offline,
                 notify=None if quiet else reporter.note,
@@ -87,7 +98,7 @@ def bounds(
             layout=layout,
         )
         reporter.notes(loaded.notes)
-        if sample is None:
+        if data is None:
             reporter.stage("bounding the network")
             out.write(layer_bounds(loaded.network, loaded.info, form, out.view))
             return
@@ -100,7 +111,15 @@ def bounds(
             layout=layout,
         )
         reporter.stage("bounding the network")
-        out.write(sample_losses(network, x.double(), sample, limit, loaded.info, form, out.view))
+        if sample is not None:
+            out.write(sample_losses(network, x.double(), sample, limit, loaded.info, form, out.view))
+            return
+        from certify_cli.run.engine import refuse_foreign_labels
+
+        reporter.notes(chosen().notes)
+        refuse_foreign_labels(chosen(), network.classes)
+        advance = reporter.counter(len(x), "measuring")
+        out.write(measured_curvature(network, chosen(), distance, loaded.info, form, out.view, advance))
 
 
 def _refuse_without_sample(options: dict[str, Any]) -> None:

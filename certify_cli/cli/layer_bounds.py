@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from certify_cli.output.console import Column, grid
 from certify_cli.output.document import View
@@ -31,9 +32,16 @@ def layer_bounds(network: Network, info: ModelInfo, form: str, view: View) -> st
     from certify_cli.bounds.global_bounds.layer_report import layer_table
 
     rows = layer_table(network)
-    if form == "json":
-        layers = [row.to_dict() for row in rows]
-        return pretty({"schema": SCHEMA, "model": asdict(info), "layers": layers}) + "\n"
+    return pretty(document(rows, info)) + "\n" if form == "json" else layer_grid(rows, view)
+
+
+def document(rows: Sequence[LayerRow], info: ModelInfo) -> dict[str, Any]:
+    """The rows as JSON has them."""
+    return {"schema": SCHEMA, "model": asdict(info), "layers": [row.to_dict() for row in rows]}
+
+
+def layer_grid(rows: Sequence[LayerRow], view: View) -> str:
+    """The rows as a table."""
     return grid(COLUMNS, [cells(row) for row in rows], view)
 
 

@@ -18,7 +18,7 @@ from certify_cli.errors import UsageError, quoted
 from certify_cli.names import AUTO, METHOD_NAMES
 from certify_cli.output.formats import FORMATS
 from certify_cli.output.verdict import RENDERED
-from certify_cli.plain import decimal, integer
+from certify_cli.plain import decimal, integer, ratio
 from certify_cli.run.settings import ATTACKS, LAYOUTS
 
 DATA_LAYOUTS = ("nchw", "nhwc")
@@ -107,7 +107,29 @@ SampleIndex = Annotated[
     ),
 ]
 DataOfSample = Annotated[
-    str | None, typer.Option("--data", metavar="SOURCE", help="The data set of --sample.", show_default=False)
+    str | None,
+    typer.Option("--data", metavar="SOURCE", help="The data set of --sample or --measure.", show_default=False),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Estimate curvature and gradients at samples of --data, beside the bounds.")
+]
+MeasuredSamples = Annotated[
+    str | None,
+    typer.Option(
+        "--samples",
+        metavar="N|A:B",
+        help="Measure the first N samples, or those from A up to B.",
+        show_default="the first 100",
+    ),
+]
+MeasuredRadius = Annotated[
+    str | None,
+    typer.Option(
+        "--radius",
+        metavar="R",
+        help="Measure how gradients change at this distance, such as 0.5 or 36/255.",
+        show_default="0.1",
+    ),
 ]
 DataRoot = Annotated[
     str | None,
@@ -317,6 +339,11 @@ def numbers(flag: str, texts: Sequence[str] | None) -> tuple[float, ...]:
     """The plain numbers of a repeated or comma-separated option. Spaces may follow a comma. Raises UsageError."""
     pieces = [piece for text in texts or () for piece in re.split(", *", text)]
     return tuple(_parse(flag, piece, decimal, "a number", lambda value: True) for piece in pieces)
+
+
+def positive(flag: str, text: str) -> float:
+    """A number above 0, at most 1e6, that may be a fraction such as 36/255. Raises UsageError."""
+    return _parse(flag, text, ratio, "a positive number such as 0.5 or 36/255", lambda value: 0 < value <= 1e6)
 
 
 def count_or_auto(flag: str, text: str) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,18 @@ from certify_cli.load.safetensors.architecture import build, declare
 from certify_cli.load.safetensors.loader import METADATA_KEY
 from certify_cli.whole_file import write_whole
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
 
 def convert(
-    source: str | Path, target: str | Path, *, output: str | None = None, input_shape: Sequence[int] | None = None
+    source: str | Path | Module,
+    target: str | Path,
+    *,
+    output: str | None = None,
+    input_shape: Sequence[int] | None = None,
 ) -> None:
-    """Write the model in `source` to `target` (.safetensors): the lowered network, weight for weight.
+    """Write the model in `source`, a file or a torch.nn.Module, to `target` (.safetensors): the lowered network.
 
     Weights are stored in the source's type or float32 where that is exact, else in float64. `target` is replaced
     atomically.   output, input_shape: see `load_model`.   ModelError for the source, UsageError for the target.

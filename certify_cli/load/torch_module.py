@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from certify_cli.errors import ModelError, UsageError, first_line, quoted, shown
 from certify_cli.load.loaded_model import LoadedModel
@@ -35,6 +36,7 @@ def load_module(module: nn.Module, input_shape: Sequence[int] | None, output: st
         path = Path(folder) / "module.onnx"
         try:
             own = copy.deepcopy(module).cpu().eval()
+            write_parametrizations_out(own)
             dtype = next((p.dtype for p in own.parameters() if p.is_floating_point()), torch.float32)
             export(own, torch.zeros(1, *shape, dtype=dtype), path)
         except Exception as error:  # exporters raise whatever the module's own code raises
@@ -45,6 +47,22 @@ def load_module(module: nn.Module, input_shape: Sequence[int] | None, output: st
         except ModelError as error:
             raise ModelError(str(error).replace(str(path), name)) from error
     return replace(model, info=replace(model.info, path=name))
+
+
+def write_parametrizations_out(module: nn.Module) -> None:
+    """Make plain weights of parametrised ones, such as spectrally normalised ones, in place: those of evaluation mode.
+
+    The module must be in evaluation mode: in training mode torch moves the vectors of a spectral norm on. ONNX has no
+    name for some of the operators that make such weights.
+    """
+    for part in list(module.modules()):
+        if parametrize.is_parametrized(part):
+            # not by torch's function: it takes the weight away from the class, which copies of the part have in common
+            plain = {name: getattr(part, name).detach().clone() for name in part.parametrizations}  # type: ignore[union-attr]
+            del part.parametrizations
+            part.__class__ = type(part).__bases__[0]
+            for name, weight in plain.items():
+                part.register_parameter(name, nn.Parameter(weight))
 
 
 def export(module: nn.Module, sample: torch.Tensor, file: Path | BinaryIO) -> None:

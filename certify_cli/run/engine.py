@@ -273,11 +273,7 @@ def prepare(
         std=settings.std or None,
         layout=settings.layout,
     )
-    if data.y is not None and int(data.y.max()) >= network.classes:
-        raise DataError(
-            f"{data.name} has the label {int(data.y.max())}, but the model has {network.classes} classes (0 to "
-            f"{network.classes - 1}); is this the data set the model was trained on?"
-        )
+    refuse_foreign_labels(data, network.classes)
     device = device_named(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -299,6 +295,15 @@ def prepare(
         notes=(*model.notes, *data.notes, *left_out),
     )
     return Job(network.to(device), data, settings, run, methods, memory)
+
+
+def refuse_foreign_labels(data: Dataset, classes: int) -> None:
+    """DataError for a label that is none of the model's classes."""
+    if data.y is not None and int(data.y.max()) >= classes:
+        raise DataError(
+            f"{data.name} has the label {int(data.y.max())}, but the model has {classes} classes (0 to {classes - 1}); "
+            "is this the data set the model was trained on?"
+        )
 
 
 def device_named(name: str) -> torch.device:

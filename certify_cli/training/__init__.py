@@ -7,8 +7,9 @@
 
 `CurvaturePenalty`, `CRT`, `LocalCurvature` and `LocalLipschitz` are losses of a torch module. They differentiate the
 bounds that `certify` proves, so that a network is trained on what it will be certified by (theory section 9).
-`SortedPairs`, `ClippedReLU` and `ClippedMaxMin` are layers for the last of them. Nothing heavy is imported before one
-of these names is used.
+`SortedPairs`, `ClippedReLU` and `ClippedMaxMin` are layers for the last of them. `LowCurvature` is the loss of
+low-curvature networks, whose layers are `CentredSoftplus`, `LipschitzBatchNorm` and `spectral_norm`. Nothing heavy is
+imported before one of these names is used.
 """
 
 from __future__ import annotations
@@ -19,26 +20,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from certify_cli.training.clipped_relu import ClippedReLU
     from certify_cli.training.local_lipschitz import LocalLipschitz
+    from certify_cli.training.low_curvature import CentredSoftplus, LipschitzBatchNorm, spectral_norm
     from certify_cli.training.max_min import ClippedMaxMin, SortedPairs
-    from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
+    from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, LowCurvature, Objective, Plain
 
 __all__ = [
     "CRT",
+    "CentredSoftplus",
     "ClippedMaxMin",
     "ClippedReLU",
     "CurvaturePenalty",
+    "LipschitzBatchNorm",
     "LocalCurvature",
     "LocalLipschitz",
+    "LowCurvature",
     "Objective",
     "Plain",
     "SortedPairs",
+    "spectral_norm",
 ]
 
 _ROOMS = {
+    "CentredSoftplus": "low_curvature",
     "ClippedMaxMin": "max_min",
     "ClippedReLU": "clipped_relu",
+    "LipschitzBatchNorm": "low_curvature",
     "LocalLipschitz": "local_lipschitz",
     "SortedPairs": "max_min",
+    "spectral_norm": "low_curvature",
 }
 """Where names are that are not in `objectives`."""
 

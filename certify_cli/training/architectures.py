@@ -2,7 +2,8 @@
 
 An architecture is a list of layers, each an entry of the spec (docs/safetensors-spec.md) with the torch module that
 holds its weights while it is trained. So a trained file declares itself, and `certify` takes it as any other. What
-follows from learned numbers, such as a threshold, is entered when the module is written out (`derived`).
+follows from learned numbers, such as a threshold or an activation's beta, is entered when the module is written out
+(`derived`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from certify_cli.errors import UsageError, quoted
 from certify_cli.load.safetensors.architecture import FORMAT
+from certify_cli.load.torch_module import write_parametrizations_out
 from certify_cli.network.graph import Shape
 from certify_cli.training.derived import Derived
+from certify_cli.training.low_curvature import LipschitzBatchNorm, spectral_norm
 from certify_cli.training.sll import Returning, Unshuffled
 from certify_cli.training.trained_activations import Made, activation_layers
 
@@ -88,8 +91,9 @@ class LayeredModule(nn.Module):
         return {"format": FORMAT, "input": list(self._input_shape), "layers": entries}
 
     def written_out(self) -> LayeredModule:
-        """The same module on the CPU, whose layers all have the weights that the spec names."""
-        copied = copy.deepcopy(self).cpu()
+        """The same module on the CPU in evaluation mode, whose layers all have the weights that the spec names."""
+        copied = copy.deepcopy(self).cpu().eval()
+        write_parametrizations_out(copied)
         for name, layer in list(copied.named_children()):
             if isinstance(layer, Derived):
                 copied.add_module(name, layer.written_out())
@@ -100,12 +104,28 @@ class LayeredModule(nn.Module):
         return self.written_out().state_dict()
 
 
+@dataclass(frozen=True)
+class Style:
+    """What the layers of an architecture are made of.
+
+    norm: in front of every activation, one of `recipe.NORMS`.   spectral: divide weights by their spectral norms.
+    learned_beta: beta of the activation, which is then centred_softplus, is learned, layer by layer.
+    learned_thresholds: so are the thresholds of clip:0,HIGH or maxmin:LOW,HIGH.
+    """
+
+    norm: str = "none"
+    spectral: bool = False
+    learned_beta: bool = False
+    learned_thresholds: bool = False
+
+
 @dataclass
 class _Plan:
     """An architecture as it grows; the shape of its last value decides the sizes of the next layer."""
 
     input_shape: Shape
     activation: Callable[[], Made]
+    style: Style = Style()
     layers: list[Layer] = field(default_factory=list)
     shape: Shape = ()
     weights: int = 0
@@ -129,9 +149,12 @@ class _Plan:
         self.layers.append(Layer(name, entry, module, inputs))
         with torch.no_grad():
             if not inputs:
+                module.eval()  # norms and power iterations stay as they are
                 self.shape = tuple(module(torch.zeros(1, *self.shape, dtype=torch.float32)).shape[1:])
+                module.train()
 
     def activate(self) -> None:
+        self._normalise()
         entry, module = self.activation()
         if entry["type"] == "MaxMin" and self.shape[0] % 2:
             raise UsageError(
@@ -139,16 +162,28 @@ class _Plan:
             )
         self.add(f"activation_{len(self.layers)}", entry, module)
 
+    def _normalise(self) -> None:
+        """Add the style's norm, on the first axis of the last value."""
+        channels, image = self.shape[0], len(self.shape) == 3
+        entry = {"type": "BatchNorm2d" if image else "BatchNorm1d"}
+        if self.style.norm == "lipschitz":
+            self.add(f"norm_{len(self.layers)}", entry, LipschitzBatchNorm(channels))
+        elif self.style.norm == "batch":
+            module = nn.BatchNorm2d(channels) if image else nn.BatchNorm1d(channels)
+            self.add(f"norm_{len(self.layers)}", entry, module)
+
     def dense(self, name: str, width: int) -> None:
         if len(self.shape) > 1:
             self.add("flatten", {"type": "Flatten"}, nn.Flatten())
         self._spend(self.shape[0] * width)
-        self.add(name, {"type": "Linear"}, nn.Linear(self.shape[0], width))
+        layer = nn.Linear(self.shape[0], width)
+        self.add(name, {"type": "Linear"}, spectral_norm(layer) if self.style.spectral else layer)
 
     def conv(self, name: str, width: int, kernel: int, stride: int, padding: int) -> None:
         self._spend(self.shape[0] * width * kernel * kernel)
+        layer = nn.Conv2d(self.shape[0], width, kernel, stride, padding)
         entry = {"type": "Conv2d", "stride": stride, "padding": padding}
-        self.add(name, entry, nn.Conv2d(self.shape[0], width, kernel, stride, padding))
+        self.add(name, entry, spectral_norm(layer) if self.style.spectral else layer)
 
 
 Planner = Callable[[_Plan, int, str], None]
@@ -229,6 +264,8 @@ def _sll(plan: _Plan, classes: int, text: str) -> None:
     """sll:32-3 - 1-Lipschitz residual convolutions 3 x 3 (width, blocks) on every second pixel, and a dense layer."""
     width, blocks = _width_and_blocks(text, "sll:32-3")
     _needs_images(plan)
+    if plan.style.norm != "none" or plan.style.spectral:
+        raise UsageError("--arch sll has weights of known norm; leave out norm and spectral")
     channels, *sides = plan.input_shape
     side = 2 if all(length % 2 == 0 for length in sides) else 1
     if width < channels * side * side:
@@ -257,7 +294,7 @@ ARCHITECTURES: dict[str, Planner] = {
 
 
 def architecture(
-    text: str, activation: str, input_shape: Shape, classes: int, learned_thresholds: bool = False
+    text: str, activation: str, input_shape: Shape, classes: int, style: Style | None = None
 ) -> Architecture:
     """The architecture as written on the command line, with its weights drawn by torch's generator.
 
@@ -267,7 +304,9 @@ def architecture(
     planner = ARCHITECTURES.get(name.lower())
     if planner is None:
         raise UsageError(f"--arch {quoted(text)} is not known; choose one of {', '.join(described())}")
-    plan = _Plan(tuple(input_shape), activation_layers(activation, learned_thresholds))
+    style = style or Style()
+    made = activation_layers(activation, style.learned_thresholds, style.learned_beta)
+    plan = _Plan(tuple(input_shape), made, style)
     planner(plan, classes, rest)
     return Architecture(plan.input_shape, tuple(plan.layers))
 

@@ -15,10 +15,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from certify_cli.data.datasets import digest_of
 from certify_cli.errors import DataError, TrainingError
 from certify_cli.load.safetensors.architecture import build
-from certify_cli.training.architectures import Architecture, LayeredModule, architecture
+from certify_cli.training.architectures import Architecture, LayeredModule, Style, architecture
 from certify_cli.training.augmentation import Augmentation
 from certify_cli.training.local_lipschitz import LocalLipschitz
-from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, Objective, Plain
+from certify_cli.training.low_curvature import copy_vectors
+from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, LowCurvature, Objective, Plain
 from certify_cli.training.recipe import Recipe
 from certify_cli.training.start import middle_layers, start_from_identity
 from certify_cli.training.validation import Score, score
@@ -97,9 +98,8 @@ class Training:
         self.recipe, self.data, self.device = recipe, data, device
         torch.manual_seed(recipe.seed)
         shape = tuple(data.x.shape[1:])
-        self.architecture: Architecture = architecture(
-            recipe.arch, recipe.activation, shape, data.classes, recipe.learned_thresholds
-        )
+        style = Style(recipe.norm, recipe.spectral, recipe.learned_beta, recipe.learned_thresholds)
+        self.architecture: Architecture = architecture(recipe.arch, recipe.activation, shape, data.classes, style)
         module = self.architecture.module()
         if recipe.start == "identity":
             start_from_identity(module, torch.zeros(1, *shape, dtype=torch.float32))
@@ -152,6 +152,8 @@ class Training:
         total, skipped, done = 0.0, 0, 0
         order = torch.randperm(len(self.data.x))
         for position, index in enumerate(order.split(self.recipe.batch)):
+            if len(index) == 1 and self.recipe.norm != "none":
+                index = torch.cat([index, order[:1]])  # one sample has no variance
             _grow(self.objective, self.recipe, (number - 1 + position / self.steps) / self.recipe.epochs)
             x = self.augmentation(self.data.x[index]).to(self.device)
             loss = self._step(x, self.data.y[index].to(self.device), number)
@@ -166,12 +168,15 @@ class Training:
     def _step(self, x: Tensor, y: Tensor, number: int) -> float | None:
         """The loss of one step; None where it, or a gradient, is not finite: then the weights stay as they are."""
         self.optimiser.zero_grad(set_to_none=True)
+        statistics = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         loss = self.objective(x, y)
         loss.backward()
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         finite = torch.isfinite(loss) & torch.stack([g.isfinite().all() for g in gradients]).all()
         if not bool(finite):
             self.skipped_in_row += 1
+            for buffer, before in statistics:
+                buffer.copy_(before)
             if self.skipped_in_row >= MOST_SKIPPED:
                 raise TrainingError(
                     f"epoch {number}: loss or gradients were not finite in {MOST_SKIPPED} steps in a row; "
@@ -182,6 +187,7 @@ class Training:
         self.optimiser.step()
         if self.average is not None:
             self.average.update_parameters(self.module)
+            copy_vectors(self.module, self.average.module)
         return float(loss.detach())
 
     def _select(self) -> Score:
@@ -237,6 +243,14 @@ def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> O
             weight=recipe.weight,
             steps=recipe.attack_steps,
             every_rival=recipe.every_rival,
+        )
+    if recipe.objective == "low-curvature":
+        return LowCurvature(
+            module,
+            shape,
+            weight_beta=recipe.weight_beta,
+            weight_gamma=recipe.weight_gamma,
+            gradient_penalty=recipe.gradient_penalty,
         )
     if recipe.objective == "local":
         return LocalCurvature(module, shape, radius=recipe.radius, weight=recipe.weight, every_rival=recipe.every_rival)

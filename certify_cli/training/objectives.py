@@ -28,11 +28,14 @@ from certify_cli.network.propagate import vjp
 from certify_cli.numerics.estimates import KeptVectors
 from certify_cli.training.attack_points import attack_points
 from certify_cli.training.differentiable import DifferentiableNetwork
+from certify_cli.training.low_curvature import betas, log_gammas
 
 BUDGET = Budget(norm=1e11, eigenvalues=1e12, blocks=0.0, writing=1e8)
 """Dense layers up to about 4,000 x 4,000 are matrices; convolutions but the smallest stay operators."""
 TRAINED_RULES = tuple(name for name in RULES if name != "two layers")
 """Rules of the curvature bound that training uses; the other needs an eigenvalue of a dense matrix at every step."""
+GRADIENT_SCALE = 1e5
+"""Of the gradient penalty of `LowCurvature`, as in the paper."""
 EVERY_PAIR = 128
 """Largest number of pairs of classes that are bounded at every step, whichever of them a batch has."""
 
@@ -70,6 +73,39 @@ class Plain(Objective):
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(self.module(x), y)
+
+
+class LowCurvature(Objective):
+    """Cross-entropy plus what the curvature of a low-curvature network is made of (Srinivas et al., NeurIPS 2022).
+
+    CE + weight_beta sum beta + weight_gamma sum |log gamma| + gradient_penalty GRADIENT_SCALE ||grad_x CE||^2 / batch,
+
+    over the learned betas and gammas of the module's parts (`low_curvature`); CE is the batch's mean, and its gradient
+    that by all samples together. The paper's gradient_penalty is 1e-3.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        input_shape: Sequence[int],
+        *,
+        weight_beta: float = 0.01,
+        weight_gamma: float = 0.01,
+        gradient_penalty: float = 0.0,
+    ) -> None:
+        super().__init__(module, input_shape)
+        self.weight_beta, self.weight_gamma, self.gradient_penalty = weight_beta, weight_gamma, gradient_penalty
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.gradient_penalty:
+            x = x.detach().requires_grad_(True)
+        entropy = cross_entropy(self.module(x), y)
+        loss = entropy + self.weight_beta * sum(betas(self.module))
+        loss = loss + self.weight_gamma * sum(log_gamma.abs() for log_gamma in log_gammas(self.module))
+        if self.gradient_penalty:
+            (gradient,) = torch.autograd.grad(entropy, x, create_graph=True)
+            loss = loss + self.gradient_penalty * GRADIENT_SCALE * gradient.square().sum() / len(x)
+        return loss
 
 
 class _Curved(Objective):

@@ -18,12 +18,13 @@ from certify_cli.errors import UsageError, listed, quoted, shown
 from certify_cli.plain import integer, ratio
 from certify_cli.toml_file import read_toml
 
-OBJECTIVES = ("plain", "curvature", "crt", "local", "local-lipschitz")
+OBJECTIVES = ("plain", "curvature", "crt", "local", "local-lipschitz", "low-curvature")
 SHARES = ("local", "local-lipschitz")
 """Objectives in which the weight is the worst case's share."""
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 STARTS = ("torch", "identity")
+NORMS = ("none", "batch", "lipschitz")
 LARGEST_NUMBER = 2**53
 """No number of a recipe is larger."""
 
@@ -50,6 +51,9 @@ class Recipe:
     arch: str = _key("mlp:784-1024-10", "the architecture")
     activation: str = _key("softplus:2", "the activation, such as softplus:5, tanh, relu or maxmin")
     learned_thresholds: bool = _key(False, "the thresholds of clip:0,1 or maxmin:-1,1 are learned, one or two a layer")
+    learned_beta: bool = _key(False, "beta of the activation, then centred_softplus, is learned layer by layer")
+    norm: str = _key("none", "in front of every activation; lipschitz: of a bounded, learned constant", choices=NORMS)
+    spectral: bool = _key(False, "divide all weights by their spectral norms, a convolution's as a matrix")
     start: str = _key("torch", "of dense layers in the middle: torch's, or a tenth of the identity", choices=STARTS)
     objective: str = _key("crt", "the loss", choices=OBJECTIVES)
     radius: float = _key(1.58, "the radius that is trained for, and at which models are selected", 1e-9, 1e6)
@@ -66,6 +70,13 @@ class Recipe:
     dual_step: float = _key(0.0, "curvature: how fast the weight follows accuracy minus dual_target", 0.0, 1e3)
     dual_target: float = _key(1.0, "curvature: the accuracy above which the weight rises", 0.0, 1.0)
     dual_floor: float = _key(0.0, "curvature: the smallest weight", 0.0, 1e6)
+    weight_beta: float = _key(0.01, "low-curvature: of the sum of all learned betas", 0.0, 1e6)
+    weight_gamma: float = _key(
+        0.01, "low-curvature: of the sum of the sizes of log gamma of all lipschitz norms", 0.0, 1e6
+    )
+    gradient_penalty: float = _key(
+        0.0, "low-curvature: of 1e5 times the squared gradient norm over the batch; the paper's is 0.001", 0.0, 1e6
+    )
     epochs: int = _key(20, "passes over the training samples", 1, 100_000)
     ramp: float = _key(
         0.15, "part of the run over which the radius, or in `local` the share of the worst case, grows", 0.0, 1.0
@@ -95,6 +106,10 @@ class Recipe:
         if self.objective in SHARES and self.weight > 1:
             raise UsageError(
                 f"the recipe's weight = {self.weight} is a share in `{self.objective}`, and must not be above 1"
+            )
+        if self.start == "identity" and (self.spectral or self.norm != "none"):
+            raise UsageError(
+                "start = identity sizes weights that spectral and norm would size anew; choose start = torch"
             )
 
     def with_values(self, values: Mapping[str, Any]) -> Recipe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from certify_cli.errors import UsageError
 
@@ -22,8 +23,13 @@ MOST = 5
 
 def middle_layers(module: nn.Module) -> list[nn.Linear]:
     """The dense layers after the first layer with weights and before the last one, in order."""
-    weighted = [part for part in module.modules() if isinstance(getattr(part, "weight", None), nn.Parameter)]
+    weighted = [part for part in module.modules() if _has_weights(part)]
     return [part for part in weighted[1:-1] if isinstance(part, nn.Linear)]
+
+
+def _has_weights(part: nn.Module) -> bool:
+    """Whether the part has learned weights of its own, normalised ones too."""
+    return isinstance(part._parameters.get("weight"), nn.Parameter) or parametrize.is_parametrized(part, "weight")
 
 
 def start_from_identity(module: nn.Module, sample: torch.Tensor) -> None:

@@ -57,6 +57,7 @@ OPTIONS = (
     ("certify", "two.onnx", "--data", "2", "--threads", "{}"),
     ("certify", "two.onnx", "--data", "2", "--eps", "{}"),
     ("bounds", "two.onnx", "--data", "2", "--sample", "{}"),
+    ("bounds", "two.onnx", "--data", "2", "--measure", "--radius", "{}"),
     ("verify", "a.json", "two.onnx", "--share", "{}"),
     ("verify", "a.json", "two.onnx", "--seed", "{}"),
     ("diff", "a.json", "b.json", "--tolerance", "{}"),

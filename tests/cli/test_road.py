@@ -185,6 +185,76 @@ def test_a_sample_that_is_not_there(curvcert: Curvcert, words: str, says: str) -
     assert says in done.last
 
 
+MEASURE = ("bounds", "digits.onnx", "--measure", "--data", "digits", "--samples", "4:7")
+
+
+def test_bounds_beside_what_is_measured(curvcert: Curvcert) -> None:
+    from certify_cli.attacks.measured_curvature import measured
+
+    plain = json.loads(curvcert("bounds", "digits.onnx", "--format", "json").out)
+    done = curvcert(*MEASURE, "--radius", "1/4", "--format", "json")
+    assert (done.code, done.err) == (0, "")
+    document = json.loads(done.out)
+    found = document.pop("measured")
+    assert document == plain
+    assert found.pop("bounds").keys() == {"gradient_norm", "curvature"}
+    data = certify_cli.load_data("digits", samples="4:7")
+    assert found == measured(digits_network(), data.x, data.y, (4, 5, 6), 0.25).to_dict()
+    assert (found["estimate"], found["loss"]) == (True, "cross-entropy with the label")
+    table = curvcert(*MEASURE).out
+    assert table.startswith(curvcert("bounds", "digits.onnx").out)
+    head, _, rows = table.partition("\n\n")[2].partition("estimate ")
+    assert head == (
+        "at 3 samples of digits: estimates, of the cross-entropy with the label;\n"
+        "gradients are compared at distance 0.1; the bound holds everywhere:\n"
+    )
+    assert rows.splitlines()[0].split() == ["mean", "median", "largest", "bound"]
+    assert [line.endswith(" -") for line in rows.splitlines()[2:]] == [False, False, True, True, True]
+
+
+def test_measured_without_labels_and_with_kinks(
+    curvcert: Curvcert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32))
+    words = ("bounds", "digits.onnx", "--measure", "--data", str(tmp_path / "x.npz"))
+    found = json.loads(curvcert(*words, "--format", "json").out)["measured"]
+    assert found["loss"] == "cross-entropy with the prediction"
+    assert len(found["samples"]) == 5
+    monkeypatch.setattr(activations, "softplus", lambda beta: activations.relu())
+    monkeypatch.setitem(vars(certify_cli), "load_model", lambda path, **rest: LoadedModel(
+        digits_network(), ModelInfo("digits.onnx", "ab" * 32, "onnx", 18, 10), (1, 8, 8), "float32", ()))  # fmt: skip
+    assert json.loads(curvcert(*words, "--format", "json").out)["measured"]["mean"]["curvature"] is None
+    last = curvcert(*words).out.splitlines()[-1]
+    assert last.startswith("softplus (relu) has no bounded second derivative: curvature is not measured")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--measure", "--measure needs --data SOURCE"),
+        ("--measure --data digits --sample 3", "--sample and --measure are two tables"),
+        ("--samples 3", "--samples and --radius say what is measured; add --measure"),
+        ("--radius 0.2 --sample 3 --data digits", "--samples and --radius say what is measured; add --measure"),
+        ("--measure --data digits --radius 0", "--radius '0' is not a positive number"),
+        ("--measure --data digits --radius 1/0", "--radius '1/0' is not a positive number"),
+        ("--measure --data digits --radius 1e9", "--radius '1e9' is not a positive number"),
+        ("--measure --data digits --samples 999999:", "--samples starts at 999999"),
+        ("--measure --data digits --mean 1,2", "mean"),
+    ],
+)
+def test_what_cannot_be_measured(curvcert: Curvcert, words: str, says: str) -> None:
+    done = curvcert("bounds", "digits.onnx", *words.split())
+    assert done.code in (2, 3)
+    assert done.out == ""
+    assert says in done.last
+
+
+def test_labels_of_another_data_set_are_refused(curvcert: Curvcert, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((2, 1, 8, 8), dtype=np.float32), y=np.array([0, 10]))
+    done = curvcert("bounds", "digits.onnx", "--measure", "--data", str(tmp_path / "x.npz"))
+    assert "has the label 10, but the model has 10 classes" in done.last
+
+
 @pytest.mark.parametrize("option", ["--mean 0.5", "--split train", "--data-root .", "--layout nhwc"])
 def test_what_says_how_a_sample_is_read_needs_one(curvcert: Curvcert, option: str) -> None:
     done = curvcert("bounds", "digits.onnx", *option.split())

@@ -11,6 +11,8 @@ from certify_cli.training.recipe import Recipe
 RECIPE = Recipe(
     data="memory", arch="mlp:16-12-3", radius=0.1, epochs=4, batch=16, rotate=5.0, noise=0.01, average=0.9, checked=8
 )
+STYLE = {"norm": "lipschitz", "spectral": True, "learned_beta": True, "activation": "centred_softplus:5"}
+"""Values of a recipe for a low-curvature network."""
 CPU = torch.device("cpu")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from certify_cli.errors import ModelError, UsageError
 from certify_cli.load.safetensors.architecture import build
 from certify_cli.network.activations import ACTIVATIONS, from_module, to_module
-from certify_cli.training.architectures import ARCHITECTURES, architecture, described
+from certify_cli.training.architectures import ARCHITECTURES, Style, architecture, described
 from certify_cli.training.differentiable import DifferentiableNetwork
 from certify_cli.training.elementwise import Elementwise
 from certify_cli.training.sll import Returning
@@ -29,7 +29,7 @@ def test_the_spec_declares_the_module(name: str, activation: str) -> None:
     if "maxmin" in activation:
         name = name.replace("5", "6").replace("resnet:3", "resnet:4")  # it pairs channels
     text, learned = activation.removesuffix(" learned"), activation.endswith("learned")
-    made = architecture(name, text, (1, 28, 28), 10, learned)
+    made = architecture(name, text, (1, 28, 28), 10, Style(learned_thresholds=learned))
     module, x = made.module(), torch.rand(3, 1, 28, 28)
     if learned:
         with torch.no_grad():

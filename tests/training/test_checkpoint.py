@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from certify_cli.load.safetensors.loader import read_declared
 from certify_cli.training.checkpoint import resume, write_checkpoint
 from certify_cli.training.loop import Training
 from certify_cli.training.recipe import OBJECTIVES, OPTIMISERS, SCHEDULES
-from tests.training.runs import CPU, RECIPE, data, same, trained
+from tests.training.runs import CPU, RECIPE, STYLE, data, same, trained
 
 RUN = RECIPE.with_values({"every": 2})
 
@@ -55,6 +56,19 @@ def test_a_resumed_run_gives_the_same_weights(objective: str, optimiser: str, sc
     assert [epoch.loss for epoch in whole.history] == [epoch.loss for epoch in resumed.history]
     assert whole.best == resumed.best
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_resumed_low_curvature_run_has_the_same_statistics_and_vectors(tmp_path: Path) -> None:
+    recipe = RUN.with_values({**STYLE, "objective": "low-curvature"})
+    begun(tmp_path / "checkpoint", **{**STYLE, "objective": "low-curvature"})
+    resumed = Training(recipe, data(), CPU)
+    resume(tmp_path / "checkpoint", resumed)
+    assert len(list(resumed.epochs())) == 2
+    whole = trained(recipe)
+    assert same(whole.present().declared(), resumed.present().declared())
+    assert same(dict(whole.module.named_buffers()), dict(resumed.module.named_buffers()))
+    assert whole.present().spec == resumed.present().spec
+    assert whole.best == resumed.best
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -109,6 +123,25 @@ def test_a_changed_checkpoint_is_refused_or_trained_on(values: dict[str, Any], t
     for name in facts:
         changed.append((tensors, {key: value for key, value in facts.items() if key != name}))
         changed += [(tensors, {**facts, name: value}) for value in VALUES]
+    assert_refused_or_trained_on(path, values, changed)
+
+
+def test_changed_vectors_and_statistics_are_refused_or_trained_on(tmp_path: Path) -> None:
+    """Of a low-curvature network: spectral norms, running statistics, betas and gammas that no run leaves."""
+    path, values = tmp_path / "checkpoint", {**STYLE, "objective": "low-curvature", "average": 0.0, "every": 4}
+    begun(path, **values)
+    _, facts = read_declared(path)
+    tensors = load_file(path)
+    names = [n for n in tensors if n.startswith("module/") and re.search(r"\.(0\._[uv]|running_\w+|log_\w+)$", n)]
+    assert len(names) == 8
+    changed = [({**tensors, n: change(tensors[n])}, facts) for n in names for change in TENSORS.values()]
+    assert_refused_or_trained_on(path, values, changed)
+
+
+def assert_refused_or_trained_on(
+    path: Path, values: dict[str, Any], changed: list[tuple[dict[str, Tensor], Any]]
+) -> None:
+    """Each changed checkpoint, tensors and facts, ends in a sentence or in a run with all its epochs."""
     refused, went_on = 0, 0
     for held, said in changed:
         save_file(held, path, metadata={"curvcert": json.dumps(said)})
