@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.load.exports import GroupSort, MaxMin
+from tests.load.exports import ClampedMaxMin, GroupSort, MaxMin
 
 # type, fields, the torch module, input shape
 LAYER_CASES: list[tuple[str, dict[str, Any], nn.Module, list[int]]] = [
@@ -53,6 +53,8 @@ LAYER_CASES: list[tuple[str, dict[str, Any], nn.Module, list[int]]] = [
     ("MaxPool3d", {"kernel_size": 2, "dilation": 2}, nn.MaxPool3d(2, 2, dilation=2), [1, 4, 5, 4]),
     ("MaxMin", {}, MaxMin(), [4, 3]),
     ("MaxMin", {}, MaxMin(), [6]),
+    ("MaxMin", {"low": -0.2, "high": 0.3}, ClampedMaxMin(-0.2, 0.3), [4, 3]),
+    ("MaxMin", {"high": 0, "low": 0.5}, ClampedMaxMin(0.5, 0.0), [6]),
     ("GroupSort", {"group_size": 2}, GroupSort(), [4, 3]),
     ("GroupSort", {}, GroupSort(), [6]),
     ("Flatten", {}, nn.Flatten(), [2, 3]),

@@ -45,7 +45,9 @@ Set = Annotated[
 Arch = Annotated[
     str | None, _of_recipe("--arch", "NAME", "mlp:784-1024-10, conv:16,32-100, 4c3f, 6c2f, resnet:16-2 or sll:32-3.")
 ]
-TrainedActivation = Annotated[str | None, _of_recipe("--activation", "NAME", "Such as softplus:5 or tanh.")]
+TrainedActivation = Annotated[
+    str | None, _of_recipe("--activation", "NAME", "Such as softplus:5, tanh, relu or maxmin.")
+]
 ObjectiveName = Annotated[
     str | None, opt.choice("--objective", OBJECTIVES, "What to train for.", default="the recipe's")
 ]

@@ -141,6 +141,15 @@ def pre_activations(network: Network) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def ancestors(network: Network, target: int) -> frozenset[int]:
+    """All nodes that lead to node `target`, and itself."""
+    found = {target}
+    for index in range(target, 0, -1):
+        if index in found:
+            found.update(network.nodes[index].inputs)
+    return frozenset(found)
+
+
 def jvp(
     network: Network, source: int, tangents: Tensor, node_jvps: Mapping[int, NodeJvp], last: int | None = None
 ) -> dict[int, Vectors]:

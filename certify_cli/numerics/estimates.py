@@ -50,15 +50,23 @@ class KeptVectors:
         self._other = not torch.equal(rows, self._rows)
         self._rows = rows
 
-    def refined(self, shape: torch.Size, like: Tensor, improve: Callable[[Tensor], Tensor], batch: bool) -> Tensor:
-        """The next vectors of this step, of norm 1.   improve: one power iteration.   batch: one a row of weights."""
-        kept = self._vectors.get(self._asked)
+    def refined(
+        self, shape: torch.Size, like: Tensor, improve: Callable[[Tensor], Tensor], batch: bool, samples: int = 0
+    ) -> Tensor:
+        """The next vectors of this step, of norm 1.   improve: one power iteration.   batch: one a row of weights.
+
+        samples: so many vectors that all begin at one, (1, *shape): their mean is kept.
+        """
+        asked, self._asked = self._asked, self._asked + 1  # first: an iteration may ask for norms of its own
+        kept = self._vectors.get(asked)
         new = kept is None or kept.shape != shape or (batch and self._other)
         vector = _start(shape, like) if kept is None or new else _alive(kept.to(like.device, like.dtype))
+        if samples:
+            vector = vector.expand(samples, *shape[1:])
         for _ in range(FIRST_STEPS if new else STEPS):
             vector = improve(vector)
-        self._vectors[self._asked] = vector
-        self._asked += 1
+        # from one start, vectors of alike matrices have alike signs
+        self._vectors[asked] = normalize(vector.sum(0).flatten(), dim=0).reshape(shape) if samples else vector
         return vector
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -93,9 +101,15 @@ def _alive(kept: Tensor) -> Tensor:
     return torch.where(lost.reshape(-1, *[1] * (kept.dim() - 1)), _start(kept.shape, kept), kept)
 
 
-def _refined(shape: tuple[int, ...], like: Tensor, improve: Callable[[Tensor], Tensor], batch: bool = False) -> Tensor:
+def _refined(
+    shape: tuple[int, ...],
+    like: Tensor,
+    improve: Callable[[Tensor], Tensor],
+    batch: bool = False,
+    samples: int = 0,
+) -> Tensor:
     with torch.no_grad():
-        return (_PRESENT.get() or KeptVectors()).refined(torch.Size(shape), like, improve, batch)
+        return (_PRESENT.get() or KeptVectors()).refined(torch.Size(shape), like, improve, batch, samples)
 
 
 def norm_estimate(matrix: Tensor) -> float:
@@ -117,6 +131,21 @@ def operator_norm_estimate(
 
     v = _refined((1, *shape), like.detach(), improve)
     return linear(v / v.norm().clamp(min=torch.finfo(v.dtype).tiny)).norm()
+
+
+def operator_norm_estimates(
+    linear: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor], shape: tuple[int, ...], like: Tensor
+) -> Tensor:
+    """The same (batch,) of as many maps as samples, which map the samples of a batch; all begin at one kept vector.
+
+    like: a tensor (batch,) of their device and type.
+    """
+
+    def unit(v: Tensor) -> Tensor:
+        return normalize(v.flatten(1), dim=1).reshape(v.shape)
+
+    v = _refined((1, *shape), like.detach(), lambda v: unit(transpose(linear(v))), samples=len(like))
+    return linear(unit(v)).flatten(1).norm(dim=1)
 
 
 @dataclass(frozen=True, eq=False)

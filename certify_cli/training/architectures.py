@@ -2,7 +2,8 @@
 
 An architecture is a list of layers, each an entry of the spec (docs/safetensors-spec.md) with the torch module that
 holds its weights while it is trained. So a trained file declares itself, and `certify` takes it as any other. What
-follows from learned numbers, such as an activation's beta, is entered when the module is written out (`derived`).
+follows from learned numbers, such as a threshold or an activation's beta, is entered when the module is written out
+(`derived`).
 """
 
 from __future__ import annotations
@@ -20,21 +21,17 @@ from torch import Tensor, nn
 from certify_cli.errors import UsageError, quoted
 from certify_cli.load.safetensors.architecture import FORMAT
 from certify_cli.load.torch_module import write_parametrizations_out
-from certify_cli.network.activations import Activation, from_name, to_module
 from certify_cli.network.graph import Shape
 from certify_cli.training.derived import Derived
-from certify_cli.training.elementwise import Elementwise
-from certify_cli.training.low_curvature import LEAST_BETA, CentredSoftplus, LipschitzBatchNorm, spectral_norm
+from certify_cli.training.low_curvature import LipschitzBatchNorm, spectral_norm
 from certify_cli.training.sll import Returning, Unshuffled
+from certify_cli.training.trained_activations import Made, activation_layers
 
 MAX_WIDTH, MAX_HIDDEN = 2**14, 64
 """Largest width of a layer, and largest number of hidden layers, that a name may ask for."""
 
 MAX_WEIGHTS = 2**27
 """Largest number of weights in all: 512 MiB, and a few times that while training."""
-
-LARGEST_PARAMETER = 1e4
-"""Largest size of a number of the activation, and its inverse the smallest one that is not 0."""
 
 
 class Sum(nn.Module):
@@ -113,11 +110,13 @@ class Style:
 
     norm: in front of every activation, one of `recipe.NORMS`.   spectral: divide weights by their spectral norms.
     learned_beta: beta of the activation, which is then centred_softplus, is learned, layer by layer.
+    learned_thresholds: so are the thresholds of clip:0,HIGH or maxmin:LOW,HIGH.
     """
 
     norm: str = "none"
     spectral: bool = False
     learned_beta: bool = False
+    learned_thresholds: bool = False
 
 
 @dataclass
@@ -125,7 +124,7 @@ class _Plan:
     """An architecture as it grows; the shape of its last value decides the sizes of the next layer."""
 
     input_shape: Shape
-    activation: Activation
+    activation: Callable[[], Made]
     style: Style = Style()
     layers: list[Layer] = field(default_factory=list)
     shape: Shape = ()
@@ -156,10 +155,11 @@ class _Plan:
 
     def activate(self) -> None:
         self._normalise()
-        entry = {"type": self.activation.name, **self.activation.parameters}
-        module: nn.Module = to_module(self.activation) or Elementwise(self.activation)
-        if self.style.learned_beta:
-            module = CentredSoftplus(float(self.activation.parameters["beta"] or 0.0))
+        entry, module = self.activation()
+        if entry["type"] == "MaxMin" and self.shape[0] % 2:
+            raise UsageError(
+                f"maxmin pairs the channels or units of a layer, and one has {self.shape[0]}; choose even widths"
+            )
         self.add(f"activation_{len(self.layers)}", entry, module)
 
     def _normalise(self) -> None:
@@ -304,19 +304,9 @@ def architecture(
     planner = ARCHITECTURES.get(name.lower())
     if planner is None:
         raise UsageError(f"--arch {quoted(text)} is not known; choose one of {', '.join(described())}")
-    row = from_name(activation)
-    for key, value in row.parameters.items():
-        if value and not 1 / LARGEST_PARAMETER <= abs(value) <= LARGEST_PARAMETER:
-            raise UsageError(
-                f"--activation {quoted(activation)}: {key} = {value:g} cannot be trained in float32; choose a size "
-                f"between {1 / LARGEST_PARAMETER:g} and {LARGEST_PARAMETER:g}"
-            )
     style = style or Style()
-    if style.learned_beta and row.name != "centred_softplus":
-        raise UsageError(f"learned_beta is for the activation centred_softplus, not for {quoted(activation)}")
-    if style.learned_beta and not (row.parameters["beta"] or 0.0) > LEAST_BETA:
-        raise UsageError(f"learned_beta begins above {LEAST_BETA:g}, and the activation is {quoted(activation)}")
-    plan = _Plan(tuple(input_shape), row, style)
+    made = activation_layers(activation, style.learned_thresholds, style.learned_beta)
+    plan = _Plan(tuple(input_shape), made, style)
     planner(plan, classes, rest)
     return Architecture(plan.input_shape, tuple(plan.layers))
 

@@ -17,6 +17,7 @@ from certify_cli.errors import DataError, TrainingError
 from certify_cli.load.safetensors.architecture import build
 from certify_cli.training.architectures import Architecture, LayeredModule, Style, architecture
 from certify_cli.training.augmentation import Augmentation
+from certify_cli.training.local_lipschitz import LocalLipschitz
 from certify_cli.training.low_curvature import copy_vectors
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, LowCurvature, Objective, Plain
 from certify_cli.training.recipe import Recipe
@@ -97,7 +98,7 @@ class Training:
         self.recipe, self.data, self.device = recipe, data, device
         torch.manual_seed(recipe.seed)
         shape = tuple(data.x.shape[1:])
-        style = Style(recipe.norm, recipe.spectral, recipe.learned_beta)
+        style = Style(recipe.norm, recipe.spectral, recipe.learned_beta, recipe.learned_thresholds)
         self.architecture: Architecture = architecture(recipe.arch, recipe.activation, shape, data.classes, style)
         module = self.architecture.module()
         if recipe.start == "identity":
@@ -253,13 +254,22 @@ def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> O
         )
     if recipe.objective == "local":
         return LocalCurvature(module, shape, radius=recipe.radius, weight=recipe.weight, every_rival=recipe.every_rival)
+    if recipe.objective == "local-lipschitz":
+        return LocalLipschitz(
+            module,
+            shape,
+            radius=recipe.radius,
+            weight=recipe.weight,
+            sparsity=recipe.sparsity,
+            every_rival=recipe.every_rival,
+        )
     return Plain(module, shape)
 
 
 def _grow(objective: Objective, recipe: Recipe, done: float) -> None:
     """Let the radius, or the share of the worst case, grow over the first part of the run."""
     share = 1.0 if recipe.ramp == 0 else min(1.0, 0.05 + done / recipe.ramp)
-    if isinstance(objective, CRT):
+    if isinstance(objective, CRT | LocalLipschitz):
         objective.radius = share * recipe.radius
     elif isinstance(objective, LocalCurvature):
         objective.share = share

@@ -9,7 +9,7 @@ a value of training is no certificate.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -250,16 +250,8 @@ class LocalCurvature(_Curved):
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         logits = self.module(x)
-        clean = cross_entropy(logits, y)
-        rivals = rivals_of(y, logits.shape[1])
-        if self.every_rival:
-            margins = self.worst_margins(x, y, rivals)
-        else:
-            plain = logits.gather(1, y.unsqueeze(1)) - logits.gather(1, rivals)
-            nearest = plain.detach().argmin(1, keepdim=True)
-            margins = plain.double().scatter(1, nearest, self.worst_margins(x, y, rivals.gather(1, nearest)))
-        worst = torch.logsumexp(torch.cat([-margins, torch.zeros_like(margins[:, :1])], dim=1), dim=1).mean()
-        return (1 - self.weight) * clean + self.weight * worst.to(clean.dtype)
+        worst = worst_entropy(logits, y, lambda rivals: self.worst_margins(x, y, rivals), self.every_rival)
+        return (1 - self.weight) * cross_entropy(logits, y) + self.weight * worst
 
     def worst_margins(self, x: Tensor, y: Tensor, rivals: Tensor) -> Tensor:
         """Estimates (batch, rivals) of lower bounds of the margins on the balls: those at x less `share` of the losses.
@@ -268,12 +260,10 @@ class LocalCurvature(_Curved):
         """
         network = self.source.network()
         point = EvaluatedPoints(network, x.double())
-        eye = torch.eye(network.classes, dtype=torch.float64, device=x.device)
-        adjoints = vjp(network, eye[y].unsqueeze(1) - eye[rivals], point.slopes)
+        adjoints = vjp(network, margin_rows(y, rivals, network.classes), point.slopes)
         radius = torch.full((len(x),), self.radius, dtype=torch.float64, device=x.device)
         ranges = interval_ranges(point, weight_blocks(network, BUDGET), radius)
-        logits = point.evaluation.logits
-        margin = logits.gather(1, y.unsqueeze(1)) - logits.gather(1, rivals)
+        margin = margins_of(point.evaluation.logits, y, rivals)
         return margin - self.share * tangent_losses(point, ranges, adjoints, sharp=False)
 
 
@@ -281,3 +271,31 @@ def rivals_of(y: Tensor, classes: int) -> Tensor:
     """All classes but the label's, ascending: (batch, classes - 1)."""
     index = torch.arange(classes - 1, device=y.device).expand(len(y), -1)
     return index + (index >= y.unsqueeze(1))
+
+
+def margins_of(logits: Tensor, y: Tensor, rivals: Tensor) -> Tensor:
+    """Margins (batch, rivals) of the label's logit; rivals: (batch, rivals), classes."""
+    return logits.gather(1, y.unsqueeze(1)) - logits.gather(1, rivals)
+
+
+def margin_rows(y: Tensor, rivals: Tensor, classes: int) -> Tensor:
+    """The margins as rows (batch, rivals, classes) that are multiplied with the logits, float64."""
+    eye = torch.eye(classes, dtype=torch.float64, device=y.device)
+    return eye[y].unsqueeze(1) - eye[rivals]
+
+
+def worst_entropy(logits: Tensor, y: Tensor, worst: Callable[[Tensor], Tensor], every_rival: bool) -> Tensor:
+    """Mean cross-entropy of the logits whose margins are lowered to the worst case.
+
+    worst: from rivals (batch, rivals) to lower bounds of their margins.   every_rival: False asks for the runner-up's
+    alone, and leaves the other margins.
+    """
+    rivals = rivals_of(y, logits.shape[1])
+    if every_rival:
+        margins = worst(rivals)
+    else:
+        plain = margins_of(logits, y, rivals)
+        nearest = plain.detach().argmin(1, keepdim=True)
+        margins = plain.double().scatter(1, nearest, worst(rivals.gather(1, nearest)))
+    entropy = torch.logsumexp(torch.cat([-margins, torch.zeros_like(margins[:, :1])], dim=1), dim=1).mean()
+    return entropy.to(logits.dtype)

@@ -18,7 +18,9 @@ from certify_cli.errors import UsageError, listed, quoted, shown
 from certify_cli.plain import integer, ratio
 from certify_cli.toml_file import read_toml
 
-OBJECTIVES = ("plain", "curvature", "crt", "local", "lcnn")
+OBJECTIVES = ("plain", "curvature", "crt", "local", "local-lipschitz", "lcnn")
+SHARES = ("local", "local-lipschitz")
+"""Objectives in which the weight is the worst case's share."""
 OPTIMISERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 STARTS = ("torch", "identity")
@@ -47,16 +49,22 @@ class Recipe:
 
     data: str = _key("mnist", "the data set, as for --data of certify; its training split is used")
     arch: str = _key("mlp:784-1024-10", "the architecture")
-    activation: str = _key("softplus:2", "the activation, such as softplus:5 or tanh")
+    activation: str = _key("softplus:2", "the activation, such as softplus:5, tanh, relu or maxmin")
+    learned_thresholds: bool = _key(False, "the thresholds of clip:0,1 or maxmin:-1,1 are learned, one or two a layer")
     learned_beta: bool = _key(False, "beta of the activation, then centred_softplus, is learned layer by layer")
     norm: str = _key("none", "in front of every activation; lipschitz: of a bounded, learned constant", choices=NORMS)
     spectral: bool = _key(False, "divide all weights by their spectral norms, a convolution's as a matrix")
     start: str = _key("torch", "of dense layers in the middle: torch's, or a tenth of the identity", choices=STARTS)
     objective: str = _key("crt", "the loss", choices=OBJECTIVES)
     radius: float = _key(1.58, "the radius that is trained for, and at which models are selected", 1e-9, 1e6)
-    weight: float = _key(0.1, "of the curvature penalty, or of the worst case in `local`", 0.0, 1e6)
+    weight: float = _key(
+        0.1, "of the curvature penalty, or of the worst case in `local` and `local-lipschitz`", 0.0, 1e6
+    )
+    sparsity: float = _key(0.01, "local-lipschitz: weight of units' distance from being constant", 0.0, 1e3)
     attack_steps: int = _key(7, "gradient steps of the attack that crt trains on", 1, 1000)
-    every_rival: bool = _key(False, "crt, local: bounds towards all rivals, not towards the runner-up alone")
+    every_rival: bool = _key(
+        False, "crt, local, local-lipschitz: bounds towards all rivals, not towards the runner-up alone"
+    )
     temperature: float = _key(1.0, "curvature: of the cross-entropy", 1e-3, 1e3)
     offset: float = _key(0.0, "curvature: subtracted from the label's logit in the cross-entropy", 0.0, 1e3)
     dual_step: float = _key(0.0, "curvature: how fast the weight follows accuracy minus dual_target", 0.0, 1e3)
@@ -70,7 +78,9 @@ class Recipe:
         0.0, "low-curvature: of 1e5 times the squared gradient norm over the batch; the paper's is 0.001", 0.0, 1e6
     )
     epochs: int = _key(20, "passes over the training samples", 1, 100_000)
-    ramp: float = _key(0.15, "part of the run over which the radius, or the share of the worst case, grows", 0.0, 1.0)
+    ramp: float = _key(
+        0.15, "part of the run over which the radius, or in `local` the share of the worst case, grows", 0.0, 1.0
+    )
     batch: int = _key(256, "samples a step", 1, 2**20)
     optimiser: str = _key("adam", "of torch", choices=OPTIMISERS)
     rate: float = _key(0.008, "the largest learning rate", 1e-9, 1e3)
@@ -93,8 +103,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check(item.name, getattr(self, item.name), item.metadata["limits"])
-        if self.objective == "local" and self.weight > 1:
-            raise UsageError(f"the recipe's weight = {self.weight} is a share in `local`, and must not be above 1")
+        if self.objective in SHARES and self.weight > 1:
+            raise UsageError(
+                f"the recipe's weight = {self.weight} is a share in `{self.objective}`, and must not be above 1"
+            )
         if self.start == "identity" and (self.spectral or self.norm != "none"):
             raise UsageError(
                 "start = identity sizes weights that spectral and norm would size anew; choose start = torch"

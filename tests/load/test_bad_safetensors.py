@@ -183,6 +183,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "activation parameter of a wrong type": (layer(1, type="softplus", beta="5"), "beta must be a finite number"),
     "infinite parameter": (layer(1, type="softplus", beta=float("inf")), "finite"),
     "endless integer": (layer(1, type="softplus", beta=10**400), "finite"),
+    "one threshold of two": (layer(1, type="MaxMin", low=0), "'act'.*low and high come together"),
+    "threshold of a wrong type": (layer(1, type="MaxMin", low=0, high="\x1b[31m"), "high must be a finite number"),
     "add of two shapes": (insert(4, type="add", name="sum", inputs=["flat", "fc"]), "'sum'.*cannot add"),
     "concat of no axis": (insert(2, type="concat", name="cat", inputs=["conv", "act"], axis=3), "axis 3"),
     "std zero": (insert(0, type="Normalise", name="norm", std=0), "'norm'.*positive"),

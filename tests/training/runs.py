@@ -25,8 +25,8 @@ def data(count: int = 72) -> TrainingData:
     return TrainingData.of(x, y, RECIPE)
 
 
-def trained(recipe: Recipe = RECIPE) -> Training:
-    training = Training(recipe, data(), CPU)
+def trained(recipe: Recipe = RECIPE, samples: TrainingData | None = None) -> Training:
+    training = Training(recipe, samples or data(), CPU)
     assert len(list(training.epochs())) == recipe.epochs
     return training
 

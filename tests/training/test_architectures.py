@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from certify_cli.errors import ModelError, UsageError
 from certify_cli.load.safetensors.architecture import build
 from certify_cli.network.activations import ACTIVATIONS, from_module, to_module
-from certify_cli.training.architectures import ARCHITECTURES, architecture, described
+from certify_cli.training.architectures import ARCHITECTURES, Style, architecture, described
 from certify_cli.training.differentiable import DifferentiableNetwork
 from certify_cli.training.elementwise import Elementwise
 from certify_cli.training.sll import Returning
@@ -24,10 +24,17 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("activation", ["softplus:5", "erf"])
+@pytest.mark.parametrize("activation", ["softplus:5", "erf", "maxmin", "clip:0,6 learned", "maxmin:-0.1,0.1 learned"])
 def test_the_spec_declares_the_module(name: str, activation: str) -> None:
-    made = architecture(name, activation, (1, 28, 28), 10)
+    if "maxmin" in activation:
+        name = name.replace("5", "6").replace("resnet:3", "resnet:4")  # it pairs channels
+    text, learned = activation.removesuffix(" learned"), activation.endswith("learned")
+    made = architecture(name, text, (1, 28, 28), 10, Style(learned_thresholds=learned))
     module, x = made.module(), torch.rand(3, 1, 28, 28)
+    if learned:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
     declared = build(module.spec, module.declared())
     expected = module.double()(x.double())
     assert torch.allclose(declared(x.double()), expected, rtol=0, atol=1e-6)

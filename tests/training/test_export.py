@@ -21,12 +21,24 @@ def test_every_architecture_is_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "average"), [*((arch, 0.0) for arch in ARCHS), ("sll:4-2", 0.5), ("mlp:64-9-8-10", 0.5)]
+    ("arch", "average", "activation"),
+    [
+        *((arch, 0.0, "softplus:2") for arch in ARCHS),
+        ("sll:4-2", 0.5, "softplus:2"),
+        ("mlp:64-9-8-10", 0.5, "softplus:2"),
+        ("conv:4,4-8", 0.5, "maxmin"),
+        ("conv:4,4-8", 0.0, "maxmin:-0.5,0.5"),
+        ("conv:4,4-8", 0.5, "maxmin:-0.5,0.5 learned"),
+        ("mlp:64-9-8-10", 0.0, "clip:0,0.5 learned"),
+        ("conv:3,4-9", 0.5, "clip:0,0.5 learned"),
+    ],
 )
-def test_both_files_are_the_best_model(arch: str, average: float, tmp_path: Path) -> None:
+def test_both_files_are_the_best_model(arch: str, average: float, activation: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     x, y = torch.rand(24, 1, 8, 8), torch.arange(24) % 10
-    recipe = Recipe(arch=arch, objective="plain", epochs=1, batch=8, checked=1, average=average)
+    name, learned = activation.removesuffix(" learned"), activation.endswith("learned")
+    values = {"activation": name, "learned_thresholds": learned, "average": average}
+    recipe = Recipe(arch=arch, objective="plain", epochs=1, batch=8, checked=1).with_values(values)
     training = Training(recipe, TrainingData.of(x, y, recipe), torch.device("cpu"))
     for _ in training.epochs():
         pass

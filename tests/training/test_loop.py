@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.errors import DataError, TrainingError, UsageError
+from certify_cli.training.local_lipschitz import LocalLipschitz
 from certify_cli.training.loop import MOST_SKIPPED, Training, TrainingData, objective_of
 from certify_cli.training.objectives import CRT, CurvaturePenalty, LocalCurvature, LowCurvature, Plain
 from tests.training.runs import CPU, RECIPE, data, same, trained
@@ -53,6 +54,7 @@ def test_steps_that_are_not_finite_are_taken_back(monkeypatch: pytest.MonkeyPatc
         ("curvature", CurvaturePenalty),
         ("crt", CRT),
         ("local", LocalCurvature),
+        ("local-lipschitz", LocalLipschitz),
         ("lcnn", LowCurvature),
     ],
 )

@@ -12,7 +12,7 @@ its Lipschitz constant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +75,16 @@ class Change:
         return cls(torch.maximum(low, -cap), torch.minimum(high, cap), norm)
 
 
-def interval_ranges(point: EvaluatedPoints, weights: Mapping[tuple[int, int], Block], radius: Tensor) -> Ranges:
+def interval_ranges(
+    point: EvaluatedPoints,
+    weights: Mapping[tuple[int, int], Block],
+    radius: Tensor,
+    narrowed: Callable[[int, Change], Change] = lambda target, change: change,
+) -> Ranges:
     """Ranges on the balls around the samples.
 
     weights: the network's blocks W_lk.   radius: (batch,).
+    narrowed: makes the change of a pre-activation narrower by other means, before any later one follows from it.
 
     Where a value overflows or is NaN, the ranges of that sample are infinite.
     """
@@ -89,7 +95,8 @@ def interval_ranges(point: EvaluatedPoints, weights: Mapping[tuple[int, int], Bl
 
     def at(target: int) -> Change:
         if target not in totals:
-            totals[target] = _total(parts[target], len(radius), network.nodes[target].size, radius)
+            total = _total(parts[target], len(radius), network.nodes[target].size, radius)
+            totals[target] = narrowed(target, total)
         return totals[target]
 
     for source in (0, *nonlinear_nodes(network)):

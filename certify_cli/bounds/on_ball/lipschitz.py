@@ -16,28 +16,32 @@ decided on the ball is that entry; the others are cut, and enter by the map's Li
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from certify_cli.bounds.linear_maps.jacobians import pulled_rows
+from certify_cli.bounds.linear_maps.weight_blocks import Block
 from certify_cli.bounds.on_ball.affine_loss import AffineLoss
-from certify_cli.bounds.on_ball.interval_ranges import Ranges, activation_on_range
+from certify_cli.bounds.on_ball.interval_ranges import Change, Ranges, activation_on_range, interval_ranges
 from certify_cli.bounds.on_ball.max_pooling import DecidedGroups, MaxPoolRelaxation
 from certify_cli.network.activations import Activation
 from certify_cli.network.evaluated import EvaluatedPoints
 from certify_cli.network.pooling import GroupMap
 from certify_cli.network.propagate import (
-    NodeVjp,
     Slope,
     Vectors,
+    ancestors,
     consumers,
+    jvp,
     pre_activation,
     pre_activations,
     rows_cost,
     vjp,
 )
-from certify_cli.numerics.rounding import UNDERFLOW, gamma, powers_of_two, up, vector_norm_up
+from certify_cli.numerics.estimates import operator_norm_estimates
+from certify_cli.numerics.rounding import UNDERFLOW, carries_gradient, gamma, powers_of_two, up, vector_norm_up
 
 LARGEST_SIDE = 512
 """Matrices whose shorter side is longer than this get their Frobenius norm: squaring would dominate the cost."""
@@ -61,13 +65,38 @@ def linearised_on_balls(point: EvaluatedPoints, start: Ranges, budget: float = m
     return sources
 
 
+def linearised_by_norms(
+    point: EvaluatedPoints, weights: Mapping[tuple[int, int], Block], radius: Tensor
+) -> LinearisedOnBalls:
+    """The network linearised on the balls of `radius` (batch,), without a row that is pulled back.
+
+    weights: the network's blocks W_lk. Ranges are those of `interval_ranges`, in which the norm of every pre-activation
+    is narrowed by the nodes before it as they are on the ball (`LinearisedOnBalls.norm_by_maps`). Of weights that carry
+    a gradient, all norms are estimates: this is what training differentiates, at the cost of a few passes a node.
+    """
+    network = point.network
+    sources = LinearisedOnBalls(point, Ranges(radius, {}, {}, {}))
+    logits = len(network.nodes) - 1
+
+    def narrowed(target: int, change: Change) -> Change:
+        if sources.layers and target != logits:
+            change = Change.of(change.low, change.high, torch.fmin(change.norm, sources.norm_by_maps(target)))
+        sources.low[target], sources.high[target], sources.norm[target] = change.low, change.high, change.norm
+        for layer in consumers(network, target):
+            sources.linearise(layer, target)
+        return change
+
+    interval_ranges(point, weights, radius, narrowed)
+    return sources
+
+
 class LinearisedOnBalls:
     """The nonlinear nodes linearised so far: their linear maps, and their deviations r o D from these on the balls."""
 
     def __init__(self, point: EvaluatedPoints, start: Ranges) -> None:
         self.point, self.radius = point, start.radius
         self.low, self.high, self.norm = dict(start.low), dict(start.high), dict(start.norm)
-        self.node_vjps: dict[int, NodeVjp] = {}
+        self.linear: dict[int, Slope | DecidedGroups] = {}
         self.deviations: dict[int, tuple[Tensor, Tensor]] = {}
         """By node, upper bounds (batch, size) of |r o D|, and the spread; of cut outputs, the change and its slope."""
 
@@ -77,7 +106,7 @@ class LinearisedOnBalls:
 
     def loss(self, cotangents: Tensor) -> AffineLoss:
         """Upper bounds (batch, rows) of the drop of <row, logits>; cotangents (batch or 1, rows, classes): the rows."""
-        adjoints = vjp(self.point.network, cotangents, self.node_vjps)
+        adjoints = vjp(self.point.network, cotangents, self.linear)
         rate = up(adjoints[0].size + adjoints[0].error, 2)
         return AffineLoss.of(
             rate, [self.deviation(layer, adjoints[layer]) for layer in self.layers if layer in adjoints]
@@ -85,7 +114,7 @@ class LinearisedOnBalls:
 
     def narrow(self, target: int) -> None:
         """Intersects the ranges of pre-activation `target` with the bound by the nodes linearised so far."""
-        rows = pulled_rows(self.point.network, target, self.node_vjps)
+        rows = pulled_rows(self.point.network, target, self.linear)
         straight = rows.pop(0)
         e = self.radius.unsqueeze(1)
         entries = [up(up(straight.size + straight.error, 2) * e)]
@@ -93,11 +122,41 @@ class LinearisedOnBalls:
         bound = up(torch.stack([t.expand(len(e), -1) for t in entries]).sum(0), len(entries))
         self.low[target] = torch.fmax(self.low[target], -bound)
         self.high[target] = torch.fmin(self.high[target], bound)
-        norms = [up(matrix_norms(straight) * self.radius)]
-        norms += [up(matrix_norms(self._times_spread(k, block)) * self._offset_norm(k)) for k, block in rows.items()]
-        whole = up(torch.stack([n.expand(len(e)) for n in norms]).sum(0), len(norms))
+        whole = self._whole({0: matrix_norms(straight)} | {k: self._spread_norms(k, rows[k]) for k in rows})
         box = vector_norm_up(torch.maximum(-self.low[target], self.high[target]))
         self.norm[target] = torch.fmin(torch.fmin(self.norm[target], whole), box)
+
+    def norm_by_maps(self, target: int) -> Tensor:
+        """Upper bounds (batch,) of the norm of the change of `target`, by the nodes linearised so far."""
+        network = self.point.network
+        if not carries_gradient(self.point.evaluation.logits):
+            rows = pulled_rows(network, target, self.linear)
+            return self._whole({k: self._spread_norms(k, rows[k]) if k else matrix_norms(rows[k]) for k in rows})
+        before = ancestors(network, target)
+        return self._whole({k: self._estimates(k, target) for k in (0, *self.layers) if k in before})
+
+    def _whole(self, norms: Mapping[int, Tensor]) -> Tensor:
+        """Upper bounds (batch,) of ||D||: the sum of norms (batch or 1,) of its maps from the input and from nodes."""
+        parts = [up(norm * (self._offset_norm(k) if k else self.radius)) for k, norm in norms.items()]
+        return up(torch.stack([part.expand(len(self.radius)) for part in parts]).sum(0), len(parts))
+
+    def _spread_norms(self, layer: int, block: Vectors) -> Tensor:
+        return matrix_norms(self._times_spread(layer, block))
+
+    def _estimates(self, source: int, target: int) -> Tensor:
+        """Estimates (batch,) of the norms that are taken of rows elsewhere, by the products of their maps."""
+        network, batch = self.point.network, len(self.radius)
+        shape = network.nodes[source].shape
+        spread = self.deviations[source][1].reshape(-1, *shape) if source else self.radius.new_ones(1)
+        between = {k: part for k, part in self.linear.items() if k > source}
+
+        def linear(v: Tensor) -> Tensor:
+            return jvp(network, source, v * spread, between, target)[target].value
+
+        def transpose(u: Tensor) -> Tensor:
+            return vjp(network, u.unsqueeze(1), between, target)[source].value.squeeze(1) * spread
+
+        return operator_norm_estimates(linear, transpose, shape, self.radius.new_ones(batch))
 
     def linearise(self, layer: int, target: int) -> None:
         """Adds nonlinear node `layer`, linearised at the middle slopes on the range of its pre-activation `target`."""
@@ -108,7 +167,7 @@ class LinearisedOnBalls:
             e, shape = self.point.evaluation, network.nodes[target].shape
             relaxation = MaxPoolRelaxation.of(op, shape, e.values[target], e.errors[target], low, high)
             change = op.largest_change(torch.maximum(-low, high).reshape(-1, *shape)).flatten(1)
-            self.node_vjps[layer] = DecidedGroups(relaxation)
+            self.linear[layer] = DecidedGroups(relaxation, network.nodes[layer].shape)
             none = torch.zeros_like(change)
             self.deviations[layer] = (
                 torch.where(relaxation.undecided, change, none),
@@ -122,7 +181,7 @@ class LinearisedOnBalls:
         middle = (0.5 * (lower + upper)).nan_to_num(nan=0.0)
         spread = up(torch.maximum(upper - middle, middle - lower).clamp(min=0.0), 1)
         spread = spread.masked_fill(spread.isnan(), torch.inf).masked_fill(upper == lower, 0.0)
-        self.node_vjps[layer] = Slope(middle.reshape(-1, *network.nodes[layer].shape))
+        self.linear[layer] = Slope(middle.reshape(-1, *network.nodes[layer].shape))
         self.deviations[layer] = up(spread * torch.maximum(-low, high)), spread
 
     def _offset_norm(self, layer: int) -> Tensor:

@@ -183,11 +183,24 @@ class MaxPoolRelaxation:
 
 @dataclass(frozen=True, eq=False)
 class DecidedGroups:
-    """The part of a group map that is linear on the box: winners of decided groups. Undecided groups are cut."""
+    """The part of a group map that is linear on the box: winners of decided groups. Undecided groups are cut.
+
+    shape: of the map's output.
+    """
 
     relaxation: MaxPoolRelaxation
+    shape: Shape
 
     def back(self, vectors: Vectors) -> Vectors:
         image = self.relaxation.pulled(vectors.value, Side.winners)
         error = up(self.relaxation._norm * vectors.error + self.relaxation.rounding(vectors.size), 4)
         return Vectors(image, error.expand(image.shape[:2]))
+
+    def push(self, vectors: Vectors) -> Vectors:
+        """The transpose of `back`: (batch, *shape of the input) to (batch, *shape of the output)."""
+        relaxation = self.relaxation
+        entries = vectors.value.reshape(len(vectors.value), relaxation.groups.channels, -1)
+        members = entries[:, :, relaxation.groups.members.clamp(min=0)]
+        image = torch.stack([(members * side.winner).sum(3) * side.decided for side in relaxation.sides], dim=1)
+        error = up(relaxation._norm * vectors.error + relaxation.rounding(vectors.size), 4)
+        return Vectors(image.reshape(-1, *self.shape), error)

@@ -203,8 +203,22 @@ def _normalise(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -
 
 @_row("MaxMin")
 def _max_min(entry: Entry, context: LoweringContext, inputs: Sequence[Data]) -> Data:
-    """Pairs the two halves of the channels; the maxima come first."""
-    return context.add(MaxMin(), _only(entry, inputs))
+    """Pairs the two halves of the channels; the maxima come first, at most `high`, then the minima, at least `low`.
+
+    Both clamps are one ReLU of side (x - level), so that their joint norm is 1, as that of one clamp is.
+    """
+    x = context.add(MaxMin(), _only(entry, inputs))
+    thresholds = [value for value in entry.parameters(("high", "low")).values() if value is not None]
+    if not thresholds:
+        return x
+    if len(thresholds) == 1:
+        entry.fail("low and high come together or not at all")
+    shape = context.shape(x)
+    axes = (-1, *[1] * (len(shape) - 1))
+    halves = torch.tensor([thresholds, [-1.0, 1.0]], dtype=torch.float64).repeat_interleave(shape[0] // 2, dim=1)
+    level, side = (half.reshape(axes) for half in halves)
+    above = context.add(Scale(side), context.add(Shift(-level), x))
+    return context.add(Shift(level), context.add(Scale(side), context.add(ACTIVATIONS["relu"](), above)))
 
 
 @_row("GroupSort")

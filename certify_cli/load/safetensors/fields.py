@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -142,7 +142,7 @@ class Entry:
             self.fail(f"{key} must be one of {', '.join(options)}, not {quoted(value)}")
         return value
 
-    def parameters(self, accepted: Mapping[str, Any]) -> dict[str, float | None]:
+    def parameters(self, accepted: Collection[str]) -> dict[str, float | None]:
         """The given ones of the accepted numbers, by name; null is None."""
         self._read.update(accepted)
         given = [key for key in accepted if key in self._raw]

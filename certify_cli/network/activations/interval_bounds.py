@@ -121,8 +121,9 @@ class ActivationOnInterval:
             value = phi.value(z + t)
             rounding = 4 * UNIT * (value.abs() + base.abs() + lipschitz * (z.abs() + t.abs()))
             error = phi.value_error(z + t) + phi.value_error(z) + rounding + 4 * lipschitz * apart
-            secant, spread = (value - base) / t, up(error / t.abs() + SLACK * lipschitz, 8)
             clear = (t.abs() > 8 * apart) & t.isfinite()
+            step = torch.where(clear, t, torch.ones_like(t))  # else its gradient, which is not used, would be NaN
+            secant, spread = (value - base) / step, up(error / step.abs() + SLACK * lipschitz, 8)
             lower = torch.where(clear, torch.minimum(lower, secant - spread), lower)
             upper = torch.where(clear, torch.maximum(upper, secant + spread), upper)
         for limit in phi.slope.critical_points:  # beyond the last kink the secants tend to the slope there
