@@ -71,9 +71,7 @@ class Recipe:
     dual_target: float = _key(1.0, "curvature: the accuracy above which the weight rises", 0.0, 1.0)
     dual_floor: float = _key(0.0, "curvature: the smallest weight", 0.0, 1e6)
     weight_beta: float = _key(0.01, "lcnn: of the sum of all learned betas", 0.0, 1e6)
-    weight_gamma: float = _key(
-        0.01, "lcnn: of the sum of the sizes of log gamma of all lipschitz norms", 0.0, 1e6
-    )
+    weight_gamma: float = _key(0.01, "lcnn: of the sum of the sizes of log gamma of all lipschitz norms", 0.0, 1e6)
     gradient_penalty: float = _key(
         0.0, "lcnn: of 1e5 times the squared gradient norm over the batch; the paper's is 0.001", 0.0, 1e6
     )
