@@ -26,7 +26,9 @@ def number(value: float | None, rounding: str = NEAREST) -> str:
 
 
 def near_one(value: float, rounding: str) -> str:
-    """`value` with seven decimals, where the distance from 1 is what counts."""
+    """`value` with seven decimals, where the distance from 1 is what counts; a large one as `number` has it."""
+    if not value < LARGEST_FIXED:
+        return number(value, rounding)
     return f"{Decimal(value).quantize(Decimal(1).scaleb(-7), rounding=rounding):f}"
 
 

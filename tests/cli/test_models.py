@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.cli.conftest import Outcome
 from tests.schema import SCHEMA
@@ -53,3 +55,23 @@ def test_what_is_no_model_is_one_sentence_and_exit_3(
     assert done.err.count("\n") == 1
     assert "broken.onnx" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["broken.onnx"]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e22, 1e150])
+def test_inspect_shows_blocks_of_any_size(size: float, curvcert: Curvcert, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    layers = [
+        {"type": "Linear", "name": "v"},
+        {"type": "relu", "name": "phi"},
+        {"type": "Linear", "name": "g"},
+        {"type": "add", "name": "sum", "inputs": ["input", "g"]},
+        {"type": "Linear", "name": "head"},
+    ]
+    spec = {"format": "curvcert-architecture/1", "input": [2], "layers": layers}
+    v = torch.tensor([[1.0, 0.5], [-0.5, 2.0]], dtype=torch.float64) * size
+    tensors = {"v.weight": v, "g.weight": -0.3 * v.T.contiguous(), "head.weight": torch.eye(2, dtype=torch.float64)}
+    save_file(tensors, path, metadata={"curvcert": json.dumps(spec)})
+    for form in ("table", "json"):
+        done = curvcert("inspect", path, "--format", form)
+        assert done.code == 0, done.err
+        assert ("V^T D phi" in done.out) == (size < 1e100)

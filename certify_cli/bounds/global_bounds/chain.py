@@ -8,6 +8,7 @@ part with the constants of its expansions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +29,7 @@ from certify_cli.network.affine import Dense, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
 from certify_cli.network.graph import Add, Input, Network, Node
 from certify_cli.network.propagate import nonlinear_nodes, vjp_cost
-from certify_cli.numerics.rounding import number, times
+from certify_cli.numerics.rounding import number, times, up
 
 WEIGHTED = (Dense, Conv, ConvTranspose)
 """Layers with weights."""
@@ -58,6 +59,8 @@ class Part:
         """Lipschitz constant, up, from node `source` to node `target`, which are nodes of this part."""
         if source == target:
             return 1.0
+        if (source, target) == (self.first, self.last):
+            return self.constant
         return min(e.change(target - self.first, source - self.first) for e in self.expansions)
 
 
@@ -77,7 +80,12 @@ class Chain:
         if not blocks:
             return None
         ends = sorted({0, len(network.nodes) - 1} | {node for pair in blocks for node in pair})
-        return cls(tuple(_part(network, pair, blocks.get(pair), budget, norms_alone) for pair in pairwise(ends)))
+        pairs = list(pairwise(ends))
+        each = replace(budget, blocks=budget.blocks / len(pairs))
+        parts = tuple(_part(network, pair, blocks.get(pair), each, norms_alone) for pair in pairs)
+        if network.device.type != "cpu" and not all(part.network.constants for part in parts):
+            return None  # a part without a tensor does not know its device
+        return cls(parts)
 
     def _of(self, node: int) -> int:
         """The number of the part that has a node (not as its input)."""
@@ -87,12 +95,16 @@ class Chain:
         return times(1.0, *(part.constant for part in self.parts[:number]))
 
     def to_node(self, target: int) -> float:
-        """Lipschitz constant, up, from the input to a pre-activation or the logits."""
+        """Lipschitz constant, up, from the input to a pre-activation (which the input may be) or the logits."""
+        if target == 0:
+            return 1.0
         at = self._of(target)
         return times(self._before(at), self.parts[at].change(target, self.parts[at].first))
 
     def longest_row(self, target: int) -> float:
         """Lipschitz constant, up, from the input to any one unit of a pre-activation or of the logits."""
+        if target == 0:
+            return 1.0
         part = self.parts[self._of(target)]
         rows = min(number(e.rows(target - part.first).max()) for e in part.expansions)
         return times(self._before(self._of(target)), rows)
@@ -104,6 +116,8 @@ class Chain:
         inside = at == len(self.parts) - 1
         start = source - head.first if inside else 0
         margins = torch.stack([e.sensitivity(start, pairs) for e in head.expansions]).amin(0)
+        if start == 0 and head.block is not None:
+            margins = margins.clamp(max=up(math.sqrt(2) * head.block.constant, 2))
         if inside:
             return margins
         part = self.parts[at]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from certify_cli.bounds.global_bounds.expansion import weight_blocks
-from certify_cli.bounds.global_bounds.one_layer_sdp import OneLayer, operations
+from certify_cli.bounds.global_bounds.one_layer_sdp import OneLayer, is_moderate, operations
 from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp, Dense, Scale, Shift
@@ -43,7 +43,9 @@ ALIKE = 1e-3
 SMALLEST = 1e-12
 """Of the entries of D, as a part of the largest one."""
 SCALING = 8
-"""Roundings of a weight times two scales, of a row's factor, and of the difference of two such weights, at most."""
+"""Roundings of a weight times a row's factor or its root, of D V and of the difference E, at most."""
+NEARLY = 1e-6
+"""A constant so near 1 is not worth the general form's proof."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,11 @@ def recognised(part: Network, budget: Budget) -> Recognised | None:
     if not isinstance(op, Activation) or not all(map(math.isfinite, op.slope_range)):
         return None
     returning = _returning(part, hidden[0], op)
-    return returning if returning is not None else _general(part, hidden[0], op, budget)
+    if returning is not None and returning.constant <= 1 + NEARLY:
+        return returning
+    general = _general(part, hidden[0], op, budget)
+    found = [block for block in (returning, general) if block is not None]
+    return min(found, key=lambda block: block.constant, default=None)
 
 
 def _returning(part: Network, hidden: int, op: Activation) -> Recognised | None:
@@ -78,7 +84,7 @@ def _returning(part: Network, hidden: int, op: Activation) -> Recognised | None:
     returning = back.transposed(into)
     if returning is None:
         return None
-    constant = _constant(into, returning, op.slope_range)
+    constant = _constant(into, returning, back.errors, op.slope_range)
     return None if constant is None else Recognised(constant, "x - V^T D phi(V x + b)")
 
 
@@ -180,7 +186,10 @@ def _weight(network: Network, target: int, source: int) -> _Weight | None:
                 isinstance(layer, Conv) and layer.groups != 1
             ):
                 return None
-            weight = weight * scale.reshape(*[1] * axis, -1, *[1] * (weight.dim() - axis - 1))
+            scale = scale.reshape(*[1] * axis, -1, *[1] * (weight.dim() - axis - 1))
+            if not is_moderate(scale) or not is_moderate(weight * scale):  # the product may not be near the exact one
+                return None
+            weight = weight * scale
             errors += op.weight_error + 1
     return _Weight(replace(layer, weight=weight, offset=None), errors, taken)
 
@@ -193,20 +202,25 @@ def _by_channel(scale: Tensor, shape: Shape) -> Tensor | None:
     return scale.reshape(-1) if padded == (shape[0], *[1] * (len(shape) - 1)) else None
 
 
-def _constant(into: _Weight, returning: Tensor, slopes: tuple[float, float]) -> float | None:
-    """The module's bound for V = `into`, G^T = `returning` (as a weight of the same kind) and phi's slopes."""
+def _constant(into: _Weight, returning: Tensor, roundings: int, slopes: tuple[float, float]) -> float | None:
+    """The module's bound for V = `into`, G^T = `returning`, a weight of the same kind, and phi's slopes.
+
+    roundings: of `returning`, in units of its last places.
+
+    None where G is not near -V^T D, or sizes are beyond what squares of float64 allow.
+    """
     v, g = into.op.weight.detach(), returning.detach()
     low, high = slopes
     diagonal = -(g * v).flatten(1).sum(1) / v.flatten(1).square().sum(1).clamp(min=TINY)
     largest = number(diagonal.max())
-    if not 0.0 < largest < math.inf:
+    if not is_moderate(v) or not is_moderate(g) or not 0.0 < largest < math.inf:
         return None
     diagonal = diagonal.clamp(min=SMALLEST * largest)  # any positive numbers will do; E takes what they miss
     by_row = diagonal.reshape(-1, *[1] * (v.dim() - 1))
     rest = g + by_row * v
     if not number(vector_norm_up(rest.flatten())) <= ALIKE * number(vector_norm_up(g.flatten())):
         return None
-    errors = gamma(into.errors + SCALING) * (g.abs() + by_row * v.abs())
+    errors = gamma(roundings + SCALING) * g.abs() + gamma(into.errors + SCALING) * by_row * v.abs()
     root = by_row.sqrt()
     weight_norm, root_norm = into.norm_of(v), into.norm_of(root * v)
     q = times(root_norm, root_norm)
@@ -218,7 +232,7 @@ def _constant(into: _Weight, returning: Tensor, slopes: tuple[float, float]) -> 
         spare = 2 / high * (1 - 4 * UNIT) - up(q + times(2 * e, root_norm) + e * e, 8)
         if spare > 0:
             found = min(found, up(math.sqrt(up(1 + e * e / spare, 4)), 2))
-    return found
+    return found if math.isfinite(found) else None
 
 
 def _loose(weight: Tensor) -> float:
