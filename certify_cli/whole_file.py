@@ -71,6 +71,12 @@ def refuse_unwritable(path: str | Path, what: str | None = None) -> None:
         raise _Writable
 
 
+def refuse_existing(path: str | Path) -> None:
+    """UsageError for a file that exists, even as a link to nothing: what is there is not written over unasked."""
+    if os.path.lexists(path):
+        raise UsageError(f"{path}: exists already; name another file, or overwrite it with --force")
+
+
 def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file that is always a whole one, the new or the one before. UsageError where it cannot be written."""
     with whole_file(path, mode="wb") as stream, refusing(shown(str(path))):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 
 from certify_cli.cli import options as opt
 from certify_cli.cli.reporter import Reporter
 from certify_cli.cli.sink import sink
-from certify_cli.errors import UsageError
 from certify_cli.output.console import pairs
 from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA
+from certify_cli.whole_file import refuse_existing
 
 
 def convert(
@@ -28,8 +27,8 @@ def convert(
     The architecture is declared in the file, which is loaded again before success is claimed.
     """
     opt.one_of("--format", format, opt.PLAIN_FORMATS)
-    if not force and os.path.lexists(target):
-        raise UsageError(f"{target}: exists already; name another file, or overwrite it with --force")
+    if not force:
+        refuse_existing(target)
     with sink(None) as out, Reporter(quiet) as reporter:
         from certify_cli import load_model
         from certify_cli.load.convert import convert as write

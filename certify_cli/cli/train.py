@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from certify_cli.output.drawing import matplotlib
 from certify_cli.output.json import pretty
 from certify_cli.records import SCHEMA
 from certify_cli.training.recipe import KEYS, OBJECTIVES, Recipe, is_named, read_recipe, suited, typed_text
-from certify_cli.whole_file import refuse_unwritable, write_whole
+from certify_cli.whole_file import refuse_existing, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
     from certify_cli.data.datasets import Dataset
@@ -124,10 +123,9 @@ def train(
     begun = checkpoint.exists()
     if begun and not (resume or force):
         raise UsageError(f"{checkpoint}: an unfinished run; go on with --resume, or begin anew with --force")
-    # what exists is never written over unasked
     for path in (target, onnx_file, plot_file):
-        if path is not None and os.path.lexists(path) and not (force or (resume and begun)):
-            raise UsageError(f"{path}: exists already; name another file, or overwrite it with --force")
+        if path is not None and not (force or (resume and begun)):
+            refuse_existing(path)
     with sink(None) as out, Reporter(quiet) as reporter:
         from certify_cli.output.training_plot import WHAT, training_plot
         from certify_cli.training.export import Made, refuse_unnamed, write_onnx

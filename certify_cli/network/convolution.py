@@ -225,11 +225,10 @@ class Conv(AffineOp):
         return self._with_weight_errors(min(patches, sums))
 
     def _with_weight_errors(self, norm: float) -> float:
-        """An upper bound of the norm for the exact weights: errors of e |w| are, per tap, a shift times a matrix."""
+        """An upper bound of the norm for the exact weights, whose errors are at most e |w|."""
         if self.weight_error == 0:
             return norm
-        taps = sum(frobenius_norm(tap) for tap in self.weight.flatten(2).unbind(2))
-        return up(norm + gamma(self.weight_error) * taps, self.weight[0, 0].numel() + 4)
+        return up(norm + gamma(self.weight_error) * taps_norm(self.weight), self.weight[0, 0].numel() + 4)
 
     def _norm(self, shape: Shape) -> float:
         """The smaller of the Fourier symbol's bound and, where affordable, the verified norm of the whole matrix.
@@ -358,6 +357,12 @@ class ConvTranspose(AffineOp):
         """For each output channel all its weights; a row of W holds a subset of them."""
         grouped = self.weight.reshape(self.groups, -1, *self.weight.shape[1:])
         return grouped.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def taps_norm(weight: Tensor) -> float:
+    """Upper bound of a convolution's norm: each tap is a shift times a matrix, and these add up."""
+    taps = weight.flatten(2).unbind(2)
+    return up(sum(frobenius_norm(tap) for tap in taps), len(taps))
 
 
 def _largest_norm(matrices: Tensor, factor: float) -> float:

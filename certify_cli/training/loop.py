@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -222,48 +222,34 @@ def scores(history: Sequence[Epoch]) -> list[tuple[int, Score]]:
     ]
 
 
+MADE: Mapping[str, tuple[Callable[..., Objective], Mapping[str, str]]] = {
+    "plain": (Plain, {}),
+    "curvature": (
+        CurvaturePenalty,
+        {
+            "temperature": "temperature",
+            "offset": "offset",
+            "weight": "weight",
+            "step": "dual_step",
+            "target": "dual_target",
+            "floor": "dual_floor",
+        },
+    ),
+    "crt": (CRT, {"radius": "radius", "weight": "weight", "steps": "attack_steps", "every_rival": "every_rival"}),
+    "local": (LocalCurvature, {"radius": "radius", "weight": "weight", "every_rival": "every_rival"}),
+    "local-lipschitz": (
+        LocalLipschitz,
+        {"radius": "radius", "weight": "weight", "sparsity": "sparsity", "every_rival": "every_rival"},
+    ),
+    "lcnn": (LowCurvature, {key: key for key in ("weight_beta", "weight_gamma", "gradient_penalty")}),
+}
+"""A recipe's objective -> what makes it, and the recipe's key for each of its arguments."""
+
+
 def objective_of(recipe: Recipe, module: nn.Module, shape: tuple[int, ...]) -> Objective:
     """The recipe's objective for a module."""
-    if recipe.objective == "curvature":
-        return CurvaturePenalty(
-            module,
-            shape,
-            temperature=recipe.temperature,
-            offset=recipe.offset,
-            weight=recipe.weight,
-            step=recipe.dual_step,
-            target=recipe.dual_target,
-            floor=recipe.dual_floor,
-        )
-    if recipe.objective == "crt":
-        return CRT(
-            module,
-            shape,
-            radius=recipe.radius,
-            weight=recipe.weight,
-            steps=recipe.attack_steps,
-            every_rival=recipe.every_rival,
-        )
-    if recipe.objective == "lcnn":
-        return LowCurvature(
-            module,
-            shape,
-            weight_beta=recipe.weight_beta,
-            weight_gamma=recipe.weight_gamma,
-            gradient_penalty=recipe.gradient_penalty,
-        )
-    if recipe.objective == "local":
-        return LocalCurvature(module, shape, radius=recipe.radius, weight=recipe.weight, every_rival=recipe.every_rival)
-    if recipe.objective == "local-lipschitz":
-        return LocalLipschitz(
-            module,
-            shape,
-            radius=recipe.radius,
-            weight=recipe.weight,
-            sparsity=recipe.sparsity,
-            every_rival=recipe.every_rival,
-        )
-    return Plain(module, shape)
+    make, arguments = MADE[recipe.objective]
+    return make(module, shape, **{name: getattr(recipe, key) for name, key in arguments.items()})
 
 
 def _grow(objective: Objective, recipe: Recipe, done: float) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from certify_cli.training import Objective
 
 SHAPE, CLASSES = (1, 4, 4), 4
 
@@ -56,3 +59,20 @@ def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     x = torch.rand(6, *SHAPE, dtype=torch.float64, generator=generator)
     return x, torch.randint(CLASSES, (6,), generator=generator)
+
+
+def assert_gradients_fit(objective: Objective, x: Tensor, y: Tensor, rel: float) -> None:
+    """One entry of each parameter's gradient against a finite difference of the objective's values."""
+    objective(x, y).backward()
+    generator, step = torch.Generator().manual_seed(1), 1e-5
+    for name, parameter in objective.module.named_parameters():
+        flat = parameter.data.view(-1)
+        at = int(torch.randint(len(flat), (1,), generator=generator))
+        before, values = flat[at].item(), []
+        for sign in (1.0, -1.0):
+            flat[at] = before + sign * step
+            values.append(float(objective(x, y).detach()))
+        flat[at] = before
+        expected = (values[0] - values[1]) / (2 * step)
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.view(-1)[at]) == pytest.approx(expected, rel=rel, abs=1e-6), name

@@ -27,7 +27,17 @@ from certify_cli.training import CRT, CurvaturePenalty, LocalCurvature, Objectiv
 from certify_cli.training.attack_points import attack_points
 from certify_cli.training.differentiable import DifferentiableNetwork
 from certify_cli.training.objectives import BUDGET, TRAINED_RULES, global_curvature, rivals_of
-from tests.training.modules import CLASSES, SHAPE, Residual, batch, convolutional, dense, pooled, prepared
+from tests.training.modules import (
+    CLASSES,
+    SHAPE,
+    Residual,
+    assert_gradients_fit,
+    batch,
+    convolutional,
+    dense,
+    pooled,
+    prepared,
+)
 
 SMOOTH = [dense, convolutional, Residual]
 ACTIVATIONS = [nn.Softplus, nn.Tanh]
@@ -57,19 +67,7 @@ def frozen(module: nn.Module) -> Network:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_are_those_of_the_values(name: str, make: Any, activation: Any, converged: None) -> None:
     module, (x, y) = prepared(make, activation), batch()
-    objective = OBJECTIVES[name](module)
-    objective(x, y).backward()
-    generator, step = torch.Generator().manual_seed(1), 1e-5
-    for parameter in module.parameters():
-        flat = parameter.data.view(-1)
-        at = int(torch.randint(len(flat), (1,), generator=generator))
-        before, values = flat[at].item(), []
-        for sign in (1.0, -1.0):
-            flat[at] = before + sign * step
-            values.append(float(objective(x, y).detach()))
-        flat[at] = before
-        expected = (values[0] - values[1]) / (2 * step)
-        assert float(parameter.grad.view(-1)[at]) == pytest.approx(expected, rel=2e-3, abs=1e-6)
+    assert_gradients_fit(OBJECTIVES[name](module), x, y, rel=2e-3)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

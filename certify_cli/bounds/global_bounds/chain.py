@@ -9,7 +9,6 @@ part with the constants of its expansions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -27,13 +26,14 @@ from certify_cli.bounds.global_bounds.residual_blocks import Recognised, recogni
 from certify_cli.efforts import Budget
 from certify_cli.network.affine import Dense, Shift
 from certify_cli.network.convolution import Conv, ConvTranspose
-from certify_cli.network.graph import Add, Input, Network, Node
+from certify_cli.network.graph import Add, Input, Network
 from certify_cli.network.propagate import nonlinear_nodes, vjp_cost
 from certify_cli.numerics.rounding import number, times, up
 
 WEIGHTED = (Dense, Conv, ConvTranspose)
 """Layers with weights."""
 NOTHING = Budget(norm=0.0, eigenvalues=0.0)
+"""With which no general form is tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +105,9 @@ class Chain:
         """Lipschitz constant, up, from the input to any one unit of a pre-activation or of the logits."""
         if target == 0:
             return 1.0
-        part = self.parts[self._of(target)]
-        rows = min(number(e.rows(target - part.first).max()) for e in part.expansions)
-        return times(self._before(self._of(target)), rows)
+        at = self._of(target)
+        part = self.parts[at]
+        return times(self._before(at), min(number(e.rows(target - part.first).max()) for e in part.expansions))
 
     def sensitivity(self, source: int, pairs: Tensor) -> Tensor:
         """Lipschitz constants (count,), up, of margins z_a - z_b as functions of node `source` (0: the input)."""
@@ -121,8 +121,7 @@ class Chain:
         if inside:
             return margins
         part = self.parts[at]
-        own = part.constant if source == part.first else part.change(part.last, source)
-        return times(margins, own, *(later.constant for later in self.parts[at + 1 : -1]))
+        return times(margins, part.change(part.last, source), *(later.constant for later in self.parts[at + 1 : -1]))
 
 
 def recognised_blocks(network: Network, budget: Budget) -> dict[tuple[int, int], Recognised]:
@@ -160,10 +159,9 @@ def bottlenecks(network: Network) -> list[int]:
 
 def between(network: Network, first: int, last: int) -> Network:
     """The part of a network from node `first`, as its input, to node `last`. No later node may read an earlier one."""
-    given = network.nodes[first]
-    nodes: Sequence[Node] = [replace(given, op=Input(), inputs=())]
+    given = replace(network.nodes[first], op=Input(), inputs=())
     inner = network.nodes[first + 1 : last + 1]
-    return Network((*nodes, *(replace(node, inputs=tuple(i - first for i in node.inputs)) for node in inner)))
+    return Network((given, *(replace(node, inputs=tuple(i - first for i in node.inputs)) for node in inner)))
 
 
 def _part(network: Network, pair: tuple[int, int], block: Recognised | None, budget: Budget, norms_alone: bool) -> Part:

@@ -21,7 +21,7 @@ from torch import Tensor
 from certify_cli.numerics.deadline import check
 from certify_cli.numerics.eigen import largest_eigenvalue
 from certify_cli.numerics.norms import frobenius_norm, matrix_norm
-from certify_cli.numerics.rounding import TINY, gamma, number, times, up, vector_norm_up
+from certify_cli.numerics.rounding import TINY, gamma, number, powers_of_two, times, up, vector_norm_up
 
 GAP, GROWTH, NEWTON_STEPS, NEAR, HALVINGS = 1e-4, 8.0, 20, 0.05, 30
 """Of the interior-point method: it ends where L^2 is within this part of the least one; the growth of its weight,
@@ -38,14 +38,13 @@ def is_moderate(values: Tensor, smallest: float = SMALLEST) -> bool:
     return bool(((sizes == 0) | ((sizes >= smallest) & (sizes <= 1 / smallest))).all())
 
 
-def power_of_two_near(values: Tensor) -> Tensor:
-    """Powers of two near positive numbers: products with them are exact."""
-    return values.log2().round().exp2()
-
-
 def operations(inputs: int, hidden: int) -> float:
     """Estimate of the floating-point operations that a constant takes."""
     return 200.0 * (inputs + hidden) ** 3
+
+
+def _powers_of_two(values: Tensor) -> Tensor:
+    return powers_of_two(values.unsqueeze(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +78,7 @@ class OneLayer:
         if t is None:
             return math.inf
         # and for the proof in units in which multipliers are about L^2, so that its slack is small beside both
-        unit = power_of_two_near((balanced._value(t) / t).sqrt())
+        unit = _powers_of_two((balanced._value(t) / t).sqrt())
         proved = balanced._in_units(unit)._proved(t * unit.square())
         norms = [times(self.steepest, matrix_norm(self.v)), times(self.steepest, matrix_norm(self.g))]
         missed = [self.errors[0], times(self.errors[1], norms[0]), times(norms[1], self.errors[2])]
@@ -87,8 +86,8 @@ class OneLayer:
         return up(times(proved, scale) + sum(missed), 8)
 
     def _in_units(self, unit: Tensor) -> OneLayer:
-        """The same map, with hidden values in other units (hidden,), of which the nearest powers of two are taken."""
-        unit = power_of_two_near(unit)
+        """The same map, with hidden values in other units (hidden,), made powers of two, which round nothing."""
+        unit = _powers_of_two(unit)
         return replace(self, g=self.g * unit, v=self.v / unit.unsqueeze(1))
 
     def _squares(self, t: Tensor) -> Tensor | None:
@@ -158,9 +157,7 @@ class OneLayer:
         each = bend.diagonal().clamp(min=TINY).rsqrt()  # in units in which the diagonal is 1
         solved, singular = torch.linalg.solve_ex(each[:, None] * bend * each, each * slope)
         step = -each * solved
-        if int(singular) or not bool(step.isfinite().all()):
-            return None
-        if float(-(slope @ step)) < NEAR:
+        if int(singular) or not float(-(slope @ step)) >= NEAR:  # not finite, either
             return None
         before = weight * square - 2 * float(factor.diagonal().log().sum())
         for _ in range(HALVINGS):

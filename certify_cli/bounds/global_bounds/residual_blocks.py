@@ -31,12 +31,13 @@ from certify_cli.bounds.global_bounds.one_layer_sdp import OneLayer, is_moderate
 from certify_cli.efforts import Budget
 from certify_cli.network.activations import Activation
 from certify_cli.network.affine import AffineOp, Dense, Scale, Shift
-from certify_cli.network.convolution import Conv, ConvTranspose
+from certify_cli.network.convolution import Conv, ConvTranspose, taps_norm
 from certify_cli.network.graph import Add, Network, Shape
 from certify_cli.network.movement import Reshape
 from certify_cli.network.propagate import nonlinear_nodes, pre_activation
 from certify_cli.numerics.estimates import operator_norm_estimate
-from certify_cli.numerics.rounding import TINY, UNIT, carries_gradient, gamma, number, times, up, vector_norm_up
+from certify_cli.numerics.norms import frobenius_norm
+from certify_cli.numerics.rounding import TINY, UNIT, carries_gradient, gamma, number, times, up
 
 ALIKE = 1e-3
 """Largest part of the returning weights, as a Frobenius norm, that may differ from -V^T D."""
@@ -182,10 +183,6 @@ def _weight(network: Network, target: int, source: int) -> _Weight | None:
             if scale is None:
                 return None
             axis = int(before) if not isinstance(layer, ConvTranspose) else int(not before)
-            if (isinstance(layer, ConvTranspose) and layer.groups != 1) or (
-                isinstance(layer, Conv) and layer.groups != 1
-            ):
-                return None
             scale = scale.reshape(*[1] * axis, -1, *[1] * (weight.dim() - axis - 1))
             if not is_moderate(scale) or not is_moderate(weight * scale):  # the product may not be near the exact one
                 return None
@@ -218,7 +215,7 @@ def _constant(into: _Weight, returning: Tensor, roundings: int, slopes: tuple[fl
     diagonal = diagonal.clamp(min=SMALLEST * largest)  # any positive numbers will do; E takes what they miss
     by_row = diagonal.reshape(-1, *[1] * (v.dim() - 1))
     rest = g + by_row * v
-    if not number(vector_norm_up(rest.flatten())) <= ALIKE * number(vector_norm_up(g.flatten())):
+    if not frobenius_norm(rest) <= ALIKE * frobenius_norm(g):
         return None
     errors = gamma(roundings + SCALING) * g.abs() + gamma(into.errors + SCALING) * by_row * v.abs()
     root = by_row.sqrt()
@@ -236,6 +233,5 @@ def _constant(into: _Weight, returning: Tensor, roundings: int, slopes: tuple[fl
 
 
 def _loose(weight: Tensor) -> float:
-    """Upper bound of the norm of the map with these weights: taps are shifts times matrices, and these add up."""
-    taps = weight.flatten(2).unbind(2) if weight.dim() > 2 else (weight,)
-    return up(sum(number(vector_norm_up(tap.flatten())) for tap in taps), len(taps))
+    """Upper bound of the norm of the map with these weights, without a proof of its own."""
+    return taps_norm(weight) if weight.dim() > 2 else frobenius_norm(weight)
